@@ -1,0 +1,59 @@
+"""The device mesh: always the same four axes, `data`, `fsdp`, `seq`, `tensor`, of size 1 when unused.
+
+`data` replicates parameters and splits the batch; `fsdp` splits the batch and the parameters (Rajbhandari et al. 2020,
+ZeRO); `seq` splits the positions of each sequence; `tensor` splits heads, feed-forward and vocabulary (Shoeybi et al.
+2019, Megatron-LM).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from llmjax.types import UserError
+
+AXES = ("data", "fsdp", "seq", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1, which takes all devices that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    seq: int = 1
+    tensor: int = 1
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
+    """The four axis sizes for `num_devices`, with -1 filled in; UserError where the product does not match."""
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
+    if wrong:
+        raise UserError(
+            f"mesh.{wrong[0]}={sizes[wrong[0]]} is not a positive size; use 1 or more, or -1 for all remaining devices"
+        )
+    if len(free) > 1:
+        raise UserError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1 leave the mesh open; give all but one of the axes a size")
+    product = 1
+    for size in sizes.values():
+        product *= size if size != -1 else 1
+    if num_devices % product or (not free and product != num_devices):
+        text = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(f"mesh {text} needs a divisor of the {num_devices} devices; change mesh.{free[0] if free else 'data'}"
+                        if free else
+                        f"mesh {text} takes {product} devices but there are {num_devices}; make the product {num_devices} or set mesh.data=-1")
+    for axis in free:
+        sizes[axis] = num_devices // product
+    return tuple(sizes[axis] for axis in AXES)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (default: all of them), laid out to follow the physical topology."""
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

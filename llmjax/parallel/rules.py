@@ -1,0 +1,74 @@
+"""The one table from logical axes to mesh axes, and the `Layout` that applies it.
+
+Models name what a dimension *is* (`batch`, `length`, `mlp`); this table alone says where it lives. Parameters and
+activations share the table, so `embed` is the sharded dimension of a parameter, and activations leave it `None`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llmjax.types import UserError
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("seq",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+}
+
+
+def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
+    """Mesh axes for logical `names`, one per dimension (None: replicated).
+
+    Raises UserError for a name that the table lacks and where two dimensions claim the same mesh axis.
+    """
+    used: dict[str, str] = {}
+    entries: list[str | tuple[str, ...] | None] = []
+    for name in names:
+        if name is None:
+            entries.append(None)
+            continue
+        if name not in RULES:
+            raise UserError(f"logical axis {name!r} is not in the rules table; use one of {', '.join(RULES)}")
+        axes = RULES[name]
+        for axis in axes:
+            if axis in used:
+                raise UserError(
+                    f"logical axes {used[axis]!r} and {name!r} of {names} both map to mesh axis {axis!r}; "
+                    "name one of them None"
+                )
+            used[axis] = name
+        entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    return PartitionSpec(*entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh with the rules applied to it; hashable, so that modules can hold it. `mesh=None` means one device."""
+
+    mesh: Mesh | None = None
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """The sharding of an array whose dimensions are called `names`."""
+        return NamedSharding(self.mesh, partition_spec(names))
+
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """`x`, told to the compiler to live where the table says; the identity on one device."""
+        if self.mesh is None or self.mesh.size == 1:
+            return x
+        if len(names) != x.ndim:
+            raise ValueError(f"{len(names)} axis names {names} for an array of shape {x.shape}")
+        return jax.lax.with_sharding_constraint(x, self.sharding(*names))
+
+    def axis_size(self, axis: str) -> int:
+        """The number of shards along mesh axis `axis`."""
+        return 1 if self.mesh is None else self.mesh.shape[axis]

@@ -1,0 +1,61 @@
+"""What every room shares: the batch, the sums, the one user-facing error, and the legend of dimension letters.
+
+Dimension letters, used as suffixes of array names and in einsums:
+
+    B batch (sequences)    T query position       S key position        D model width
+    F feed-forward width   N query heads          K key/value heads     H head width
+    V vocabulary           C chunk                L layers              G query heads per key/value head (N / K)
+
+A suffix names logical dimensions, never shards. An *update* is one optimizer step; a *micro-step* is one forward and
+backward pass over one micro-batch; an update consists of one or more micro-steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Params = Any  # a nested dict of arrays
+Array = jax.Array
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for: one sentence with the key, its value, the rule it breaks and what to do."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed sequences, all fields `[B, T]` except `index`.
+
+    tokens     int32, what the model reads
+    targets    int32, what it is to predict at each position
+    weights    float32, the loss weight of each target; 0 on padding
+    segments   int32, which document of its row a position belongs to, from 1; 0 is padding
+    positions  int32, the position within the document, from 0
+    index      int32 [B], the packed sequence number, from which per-sequence randomness (dropout) is drawn
+    """
+
+    tokens: Array
+    targets: Array
+    weights: Array
+    segments: Array
+    positions: Array
+    index: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """Sums over target tokens, never means: divide once, at the very end, by the total weight.
+
+    loss     float32 [], sum of weight * loss
+    weight   float32 [], sum of weights
+    metrics  dict of float32 [], further sums over the same tokens (for example `correct`)
+    """
+
+    loss: Array
+    weight: Array
+    metrics: dict[str, Array]

@@ -1,0 +1,39 @@
+"""llmjax: train large language models in JAX with large batches, long packed sequences and gradient accumulation."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DATA = ["pyarrow>=15", "zstandard>=0.22"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", *DATA]
+
+setup(
+    name="llmjax",
+    version="0.1.0",
+    description=__doc__,
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["llmjax", "llmjax.*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "sentencepiece>=0.2.1",
+        "ml_collections>=1.1",
+        "numpy>=2",
+        "absl-py>=2.1",
+        "tensorboardX>=2.6.2",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "data": DATA,
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
+        "test": TEST,
+        "interop": ["torch==2.13.0"],
+    },
+)
