@@ -1,4 +1,4 @@
-"""What every room shares: the batch, the sums, the one user-facing error, and the legend of dimension letters.
+"""What every room shares: the batch, the sums, and the legend of dimension letters.
 
 Dimension letters, used as suffixes of array names and in einsums:
 
@@ -17,12 +17,10 @@ from typing import Any
 
 import jax
 
+from llmjax.errors import UserError as UserError
+
 Params = Any  # a nested dict of arrays
 Array = jax.Array
-
-
-class UserError(ValueError):
-    """A mistake in what the user asked for: one sentence with the key, its value, the rule it breaks and what to do."""
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,103 @@
+"""The default run, and every key there is: a small GPT on the source code of the Python standard library.
+
+    python -m llmjax.main --config=configs/base.py
+
+Other configs are short diffs over this one. Any key can be set on the command line, for example
+`--config.model.num_layers=8`. A 0 or an empty string means "derived" where the comment says so.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # of initialisation, data order and dropout
+
+    c.model = model = ConfigDict()
+    model.family = "gpt"  # decoder-only Transformer
+    model.num_layers = 4
+    model.model_dim = 128
+    model.num_heads = 4  # query heads
+    model.num_kv_heads = 0  # key/value heads: 0 = num_heads, 1 = multi-query, between = grouped-query
+    model.head_dim = 0  # 0 = model_dim / num_heads
+    model.mlp_dim = 0  # 0 = 4 x model_dim, with swiglu 8/3 x model_dim rounded up to a multiple of 64
+    model.activation = "swiglu"  # swiglu | gelu | relu2
+    model.norm = "rmsnorm"  # rmsnorm | layernorm
+    model.norm_eps = 1e-6
+    model.position = "rope"  # rope | learned | sinusoidal
+    model.rope_theta = 10000.0  # base wavelength of the rotary embedding
+    model.qk_norm = True  # RMSNorm of queries and keys, per head
+    model.use_bias = False  # biases in linear layers and LayerNorm
+    model.tie_embeddings = True  # the output matrix is the embedding
+    model.logit_softcap = 0.0  # c * tanh(logits / c); 0 = off
+    model.dropout = 0.0  # on embeddings and residual branches; 0 = off
+    model.init_std = 0.02  # of all matrices; residual outputs get init_std / sqrt(2 x num_layers)
+    model.scan_layers = False  # one compiled layer, scanned: quick to compile, slower on CPU
+    model.remat = "none"  # what the backward pass recomputes: none | dots | full
+    model.attention = "auto"  # auto | full | blockwise
+    model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters, softmax and loss stay float32
+
+    c.tokenizer = tokenizer = ConfigDict()
+    tokenizer.kind = "bpe"  # bpe | unigram | byte
+    tokenizer.path = ""  # an existing SentencePiece .model, used as it is
+    tokenizer.vocab_size = 4096
+    tokenizer.train_bytes = 20_000_000  # how much of the corpus the tokenizer is trained on
+    tokenizer.character_coverage = 0.9995  # share of characters with a piece of their own; the rest becomes bytes
+    tokenizer.num_reserved = 16  # ids kept free for later special tokens
+
+    c.data = data = ConfigDict()
+    data.sources = ("stdlib",)  # files, directories, globs: .txt .md .py ... .jsonl(.gz|.zst) .parquet
+    data.text_field = "text"  # of JSON lines and Parquet rows
+    data.on_bad_text = "error"  # invalid UTF-8: error | skip | replace
+    data.seq_len = 512  # T, tokens per packed sequence
+    data.held_out_fraction = 0.03  # of the documents, by hash of their text
+    data.cache_dir = ""  # tokenizers and token stores; "" = $XDG_CACHE_HOME/llmjax or ~/.cache/llmjax
+    data.num_workers = 0  # processes that tokenize; 0 = one per core
+    data.prefetch = 2  # micro-batches made ahead of the step
+
+    c.mesh = mesh = ConfigDict()
+    mesh.data = -1  # batch; -1 = all devices that the other axes leave
+    mesh.fsdp = 1  # batch and parameters
+    mesh.seq = 1  # positions of each sequence
+    mesh.tensor = 1  # heads, feed-forward, vocabulary
+
+    c.train = train = ConfigDict()
+    train.num_updates = 400
+    train.tokens_per_update = 8192  # sequences x seq_len x micro-steps
+    train.micro_batch_size = 0  # sequences per micro-step over all devices; 0 = follows from accumulation_steps
+    train.accumulation_steps = 2  # micro-steps per update; 0 = follows from micro_batch_size
+    train.z_loss = 0.0  # weight of log(Z)^2
+
+    c.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adamw"  # adamw | lion | adafactor | muon | schedule_free_adamw
+    optimizer.learning_rate = 3e-3  # at the peak
+    optimizer.schedule = "cosine"  # cosine | linear | constant | wsd
+    optimizer.warmup_updates = 40
+    optimizer.final_lr_fraction = 0.1  # of the peak, at the last update
+    optimizer.decay_fraction = 0.2  # of the updates, for wsd: the linear decay at the end
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.1  # not on norms and biases
+    optimizer.clip_norm = 1.0  # global gradient norm; 0 = off
+
+    c.evaluate = evaluate = ConfigDict()
+    evaluate.every = 100  # updates between evaluations on the held-out documents; 0 = only at the end
+    evaluate.batch_size = 0  # sequences per step; 0 = the micro-batch size
+
+    c.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 100  # updates between checkpoints; 0 = only at the end
+    checkpoint.keep = 2  # the newest checkpoints to keep
+    checkpoint.keep_best = True  # and the one with the lowest held-out loss
+
+    c.generate = generate = ConfigDict()
+    generate.max_tokens = 200
+    generate.temperature = 0.8  # 0 = greedy
+    generate.top_k = 0  # 0 = off
+    generate.top_p = 0.95  # 1 = off
+    generate.seed = 0
+
+    c.plan = plan = ConfigDict()
+    plan.topology = ""  # compile for this TPU (for example v5p:4x4x4) instead of the devices at hand
+
+    return c.lock()
