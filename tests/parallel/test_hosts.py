@@ -1,0 +1,147 @@
+"""One process and several see the same batches; the environment decides how many there are."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from llmjax.errors import UserError
+from llmjax.parallel import hosts
+from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.rules import Layout
+
+ROOT = pathlib.Path(__file__).parents[2]
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 1, 1, 8), (2, 1, 2, 2), (1, 2, 4, 1)]
+SHAPE = (16, 24)
+
+WORKER = """
+import sys, warnings
+warnings.simplefilter("error")
+import jax, numpy as np
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+from llmjax.parallel import hosts
+from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.rules import Layout
+from jax.sharding import PartitionSpec
+hosts.initialize()
+assert jax.process_count() == 2 and len(jax.devices()) == 8
+shape = SHAPE
+for axes in MESHES:
+    layout = Layout(make_mesh(MeshConfig(*axes)))
+    sharding = layout.sharding("batch", "length")
+    rows = hosts.local_batch_rows(sharding, shape[0])
+    local = rows[:, None] * 1000 + np.arange(shape[1])[None, :]  # each process makes its own rows only
+    x = hosts.make_global(sharding, shape, rows, local.astype(np.int32))
+    assert x.shape == shape and x.sharding == sharding
+    one_dimensional = hosts.make_global(layout.sharding("batch"), shape[:1], rows, rows.astype(np.int32))
+    both = jax.jit(lambda x, y: (x, y), out_shardings=layout.sharding())(x, one_dimensional)
+    whole, index = [np.asarray(jax.device_get(part)) for part in both]
+    expected = np.arange(shape[0])[:, None] * 1000 + np.arange(shape[1])[None, :]
+    np.testing.assert_array_equal(whole, expected)
+    np.testing.assert_array_equal(index, np.arange(shape[0]))
+    print(axes, len(rows), flush=True)
+assert not hosts.any_process(False)
+assert hosts.any_process(jax.process_index() == 1) and hosts.any_process(hosts.is_primary())
+print("primary" if hosts.is_primary() else "secondary")
+"""
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    for name in (*hosts.EXPLICIT, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    return calls
+
+
+def test_one_process_needs_every_row_and_gets_the_array_it_put_in():
+    for axes in MESHES:
+        sharding = Layout(make_mesh(MeshConfig(*axes))).sharding("batch", "length")
+        rows = hosts.local_batch_rows(sharding, SHAPE[0])
+        np.testing.assert_array_equal(rows, np.arange(SHAPE[0]))
+        array = np.arange(np.prod(SHAPE), dtype=np.int32).reshape(SHAPE)
+        x = hosts.make_global(sharding, SHAPE, rows, array)
+        assert x.sharding == sharding
+        np.testing.assert_array_equal(np.asarray(x), array)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    sharding = Layout(make_mesh(MeshConfig(4, 2, 1, 1))).sharding("batch", "length")
+    with pytest.raises(UserError, match=r"batch of 12 sequences .* data=4 x fsdp=2 "):
+        hosts.local_batch_rows(sharding, 12)
+
+
+def test_rows_that_do_not_fit_the_array_are_refused():
+    sharding = jax.sharding.NamedSharding(make_mesh(MeshConfig()), PartitionSpec("data"))
+    with pytest.raises(ValueError, match="has shape"):
+        hosts.make_global(sharding, (16, 4), np.arange(16), np.zeros((8, 4)))
+
+
+def test_alone_there_is_no_vote_and_nothing_to_join(no_cluster):
+    hosts.initialize()
+    assert no_cluster == [] and hosts.is_primary()
+    assert hosts.any_process(True) is True and hosts.any_process(False) is False
+
+
+def test_explicit_variables_start_the_processes_they_name(no_cluster, monkeypatch):
+    for name, value in zip(hosts.EXPLICIT, ("localhost:1", "2", "1")):
+        monkeypatch.setenv(name, value)
+    hosts.initialize()
+    assert no_cluster == [("localhost:1", 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("localhost:1", "2", ""), "LLMJAX_PROCESS_ID is not set; several processes need all of"),
+        (("localhost:1", "two", "0"), "LLMJAX_NUM_PROCESSES='two' is not a number"),
+        (("localhost:1", "2", "2"), "LLMJAX_PROCESS_ID=2 is not below LLMJAX_NUM_PROCESSES=2"),
+    ],
+)
+def test_contradicting_variables_are_refused(no_cluster, monkeypatch, values, message):
+    for name, value in zip(hosts.EXPLICIT, values):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        hosts.initialize()
+
+
+def test_a_cluster_is_joined_only_where_it_has_several_processes(no_cluster, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    hosts.initialize()
+    assert no_cluster == []
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    hosts.initialize()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    hosts.initialize()
+    assert no_cluster == [(), ()]
+
+
+@pytest.mark.slow
+def test_two_processes_assemble_the_batch_of_one():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    source = WORKER.replace("MESHES", repr(MESHES)).replace("SHAPE", repr(SHAPE))
+    workers = []
+    for process in range(2):
+        env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+        env |= {"LLMJAX_COORDINATOR": f"localhost:{port}", "LLMJAX_NUM_PROCESSES": "2"}
+        env |= {"LLMJAX_PROCESS_ID": str(process), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        workers.append(subprocess.Popen([sys.executable, "-c", source], env=env, **pipes))
+    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    assert outputs[0].splitlines()[-1] == "primary" and outputs[1].splitlines()[-1] == "secondary"
+    assert "(8, 1, 1, 1) 8" in outputs[0]  # half of the rows each, where the batch is split
+    assert "(1, 1, 8, 1) 16" in outputs[1]  # all of them, where only the positions are
