@@ -1,9 +1,9 @@
 """Several processes as one computer: who starts, who speaks, who holds which rows.
 
-Each process feeds its own devices, so it makes only the rows of the global batch that they need. Which rows those
-are follows from the sharding alone: the same packed sequences are trained on however many processes share the work.
-A row that several processes need (its positions are split over them, or it is replicated) is made by each of them.
-This file alone knows `jax.distributed`.
+Each process feeds its own devices, so it makes only the rows of the global batch that they need. Which rows
+those are follows from the sharding alone: the same packed sequences are trained on however many processes
+share the work. A row that several processes need (its positions are split over them, or it is replicated)
+is made by each of them. This file alone knows `jax.distributed`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ EXPLICIT = ("LLMJAX_COORDINATOR", "LLMJAX_NUM_PROCESSES", "LLMJAX_PROCESS_ID")
 def initialize() -> None:
     """Joins the other processes, where the environment says that there are any; before jax touches a device.
 
-    In this order: LLMJAX_COORDINATOR (host:port of process 0) with LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID;
-    a SLURM step of several tasks; a TPU host. Anything else is one process, and nothing happens.
-    Raises UserError where the LLMJAX_ variables are incomplete or contradict each other.
+    In this order: LLMJAX_COORDINATOR (host:port of process 0) with LLMJAX_NUM_PROCESSES and
+    LLMJAX_PROCESS_ID; a SLURM step of several tasks; a TPU host. Anything else is one process, and nothing
+    happens. Raises UserError where the LLMJAX_ variables are incomplete or contradict each other.
     """
     if jax.distributed.is_initialized():
         return
@@ -82,8 +82,8 @@ def is_primary() -> bool:
 def start_vote(flag: bool) -> jax.Array | bool:
     """Whether any process says True, as a value that `bool()` waits for.
 
-    It is dispatched like any other computation, so that asking costs no wait until the answer is read. All processes
-    must call it, in the same order among their other computations.
+    It is dispatched like any other computation, so that asking costs no wait until the answer is read. All
+    processes must call it, in the same order among their other computations.
     """
     if jax.process_count() == 1:
         return flag
@@ -136,8 +136,9 @@ def make_global(
 ) -> jax.Array:
     """The global array of shape `global_shape` = [B, ...] of which this process holds `local_rows`.
 
-    `local_rows` is what `local_batch_rows` gave for a sharding whose first dimension is cut alike. `local_array` holds
-    those rows and must not be written to afterwards: on the CPU the device array may share its memory.
+    `local_rows` is what `local_batch_rows` gave for a sharding whose first dimension is cut alike.
+    `local_array` holds those rows and must not be written to afterwards: on the CPU the device array may
+    share its memory.
     """
     if local_array.shape != (len(local_rows), *global_shape[1:]):
         expected = (len(local_rows), *global_shape[1:])
