@@ -1,0 +1,140 @@
+"""The decoder-only Transformer (Radford et al. 2018; Touvron et al. 2023), from GPT-2 to Llama by configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmjax.models.contract import box_axes, unbox
+from llmjax.nn.cache import Cache, append_tokens, make_cache
+from llmjax.nn.config import ModelConfig
+from llmjax.nn.layers import Norm, matrix
+from llmjax.nn.stack import Block, decode_stack, init_stack, run_stack
+from llmjax.ops import rope
+from llmjax.ops.attention import full
+from llmjax.ops.attention.mask import Mask, self_mask
+from llmjax.ops.dropout import dropout, sequence_keys
+from llmjax.ops.logits import softcap
+from llmjax.parallel.rules import Layout
+from llmjax.types import Batch, Params
+
+
+class Embedding(nn.Module):
+    """The token table, the learned position table where there is one, and the output matrix unless it is tied."""
+
+    config: ModelConfig
+    vocab_size: int
+    max_positions: int
+
+    @nn.compact
+    def __call__(self) -> None:
+        c, D = self.config, self.config.model_dim
+        matrix(self, "embedding_VD", (self.vocab_size, D), ("vocab", "embed"), c.init_std)
+        if c.position == "learned":
+            matrix(self, "positions_TD", (self.max_positions, D), (None, "embed"), c.init_std)
+        if not c.tie_embeddings:
+            matrix(self, "unembedding_VD", (self.vocab_size, D), ("vocab", "embed"), c.init_std)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT:
+    """The `Model` contract for a decoder-only Transformer.
+
+    `config` is resolved; `max_positions` bounds learned positions; `attend` is the attention algorithm of training;
+    generation always uses `full`, whose queries are few.
+    """
+
+    config: ModelConfig
+    vocab_size: int
+    max_positions: int
+    layout: Layout = Layout()
+    attend: Callable[..., jax.Array] = full.attend
+
+    @property
+    def _block(self) -> Block:
+        return Block(self.config, self.layout, self.attend)
+
+    @property
+    def _embedding(self) -> Embedding:
+        return Embedding(self.config, self.vocab_size, self.max_positions)
+
+    @property
+    def _final_norm(self) -> Norm:
+        return Norm(self.config.norm, self.config.norm_eps, self.config.use_bias)
+
+    def _init_boxed(self, rng: jax.Array) -> Params:
+        rng_embedding, rng_layers, rng_norm = jax.random.split(rng, 3)
+        x_BTD = jnp.zeros((1, 2, self.config.model_dim), self.config.dtype)
+        index_BT = jnp.zeros((1, 2), jnp.int32)
+        block = Block(self.config, Layout(), full.attend)
+        return {
+            "embedding": self._embedding.init(rng_embedding)["params"],
+            "layers": init_stack(block, rng_layers, x_BTD, self._turn(index_BT), self_mask(index_BT, index_BT)),
+            "final_norm": self._final_norm.init(rng_norm, x_BTD)["params"],
+        }
+
+    def init(self, rng: jax.Array) -> Params:
+        return unbox(self._init_boxed(rng))
+
+    def axes(self) -> Any:
+        return box_axes(jax.eval_shape(self._init_boxed, jax.random.key(0)))
+
+    def _turn(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        c = self.config
+        return rope.rotation(positions_BT, c.head_dim, c.rope_theta) if c.position == "rope" else None
+
+    def _embed(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        c, tables = self.config, params["embedding"]
+        x_BTD = jnp.take(tables["embedding_VD"], tokens_BT, axis=0, mode="clip")
+        if c.position == "learned":
+            x_BTD = x_BTD + jnp.take(tables["positions_TD"], positions_BT, axis=0, mode="clip")
+        elif c.position == "sinusoidal":
+            x_BTD = x_BTD * c.model_dim**0.5 + rope.sinusoid(positions_BT, c.model_dim)
+        return self.layout.constrain(x_BTD.astype(c.dtype), "batch", "length", None)
+
+    def apply(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> jax.Array:
+        keys_B = None if rng is None or self.config.dropout == 0.0 else sequence_keys(rng, batch.index)
+        x_BTD = self._embed(params, batch.tokens, batch.positions)
+        x_BTD = dropout(x_BTD, keys_B, self.config.dropout, 0)
+        mask = self_mask(batch.segments, batch.positions)
+        x_BTD = run_stack(self._block, params["layers"], x_BTD, self._turn(batch.positions), mask, keys_B=keys_B)
+        return self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
+
+    def unembedding(self, params: Params) -> jax.Array:
+        tables = params["embedding"]
+        return tables["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"].astype(self.config.dtype)
+
+    def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, self.unembedding(params),
+                                preferred_element_type=jnp.float32)
+        return softcap(logits_BTV, self.config.logit_softcap)
+
+    def make_cache(self, batch: int, slots: int) -> Cache:
+        c = self.config
+        return make_cache(c.num_layers, batch, slots, c.num_kv_heads, c.head_dim, c.dtype)
+
+    def decode(self, params: Params, tokens_BT: jax.Array, cache: Cache,
+               valid_BT: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+        valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
+        slot = cache.used
+        cache, segments_BT, positions_BT = append_tokens(cache, valid_BT)
+        mask = Mask(segments_BT, cache.segments_BS, positions_BT, cache.positions_BS)
+        x_BTD = self._embed(params, tokens_BT, positions_BT)
+        block = Block(self.config, self.layout, full.attend)
+        x_BTD, (k_LBSKH, v_LBSKH) = decode_stack(block, params["layers"], x_BTD, self._turn(positions_BT), mask,
+                                                 (cache.k_LBSKH, cache.v_LBSKH), slot)
+        hidden_BTD = self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
+        return self.logits(params, hidden_BTD), dataclasses.replace(cache, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
+
+    def flops_per_token(self, attended: float) -> float:
+        """6 per weight of a matrix product (Kaplan et al. 2020) and 12 L N H per attended key; embedding lookups are free."""
+        c = self.config
+        attention = c.model_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+        mlp = c.model_dim * c.mlp_dim * (3 if c.activation == "swiglu" else 2)
+        weights = c.num_layers * (attention + mlp) + self.vocab_size * c.model_dim
+        return 6.0 * weights + 12.0 * c.num_layers * c.num_heads * c.head_dim * attended

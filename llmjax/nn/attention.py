@@ -1,0 +1,59 @@
+"""Multi-head attention with grouped queries (Ainslie et al. 2023), rotary positions, QK-norm and a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from llmjax.nn.cache import write
+from llmjax.nn.config import ModelConfig
+from llmjax.nn.layers import Norm, matrix, vector
+from llmjax.ops import rope
+from llmjax.ops.attention.mask import Mask
+from llmjax.parallel.rules import Layout
+
+KeyValue = tuple[jax.Array, jax.Array]
+
+
+class Attention(nn.Module):
+    """Self-attention of x_BTD under `mask`; `attend` is any algorithm of `ops/attention`."""
+
+    config: ModelConfig
+    layout: Layout
+    attend: Callable[..., jax.Array]
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, turn: KeyValue | None, mask: Mask, cached: KeyValue | None = None,
+                 slot: jax.Array | None = None) -> tuple[jax.Array, KeyValue]:
+        """out_BTD and the keys and values attended to: this call's own, or the cache with them written at `slot`."""
+        c = self.config
+        D, N, K, H = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
+        q_BTNH = x_BTD @ matrix(self, "wq_DNH", (D, N, H), ("embed", "heads", "head_dim"), std, c.dtype).reshape(D, N * H)
+        k_BTKH = x_BTD @ matrix(self, "wk_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype).reshape(D, K * H)
+        v_BTKH = x_BTD @ matrix(self, "wv_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype).reshape(D, K * H)
+        wo_NHD = matrix(self, "wo_NHD", (N, H, D), ("heads", "head_dim", "embed"), out_std, c.dtype)
+        B, T, _ = x_BTD.shape
+        q_BTNH, k_BTKH, v_BTKH = (y.reshape(B, T, -1, H) for y in (q_BTNH, k_BTKH, v_BTKH))
+        if c.use_bias:
+            q_BTNH = q_BTNH + vector(self, "q_bias", (N, H), ("heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
+            k_BTKH = k_BTKH + vector(self, "k_bias", (K, H), ("kv_heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
+            v_BTKH = v_BTKH + vector(self, "v_bias", (K, H), ("kv_heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
+        if c.qk_norm:
+            q_BTNH = Norm("rmsnorm", c.norm_eps, name="q_norm")(q_BTNH)
+            k_BTKH = Norm("rmsnorm", c.norm_eps, name="k_norm")(k_BTKH)
+        if turn is not None:
+            q_BTNH, k_BTKH = rope.rotate(q_BTNH, *turn), rope.rotate(k_BTKH, *turn)
+        q_BTNH = self.layout.constrain(q_BTNH, "batch", "length", "heads", "head_dim")
+        if cached is not None:
+            k_BTKH, v_BTKH = write(cached[0], k_BTKH, slot), write(cached[1], v_BTKH, slot)
+        else:  # positions are split over `seq`, keys and values are gathered
+            k_BTKH = self.layout.constrain(k_BTKH, "batch", None, "kv_heads", "head_dim")
+            v_BTKH = self.layout.constrain(v_BTKH, "batch", None, "kv_heads", "head_dim")
+        out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask)
+        out_BTD = out_BTNH.reshape(B, T, N * H) @ wo_NHD.reshape(N * H, D)
+        if c.use_bias:
+            out_BTD = out_BTD + vector(self, "out_bias", (D,), (None,), 0.0).astype(c.dtype)[None, None]
+        return self.layout.constrain(out_BTD, "batch", "length", None), (k_BTKH, v_BTKH)

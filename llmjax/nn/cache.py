@@ -1,0 +1,56 @@
+"""The key/value cache of generation: slots that carry positions and segments, so that the usual mask applies.
+
+A slot is written once and its place means nothing; prompts of different lengths share one cache because a padding
+token leaves a slot of segment 0, which nobody sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """k_LBSKH, v_LBSKH in the compute dtype; segments_BS, positions_BS int32 of each slot (segment 0: empty);
+    next_position_B int32, the position of each row's next token; used int32 [], slots written so far."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+    segments_BS: jax.Array
+    positions_BS: jax.Array
+    next_position_B: jax.Array
+    used: jax.Array
+
+
+def make_cache(num_layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: str) -> Cache:
+    """An empty cache with room for `slots` tokens per row."""
+    kv = jnp.zeros((num_layers, batch, slots, kv_heads, head_dim), dtype)
+    per_slot = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(kv, kv, per_slot, per_slot, jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def append_tokens(cache: Cache, valid_BT: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
+    """The cache with slots claimed for T tokens per row, and those tokens' segments_BT (0 where invalid) and positions_BT.
+
+    Keys and values are written into the claimed slots, `used - T` on, by `write`, layer by layer.
+    """
+    counts_BT = jnp.cumsum(valid_BT.astype(jnp.int32), axis=1)
+    positions_BT = cache.next_position_B[:, None] + counts_BT - valid_BT
+    segments_BT = valid_BT.astype(jnp.int32)
+    cache = dataclasses.replace(
+        cache,
+        segments_BS=jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, cache.used)),
+        positions_BS=jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, (0, cache.used)),
+        next_position_B=cache.next_position_B + counts_BT[:, -1],
+        used=cache.used + valid_BT.shape[1],
+    )
+    return cache, segments_BT, positions_BT
+
+
+def write(cached_BSKH: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
+    """`cached` with `new` from slot number `slot` on."""
+    return jax.lax.dynamic_update_slice(cached_BSKH, new_BTKH, (0, slot, 0, 0))

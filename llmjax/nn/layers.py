@@ -1,0 +1,71 @@
+"""Parameters with logical axes, norms, and the feed-forward layer."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmjax.nn.config import ModelConfig
+from llmjax.parallel.rules import Layout
+
+
+def matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float,
+           dtype: str = "float32") -> jax.Array:
+    """A parameter drawn from N(0, std^2), held in float32 and handed out in `dtype`, its dimensions named by `axes`."""
+    init = nn.with_logical_partitioning(jax.nn.initializers.normal(std), axes)
+    return module.param(name, init, shape, jnp.float32).astype(dtype)
+
+
+def vector(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], value: float) -> jax.Array:
+    """A float32 parameter that starts constant: scales at 1, biases at 0. Never decayed."""
+    return module.param(name, nn.with_logical_partitioning(jax.nn.initializers.constant(value), axes), shape, jnp.float32)
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension, computed in float32."""
+
+    kind: str
+    eps: float
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        shape = (1,) * (x.ndim - 1) + (x.shape[-1],)
+        y = y * vector(self, "scale", shape[-1:], (None,), 1.0).reshape(shape)
+        if self.kind == "layernorm" and self.use_bias:
+            y = y + vector(self, "bias", shape[-1:], (None,), 0.0).reshape(shape)
+        return y.astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward: SwiGLU (Shazeer 2020), GELU, or squared ReLU (So et al. 2021)."""
+
+    config: ModelConfig
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
+        w_up_DF = matrix(self, "w_up_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
+        w_down_FD = matrix(self, "w_down_FD", (c.mlp_dim, c.model_dim), ("mlp", "embed"), out_std, c.dtype)
+        up_BTF = x_BTD @ w_up_DF
+        if c.use_bias:
+            up_BTF = up_BTF + vector(self, "up_bias", (c.mlp_dim,), ("mlp",), 0.0).astype(c.dtype)[None, None]
+        if c.activation == "swiglu":
+            w_gate_DF = matrix(self, "w_gate_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
+            h_BTF = jax.nn.silu(x_BTD @ w_gate_DF) * up_BTF
+        elif c.activation == "gelu":
+            h_BTF = jax.nn.gelu(up_BTF)
+        else:
+            h_BTF = jnp.square(jax.nn.relu(up_BTF))
+        h_BTF = self.layout.constrain(h_BTF, "batch", "length", "mlp")
+        out_BTD = h_BTF @ w_down_FD
+        if c.use_bias:
+            out_BTD = out_BTD + vector(self, "down_bias", (c.model_dim,), (None,), 0.0).astype(c.dtype)[None, None]
+        return self.layout.constrain(out_BTD, "batch", "length", None)

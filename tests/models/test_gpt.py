@@ -1,0 +1,160 @@
+"""The GPT: documents do not leak, packing changes nothing, the cache equals the full pass, scan equals unrolled."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.models.gpt import GPT
+from llmjax.nn.config import ModelConfig, resolve
+from llmjax.types import Batch
+
+V, T = 61, 24
+TINY = ModelConfig(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, init_std=0.2)
+VARIANTS = {
+    "llama": TINY,
+    "gpt2": dataclasses.replace(TINY, num_kv_heads=0, activation="gelu", norm="layernorm", position="learned",
+                                qk_norm=False, use_bias=True),
+    "multi_query_relu2": dataclasses.replace(TINY, num_kv_heads=1, activation="relu2", position="sinusoidal",
+                                             tie_embeddings=False, logit_softcap=5.0),
+    "scan": dataclasses.replace(TINY, scan_layers=True),
+}
+
+
+def make_gpt(config):
+    """The model with its functions compiled: op by op they would take minutes."""
+    return GPT(resolve(config), V, T)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(gpt, params, batch, rng=None):
+    return gpt.logits(params, gpt.apply(params, batch, rng=rng))
+
+
+init = jax.jit(lambda gpt: every_bias(gpt.init(jax.random.key(0))), static_argnums=0)
+decode = jax.jit(GPT.decode, static_argnums=0)
+
+
+def packed_batch(lengths_by_row, seed=0):
+    rng = np.random.default_rng(seed)
+    B = len(lengths_by_row)
+    arrays = {k: np.zeros((B, T), np.int32) for k in ("tokens", "targets", "segments", "positions")}
+    for b, lengths in enumerate(lengths_by_row):
+        start = 0
+        for s, n in enumerate(lengths, 1):
+            arrays["tokens"][b, start:start + n] = rng.integers(1, V, n)
+            arrays["targets"][b, start:start + n] = rng.integers(1, V, n)
+            arrays["segments"][b, start:start + n] = s
+            arrays["positions"][b, start:start + n] = np.arange(n)
+            start += n
+    return Batch(weights=(arrays["segments"] > 0).astype(np.float32), index=np.arange(B, dtype=np.int32), **arrays)
+
+
+def every_bias(params, seed=1):
+    """Parameters with biases and scales moved off their initial constants, so that they matter."""
+    leaves, treedef = jax.tree.flatten(params)
+    rngs = jax.random.split(jax.random.key(seed), len(leaves))
+    return treedef.unflatten([x + 0.1 * jax.random.normal(r, x.shape) for x, r in zip(leaves, rngs, strict=True)])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_axes_name_every_dimension(variant):
+    gpt = make_gpt(VARIANTS[variant])
+    params = jax.eval_shape(gpt.init, jax.random.key(0))
+    jax.tree.map(lambda x, axes: (x.ndim == len(axes)) or pytest.fail(f"{x.shape} {axes}"), params, gpt.axes(),
+                 is_leaf=lambda x: isinstance(x, tuple))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_logits_equal_each_document_alone(variant):
+    gpt = make_gpt(VARIANTS[variant])
+    params = init(gpt)
+    batch = packed_batch([[7, 11, 4], [24]])
+    packed = logits_of(gpt, params, batch)
+    start = 0
+    for n in (7, 11, 4):
+        alone = np.zeros((1, T), np.int32)
+        alone[0, :n] = batch.tokens[0, start:start + n]
+        segments = (np.arange(T)[None] < n).astype(np.int32)
+        one = Batch(alone, alone, segments.astype(np.float32), segments, np.arange(T, dtype=np.int32)[None] * segments,
+                    np.zeros(1, np.int32))
+        logits = logits_of(gpt, params, one)
+        np.testing.assert_allclose(logits[0, :n], packed[0, start:start + n], rtol=2e-5, atol=2e-5)
+        start += n
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_decode_equals_the_full_pass(variant):
+    gpt = make_gpt(VARIANTS[variant])
+    params = init(gpt)
+    batch = packed_batch([[20], [13]])
+    expected = logits_of(gpt, params, batch)
+    prompt = np.array([5, 3])  # different prompt lengths share a prefill
+    valid = np.arange(5)[None] < prompt[:, None]
+    cache = gpt.make_cache(2, 5 + 10)
+    logits, cache = decode(gpt, params, jnp.where(valid, batch.tokens[:, :5], 0), cache, valid)
+    for b, n in enumerate(prompt):
+        np.testing.assert_allclose(logits[b, :n], expected[b, :n], rtol=2e-5, atol=2e-5)
+    for step in range(10):
+        at = prompt + step
+        tokens = batch.tokens[np.arange(2), at][:, None]
+        logits, cache = decode(gpt, params, tokens, cache)
+        np.testing.assert_allclose(logits[:, 0], expected[np.arange(2), at], rtol=2e-5, atol=2e-5)
+
+
+def test_no_gradient_crosses_documents():
+    gpt = make_gpt(TINY)
+    params = init(gpt)
+    batch = packed_batch([[7, 11, 4]])
+
+    def second_document(noise_TD):
+        table = params["embedding"]["embedding_VD"]
+        # each position looks up a table row of its own, so that its gradient is separate
+        rows = jnp.concatenate([table, table[batch.tokens[0]] + noise_TD])
+        moved = dataclasses.replace(batch, tokens=V + jnp.arange(T, dtype=jnp.int32)[None])
+        hidden = gpt.apply(params | {"embedding": {"embedding_VD": rows}}, moved)
+        return jnp.sum(jnp.sin(hidden[0, 7:18]))
+
+    gradient = np.abs(jax.jit(jax.grad(second_document))(jnp.zeros((T, 16)))).sum(axis=1)
+    assert (gradient[7:18] > 0).all()
+    assert (np.delete(gradient, slice(7, 18)) == 0).all()
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_scan_equals_unrolled_with_gradients(remat):
+    batch = packed_batch([[7, 11, 4], [24]])
+
+    def loss(gpt, params):
+        return jnp.sum(jnp.square(gpt.logits(params, gpt.apply(params, batch))) * batch.weights[..., None])
+
+    unrolled = make_gpt(TINY)
+    params = init(unrolled)
+    expected = jax.jit(jax.value_and_grad(lambda p: loss(unrolled, p)))(params)
+    scanned = make_gpt(dataclasses.replace(TINY, scan_layers=True, remat=remat))
+    got = jax.jit(jax.value_and_grad(lambda p: loss(scanned, p)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), expected, got)
+
+
+def test_dropout_follows_the_sequence_not_its_place_in_the_batch():
+    gpt = make_gpt(dataclasses.replace(TINY, dropout=0.3))
+    params = init(gpt)
+    batch = packed_batch([[24], [24], [24], [24]])
+    rng = jax.random.key(5)
+    whole = logits_of(gpt, params, batch, rng)
+    half = logits_of(gpt, params, jax.tree.map(lambda x: x[2:], batch), rng)
+    np.testing.assert_allclose(whole[2:], half, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(whole, logits_of(gpt, params, batch))
+    assert not np.allclose(whole, logits_of(gpt, params, batch, jax.random.key(6)))
+
+
+def test_flops_count_weights_and_attended_keys():
+    config = dataclasses.replace(TINY, num_kv_heads=0, activation="gelu")
+    gpt = make_gpt(config)
+    params = jax.eval_shape(gpt.init, jax.random.key(0))
+    matrices = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(params) if "scale" not in str(path))
+    assert gpt.flops_per_token(0.0) == 6 * matrices
+    assert gpt.flops_per_token(10.0) - gpt.flops_per_token(0.0) == 12 * 2 * 16 * 10
