@@ -1,0 +1,201 @@
+"""From a store and a packing plan to batches; the only file that knows grain.
+
+Packed sequence number i is a pure function of (data, seed, i): a row of the plan, in an order that is
+shuffled anew each epoch. So the only state is one integer, the number of sequences consumed: it restores in
+O(1), is the same on 1, 2 or 64 hosts, and does not care how many sequences a micro-batch or an update takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset
+
+from llmjax.data.plan import PackingPlan, permute
+from llmjax.errors import UserError
+
+Arrays = dict[str, np.ndarray]  # the fields of llmjax.types.Batch
+
+FOREVER = 2**48  # micro-batches; grain wants a length
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The `data` section of the config.
+
+    sources            what is read: files, directories, globs, or "stdlib"
+    text_field         where the text is in JSON lines and Parquet rows
+    on_bad_text        what invalid UTF-8 does: "error", "skip" the document, or "replace" the bytes
+    seq_len            T, positions of a packed sequence
+    held_out_fraction  of the documents, chosen by hash of their text; 0 = no held-out set
+    cache_dir          of tokenizers and token stores; "" = $XDG_CACHE_HOME/llmjax or ~/.cache/llmjax
+    num_workers        processes that tokenize; 0 = one per core
+    prefetch           micro-batches made ahead of the step by a thread; 0 = none, and no thread
+    """
+
+    sources: tuple[str, ...]
+    text_field: str
+    on_bad_text: str
+    seq_len: int
+    held_out_fraction: float
+    cache_dir: str
+    num_workers: int
+    prefetch: int
+
+    def __post_init__(self):
+        _require(self.sources, self, "sources", "must name at least one file, directory or glob")
+        _require(self.text_field, self, "text_field", "must name a field of the JSON lines or Parquet rows")
+        choices = ("error", "skip", "replace")
+        _require(self.on_bad_text in choices, self, "on_bad_text", f"must be one of {', '.join(choices)}")
+        _require(self.seq_len > 0, self, "seq_len", "must be at least 1")
+        _require(0 <= self.held_out_fraction < 1, self, "held_out_fraction", "must be at least 0 and below 1")
+        _require(self.num_workers >= 0, self, "num_workers", "must not be negative; 0 means one per core")
+        _require(self.prefetch >= 0, self, "prefetch", "must not be negative; 0 turns it off")
+
+
+def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:
+    if not holds:
+        raise UserError(f"data.{key}={getattr(config, key)!r} {rule}.")
+
+
+class PackedSequences:
+    """Random access to packed sequences by number; picklable if the store is.
+
+    Args:
+      store: has `tokens(doc, start, stop)`, a view of tokens start to stop of a document, and `name(doc)`.
+      plan: which pieces of which documents make up a row.
+      seed: of the order of the rows, which is another one in each epoch.
+      repeat: whether sequence numbers go on after `plan.num_rows` with the next epoch (training), or give
+        rows of padding (evaluation, whose last batch is then padded exactly).
+    """
+
+    def __init__(self, store: Any, plan: PackingPlan, seed: int, *, repeat: bool = True):
+        if not plan.num_rows:
+            raise ValueError("The plan is empty: there are no sequences to read.")
+        self.store, self.plan, self.seed, self.repeat = store, plan, seed, repeat
+
+    def read(self, indices: np.ndarray) -> Arrays:
+        """The sequences numbered `indices` (int [B]): tokens, targets, weights, segments, positions [B, T],
+        index [B].
+
+        Positions count from 0 in each piece, also where it continues a document that is longer than T.
+        Padding is 0 in all fields. `index` wraps at 2^31.
+        """
+        indices = np.asarray(indices, np.int64)
+        counts, pieces = self._pieces(indices)
+        docs, starts, lengths = (getattr(self.plan, name)[pieces] for name in ("docs", "starts", "lengths"))
+        row = np.repeat(np.arange(len(indices)), counts)
+        first_of_row = np.repeat(np.cumsum(counts) - counts, counts)
+        before = np.cumsum(lengths, dtype=np.int64) - lengths  # tokens in all earlier pieces of the batch
+        column = before - before[first_of_row]
+        segment = np.arange(len(pieces)) - first_of_row + 1
+
+        shape = (len(indices), self.plan.seq_len)
+        tokens, targets, segments, positions = flat = np.zeros((4, shape[0] * shape[1]), np.int32)
+        count = np.arange(shape[1], dtype=np.int32)
+        store_tokens = self.store.tokens
+        columns = (docs, starts, lengths, row * shape[1] + column, segment)
+        for doc, start, length, at, number in zip(*(values.tolist() for values in columns)):
+            piece = store_tokens(doc, start, start + length + 1)
+            tokens[at : at + length] = piece[:-1]
+            targets[at : at + length] = piece[1:]
+            segments[at : at + length] = number
+            positions[at : at + length] = count[:length]
+        tokens, targets, segments, positions = flat.reshape(4, *shape)
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "weights": (segments > 0).astype(np.float32),
+            "segments": segments,
+            "positions": positions,
+            "index": (indices % 2**31).astype(np.int32),
+        }
+
+    def documents(self, indices: np.ndarray) -> list[tuple[str, int, int]]:
+        """(name, start, stop) of the tokens that these sequences read, in order, for error messages."""
+        _, pieces = self._pieces(np.asarray(indices, np.int64))
+        plan = self.plan
+        stops = plan.starts[pieces] + plan.lengths[pieces] + 1
+        columns = (plan.docs[pieces], plan.starts[pieces], stops)
+        return [(self.store.name(doc), *span) for doc, *span in zip(*(values.tolist() for values in columns))]
+
+    def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sequence numbers [B] -> how many pieces each has [B], and the numbers of all these pieces."""
+        plan = self.plan
+        epochs, within = np.divmod(indices, plan.num_rows)
+        rows = np.empty_like(indices)
+        for epoch in set(epochs.tolist()):
+            here = epochs == epoch
+            rows[here] = permute(within[here], plan.num_rows, self.seed, epoch)
+        first = plan.offsets[rows]
+        counts = plan.offsets[rows + 1] - first
+        if not self.repeat:
+            counts[epochs > 0] = 0
+        skipped = first - (np.cumsum(counts) - counts)
+        return counts, np.arange(counts.sum()) + np.repeat(skipped, counts)
+
+
+class Batches(Iterator[Arrays]):
+    """An iterator over micro-batches that is to be closed, by `close` or `with`.
+
+    A prefetching thread that is still at work when the interpreter goes down aborts the process, so what was
+    left open is closed before that, too.
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator):
+        self._iterator = iterator
+        self.close = weakref.finalize(self, iterator.close)
+
+    def __next__(self) -> Arrays:
+        return next(self._iterator)
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def make_batches(
+    source: PackedSequences,
+    *,
+    start: int,
+    batch_size: int,
+    local_rows: np.ndarray | None = None,
+    seq_slice: slice = slice(None),
+    stop: int | None = None,
+    prefetch: int = 2,
+) -> Batches:
+    """Micro-batches of `batch_size` sequences from sequence number `start` on, as dicts of numpy arrays.
+
+    Args:
+      start: the data cursor, the number of sequences consumed before.
+      batch_size: sequences of the global micro-batch, over all processes.
+      local_rows: int [n], the rows of the global micro-batch that this process needs, ascending; None = all.
+      seq_slice: the positions of each sequence that this process needs.
+      stop: where the sequences end; None = never. The last micro-batch is full, so with a source that
+        repeats, batch_size must divide stop - start.
+      prefetch: micro-batches made ahead in a background thread; 0 = none.
+    """
+    num_batches = FOREVER if stop is None else -(-(stop - start) // batch_size)
+    if stop is not None and source.repeat and (stop - start) % batch_size:
+        raise ValueError(f"{stop - start} sequences are no multiple of the batch size {batch_size}.")
+    rows = np.arange(batch_size) if local_rows is None else np.asarray(local_rows)
+    read = functools.partial(_read_batch, source, start, batch_size, rows, seq_slice)
+    dataset = grain.MapDataset.range(num_batches).map(read)
+    # No threads of its own: with the default options reading from a memory map is 9 times slower.
+    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return Batches(iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)))
+
+
+def _read_batch(
+    source: PackedSequences, start: int, batch_size: int, rows: np.ndarray, seq_slice: slice, number: int
+) -> Arrays:
+    batch = source.read(start + number * batch_size + rows)
+    return {name: array[:, seq_slice] if array.ndim == 2 else array for name, array in batch.items()}
