@@ -1,0 +1,93 @@
+"""What the terminal shows of a run: a bar with loss, tokens/s and time left; plain lines where it is none.
+
+A bar in a log file is noise, so into a file or pipe goes one line at the first update, then one at most every
+`PLAIN_SECONDS`, and one at the last. Evaluations always get a line.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+PLAIN_SECONDS = 10.0
+SMOOTHING = 0.9  # of tokens/s over updates, for the eye; the recorded figures are exact
+
+
+class Progress:
+    """The display of a run of `num_updates` that goes on from `update`."""
+
+    def __init__(self, num_updates: int, update: int):
+        self._num_updates = num_updates
+        self._start = update
+        self._speed: float | None = None
+        self._tokens_per_update = 0.0
+        self._printed = -PLAIN_SECONDS
+        self._bar = None
+        if sys.stderr.isatty():
+            layout = "{n_fmt}/{total_fmt} |{bar}| {postfix}"
+            self._bar = tqdm(
+                total=num_updates, initial=update, bar_format=layout, dynamic_ncols=True, leave=True
+            )
+
+    def train(self, update: int, values: dict[str, float]) -> None:
+        """Shows one update; `values` are those of the metrics file."""
+        speed = values.get("tokens_per_second")
+        if speed is not None:
+            last = self._speed
+            self._speed = speed if last is None else SMOOTHING * last + (1 - SMOOTHING) * speed
+        self._tokens_per_update = values["tokens"] / max(update, 1)
+        text = self._describe(update, values["loss"])
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(update - self._bar.n)
+        elif self._is_due(update):
+            print(f"update {update}/{self._num_updates}  {text}", flush=True)
+
+    def evaluate(self, update: int, values: dict[str, float]) -> None:
+        """Shows the result of an evaluation on a line of its own."""
+        names = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+        parts = [f"{names[name]} {values[name]:.4f}" for name in names if name in values]
+        self.say(f"update {update}/{self._num_updates}  held-out " + "  ".join(parts))
+
+    def say(self, text: str) -> None:
+        """Prints `text` above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is and gives the terminal back."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _is_due(self, update: int) -> bool:
+        now = time.monotonic()
+        if now - self._printed < PLAIN_SECONDS and update not in (self._start + 1, self._num_updates):
+            return False
+        self._printed = now
+        return True
+
+    def _describe(self, update: int, loss: float) -> str:
+        text = f"loss {loss:.4f}"
+        if self._speed:
+            left = (self._num_updates - update) * self._tokens_per_update / self._speed
+            text += f"  {format_count(self._speed)} tokens/s  ETA {format_seconds(left)}"
+        return text
+
+
+def format_count(number: float) -> str:
+    """Three digits and a unit: 12.3k, 1.23M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """m:ss, or h:mm:ss from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
