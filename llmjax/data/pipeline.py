@@ -149,17 +149,29 @@ class Batches(Iterator[Arrays]):
     """
 
     def __init__(self, iterator: grain.DatasetIterator):
-        self._iterator = iterator
-        self.close = weakref.finalize(self, iterator.close)
+        self._open = [iterator]
+        self._finalizer = weakref.finalize(self, _close_all, self._open)
 
     def __next__(self) -> Arrays:
-        return next(self._iterator)
+        if not self._open:
+            raise ValueError("These batches are closed.")
+        return next(self._open[0])
+
+    def close(self) -> None:
+        """Ends the thread; a second time does nothing."""
+        self._finalizer()
 
     def __enter__(self) -> Batches:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+    """Closes the iterators and lets go of them: grain's destructor fails once its modules are gone."""
+    while iterators:
+        iterators.pop().close()
 
 
 def make_batches(

@@ -301,7 +301,7 @@ def check_corpus(
         )
     if train.num_rows < sequences_per_update:
         raise UserError(
-            f"data.sources has {train.num_documents} documents to train on, which pack into "
-            f"{train.num_rows} sequences of data.seq_len={train.seq_len}, fewer than the {sequences_per_update} of "
-            "one update; add documents, or lower train.tokens_per_update or data.seq_len."
+            f"data.sources has {train.num_documents} documents to train on, which pack into {train.num_rows} "
+            f"sequences of data.seq_len={train.seq_len}, fewer than the {sequences_per_update} of one "
+            "update; add documents, or lower train.tokens_per_update or data.seq_len."
         )

@@ -1,5 +1,6 @@
 """Every target exactly once, rows that hold, best-fit decreasing to the row, an order that is a bijection."""
 
+import bisect
 import dataclasses
 import pickle
 
@@ -31,13 +32,11 @@ T = 64
 
 def reference_best_fit_decreasing(sizes, seq_len: int) -> int:
     """Rows that the textbook's loop over pieces needs."""
-    rooms = []
+    rooms = []  # ascending
     for size in sorted(sizes, reverse=True):
-        fitting = [row for row, room in enumerate(rooms) if room >= size]
-        if not fitting:
-            rooms.append(seq_len)
-            fitting = [len(rooms) - 1]
-        rooms[min(fitting, key=lambda row: rooms[row])] -= size
+        fullest = bisect.bisect_left(rooms, size)
+        room = rooms.pop(fullest) if fullest < len(rooms) else seq_len
+        bisect.insort(rooms, room - size)
     return len(rooms)
 
 
@@ -104,7 +103,8 @@ def test_the_seed_decides_which_documents_of_equal_length_meet():
 def test_the_order_within_rows_does_not_follow_length():
     lengths = LENGTHS["short"]
     plan = plan_packing(lengths, np.arange(len(lengths)), T, 0)
-    pairs = [row[:2] for row in np.split(plan.lengths, plan.offsets[1:-1]) if len(row) > 1 and row[0] != row[1]]
+    rows = np.split(plan.lengths, plan.offsets[1:-1])
+    pairs = [row[:2] for row in rows if len(row) > 1 and row[0] != row[1]]
     longer_first = np.mean([first > second for first, second in pairs])
     assert 0.3 < longer_first < 0.7
 
@@ -144,7 +144,8 @@ def test_the_order_is_the_same_forever():
     assert permute(np.array([0, 999_999]), 10**6, 1, 2).tolist() == [561086, 85829]
     assert hash_integers(np.array([0]), 0).tolist() == [0xE220A8397B1DCDAF]  # of splitmix64
     lengths = 2 + np.arange(500) * 7919 % 60
-    assert plan_packing(lengths, np.arange(500), T, 0).docs[:8].tolist() == [297, 361, 481, 417, 181, 237, 241, 117]
+    plan = plan_packing(lengths, np.arange(500), T, 0)
+    assert plan.docs[:8].tolist() == [297, 361, 481, 417, 181, 237, 241, 117]
 
 
 def test_a_plan_survives_the_disk_and_travels_as_its_folder(tmp_path):
@@ -164,15 +165,19 @@ def test_an_empty_plan_survives_the_disk(tmp_path):
     assert load_plan(tmp_path / "plan").num_rows == 0
 
 
-def test_a_cached_plan_is_made_once_and_again_when_anything_changes(tmp_path):
+def test_a_cached_plan_is_made_once_and_again_when_anything_changes(tmp_path, monkeypatch):
     lengths, ids = LENGTHS["short"], np.arange(500)
-    assert cached_plan(lengths, ids, T, 0, tmp_path).folder == cached_plan(lengths, ids, T, 0, tmp_path).folder
-    assert len(list(tmp_path.iterdir())) == 1
-    longer = lengths.copy()
-    longer[7] += 1
-    for changed in [(longer, ids, T, 0), (lengths, ids[:-1], T, 0), (lengths, ids, T + 1, 0), (lengths, ids, T, 1)]:
-        assert cached_plan(*changed, tmp_path).num_tokens == (changed[0][changed[1]] - 1).sum()
-    assert len(list(tmp_path.iterdir())) == 5
+    made = []
+    monkeypatch.setattr(
+        "llmjax.data.plan.plan_packing", lambda *args: made.append(args) or plan_packing(*args)
+    )
+    longer = lengths + (ids == 7)
+    cases = [(lengths, ids, T, 0), (longer, ids, T, 0), (lengths, ids[1:], T, 0), (lengths, ids, 65, 0)]
+    for case in [*cases, (lengths, ids, T, 1)] * 2:
+        plan = cached_plan(*case, tmp_path)
+        assert plan.num_tokens == (case[0][case[1]] - 1).sum()
+        assert (plan.seq_len, plan.folder) == (case[2], str(tmp_path / f"plan-{plan.fingerprint}"))
+    assert len(made) == len(list(tmp_path.iterdir())) == 5
 
 
 def test_of_two_writers_of_a_plan_the_first_wins_and_nothing_is_left_behind(tmp_path):
@@ -187,7 +192,7 @@ def test_a_corpus_that_is_too_small_is_refused_in_one_sentence():
     check_corpus(some, some, sequences_per_update=2, held_out_fraction=0.1)
     check_corpus(some, none, sequences_per_update=2, held_out_fraction=0.0)
     for train, held_out, needed, fraction, words in [
-        (some, some, 3, 0.1, r"2 documents .* 2 sequences of data.seq_len=64, fewer than the 3 of one update"),
+        (some, some, 3, 0.1, "2 documents .* 2 sequences of data.seq_len=64, fewer than the 3 of one"),
         (none, some, 1, 0.9, "held_out_fraction=0.9 holds out all 2 documents"),
         (some, none, 1, 0.1, "held_out_fraction=0.1 holds out none of the 2 documents"),
         (none, none, 1, 0.1, "no document of more than one token"),

@@ -1,0 +1,268 @@
+"""Batches say what the documents say, in an order that depends on the sequence number alone."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import pickle
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from llmjax.data.pipeline import DataConfig, PackedSequences, make_batches
+from llmjax.data.plan import cached_plan, plan_packing
+from llmjax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+FIELDS = {"tokens", "targets", "weights", "segments", "positions", "index"}
+T = 32
+
+
+class FakeStore:
+    """A store in memory: token k of document d is 100 d + k + 1, so every token says where it is from."""
+
+    def __init__(self, lengths):
+        self.lengths = np.asarray(lengths)
+
+    def tokens(self, doc, start, stop):
+        assert 0 <= start < stop <= self.lengths[doc]
+        return (100 * doc + np.arange(start, stop) + 1).astype(np.uint16)
+
+    def name(self, doc):
+        return f"document-{doc}"
+
+
+def make_source(num_documents=60, seed=0, repeat=True):
+    lengths = np.random.default_rng(0).integers(2, 90, num_documents)
+    plan = plan_packing(lengths, np.arange(num_documents), T, seed)
+    return PackedSequences(FakeStore(lengths), plan, seed, repeat=repeat)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return make_source()
+
+
+def take(batches, count):
+    with batches:
+        return [next(batches) for _ in range(count)]
+
+
+def join(batches):
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys() == FIELDS
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+        assert first[name].dtype == second[name].dtype
+
+
+def test_an_epoch_predicts_every_target_of_every_document_exactly_once(source):
+    batch = source.read(np.arange(source.plan.num_rows))
+    used = batch["weights"] > 0
+    assert (batch["targets"][used] == batch["tokens"][used] + 1).all()
+    expected = [100 * doc + k + 1 for doc, n in enumerate(source.store.lengths.tolist()) for k in range(1, n)]
+    assert sorted(batch["targets"][used].tolist()) == expected
+
+
+def test_segments_and_positions_follow_the_documents(source):
+    batch = source.read(np.arange(source.plan.num_rows))
+    for tokens, segments, positions in zip(batch["tokens"], batch["segments"], batch["positions"]):
+        used = np.count_nonzero(segments)
+        assert (segments[used:] == 0).all()
+        edges = np.flatnonzero(np.diff(segments[:used])) + 1
+        pieces = np.split(np.arange(used), edges)
+        assert segments[:used].tolist() == [n for n, piece in enumerate(pieces, 1) for _ in piece]
+        for piece in pieces:
+            assert positions[piece].tolist() == list(range(len(piece)))
+            assert (tokens[piece] == tokens[piece[0]] + positions[piece]).all()  # one document, no gap
+
+
+def test_padding_is_zero_in_all_fields(source):
+    batch = source.read(np.arange(source.plan.num_rows))
+    padding = batch["segments"] == 0
+    assert 0 < padding.sum() == padding.size - source.plan.num_tokens
+    for name in ("tokens", "targets", "weights", "positions"):
+        assert not batch[name][padding].any()
+    assert (batch["weights"][~padding] == 1).all()
+
+
+def test_fields_and_types_are_those_of_the_batch(source):
+    from llmjax.types import Batch
+
+    batch = source.read(np.array([3, 2**31 + 5]))
+    assert batch.keys() == {field.name for field in dataclasses.fields(Batch)}
+    types = {name: array.dtype for name, array in batch.items()}
+    assert types.pop("weights") == np.float32 and set(types.values()) == {np.dtype(np.int32)}
+    assert {array.shape for name, array in batch.items() if name != "index"} == {(2, T)}
+    assert batch["index"].tolist() == [3, 5]
+
+
+def test_a_sequence_is_a_pure_function_of_its_number(source):
+    n = source.plan.num_rows
+    whole = source.read(np.arange(3 * n))
+    numbers = np.random.default_rng(1).integers(0, 3 * n, 50)
+    again = make_source().read(numbers)
+    assert_same(again, {name: array[numbers] for name, array in whole.items()})
+
+
+def test_each_epoch_has_the_same_rows_in_another_order(source):
+    n = source.plan.num_rows
+    epochs = [source.read(np.arange(n) + e * n)["tokens"].tolist() for e in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_names_the_documents_of_a_sequence(source):
+    numbers = np.array([7, 2])
+    batch = source.read(numbers)
+    expected = []
+    for tokens, segments in zip(batch["tokens"], batch["segments"]):
+        for segment in range(1, segments.max() + 1):
+            first, *_, last = [*tokens[segments == segment].tolist()] * 2
+            expected.append((f"document-{first // 100}", first % 100 - 1, last % 100 + 1))
+    assert source.documents(numbers) == expected
+
+
+def test_survives_pickling_with_a_plan_in_memory_or_mapped(source, tmp_path):
+    mapped = cached_plan(source.store.lengths, np.arange(60), T, 0, tmp_path)
+    expected = source.read(np.arange(9))
+    for original in (source, PackedSequences(source.store, mapped, 0)):
+        assert_same(pickle.loads(pickle.dumps(original)).read(np.arange(9)), expected)
+
+
+def test_beyond_the_end_evaluation_reads_padding():
+    source = make_source(repeat=False)
+    n = source.plan.num_rows
+    batch = source.read(np.array([0, n, 5 * n + 3]))
+    assert batch["segments"][0].any()
+    for name in FIELDS - {"index"}:
+        assert not batch[name][1:].any()
+    assert source.documents(np.array([n])) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16])
+def test_evaluation_sees_every_target_once_whatever_the_batch_size(batch_size):
+    source = make_source(repeat=False)
+    n = source.plan.num_rows
+    with make_batches(source, start=0, batch_size=batch_size, stop=n) as batches:
+        read = list(batches)
+    assert len(read) == -(-n // batch_size)
+    assert {len(batch["tokens"]) for batch in read} == {batch_size}
+    assert join(read)["weights"].sum() == source.plan.num_tokens
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [4, 8, 24])
+def test_hosts_batch_size_and_prefetch_do_not_change_the_sequences(source, hosts, batch_size, prefetch):
+    count = 48 // batch_size
+    per_host = batch_size // hosts
+    parts = [
+        take(
+            make_batches(
+                source,
+                start=13,
+                batch_size=batch_size,
+                local_rows=np.arange(per_host) + host * per_host,
+                prefetch=prefetch,
+            ),
+            count,
+        )
+        for host in range(hosts)
+    ]
+    together = join([part[number] for number in range(count) for part in parts])
+    assert_same(together, source.read(np.arange(13, 13 + 48)))
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 16, 1000])
+def test_a_restart_at_any_cursor_goes_on_where_it_was(source, consumed):
+    whole = take(make_batches(source, start=consumed, batch_size=6), 8)
+    before = take(make_batches(source, start=consumed, batch_size=6), 3)
+    after = take(make_batches(source, start=consumed + 18, batch_size=15), 2)
+    assert_same(join(before + after), join(whole))
+
+
+def test_a_process_may_read_scattered_rows_and_a_slice_of_the_positions(source):
+    rows = np.array([1, 2, 6])
+    batches = make_batches(source, start=5, batch_size=8, local_rows=rows, seq_slice=slice(8, 16))
+    whole = source.read(np.concatenate([5 + rows, 13 + rows]))
+    read = join(take(batches, 2))
+    assert_same(read, {name: a[:, 8:16] if a.ndim == 2 else a for name, a in whole.items()})
+
+
+def test_training_must_not_stop_in_the_middle_of_a_batch(source):
+    with pytest.raises(ValueError, match="10 sequences are no multiple of the batch size 4"):
+        make_batches(source, start=0, batch_size=4, stop=10)
+    with make_batches(source, start=2, batch_size=4, stop=10) as batches:
+        assert len(list(batches)) == 2
+
+
+def test_closing_ends_the_thread_also_after_an_error_in_it(source):
+    def prefetching():
+        return [thread for thread in threading.enumerate() if "prefetch" in thread.name]
+
+    with make_batches(source, start=0, batch_size=4) as batches:
+        next(batches)
+        assert prefetching()
+    assert not prefetching()
+    batches.close()  # again, which does nothing
+    with pytest.raises(ValueError, match="closed"):
+        next(batches)
+
+    lengths = source.store.lengths.copy()
+    broken = PackedSequences(FakeStore(lengths // 2), source.plan, 0)
+    with make_batches(broken, start=0, batch_size=60) as batches, pytest.raises(AssertionError):
+        next(batches)
+    assert not prefetching()
+
+
+def test_a_program_that_ends_with_batches_open_ends_well():
+    program = """
+import numpy as np
+from tests.data.test_pipeline import make_source, make_batches
+batches = make_batches(make_source(2000), start=0, batch_size=512, prefetch=4)
+next(batches)
+print("read")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
+
+
+def test_an_empty_plan_has_nothing_to_read():
+    with pytest.raises(ValueError, match="plan is empty"):
+        PackedSequences(FakeStore([1]), plan_packing(np.array([1]), np.arange(1), T, 0), 0)
+
+
+def base_data_section():
+    spec = importlib.util.spec_from_file_location("base", ROOT / "configs" / "base.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config().data.to_dict()
+
+
+def test_the_config_is_the_data_section_of_base():
+    assert set(base_data_section()) == {field.name for field in dataclasses.fields(DataConfig)}
+    DataConfig(**base_data_section())
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("sources", ()),
+        ("text_field", ""),
+        ("on_bad_text", "ignore"),
+        ("seq_len", 0),
+        ("held_out_fraction", 1.0),
+        ("held_out_fraction", -0.1),
+        ("num_workers", -1),
+        ("prefetch", -1),
+    ],
+)
+def test_a_value_out_of_range_is_named(key, value):
+    with pytest.raises(UserError, match=f"data.{key}="):
+        DataConfig(**{**base_data_section(), key: value})
