@@ -1,12 +1,12 @@
 """Line charts as inline SVG: readable without JavaScript, sharp at any width, plain strings all the way.
 
-A chart is drawn once for every horizontal axis (updates, tokens, time) and, where it is asked for, once more
-with a logarithmic vertical axis; the page shows one of these drawings at a time. Positions are percentages of an
-SVG element without a viewBox, so the browser stretches the curves and leaves text and line widths alone. The
-curves themselves live in a nested, non-uniformly scaled viewBox, which also clips them.
+A chart is drawn once for every horizontal axis (updates, tokens, time) and, where asked for, again with other
+vertical axes; the page shows one of these drawings at a time. Positions are percentages of an SVG element
+without a viewBox, so the browser stretches the curves and leaves text and line widths alone. The curves
+themselves live in a nested, non-uniformly scaled viewBox, which also clips them.
 
-Long curves are thinned to the lowest and the highest value of every bucket of neighbours. A bucket mean would be
-shorter, but it hides exactly the spikes for which one looks at a loss curve.
+Long curves are thinned to the lowest and the highest value of every bucket of neighbours. A bucket mean would
+be shorter, but it hides exactly the spikes for which one looks at a loss curve.
 """
 
 import dataclasses
@@ -55,14 +55,16 @@ class Chart:
     wide: bool = False
     floor: float | None = None  # the axis reaches down to it
     ceiling: float | None = None  # the axis ends at it
-    log: bool = False  # also offer a logarithmic axis (dropped where a value is not positive)
+    scales: bool = (
+        False  # also offer a logarithmic axis, if all values are positive, and a close-up of the later part
+    )
     whole: bool = False  # counts: ticks at whole numbers only
     clip: bool = False  # rare values far above all others may leave the axis; the note then names them
     suffix: str = ""  # follows every number, as in 98.7%
     note: str = ""  # a sentence below the chart
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------
+# --- numbers ---
 
 
 def format_number(value: float, digits: int = 3) -> str:
@@ -76,7 +78,7 @@ def format_number(value: float, digits: int = 3) -> str:
     if size < 1e-3 or size >= 1e15:
         mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
         return f"{sign}{_trim(mantissa)}×10{str(int(exponent)).translate(SUPERSCRIPT)}"
-    thousands = min(int(math.floor(math.log10(size) + 1e-9)) // 3, 4) if size >= 1000 else 0
+    thousands = min(math.floor(math.log10(size) + 1e-9) // 3, 4) if size >= 1000 else 0
     scaled = size / 1000**thousands
     decimals = max(digits - 1 - math.floor(math.log10(scaled) + 1e-9), 0)
     return f"{sign}{_trim(f'{scaled:.{decimals}f}')}{['', 'k', 'M', 'B', 'T'][thousands]}"
@@ -101,7 +103,7 @@ def _trim(digits: str) -> str:
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 
-# --- points ----------------------------------------------------------------------------------------------------
+# --- points ---
 
 
 def thin(values: np.ndarray, limit: int) -> np.ndarray:
@@ -117,7 +119,10 @@ def thin(values: np.ndarray, limit: int) -> np.ndarray:
         bucket = values[start:stop]
         finite = np.flatnonzero(np.isfinite(bucket))
         if finite.size:
-            keep |= {int(start + finite[np.argmin(bucket[finite])]), int(start + finite[np.argmax(bucket[finite])])}
+            keep |= {
+                int(start + finite[np.argmin(bucket[finite])]),
+                int(start + finite[np.argmax(bucket[finite])]),
+            }
         else:
             keep.add(int(start))
     return np.array(sorted(keep))
@@ -126,7 +131,7 @@ def thin(values: np.ndarray, limit: int) -> np.ndarray:
 def smooth(values: np.ndarray, half_width: int) -> np.ndarray:
     """Centred moving mean over 2 x `half_width` + 1 values; what is not finite is left out and stays a gap.
 
-    The window is narrower near the start, where a loss falls too fast to be averaged, and is cut off at the end.
+    The window narrows towards the start, where a loss falls too fast to be averaged, and ends with the curve.
     """
     index = np.arange(len(values))
     half = np.minimum(half_width, index // 2)
@@ -138,7 +143,7 @@ def smooth(values: np.ndarray, half_width: int) -> np.ndarray:
     return np.where(finite, means, np.nan)
 
 
-# --- axes ------------------------------------------------------------------------------------------------------
+# --- axes ---
 
 
 def make_time_axis(seconds: float) -> Axis:
@@ -162,19 +167,31 @@ def ticks(low: float, high: float, count: int, whole: bool = False) -> list[floa
     return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
+def tick_labels(marks: list[float]) -> list[str]:
+    """The marks as text, with as many decimals in each as the finest needs where they are evenly spaced."""
+    labels = [format_number(mark, 4) for mark in marks]
+    even = len(marks) < 3 or math.isclose(marks[1] - marks[0], marks[-1] - marks[-2], rel_tol=1e-6)
+    if not even or any(label[-1] in "kMBT" or "×" in label for label in labels):
+        return labels
+    decimals = max(len(label.partition(".")[2]) for label in labels)
+    return [f"{mark:.{decimals}f}".replace("-", "−") if mark else "0" for mark in marks]
+
+
 def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks for a logarithmic axis: 1, 2, 5 in each decade, whole decades for a long range, even steps for a short one."""
+    """Ticks for a logarithmic axis: even steps in a short range, round numbers in a long one."""
     decades = math.log10(high / low)
-    if decades < 1:
+    if decades < 0.5:
         return ticks(low, high, 6)
     stride = math.ceil(decades / 6)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if decades <= 2.5 else (1,)
+    factors = (1, 2, 3, 5) if decades < 1.2 else (1, 2, 5) if decades < 2.5 else (1,)
     marks = [float(f"{m}e{e}") for e in exponents if e % stride == 0 for m in factors]
     return [mark for mark in marks if low <= mark <= high]
 
 
-def domain(values: np.ndarray, floor: float | None, ceiling: float | None, clip: bool = False) -> tuple[float, float]:
+def domain(
+    values: np.ndarray, floor: float | None, ceiling: float | None, clip: bool = False
+) -> tuple[float, float]:
     """The range of a linear axis over finite `values`, with a little air where no floor or ceiling is given.
 
     With `clip`, a largest value more than four times the 99th percentile is left above the axis.
@@ -190,25 +207,23 @@ def domain(values: np.ndarray, floor: float | None, ceiling: float | None, clip:
     return low - (0 if low == floor else air), high + (0 if high == ceiling else air)
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------
+# --- drawing ---
 
 
 def draw_chart(chart: Chart, axes: list[Axis]) -> str:
-    """The chart as one HTML figure: caption with keys and last values, an SVG per axis, notes, hover values."""
+    """The chart as one HTML figure: caption with keys and last values, SVG drawings, notes, hover values."""
     everything = np.concatenate([curve.values for curve in chart.curves])
     finite = everything[np.isfinite(everything)]
     title = f'<h3>{html.escape(chart.title)}</h3><span class="unit">{html.escape(chart.unit)}</span>'
     if not finite.size:
-        return f'<figure class="chart"><figcaption>{title}</figcaption><p class="note">No finite values.</p></figure>'
-    scales = [("linear", domain(finite, chart.floor, chart.ceiling, chart.clip))]
-    if chart.log and finite.min() > 0:
-        ratio = (finite.max() / finite.min()) ** 0.05 if finite.max() > finite.min() else 2.0
-        scales.append(("log", (finite.min() / ratio, finite.max() * ratio)))
+        nothing = '<p class="note">No finite values.</p>'
+        return f'<figure class="chart"><figcaption>{title}</figcaption>{nothing}</figure>'
+    scales = _scales(chart, finite)
     kept = [_thinned(curve, POINTS_WIDE if chart.wide else POINTS_NARROW) for curve in chart.curves]
-    plots = "".join(_plot(chart, kept, axis, scale, span) for scale, span in scales for axis in axes)
+    plots = "".join(_plot(chart, kept, axis, scale, span) for scale, span in scales.items() for axis in axes)
     keys = "".join(_key(curve, chart) for curve in chart.curves)
-    classes = "chart" + " wide" * chart.wide + " has-log" * (len(scales) > 1)
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in _notes(chart, scales[0][1][1]))
+    classes = "chart" + " wide" * chart.wide + "".join(f" has-{name}" for name in scales if name != "linear")
+    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in _notes(chart, scales["linear"][1]))
     return (
         f'<figure class="{classes}"><figcaption>{title}<span class="keys">{keys}</span></figcaption>'
         f'<div class="frame">{plots}</div>{notes}'
@@ -216,8 +231,23 @@ def draw_chart(chart: Chart, axes: list[Axis]) -> str:
     )
 
 
+def _scales(chart: Chart, finite: np.ndarray) -> dict[str, tuple[float, float]]:
+    """The ranges of the vertical axes on offer; the close-up fits what comes after the first quarter."""
+    scales = {"linear": domain(finite, chart.floor, chart.ceiling, chart.clip)}
+    if chart.scales and finite.min() > 0:
+        air = (finite.max() / finite.min()) ** 0.05 if finite.max() > finite.min() else 2.0
+        scales["log"] = (finite.min() / air, finite.max() * air)
+    late = np.concatenate(
+        [c.values[c.x["updates"] > 0.25 * max(c.x["updates"], default=0)] for c in chart.curves]
+    )
+    late = late[np.isfinite(late)]
+    if chart.scales and len(late) > 2:
+        scales["close"] = domain(late, None, None)
+    return scales
+
+
 def _thinned(curve: Curve, limit: int) -> Curve:
-    """The points that are drawn; a smoothed curve is as smooth at any of its points, so any thinning suits it."""
+    """The points that are drawn, each curve thinned by itself."""
     index = thin(curve.values, limit)
     return dataclasses.replace(curve, values=curve.values[index], x={k: x[index] for k, x in curve.x.items()})
 
@@ -225,7 +255,9 @@ def _thinned(curve: Curve, limit: int) -> Curve:
 def _key(curve: Curve, chart: Chart) -> str:
     last = curve.values[np.isfinite(curve.values)][-1:]
     value = format_number(last[0], 4) + chart.suffix if last.size else "–"
-    swatch = f'<i class="swatch {curve.style}"></i>{html.escape(curve.name)} ' if len(chart.curves) > 1 else ""
+    swatch = (
+        f'<i class="swatch {curve.style}"></i>{html.escape(curve.name)} ' if len(chart.curves) > 1 else ""
+    )
     return f'<span class="key">{swatch}<output>{value}</output></span>'
 
 
@@ -247,7 +279,8 @@ def _plot(chart: Chart, kept: list[Curve], axis: Axis, scale: str, span: tuple[f
         paths.append(f'<path class="curve {curve.style}" d="{_path(points)}"/>')
         dots.extend(_dots(points, curve))
     return (
-        f'<svg class="plot x-{axis.key} y-{scale}" role="img" aria-label="{html.escape(_spoken(chart, axis))}">'
+        f'<svg class="plot x-{axis.key} y-{scale}" role="img"'
+        f' aria-label="{html.escape(_spoken(chart, axis))}">'
         f"{_grid(axis, y_marks, height, chart)}"
         f'<svg width="100%" height="100%" viewBox="0 0 {BOX_WIDTH} {BOX_HEIGHT}" preserveAspectRatio="none">'
         f"{''.join(paths)}</svg>{''.join(dots)}</svg>"
@@ -257,16 +290,16 @@ def _plot(chart: Chart, kept: list[Curve], axis: Axis, scale: str, span: tuple[f
 def _grid(axis: Axis, y_marks: list[float], height, chart: Chart) -> str:
     """Grid lines and tick labels; every second label of the horizontal axis gives way on a narrow screen."""
     parts = []
-    for mark in y_marks:
+    for mark, label in zip(y_marks, tick_labels(y_marks), strict=True):
         at = f"{100 * height(mark):.2f}%"
-        label = format_number(mark, 4) + chart.suffix
         parts.append(f'<line class="rule" x2="100%" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text class="y tick" x="-8" y="{at}" dy=".33em">{label}</text>')
+        parts.append(f'<text class="y tick" x="-8" y="{at}" dy=".33em">{label}{chart.suffix}</text>')
     high = axis.high / axis.divisor
-    for i, mark in enumerate(ticks(0, high, 9 if chart.wide else 5, axis.whole) if high else [0.0]):
+    x_marks = ticks(0, high, 9 if chart.wide else 5, axis.whole)
+    for i, (mark, label) in enumerate(zip(x_marks, tick_labels(x_marks), strict=True)):
         at = f"{100 * mark / high if high else 0:.2f}%"
         spare = " spare" * (i % 2)
-        parts.append(f'<text class="x tick{spare}" x="{at}" y="100%" dy="1.55em">{format_number(mark, 4)}</text>')
+        parts.append(f'<text class="x tick{spare}" x="{at}" y="100%" dy="1.55em">{label}</text>')
     parts.append('<line class="base" x2="100%" y1="100%" y2="100%"/>')
     parts.append(f'<text class="axis" x="100%" y="100%" dy="2.9em">{axis.label}</text>')
     return "".join(parts)
@@ -285,13 +318,15 @@ def _path(points: list[tuple[float, float]]) -> str:
 
 
 def _dots(points: list[tuple[float, float]], curve: Curve) -> list[str]:
-    """Markers where the curve has them, and else a dot for each point without a neighbour to draw a line to."""
+    """Markers where the curve has them, else a dot for each point without a neighbour to draw a line to."""
     drawn = [math.isfinite(y) for _, y in points]
     dots = []
     for i, (x, y) in enumerate(points):
         lonely = not any(drawn[max(i - 1, 0) : i] + drawn[i + 1 : i + 2])
         if drawn[i] and (curve.markers or lonely) and 0 <= y <= 1:
-            dots.append(f'<circle class="dot {curve.style}" cx="{100 * x:.2f}%" cy="{100 * y:.2f}%" r="3.5"/>')
+            dots.append(
+                f'<circle class="dot {curve.style}" cx="{100 * x:.2f}%" cy="{100 * y:.2f}%" r="3.5"/>'
+            )
     return dots
 
 
@@ -302,7 +337,8 @@ def _spoken(chart: Chart, axis: Axis) -> str:
         values = curve.values[np.isfinite(curve.values)]
         if values.size and curve.style != "raw":
             first, last, low, high = (
-                format_number(v, 4) + chart.suffix for v in (values[0], values[-1], values.min(), values.max())
+                format_number(v, 4) + chart.suffix
+                for v in (values[0], values[-1], values.min(), values.max())
             )
             sentences.append(f"{curve.name}: first {first}, last {last}, lowest {low}, highest {high}.")
     return " ".join(sentences)
@@ -330,12 +366,18 @@ def _notes(chart: Chart, top: float) -> list[str]:
 
 
 def _hover_values(chart: Chart, kept: list[Curve], axes: list[Axis]) -> str:
-    """JSON for the read-out: for each curve the texts of its drawn points, for the first one their positions too."""
-    write = {"updates": lambda x: f"{x:,.0f}", "tokens": lambda x: format_number(x, 4), "time": format_duration}
+    """JSON for the read-out: the texts of each curve's drawn points, and where those of the first are."""
+    write = {
+        "updates": lambda x: f"{x:,.0f}",
+        "tokens": lambda x: format_number(x, 4),
+        "time": format_duration,
+    }
     finite = [np.isfinite(curve.values) for curve in kept]
     at = {axis.key: [write[axis.key](x) for x in kept[0].x[axis.key][finite[0]].tolist()] for axis in axes}
     values = [
         [format_number(v, 4) + chart.suffix for v in curve.values[shown].tolist()]
         for curve, shown in zip(kept, finite, strict=True)
     ]
-    return json.dumps({"at": at, "values": values}, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps({"at": at, "values": values}, ensure_ascii=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )

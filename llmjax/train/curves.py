@@ -1,8 +1,8 @@
 """From the lines of metrics.jsonl to the charts of a report: which curves, in which units, on which axes.
 
-A metrics file is written by a run that may be killed at any moment, so reading is forgiving: a torn last line is
-dropped, other unreadable lines are counted, an update that was written twice counts once (the later line), and
-a clock that restarts with a resumed run is made to run on.
+A metrics file is written by a run that may be killed at any moment, so reading is forgiving: a torn last line
+is dropped, other unreadable lines are counted, an update that was written twice counts once (the later line),
+and a clock that restarts with a resumed run is made to run on.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Measure:
     scale: float = 1.0
     floor: float | None = None
     ceiling: float | None = None
-    log: bool = False
+    scales: bool = False
     whole: bool = False
     clip: bool = False
     suffix: str = ""
@@ -45,12 +45,12 @@ class Measure:
 
 MEASURES = {
     "learning_rate": Measure("Learning rate", "", floor=0),
-    "grad_norm": Measure("Gradient norm", "global", floor=0, log=True, clip=True, noisy=True),
-    "tokens_per_second": Measure("Throughput", "tokens per second", floor=0, noisy=True),
-    "accumulation_steps": Measure("Accumulation", "micro-steps per update", floor=0, whole=True),
-    "packing_efficiency": Measure("Packing efficiency", "of positions hold tokens", 100, ceiling=100, suffix="%", noisy=True),
-    "data_wait": Measure("Waiting for data", "milliseconds per update", 1000, floor=0, clip=True, noisy=True),
-    "mfu": Measure("Model FLOPs utilisation", "of the device's peak", 100, floor=0, suffix="%", noisy=True),
+    "grad_norm": Measure("Gradient norm", "", floor=0, scales=True, clip=True, noisy=True),
+    "tokens_per_second": Measure("Throughput", "tokens/s", floor=0, noisy=True),
+    "accumulation_steps": Measure("Accumulation", "micro-steps/update", floor=0, whole=True),
+    "packing_efficiency": Measure("Packing efficiency", "", 100, ceiling=100, suffix="%", noisy=True),
+    "data_wait": Measure("Data wait", "ms/update", 1000, floor=0, clip=True, noisy=True),
+    "mfu": Measure("FLOPs utilisation", "of peak", 100, floor=0, suffix="%", noisy=True),
 }
 
 
@@ -100,7 +100,7 @@ def column(records: list[dict], key: str) -> np.ndarray:
     return np.array([math.nan if record.get(key) is None else record[key] for record in records], dtype=float)
 
 
-# --- positions -------------------------------------------------------------------------------------------------
+# --- positions ---
 
 
 def positions(metrics: Metrics) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[charts.Axis]]:
@@ -134,7 +134,7 @@ def _running_on(clock: np.ndarray) -> np.ndarray:
     return np.cumsum(np.where(steps < 0, np.maximum(clock, 0.0), steps))
 
 
-# --- charts ----------------------------------------------------------------------------------------------------
+# --- charts ---
 
 
 def loss_chart(metrics: Metrics) -> charts.Chart | None:
@@ -147,30 +147,40 @@ def loss_chart(metrics: Metrics) -> charts.Chart | None:
         lines += [charts.Curve("train", "raw", train_x, loss), smoothed]
     if metrics.evaluate:
         heldout = column(metrics.evaluate, "loss")
-        lines.append(charts.Curve("held-out", "heldout", heldout_x, heldout, markers=len(heldout) <= 60))
-    return charts.Chart("Loss", "nats per token", tuple(lines), wide=True, log=True, note=note) if lines else None
+        lines.append(charts.Curve("held-out", "heldout", heldout_x, heldout, markers=len(heldout) <= 30))
+    return (
+        charts.Chart("Loss", "nats per token", tuple(lines), wide=True, scales=True, note=note)
+        if lines
+        else None
+    )
 
 
 def measure_charts(metrics: Metrics) -> tuple[list[charts.Chart], list[charts.Chart]]:
     """The charts of the known measurements, and those of every other number that training lines hold."""
     train_x, _, _ = positions(metrics)
-    keys = sorted({key for record in metrics.train for key, value in record.items() if isinstance(value, float)})
+    keys = sorted(
+        {key for record in metrics.train for key, value in record.items() if isinstance(value, float)}
+    )
     others = [key for key in keys if key not in (*AXIS_KEYS, "loss", *MEASURES)]
     known = [_measure_chart(key, MEASURES[key], metrics, train_x) for key in MEASURES if key in keys]
     return known, [_measure_chart(key, Measure(key, "", clip=True), metrics, train_x) for key in others]
 
 
-def _measure_chart(key: str, measure: Measure, metrics: Metrics, train_x: dict[str, np.ndarray]) -> charts.Chart:
+def _measure_chart(
+    key: str, measure: Measure, metrics: Metrics, train_x: dict[str, np.ndarray]
+) -> charts.Chart:
     values = measure.scale * column(metrics.train, key)
     lines = (charts.Curve("each", "raw", train_x, values), _smoothed(values, train_x)[0])
     if not measure.noisy:
         lines = (charts.Curve(measure.title, "train", train_x, values),)
-    fields = {field: getattr(measure, field) for field in ("floor", "ceiling", "log", "whole", "clip", "suffix")}
+    fields = {
+        field: getattr(measure, field) for field in ("floor", "ceiling", "scales", "whole", "clip", "suffix")
+    }
     return charts.Chart(measure.title, measure.unit, lines, **fields)
 
 
 def _smoothed(values: np.ndarray, x: dict[str, np.ndarray]) -> tuple[charts.Curve, str]:
     """The smoothed line, and the sentence that says how it was made."""
     half = max(2, len(values) // 80)
-    note = f"Smoothed lines are centred means over {2 * half + 1:,} updates."
-    return charts.Curve("smoothed", "train", x, charts.smooth(values, half)), note
+    note = f"The mean is centred over {2 * half + 1:,} updates."
+    return charts.Curve("mean", "train", x, charts.smooth(values, half)), note

@@ -73,7 +73,7 @@ def _read_dict(path: pathlib.Path, troubles: list[str]) -> dict:
     return {}
 
 
-# --- the page --------------------------------------------------------------------------------------------------
+# --- the page ---
 
 
 def make_page(run: Run) -> str:
@@ -114,7 +114,8 @@ def _entries(value: object) -> dict[str, str]:
 
 def _table(entries: dict[str, str]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(text)}</td></tr>' for key, text in entries.items()
+        f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(text)}</td></tr>'
+        for key, text in entries.items()
     )
     return f'<table class="entries"><tbody>{rows}</tbody></table>' if rows else ""
 
@@ -137,13 +138,15 @@ def _subtitle(run: Run) -> str:
     return " · ".join(parts)
 
 
-# --- results ---------------------------------------------------------------------------------------------------
+# --- results ---
 
 
 def _tiles(run: Run) -> str:
     """The key figures: the last evaluation, what else the summary has, and the speed."""
     results = _entries(run.summary.get("results"))
-    compressors = {label: text for label, text in results.items() if re.search(r"\b(gzip|xz)\b", label.lower())}
+    compressors = {
+        label: text for label, text in results.items() if re.search(r"\b(gzip|xz)\b", label.lower())
+    }
     tiles = _quality_tiles(run, compressors)
     for label, text in results.items():
         covered = run.metrics.evaluate and any(label.lower().endswith(name) for name in CANONICAL)
@@ -173,7 +176,9 @@ def _quality_tiles(run: Run, compressors: dict[str, str]) -> list[tuple[str, str
         finite = np.flatnonzero(np.isfinite(loss))
         lowest = int(finite[np.argmin(loss[finite])]) if finite.size else len(loss) - 1
         note = f"lowest {loss[lowest]:.3f} at update {evaluate[lowest]['update']:,.0f}"
-        tiles.append(("Held-out loss", f"{loss[-1]:.3f}", "nats per token" if lowest == len(loss) - 1 else note))
+        tiles.append(
+            ("Held-out loss", f"{loss[-1]:.3f}", "nats per token" if lowest == len(loss) - 1 else note)
+        )
         beside = " · ".join(
             f"{re.sub(r'[,:]? *bits per byte', '', label, flags=re.IGNORECASE)} {text}"
             for label, text in compressors.items()
@@ -193,7 +198,7 @@ def _quality_tiles(run: Run, compressors: dict[str, str]) -> list[tuple[str, str
     return tiles
 
 
-# --- curves ----------------------------------------------------------------------------------------------------
+# --- curves ---
 
 
 def _curves(run: Run) -> str:
@@ -207,32 +212,42 @@ def _curves(run: Run) -> str:
     grid = f'<div class="grid">\n{chr(10).join(drawn)}\n</div>'
     more = "\n".join(charts.draw_chart(chart, axes) for chart in others)
     if more:
-        grid += f'\n<details><summary>More measurements ({len(others)})</summary><div class="grid">\n{more}\n</div></details>'
+        summary = f"<summary>More measurements ({len(others)})</summary>"
+        grid += f'\n<details>{summary}<div class="grid">\n{more}\n</div></details>'
     if max(len(run.metrics.train), len(run.metrics.evaluate)) > charts.POINTS_NARROW:
         grid += (
-            f'<p class="note">Curves of more than {charts.POINTS_WIDE:,} points ({charts.POINTS_NARROW:,} in a narrow '
-            "chart) are thinned to the lowest and the highest value among neighbours, so every spike is drawn.</p>"
+            f'<p class="note">Curves of more than {charts.POINTS_WIDE:,} points '
+            f"({charts.POINTS_NARROW:,} in a narrow chart) are thinned to the lowest and the highest value among neighbours: "
+            "no spike is lost.</p>"
         )
     names = {"updates": "Updates", "tokens": "Tokens", "time": "Time"}
     across = _switch("Horizontal axis", "x", [(axis.key, names[axis.key]) for axis in axes])
-    up = _switch("Vertical axis of loss and gradient norm", "y", [("linear", "Linear"), ("log", "Log")])
+    up = _switch("Loss and gradient norm", "y", [("linear", "Linear"), ("log", "Log"), ("close", "Close-up")])
     return _section("Curves", f'<form class="controls" autocomplete="off">{across}{up}</form>\n{grid}')
 
 
 def _switch(legend: str, name: str, choices: list[tuple[str, str]]) -> str:
     """Radio buttons; the style sheet shows the drawings that belong to the checked ones."""
     buttons = "".join(
-        f'<label><input type="radio" name="{name}" id="{name}-{key}"{" checked" * (i == 0)}><span>{text}</span></label>'
+        f'<label><input type="radio" name="{name}" id="{name}-{key}"{" checked" * (i == 0)}>'
+        f"<span>{text}</span></label>"
         for i, (key, text) in enumerate(choices)
     )
-    return f"<fieldset><legend>{legend}</legend>{buttons}</fieldset>"
+    return f"<fieldset><legend>{legend}</legend><div>{buttons}</div></fieldset>"
 
 
 def _evaluations(run: Run) -> str:
     """Every evaluation as a row, with whatever else was measured as further columns."""
     lines = run.metrics.evaluate
-    first = [key for key in ("update", "tokens", "loss", "perplexity", "bits_per_byte") if any(key in x for x in lines)]
-    more = sorted({key for line in lines for key, value in line.items() if isinstance(value, float)} - {*first, "seconds"})
+    first = [
+        key
+        for key in ("update", "tokens", "loss", "perplexity", "bits_per_byte")
+        if any(key in x for x in lines)
+    ]
+    more = sorted(
+        {key for line in lines for key, value in line.items() if isinstance(value, float)}
+        - {*first, "seconds"}
+    )
     keys = first + more
     if not lines:
         return ""
@@ -245,14 +260,17 @@ def _evaluations(run: Run) -> str:
         return f"{value:.4f}" if key in ("loss", "bits_per_byte") else charts.format_number(value, 4)
 
     head = "".join(f'<th scope="col">{html.escape(key.replace("_", " "))}</th>' for key in keys)
-    rows = "".join("<tr>" + "".join(f"<td>{cell(key, line.get(key))}</td>" for key in keys) + "</tr>" for line in lines)
-    table = f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{cell(key, line.get(key))}</td>" for key in keys) + "</tr>" for line in lines
+    )
+    table = f'<table class="figures"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    table = f'<div class="scroll">{table}</div>'
     if len(lines) > 12:
         table = f"<details><summary>All {len(lines):,} evaluations</summary>{table}</details>"
     return _section("Held-out evaluations", table)
 
 
-# --- samples ---------------------------------------------------------------------------------------------------
+# --- samples ---
 
 
 def split_samples(text: str) -> list[tuple[str, str]]:
@@ -319,12 +337,13 @@ def _samples(run: Run) -> str:
     return _section("Samples", f'<div class="samples">{shown}</div>')
 
 
-# --- how to go on ----------------------------------------------------------------------------------------------
+# --- how to go on ---
 
 
 def _commands(commands: dict[str, str]) -> str:
     items = "".join(
-        f'<div class="command"><h3>{html.escape(label)}</h3><pre><code>{html.escape(command)}</code></pre></div>'
+        f'<div class="command"><h3>{html.escape(label)}</h3>'
+        f"<pre><code>{html.escape(command)}</code></pre></div>"
         for label, command in commands.items()
     )
     return _section("Commands", items)
@@ -341,15 +360,19 @@ def _configuration(config: dict) -> str:
         for name, section in sections.items()
         if section
     )
-    return _section("Configuration", f'<details><summary>Every key</summary><div class="config">{tables}</div></details>')
+    return _section(
+        "Configuration", f'<details><summary>Every key</summary><div class="config">{tables}</div></details>'
+    )
 
 
 def _flat(section: dict, prefix: str = "") -> dict[str, str]:
-    """Nested keys joined by dots, values as JSON, texts without their quotes."""
+    """Nested keys joined by dots, values as JSON, texts without their quotes unless empty."""
     flat: dict[str, str] = {}
     for key, value in section.items():
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            flat[prefix + key] = (
+                value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+            )
     return flat
