@@ -1,4 +1,7 @@
-"""Eight simulated CPU devices, chosen before jax is imported, strict rank promotion, and where the shared data lies."""
+"""Eight simulated CPU devices, chosen before jax is imported, strict rank promotion, and where the shared data lies.
+
+Tests compile many small programs and run each a few times, so code is generated without LLVM's optimisations.
+"""
 
 import os
 import pathlib
@@ -6,8 +9,10 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+    if flag.split("=")[0] not in flags:
+        flags = f"{flags} {flag}".strip()
+os.environ["XLA_FLAGS"] = flags
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
