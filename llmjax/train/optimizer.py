@@ -1,0 +1,262 @@
+"""Optimizers and learning-rate schedules; no other file knows either.
+
+Every optimizer is the same chain: clip the global gradient norm (Pascanu et al. 2013), precondition, add
+decoupled weight decay to everything but norms and biases (Loshchilov and Hutter 2019), multiply by the
+scheduled learning rate. Decisions are taken by the *name* of a leaf, never by its rank alone, since a weight
+may carry a leading layer dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from llmjax.errors import UserError
+from llmjax.types import Array, Params
+
+OptState = Any
+Schedule = Callable[[Array | int], Array]
+
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+MUON_MOMENTUM = 0.95  # Jordan et al. 2024; Liu et al. 2025
+MUON_RMS = 0.2  # of an update, the empirical figure of AdamW: Liu et al. 2025, equation 4
+_SIDES = {
+    "D": "model",
+    "F": "mlp",
+    "N": "heads",
+    "K": "heads",
+    "H": "heads",
+}  # of a matrix, by dimension letter
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The `optimizer` section of the config.
+
+    name               adamw (Loshchilov and Hutter 2019), lion (Chen et al. 2023; wants a 3 to 10 times lower
+                       learning rate and a higher decay), adafactor (Shazeer and Stern 2018, as Zhai et al.
+                       2022 use it), muon (Jordan et al. 2024) or schedule_free_adamw (Defazio et al. 2024)
+    learning_rate      at the peak
+    schedule           after the warmup: cosine, linear, constant, or wsd (warmup, stable, decay: Hu et al.
+                       2024)
+    warmup_updates     over which the learning rate rises linearly
+    final_lr_fraction  of the peak, reached at the last update
+    decay_fraction     of all updates, for wsd: the linear decay at the end
+    beta1, beta2       decay of the first and second moment. Lion: its two betas. Adafactor: momentum (0 saves
+                       its memory) and the cap of its growing second-moment decay. Muon: those of AdamW for
+                       embeddings, norms, biases
+    eps                in AdamW's denominator
+    weight_decay       per update, times the learning rate; not on norms and biases
+    clip_norm          global gradient norm; 0 = off
+
+    Raises UserError for a value out of range.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 3e-3
+    schedule: str = "cosine"
+    warmup_updates: int = 40
+    final_lr_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key, choices in (("name", tuple(_TRANSFORMS)), ("schedule", SCHEDULES)):
+            if getattr(self, key) not in choices:
+                raise UserError(
+                    f"optimizer.{key}={getattr(self, key)!r} is unknown; use one of {', '.join(choices)}"
+                )
+        for key in ("learning_rate", "warmup_updates", "eps", "weight_decay", "clip_norm"):
+            if not getattr(self, key) >= 0:
+                raise UserError(
+                    f"optimizer.{key}={getattr(self, key)} is not 0 or more; give it a non-negative value"
+                )
+        for key in ("final_lr_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(
+                    f"optimizer.{key}={getattr(self, key)} is not a fraction; give it a value from 0 to 1"
+                )
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(
+                    f"optimizer.{key}={getattr(self, key)} is not a decay; give it a value from 0 to below 1"
+                )
+        if self.name == "schedule_free_adamw" and self.schedule != "constant":
+            raise UserError(
+                f"optimizer.schedule={self.schedule!r} decays what schedule_free_adamw averages instead; "
+                "set optimizer.schedule=constant"
+            )
+        if self.name == "schedule_free_adamw" and self.beta1 == 0:
+            raise UserError(
+                "optimizer.beta1=0 leaves schedule_free_adamw nothing to interpolate; use for example 0.9"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """What to do with the gradient of one update.
+
+    init(params) -> opt_state
+    update(grads, opt_state, params) -> (updates, opt_state), updates to be added to the parameters
+    eval_params(opt_state, params) -> the parameters to evaluate with; others only for schedule-free
+    learning_rate(update) -> float32 [], of update number `update`, from 0; a host or traced integer
+    """
+
+    init: Callable[[Params], OptState]
+    update: Callable[[Params, OptState, Params], tuple[Params, OptState]]
+    eval_params: Callable[[OptState, Params], Params]
+    learning_rate: Schedule
+
+
+def make_schedule(config: OptimizerConfig, num_updates: int) -> Schedule:
+    """The learning rate as a function of the update number u = 0 ... num_updates - 1.
+
+    Warmup: peak * (u + 1) / warmup_updates. Decay reaches `final_lr_fraction` of the peak exactly at the last
+    update and stays there. Where a decay begins before the warmup ends the lower of the two counts.
+    """
+    peak, final, warmup = config.learning_rate, config.final_lr_fraction, max(config.warmup_updates, 1)
+    decay_updates = {
+        "cosine": num_updates - warmup,
+        "linear": num_updates - warmup,
+        "wsd": round(config.decay_fraction * num_updates),
+        "constant": 0,
+    }[config.schedule]
+
+    def schedule(update: Array | int) -> Array:
+        u = jnp.asarray(update, jnp.float32) + 1.0
+        rise = jnp.minimum(u / warmup, 1.0)
+        if decay_updates <= 0:
+            return peak * rise
+        progress = jnp.clip(1.0 - (num_updates - u) / decay_updates, 0.0, 1.0)
+        if config.schedule == "cosine":
+            progress = 0.5 - 0.5 * jnp.cos(jnp.pi * progress)
+        return peak * jnp.minimum(rise, 1.0 - (1.0 - final) * progress)
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig, num_updates: int) -> Optimizer:
+    """The optimizer of `config` for a run of `num_updates` updates."""
+    schedule = make_schedule(config, num_updates)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    chain = optax.chain(clip, _TRANSFORMS[config.name](config, schedule))
+
+    def eval_params(opt_state: OptState, params: Params) -> Params:
+        if config.name != "schedule_free_adamw":
+            return params
+        return optax.contrib.schedule_free_eval_params(opt_state[-1], params)
+
+    return Optimizer(chain.init, chain.update, eval_params, schedule)
+
+
+def decay_mask(params: Params) -> Params:
+    """True for every leaf that is decayed: all but those whose name ends in `scale` or `bias`."""
+    return _map_named(lambda name, _: not _is_vector(name), params)
+
+
+def muon_dimensions(name: str, ndim: int) -> MuonDimensionNumbers | None:
+    """Which axes of a weight are rows and columns of its matrix, by the dimension letters of its name.
+
+    `wq_DNH` maps D to (N H), `wo_NHD` maps (N H) to D; further leading axes (layers) are so many separate
+    matrices. None where the leaf is no matrix of the network's inside (embedding, norm, bias) and belongs to
+    AdamW.
+    """
+    letters = name.rsplit("_", 1)[-1]
+    sides = [_SIDES.get(letter) for letter in letters]
+    if _is_vector(name) or None in sides or len(set(sides)) != 2:
+        return None
+    split = next(i for i, side in enumerate(sides) if side != sides[0])
+    lead = ndim - len(letters)
+    if lead < 0 or sides[0] in sides[split:]:
+        raise ValueError(f"the dimension letters of {name!r} do not describe a matrix of rank {ndim}")
+    return MuonDimensionNumbers(tuple(range(lead, lead + split)), tuple(range(lead + split, ndim)))
+
+
+def _map_named(function: Callable[[str, Array], Any], params: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, x: function(str(path[-1].key), x), params)
+
+
+def _is_vector(name: str) -> bool:
+    return name.rsplit("_", 1)[-1] in ("scale", "bias")
+
+
+def _decay_and_scale(config: OptimizerConfig, schedule: Schedule) -> tuple[optax.GradientTransformation, ...]:
+    return optax.add_decayed_weights(config.weight_decay, decay_mask), optax.scale_by_learning_rate(schedule)
+
+
+def _adamw(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    return optax.chain(adam, *_decay_and_scale(config, schedule))
+
+
+def _lion(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_lion(config.beta1, config.beta2), *_decay_and_scale(config, schedule))
+
+
+def _adafactor(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+    """Adafactor as Zhai et al. (2022, section 3.4) use it, so that AdamW's learning rate carries over.
+
+    Factored second moment and momentum, but neither parameter scaling nor per-tensor update clipping: both
+    would depend on whether layers are stacked.
+    """
+    rms = optax.scale_by_factored_rms(
+        decay_rate_fn=lambda update, exponent: jnp.minimum(1.0 - (update + 1.0) ** -exponent, config.beta2)
+    )
+    momentum = optax.ema(config.beta1, debias=False) if config.beta1 > 0 else optax.identity()
+    return optax.chain(rms, momentum, *_decay_and_scale(config, schedule))
+
+
+def _muon(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) on the matrices inside the network, AdamW on embeddings, norms and biases.
+
+    An orthogonal m x n update has RMS 1 / sqrt(max(m, n)); times 0.2 sqrt(max(m, n)) it has the RMS of
+    AdamW's update, so that one learning rate and decay serve both (Liu et al. 2025).
+    """
+
+    def dimensions(params: Params) -> Params:
+        return _map_named(lambda name, x: muon_dimensions(name, x.ndim), params)
+
+    def labels(params: Params) -> Params:
+        return _map_named(lambda name, x: "muon" if muon_dimensions(name, x.ndim) else "adamw", params)
+
+    def match_rms(updates: Params, _params: Params) -> Params:
+        def scale(x: Array, numbers: MuonDimensionNumbers) -> Array:
+            rows, columns = ([x.shape[axis] for axis in axes] for axes in numbers)
+            return MUON_RMS * max(math.prod(rows), math.prod(columns)) ** 0.5 * x
+
+        return jax.tree.map(scale, updates, dimensions(updates))
+
+    orthogonalize = optax.contrib.scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=dimensions)
+    matrices = optax.chain(orthogonalize, optax.stateless(match_rms), *_decay_and_scale(config, schedule))
+    return optax.partition({"muon": matrices, "adamw": _adamw(config, schedule)}, labels)
+
+
+def _schedule_free_adamw(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+    """Averaging in place of momentum and of a decaying learning rate (Defazio et al. 2024).
+
+    Gradients are taken at y, the parameters of the training state; evaluation wants x, see `eval_params`.
+    """
+    rms = optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
+    inner = optax.chain(rms, *_decay_and_scale(config, schedule))
+    # optax counts these updates from 1; the square of this learning rate weighs an iterate in the average.
+    return optax.contrib.schedule_free(inner, lambda count: schedule(count - 1), b1=config.beta1)
+
+
+_TRANSFORMS: dict[str, Callable[[OptimizerConfig, Schedule], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "muon": _muon,
+    "schedule_free_adamw": _schedule_free_adamw,
+}
