@@ -20,6 +20,7 @@ import numpy as np
 POINTS_WIDE = 1000  # most points of a curve in a chart as wide as the page
 POINTS_NARROW = 500  # the same in a chart of half that width
 BOX_WIDTH, BOX_HEIGHT = 4000, 1000  # the viewBox of the curves; whole numbers in it are finer than a pixel
+RIM = 8  # in these units, above and below: else a line along the edge would be cut to half its width
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -255,9 +256,8 @@ def _thinned(curve: Curve, limit: int) -> Curve:
 def _key(curve: Curve, chart: Chart) -> str:
     last = curve.values[np.isfinite(curve.values)][-1:]
     value = format_number(last[0], 4) + chart.suffix if last.size else "–"
-    swatch = (
-        f'<i class="swatch {curve.style}"></i>{html.escape(curve.name)} ' if len(chart.curves) > 1 else ""
-    )
+    named = len(chart.curves) > 1 or curve.style == "heldout"
+    swatch = f'<i class="swatch {curve.style}"></i>{html.escape(curve.name)} ' if named else ""
     return f'<span class="key">{swatch}<output>{value}</output></span>'
 
 
@@ -282,7 +282,8 @@ def _plot(chart: Chart, kept: list[Curve], axis: Axis, scale: str, span: tuple[f
         f'<svg class="plot x-{axis.key} y-{scale}" role="img"'
         f' aria-label="{html.escape(_spoken(chart, axis))}">'
         f"{_grid(axis, y_marks, height, chart)}"
-        f'<svg width="100%" height="100%" viewBox="0 0 {BOX_WIDTH} {BOX_HEIGHT}" preserveAspectRatio="none">'
+        f'<svg y="{-100 * RIM / BOX_HEIGHT}%" width="100%" height="{100 + 200 * RIM / BOX_HEIGHT}%" '
+        f'viewBox="0 {-RIM} {BOX_WIDTH} {BOX_HEIGHT + 2 * RIM}" preserveAspectRatio="none">'
         f"{''.join(paths)}</svg>{''.join(dots)}</svg>"
     )
 
@@ -354,7 +355,8 @@ def _notes(chart: Chart, top: float) -> list[str]:
         broken = np.flatnonzero(~np.isfinite(values))
         if broken.size:
             some = ", ".join(f"{updates[i]:,.0f}" for i in broken[:5]) + (", …" if broken.size > 5 else "")
-            notes.append(f"{curve.name}: not finite at {broken.size:,} of {len(values):,} updates ({some}).")
+            who = f"{curve.name}: not" if chart.wide else "Not"
+            notes.append(f"{who} finite at {broken.size:,} of {len(values):,} updates ({some}).")
         above = np.flatnonzero(np.isfinite(values) & (values > top))
         if above.size:
             peak = above[np.argmax(values[above])]

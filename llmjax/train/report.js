@@ -39,7 +39,8 @@ function shownPlot(self) {
 
 function pointsOf(path) {
   if (!path.points) {
-    const { width, height } = path.ownerSVGElement.viewBox.baseVal;
+    const box = path.ownerSVGElement.viewBox.baseVal; // with a rim above and below
+    const width = box.width, height = box.height + 2 * box.y;
     path.points = path.getAttribute("d").split(/[ML]/).slice(1).map((pair) => {
       const [x, y] = pair.split(",");
       return [x / width, y / height];

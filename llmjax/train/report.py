@@ -217,8 +217,8 @@ def _curves(run: Run) -> str:
     if max(len(run.metrics.train), len(run.metrics.evaluate)) > charts.POINTS_NARROW:
         grid += (
             f'<p class="note">Curves of more than {charts.POINTS_WIDE:,} points '
-            f"({charts.POINTS_NARROW:,} in a narrow chart) are thinned to the lowest and the highest value among neighbours: "
-            "no spike is lost.</p>"
+            f"({charts.POINTS_NARROW:,} in a narrow chart) are thinned to the lowest and "
+            "the highest value among neighbours: no spike is lost.</p>"
         )
     names = {"updates": "Updates", "tokens": "Tokens", "time": "Time"}
     across = _switch("Horizontal axis", "x", [(axis.key, names[axis.key]) for axis in axes])

@@ -123,7 +123,7 @@ def test_the_line_breaks_at_values_that_are_not_finite_and_the_note_names_them()
     figure = charts.draw_chart(chart, axes)
     (path,) = _paths(figure)
     assert path.count("M") == 3 and len(re.findall("[ML]", path)) == 4
-    assert "not finite at 2 of 6 updates (3, 5)" in figure
+    assert "Not finite at 2 of 6 updates (3, 5)." in figure
     assert figure.count("<circle") == 2  # points 4 and 6 have no neighbour to draw a line to
 
 

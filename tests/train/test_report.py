@@ -178,7 +178,7 @@ def test_values_that_are_not_finite_are_named_and_do_not_spoil_the_axis(tmp_path
     lines[4]["loss"], lines[5]["grad_norm"] = "nan", "inf"
     page = _page(_workdir(tmp_path, lines))
     assert "train: not finite at 1 of 8 updates (5)." in page.text("p")
-    assert "not finite at 1 of 8 updates (6)." in page.text("p")
+    assert "Not finite at 1 of 8 updates (6)." in page.text("p")
     assert not any(re.search("nan|inf", a["d"]) for t, a in page.tags if t == "path")
 
 
