@@ -61,7 +61,7 @@ class DataConfig:
 
 def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:
     if not holds:
-        raise UserError(f"data.{key}={getattr(config, key)!r} {rule}.")
+        raise UserError(f"data.{key}={getattr(config, key)!r} {rule}")
 
 
 class PackedSequences:
@@ -180,7 +180,6 @@ def make_batches(
     start: int,
     batch_size: int,
     local_rows: np.ndarray | None = None,
-    seq_slice: slice = slice(None),
     stop: int | None = None,
     prefetch: int = 2,
 ) -> Batches:
@@ -189,8 +188,7 @@ def make_batches(
     Args:
       start: the data cursor, the number of sequences consumed before.
       batch_size: sequences of the global micro-batch, over all processes.
-      local_rows: int [n], the rows of the global micro-batch that this process needs, ascending; None = all.
-      seq_slice: the positions of each sequence that this process needs.
+      local_rows: int [n], the rows of the global micro-batch that this process needs; None = all.
       stop: where the sequences end; None = never. The last micro-batch is full, so with a source that
         repeats, batch_size must divide stop - start.
       prefetch: micro-batches made ahead in a background thread; 0 = none.
@@ -199,7 +197,7 @@ def make_batches(
     if stop is not None and source.repeat and (stop - start) % batch_size:
         raise ValueError(f"{stop - start} sequences are no multiple of the batch size {batch_size}.")
     rows = np.arange(batch_size) if local_rows is None else np.asarray(local_rows)
-    read = functools.partial(_read_batch, source, start, batch_size, rows, seq_slice)
+    read = functools.partial(_read_batch, source, start, batch_size, rows)
     dataset = grain.MapDataset.range(num_batches).map(read)
     # No threads of its own: with the default options reading from a memory map is 9 times slower.
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -207,7 +205,6 @@ def make_batches(
 
 
 def _read_batch(
-    source: PackedSequences, start: int, batch_size: int, rows: np.ndarray, seq_slice: slice, number: int
+    source: PackedSequences, start: int, batch_size: int, rows: np.ndarray, number: int
 ) -> Arrays:
-    batch = source.read(start + number * batch_size + rows)
-    return {name: array[:, seq_slice] if array.ndim == 2 else array for name, array in batch.items()}
+    return source.read(start + number * batch_size + rows)

@@ -288,20 +288,20 @@ def check_corpus(
 ) -> None:
     """Raises UserError unless the documents fill an update and both sides of the held-out split have some."""
     if not train.num_rows and not held_out.num_rows:
-        raise UserError("data.sources has no document of more than one token; add documents.")
+        raise UserError("data.sources has no document of more than one token; add documents")
     if not train.num_rows:
         raise UserError(
             f"data.held_out_fraction={held_out_fraction} holds out all {held_out.num_documents} documents of "
-            "data.sources and leaves none to train on; lower it or add documents."
+            "data.sources and leaves none to train on; lower it or add documents"
         )
     if held_out_fraction > 0 and not held_out.num_rows:
         raise UserError(
             f"data.held_out_fraction={held_out_fraction} holds out none of the {train.num_documents} "
-            "documents of data.sources; raise it, add documents, or set it to 0 to train without evaluation."
+            "documents of data.sources; raise it, add documents, or set it to 0 to train without evaluation"
         )
     if train.num_rows < sequences_per_update:
         raise UserError(
             f"data.sources has {train.num_documents} documents to train on, which pack into {train.num_rows} "
             f"sequences of data.seq_len={train.seq_len}, fewer than the {sequences_per_update} of one "
-            "update; add documents, or lower train.tokens_per_update or data.seq_len."
+            "update; add documents, or lower train.tokens_per_update or data.seq_len"
         )
