@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -89,24 +90,22 @@ class PackedSequences:
         """
         indices = np.asarray(indices, np.int64)
         counts, pieces = self._pieces(indices)
-        docs, starts, lengths = (getattr(self.plan, name)[pieces] for name in ("docs", "starts", "lengths"))
-        row = np.repeat(np.arange(len(indices)), counts)
-        first_of_row = np.repeat(np.cumsum(counts) - counts, counts)
-        before = np.cumsum(lengths, dtype=np.int64) - lengths  # tokens in all earlier pieces of the batch
-        column = before - before[first_of_row]
-        segment = np.arange(len(pieces)) - first_of_row + 1
-
+        columns = (self.plan.docs[pieces], self.plan.starts[pieces], self.plan.lengths[pieces])
+        remaining = zip(*(values.tolist() for values in columns))
         shape = (len(indices), self.plan.seq_len)
-        tokens, targets, segments, positions = flat = np.zeros((4, shape[0] * shape[1]), np.int32)
-        count = np.arange(shape[1], dtype=np.int32)
-        store_tokens = self.store.tokens
-        columns = (docs, starts, lengths, row * shape[1] + column, segment)
-        for doc, start, length, at, number in zip(*(values.tolist() for values in columns)):
-            piece = store_tokens(doc, start, start + length + 1)
-            tokens[at : at + length] = piece[:-1]
-            targets[at : at + length] = piece[1:]
-            segments[at : at + length] = number
-            positions[at : at + length] = count[:length]
+        flat = np.zeros((4, shape[0] * shape[1]), np.int32)
+        tokens, targets, segments, positions = flat
+        count_up = np.arange(shape[1], dtype=np.int32)
+        for row, count in enumerate(counts.tolist()):
+            at = row * shape[1]
+            for segment, (doc, start, length) in enumerate(itertools.islice(remaining, count), 1):
+                stop = at + length
+                piece = self.store.tokens(doc, start, start + length + 1)
+                tokens[at:stop] = piece[:-1]
+                targets[at:stop] = piece[1:]
+                segments[at:stop] = segment
+                positions[at:stop] = count_up[:length]
+                at = stop
         tokens, targets, segments, positions = flat.reshape(4, *shape)
         return {
             "tokens": tokens,
