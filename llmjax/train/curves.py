@@ -106,8 +106,8 @@ def column(records: list[dict], key: str) -> np.ndarray:
 def positions(metrics: Metrics) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[charts.Axis]]:
     """Where the training lines and the evaluations stand on each horizontal axis, and these axes.
 
-    Evaluations have no clock of their own; they stand at the tokens and the time of the training line before
-    them. An axis of which the training lines know nothing is left out.
+    Evaluations stand at the tokens and the time of the training line of their update, so that both curves
+    share one clock; without training lines they use their own. An axis that not all lines know is left out.
     """
     train = {"updates": column(metrics.train, "update")}
     heldout = {"updates": column(metrics.evaluate, "update")}
@@ -117,7 +117,7 @@ def positions(metrics: Metrics) -> tuple[dict[str, np.ndarray], dict[str, np.nda
             train[axis] = _running_on(values)
             known = np.append(0.0, train["updates"]), np.append(0.0, train[axis])
             heldout[axis] = np.interp(heldout["updates"], *known)
-        elif axis == "tokens" and not metrics.train and np.isfinite(column(metrics.evaluate, key)).all():
+        elif not metrics.train and np.isfinite(column(metrics.evaluate, key)).all():
             heldout[axis] = column(metrics.evaluate, key)
     high = {axis: float(max([0.0, *train.get(axis, ())[-1:], *heldout[axis][-1:]])) for axis in heldout}
     axes = [charts.Axis("updates", "updates", high["updates"], whole=True)]
@@ -141,12 +141,12 @@ def loss_chart(metrics: Metrics) -> charts.Chart | None:
     """Train loss, faint as it was and smoothed, with the held-out loss; None where there is neither."""
     train_x, heldout_x, _ = positions(metrics)
     lines, note = [], ""
-    loss = column(metrics.train, "loss")
+    train_x, loss = _present(metrics.train, "loss", train_x)
     if len(loss):
         smoothed, note = _smoothed(loss, train_x)
         lines += [charts.Curve("train", "raw", train_x, loss), smoothed]
-    if metrics.evaluate:
-        heldout = column(metrics.evaluate, "loss")
+    heldout_x, heldout = _present(metrics.evaluate, "loss", heldout_x)
+    if len(heldout):
         lines.append(charts.Curve("held-out", "heldout", heldout_x, heldout, markers=len(heldout) <= 30))
     return (
         charts.Chart("Loss", "nats per token", tuple(lines), wide=True, scales=True, note=note)
@@ -169,7 +169,8 @@ def measure_charts(metrics: Metrics) -> tuple[list[charts.Chart], list[charts.Ch
 def _measure_chart(
     key: str, measure: Measure, metrics: Metrics, train_x: dict[str, np.ndarray]
 ) -> charts.Chart:
-    values = measure.scale * column(metrics.train, key)
+    train_x, values = _present(metrics.train, key, train_x)
+    values = measure.scale * values
     lines = (charts.Curve("each", "raw", train_x, values), _smoothed(values, train_x)[0])
     if not measure.noisy:
         lines = (charts.Curve(measure.title, "train", train_x, values),)
@@ -177,6 +178,14 @@ def _measure_chart(
         field: getattr(measure, field) for field in ("floor", "ceiling", "scales", "whole", "clip", "suffix")
     }
     return charts.Chart(measure.title, measure.unit, lines, **fields)
+
+
+def _present(
+    records: list[dict], key: str, x: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Positions and values of the records that have the key; what was not measured is no gap in the curve."""
+    has = np.array([record.get(key) is not None for record in records], dtype=bool)
+    return {axis: positions[has] for axis, positions in x.items()}, column(records, key)[has]
 
 
 def _smoothed(values: np.ndarray, x: dict[str, np.ndarray]) -> tuple[charts.Curve, str]:

@@ -171,7 +171,7 @@ def _tiles(run: Run) -> str:
 def _quality_tiles(run: Run, compressors: dict[str, str]) -> list[tuple[str, str, str]]:
     """(label, value, note) for each measure of the last evaluation, or the train loss where there is none."""
     evaluate, tiles = run.metrics.evaluate, []
-    if evaluate:
+    if evaluate and evaluate[-1].get("loss") is not None:
         loss = curves.column(evaluate, "loss")
         finite = np.flatnonzero(np.isfinite(loss))
         lowest = int(finite[np.argmin(loss[finite])]) if finite.size else len(loss) - 1

@@ -86,3 +86,10 @@ def test_loss_chart_has_raw_smoothed_and_held_out_lines():
     assert styles(curves.loss_chart(curves.Metrics(train, evaluate))) == ["raw", "train", "heldout"]
     assert styles(curves.loss_chart(curves.Metrics([], evaluate))) == ["heldout"]
     assert curves.loss_chart(curves.Metrics([], [])) is None
+
+
+def test_what_was_not_measured_at_an_update_is_left_out_and_is_no_gap():
+    lines = [_train(1), _train(2, tokens_per_second=7.0), _train(3, tokens_per_second=math.nan)]
+    (chart,) = curves.measure_charts(curves.Metrics(lines, []))[0]
+    assert chart.curves[0].x["updates"].tolist() == [2, 3] and chart.curves[0].x["time"].tolist() == [4, 6]
+    assert np.isnan(chart.curves[0].values).tolist() == [False, True]
