@@ -55,7 +55,7 @@ class Recorder:
             str(workdir / "tensorboard"),
             purge_step=resume_update + 1,
             flush_secs=10,
-            filename_suffix=f".{resume_update}.{os.getpid()}",  # the name has but seconds, and would be overwritten
+            filename_suffix=f".{resume_update}.{os.getpid()}",  # its time is in seconds: names could collide
         )
         self._progress = Progress(num_updates, resume_update)
 
