@@ -36,7 +36,7 @@ FORMAT = 1  # of the saved plan and of the algorithm; part of the fingerprint
 ARRAYS = ("docs", "starts", "lengths", "offsets")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PackingPlan:
     """Pieces in row order: row r holds the pieces offsets[r] to offsets[r + 1], left to right.
 
