@@ -1,0 +1,231 @@
+"""The one place where a Config becomes the things it describes: corpus, mesh, model, task, optimizer, steps.
+
+`make_corpus` is the host's half (text, tokenizer, store, packed sequences), `make_program` the devices' half (everything
+that is compiled); they meet in the vocabulary size and in `Batch`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llmjax.config import Config
+from llmjax.data.pipeline import Batches, PackedSequences, make_batches
+from llmjax.data.plan import PackingPlan, cached_plan, check_corpus
+from llmjax.data.sources import list_sources
+from llmjax.data.store import Store, cached_store
+from llmjax.data.tokenizer import Tokenizer, cached_tokenizer
+from llmjax.errors import UserError
+from llmjax.models.contract import Model
+from llmjax.models.gpt import GPT
+from llmjax.ops.attention import blockwise, full
+from llmjax.parallel.hosts import local_batch_rows, make_global
+from llmjax.parallel.mesh import make_mesh
+from llmjax.parallel.rules import Layout, partition_spec
+from llmjax.tasks.language_model import make_loss
+from llmjax.train.accumulate import Accumulator, BatchArithmetic
+from llmjax.train.optimizer import make_optimizer
+from llmjax.train.state import TrainState, abstract_state, init_state, resumed_state, saved_state
+from llmjax.train.step import make_eval_step, make_train_step
+from llmjax.types import Batch, LossSums, Params
+
+Progress = Callable[[str, int, int], None]  # what is being made, how much of it is done, how much there is
+ATTENTION = {"full": full.attend, "blockwise": blockwise.attend}
+FAMILIES = {"gpt": GPT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text, from documents to packed sequences. `held_out` is None where nothing is held out."""
+
+    tokenizer: Tokenizer
+    store: Store
+    train_plan: PackingPlan
+    held_out_plan: PackingPlan
+    train: PackedSequences
+    held_out: PackedSequences | None
+    held_out_ids: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """What the sequence numbers mean: a data cursor is of use only with the same fingerprint."""
+        return self.train_plan.fingerprint + self.store.header["content_fingerprint"]
+
+    @property
+    def held_out_bytes(self) -> int:
+        """UTF-8 bytes of the held-out text."""
+        return int(self.store.num_bytes[self.held_out_ids].sum())
+
+    def held_out_text(self, limit: int = 64 * 2**20) -> bytes:
+        """The held-out documents as bytes, whole documents until `limit` is passed."""
+        parts, size = [], 0
+        for doc in self.held_out_ids:
+            if size >= limit:
+                break
+            tokens = self.store.tokens(doc, 1, int(self.store.lengths[doc]) - 1)
+            parts.append(self.tokenizer.decode(tokens.tolist()).encode())
+            size += len(parts[-1])
+        return b"".join(parts)
+
+
+def cache_directory(config: Config) -> pathlib.Path:
+    """Where tokenizers and stores are kept between runs."""
+    if config.data.cache_dir:
+        return pathlib.Path(config.data.cache_dir).expanduser()
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmjax"
+
+
+def make_corpus(config: Config, batch: BatchArithmetic, progress: Progress = lambda what, done, total: None) -> Corpus:
+    """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
+    data, cache = config.data, cache_directory(config)
+    files = list_sources(data.sources)
+    reading = {"text_field": data.text_field, "on_bad_text": data.on_bad_text}
+    tokenizer = cached_tokenizer(cache, config.tokenizer, files, **reading,
+                                 progress=functools.partial(progress, "training the tokenizer"))
+    store = cached_store(cache, files, tokenizer, **reading, num_workers=data.num_workers or os.cpu_count() or 1,
+                         progress=functools.partial(progress, "tokenizing"))
+    train_ids, held_out_ids = store.split(data.held_out_fraction)
+    train_plan, held_out_plan = (cached_plan(store.lengths, ids, data.seq_len, config.seed, cache / "plans")
+                                 for ids in (train_ids, held_out_ids))
+    check_corpus(train_plan, held_out_plan, sequences_per_update=batch.sequences_per_update,
+                 held_out_fraction=data.held_out_fraction)
+    held_out = PackedSequences(store, held_out_plan, config.seed, repeat=False) if held_out_plan.num_rows else None
+    return Corpus(tokenizer, store, train_plan, held_out_plan, PackedSequences(store, train_plan, config.seed), held_out,
+                  held_out_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What runs on the devices: the model on its mesh, the state's shape, and the compiled steps."""
+
+    config: Config
+    batch: BatchArithmetic
+    mesh: Mesh
+    model: Model
+    accumulator: Accumulator
+    param_specs: Params
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[[Params, Batch], LossSums]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.mesh)
+
+    def init(self) -> TrainState:
+        """A fresh state, every array born in its place on the mesh."""
+        return init_state(self.model.init, self.accumulator, jax.random.key(self.config.seed), self.param_specs, self.mesh)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return abstract_state(self.model.init, self.accumulator, self.param_specs, self.mesh)
+
+    def abstract_saved(self) -> TrainState:
+        """The same of what a checkpoint holds."""
+        single = dataclasses.replace(self.accumulator, steps=1)
+        return abstract_state(self.model.init, single, self.param_specs, self.mesh)
+
+    def saved(self, state: TrainState) -> TrainState:
+        """What a checkpoint holds of `state`."""
+        return saved_state(state, self.accumulator)
+
+    def resumed(self, saved: TrainState) -> TrainState:
+        """The state to go on from."""
+        return resumed_state(saved, self.accumulator, self.param_specs, self.mesh)
+
+    def eval_params(self, state: TrainState) -> Params:
+        """The parameters to evaluate and generate with."""
+        return self.accumulator.eval_params(state.opt_state, state.params)
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, dtypes and shardings of a micro-batch."""
+        shape = (self.batch.micro_batch_size, self.batch.seq_len)
+        arrays = {
+            field.name: jax.ShapeDtypeStruct(
+                shape[:1] if field.name == "index" else shape,
+                np.float32 if field.name == "weights" else np.int32,
+                sharding=self.batch_sharding(field.name),
+            )
+            for field in dataclasses.fields(Batch)
+        }
+        return Batch(**arrays)
+
+    def batch_sharding(self, field: str) -> NamedSharding:
+        """How a field of `Batch` lies on the mesh."""
+        return self.layout.sharding("batch") if field == "index" else self.layout.sharding("batch", "length")
+
+    def batches(self, source: PackedSequences, *, start: int = 0, stop: int | None = None, batch_size: int = 0) -> Feed:
+        """Micro-batches on the devices, from sequence number `start` on; this process makes only the rows it needs."""
+        batch_size = batch_size or self.batch.micro_batch_size
+        rows = local_batch_rows(self.batch_sharding("tokens"), batch_size)
+        host = make_batches(source, start=start, stop=stop, batch_size=batch_size, local_rows=rows,
+                            prefetch=self.config.data.prefetch)
+        return Feed(host, {f.name: self.batch_sharding(f.name) for f in dataclasses.fields(Batch)}, batch_size, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """An iterator of `Batch` on the devices over one of numpy arrays; to be closed."""
+
+    host: Batches
+    shardings: dict[str, NamedSharding]
+    batch_size: int
+    rows: np.ndarray
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        arrays = next(self.host)
+        return Batch(**{
+            name: make_global(self.shardings[name], (self.batch_size, *array.shape[1:]), self.rows, array)
+            for name, array in arrays.items()
+        })
+
+    def close(self) -> None:
+        self.host.close()
+
+
+def make_program(config: Config, batch: BatchArithmetic, vocab_size: int,
+                 devices: Sequence[jax.Device] | None = None) -> Program:
+    """The program of a checked `config` on `devices` (default: all there are). Nothing is compiled or allocated yet."""
+    mesh = make_mesh(config.mesh, devices)
+    if vocab_size % mesh.shape["tensor"]:
+        raise UserError(f"the tokenizer's {vocab_size} ids are not divisible by mesh.tensor={mesh.shape['tensor']}; "
+                        "change mesh.tensor")
+    model = make_model(config, vocab_size, Layout(mesh))
+    accumulator = Accumulator(make_optimizer(config.optimizer, config.train.num_updates), batch.accumulation_steps)
+    loss = make_loss(model, logit_softcap=config.model.logit_softcap, z_loss=config.train.z_loss)
+    param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    return Program(
+        config=config,
+        batch=batch,
+        mesh=mesh,
+        model=model,
+        accumulator=accumulator,
+        param_specs=param_specs,
+        train_step=jax.jit(make_train_step(loss, accumulator), donate_argnums=0),
+        eval_step=jax.jit(make_eval_step(loss)),
+    )
+
+
+def make_model(config: Config, vocab_size: int, layout: Layout) -> Model:
+    """The model of a checked `config`."""
+    family = FAMILIES[config.model.family]
+    return family(config.model, vocab_size, config.data.seq_len, layout, ATTENTION[attention_name(config, layout)])
+
+
+def attention_name(config: Config, layout: Layout) -> str:
+    """The algorithm that model.attention asks for; `auto` is blockwise where each device holds whole sequences."""
+    split = layout.axis_size("seq") > 1
+    if config.model.attention == "blockwise" and split:
+        raise UserError("model.attention='blockwise' needs whole sequences but mesh.seq splits them; use 'full' or 'auto'")
+    if config.model.attention == "auto":
+        return "full" if split else "blockwise"
+    return config.model.attention

@@ -1,0 +1,155 @@
+"""The one reader of a ConfigDict: it becomes frozen dataclasses here, with every rule that crosses sections checked.
+
+Each section of a config file is one dataclass that lives beside its owner, with the same keys, no more and no fewer: a
+key that nobody reads cannot be set. Nothing after this file sees a ConfigDict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from llmjax.data.pipeline import DataConfig
+from llmjax.data.tokenizer import TokenizerConfig
+from llmjax.errors import UserError
+from llmjax.evaluate.held_out import EvaluateConfig
+from llmjax.generate.generate import GenerateConfig
+from llmjax.nn.config import ModelConfig, resolve
+from llmjax.parallel.mesh import MeshConfig, mesh_shape
+from llmjax.train.accumulate import BatchArithmetic, resolve_batch
+from llmjax.train.checkpoint import CheckpointConfig
+from llmjax.train.config import TrainConfig
+from llmjax.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """The `plan` section: `topology` names a TPU to compile for (`v5p:4x4x4`); "" means the devices at hand."""
+
+    topology: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    seed: int
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    mesh: MeshConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    evaluate: EvaluateConfig
+    checkpoint: CheckpointConfig
+    generate: GenerateConfig
+    plan: PlanConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as JSON would give them back."""
+        as_dict = dataclasses.asdict(self)
+        as_dict["data"]["sources"] = list(self.data.sources)
+        return as_dict
+
+
+def read(raw: Mapping[str, Any]) -> Config:
+    """The Config of nested mappings (a ConfigDict, or the saved config.json); UserError names the first wrong key."""
+    return _read_section(Config, raw, "")
+
+
+def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in hints:
+            raise UserError(f"config key {prefix}{key} is not known{did_you_mean(key, hints)}")
+    missing = [key for key in hints if key not in raw]
+    if missing:
+        raise UserError(f"config key {prefix}{missing[0]} is missing; start from configs/base.py, which lists every key")
+    values = {}
+    for key, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(raw[key], Mapping):
+                raise UserError(f"config key {prefix}{key}={raw[key]!r} must be a section of keys")
+            values[key] = _read_section(hint, raw[key], f"{prefix}{key}.")
+        else:
+            values[key] = _read_value(raw[key], hint, prefix + key)
+    return cls(**values)
+
+
+def _read_value(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the type `hint`, or a UserError; an int may stand for a float, one string for a tuple of strings."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if typing.get_origin(hint) is tuple:
+        value = (value,) if isinstance(value, str) else value
+        if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return tuple(part for v in value for part in v.split(",") if part)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    name = hint.__name__ if isinstance(hint, type) else "list of strings"
+    raise UserError(f"{key}={value!r} is of type {type(value).__name__}; give a value of type {name}")
+
+
+def did_you_mean(word: str, words: typing.Iterable[str]) -> str:
+    """The end of an error message: the likeliest of `words`, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
+    """`config` with the model's derived sizes filled in, and the arithmetic of its batches on `num_devices` devices.
+
+    Every rule that crosses sections is checked here, before anything is read, compiled or written.
+    """
+    config = dataclasses.replace(config, model=resolve(config.model))
+    data, fsdp, seq, tensor = mesh_shape(config.mesh, num_devices)
+    model, T = config.model, config.data.seq_len
+    if T % seq:
+        raise UserError(f"data.seq_len={T} is not divisible by mesh.seq={seq}; change one of them")
+    for key, size in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads), ("mlp_dim", model.mlp_dim)):
+        if size % tensor:
+            raise UserError(f"model.{key}={size} is not divisible by mesh.tensor={tensor}; change one of them")
+    if model.model_dim % fsdp:
+        raise UserError(f"model.model_dim={model.model_dim} is not divisible by mesh.fsdp={fsdp}; change one of them")
+    train = config.train
+    batch = resolve_batch(train.tokens_per_update, T, train.micro_batch_size, train.accumulation_steps, data * fsdp)
+    if config.evaluate.batch_size % (data * fsdp):
+        raise UserError(f"evaluate.batch_size={config.evaluate.batch_size} is not divisible by the {data * fsdp} shards of "
+                        "the batch (mesh.data x mesh.fsdp); change one of them")
+    if not config.tokenizer.path and config.tokenizer.kind != "byte" and config.tokenizer.vocab_size % tensor:
+        raise UserError(f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
+                        "change one of them")
+    return config, batch
+
+
+FREE_ON_RESUME = (
+    "mesh", "evaluate", "checkpoint", "generate", "plan", "train.num_updates", "train.micro_batch_size",
+    "train.accumulation_steps", "data.cache_dir", "data.num_workers", "data.prefetch", "model.scan_layers", "model.remat",
+    "model.attention",
+)  # fmt: skip
+
+
+def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None:
+    """UserError where `config` means another run than the one saved in `workdir`, naming the keys.
+
+    What only says how the work is cut, how long it goes on, or what is written beside it may change.
+    """
+    old, new = _flatten(saved), _flatten(config.to_dict())
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = [key for key in changed if key not in FREE_ON_RESUME and key.split(".")[0] not in FREE_ON_RESUME]
+    if changed:
+        text = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in changed)
+        raise UserError(f"workdir {workdir} holds a run of another config: {text}; use another --workdir or the old values")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

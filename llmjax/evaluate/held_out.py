@@ -1,0 +1,64 @@
+"""Held-out loss, perplexity and bits per byte, as exact sums over every held-out target, and what gzip and xz make of
+the same text."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import lzma
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+
+from llmjax.errors import UserError
+from llmjax.types import Batch, LossSums, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """The `evaluate` section of the config.
+
+    every       updates between evaluations on the held-out documents; 0 = only at the end
+    batch_size  sequences per step; 0 = the micro-batch size of training
+    """
+
+    every: int
+    batch_size: int
+
+    def __post_init__(self):
+        for key in ("every", "batch_size"):
+            if getattr(self, key) < 0:
+                raise UserError(f"evaluate.{key}={getattr(self, key)} is negative; use 0 for the default")
+
+
+def evaluate(eval_step: Callable[[Params, Batch], LossSums], params: Params, batches: Iterable[Batch],
+             num_bytes: int) -> dict[str, float]:
+    """Scores `params` on `batches`, which hold every held-out target exactly once.
+
+    Returns `loss` (nats per target token), `perplexity`, `bits_per_byte` (of the `num_bytes` bytes of UTF-8 text; the
+    bits of the end-of-document tokens are counted too) and the task's own metrics per target token.
+    """
+    sums = [eval_step(params, batch) for batch in batches]  # dispatched one after the other, fetched once
+    fetched: list[LossSums] = jax.device_get(sums)
+    weight = math.fsum(float(s.weight) for s in fetched)
+    if not weight:
+        raise UserError("the held-out set has no targets; raise data.held_out_fraction or add documents")
+    total = math.fsum(float(s.loss) for s in fetched)
+    loss = total / weight
+    metrics = {name: math.fsum(float(s.metrics[name]) for s in fetched) / weight for name in fetched[0].metrics}
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": total / math.log(2) / num_bytes,
+        **metrics,
+    }
+
+
+def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
+    """Bits per byte of gzip and xz at their strongest, over the whole of `text` in one piece."""
+    size = max(len(text), 1)
+    return {
+        "gzip": 8 * len(gzip.compress(text, 9)) / size,
+        "xz": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / size,
+    }

@@ -1,0 +1,107 @@
+"""Text from a model: one prefill of the prompts, then a token at a time from a key/value cache, streamed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.errors import UserError
+from llmjax.models.contract import Model
+from llmjax.nn.cache import Cache
+from llmjax.ops.logits import sample
+from llmjax.types import Params
+
+SLOTS = 64  # prompts and caches are rounded up to this, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """The `generate` section of the config.
+
+    max_tokens   new tokens per prompt, at most; generation stops earlier at the end of the document
+    temperature  0 = greedy
+    top_k        only the k most likely tokens; 0 = off
+    top_p        only the most likely tokens that together reach this probability; 1 = off
+    seed         of the sampling
+    """
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise UserError(f"generate.max_tokens={self.max_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"generate.temperature={self.temperature} is negative; use 0 for greedy decoding")
+        if self.top_k < 0:
+            raise UserError(f"generate.top_k={self.top_k} is negative; use 0 to turn it off")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"generate.top_p={self.top_p} must lie in (0, 1]; use 1 to turn it off")
+
+
+def round_up(n: int, multiple: int = SLOTS) -> int:
+    """The least multiple of `multiple` that is n or more."""
+    return -(-n // multiple) * multiple
+
+
+def make_generator(model: Model, config: GenerateConfig, *, eos_id: int, banned_ids: Sequence[int] = (),
+                   max_positions: int = 0) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list[int | None]]]:
+    """`generate(params, prompts)`, an iterator over time that yields one new token id per prompt, None once ended.
+
+    A prompt's sample depends on the seed and its own number only, not on the prompts beside it. `banned_ids` (pad,
+    mask, reserved) are never sampled. `max_positions` > 0 is the most tokens that the model's positions can hold.
+    """
+    pick = functools.partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+
+    def choose(logits_BV: jax.Array, rngs_B: jax.Array, step: jax.Array) -> jax.Array:
+        if banned_ids:
+            logits_BV = logits_BV.at[:, np.asarray(banned_ids)].set(-jnp.inf)
+        return jax.vmap(lambda rng, logits_V: pick(jax.random.fold_in(rng, step), logits_V[None])[0])(rngs_B, logits_BV)
+
+    @jax.jit
+    def prefill(params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache, rngs_B: jax.Array):
+        valid_BT = jnp.arange(tokens_BT.shape[1])[None, :] < lengths_B[:, None]
+        logits_BTV, cache = model.decode(params, tokens_BT, cache, valid_BT)
+        last_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        return choose(last_BV, rngs_B, jnp.zeros((), jnp.int32)), cache
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def extend(params: Params, tokens_B: jax.Array, cache: Cache, rngs_B: jax.Array, step: jax.Array):
+        logits_BTV, cache = model.decode(params, tokens_B[:, None], cache)
+        return choose(logits_BTV[:, 0], rngs_B, step), cache
+
+    def generate(params: Params, prompts: Sequence[Sequence[int]]) -> Iterator[list[int | None]]:
+        lengths = np.array([len(p) for p in prompts], np.int32)
+        if not lengths.all():
+            raise UserError("an empty prompt has nothing to continue; begin it with the bos token")
+        limit = config.max_tokens
+        if max_positions:
+            limit = min(limit, max_positions - int(lengths.max()))
+            if limit < 1:
+                raise UserError(f"the prompt has {lengths.max()} tokens but the model holds {max_positions} positions; "
+                                "shorten the prompt")
+        width = round_up(int(lengths.max()))
+        tokens = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, :len(prompt)] = prompt
+        rngs_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(np.arange(len(prompts)))
+        cache = model.make_cache(len(prompts), width + round_up(config.max_tokens))
+        next_B, cache = prefill(params, tokens, lengths, cache, rngs_B)
+        ended = np.zeros(len(prompts), bool)
+        for step in range(1, limit + 1):
+            ids = np.asarray(next_B)
+            ended |= ids == eos_id
+            yield [None if done else int(i) for done, i in zip(ended, ids, strict=True)]
+            if ended.all() or step == limit:
+                return
+            next_B, cache = extend(params, next_B, cache, rngs_B, np.int32(step))
+
+    return generate
