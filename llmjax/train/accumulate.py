@@ -74,9 +74,9 @@ def resolve_batch(
     if micro_batch_size and accumulation_steps and micro_batch_size * accumulation_steps != sequences:
         product = micro_batch_size * accumulation_steps
         raise UserError(
-            f"train.micro_batch_size={micro_batch_size} x train.accumulation_steps={accumulation_steps} = "
-            f"{product} sequences, but train.tokens_per_update={tokens_per_update} / data.seq_len={seq_len} = "
-            f"{sequences}; set one of the two to 0 or train.tokens_per_update={product * seq_len}"
+            f"train.micro_batch_size={micro_batch_size} x train.accumulation_steps={accumulation_steps} "
+            f"makes {product} sequences, but train.tokens_per_update={tokens_per_update} / data.seq_len="
+            f"{seq_len} makes {sequences}; set one of the two to 0 or train.tokens_per_update={product * seq_len}"
         )
     for key, value in (("micro_batch_size", micro_batch_size), ("accumulation_steps", accumulation_steps)):
         if value and sequences % value:
@@ -155,7 +155,7 @@ class Accumulator:
         is_update = state.mini_step == self.steps - 1
         count = jnp.where(is_update, state.mini_step, state.mini_step + 1)
         state = state._replace(mini_step=count, acc_grads=jax.tree.map(jnp.add, state.acc_grads, sums))
-        # A loop of no or one turn, for XLA changes a loop's state in place but copies what a conditional keeps.
+        # A loop of no or one turn: XLA changes its state in place, but copies what a conditional keeps.
         carry = (params, state, jnp.zeros([], jnp.float32))
         params, state, grad_norm = jax.lax.fori_loop(0, is_update.astype(jnp.int32), close, carry)
         return params, state, is_update, grad_norm

@@ -1,0 +1,275 @@
+"""Schedules, the decay mask, and what each optimizer does to a small nested dict of parameters."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs.base import get_config
+from llmjax.errors import UserError
+from llmjax.train.optimizer import (
+    OptimizerConfig,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    muon_dimensions,
+)
+
+NAMES = ("adamw", "lion", "adafactor", "muon", "schedule_free_adamw")
+SHAPES = {
+    "wq_DNH": (16, 2, 4),
+    "wk_DKH": (16, 1, 4),
+    "wv_DKH": (16, 1, 4),
+    "wo_NHD": (2, 4, 16),
+    "w_gate_DF": (16, 24),
+    "w_up_DF": (16, 24),
+    "w_down_FD": (24, 16),
+    "scale": (16,),
+    "q_bias": (2, 4),
+}
+MATRICES = [name for name in SHAPES if name not in ("scale", "q_bias")]
+
+
+def config(name="adamw", **changes):
+    plain = OptimizerConfig(
+        name=name, schedule="constant", warmup_updates=0, learning_rate=0.01, clip_norm=0.0, weight_decay=0.0
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def normal(seed, shapes):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def stacked(seed, layers=3):
+    return {"layers": normal(seed, {name: (layers, *shape) for name, shape in SHAPES.items()})}
+
+
+def run(optimizer, params, grads_of, updates):
+    """Parameters and optimizer state after some updates."""
+
+    @jax.jit
+    def one(params, state):
+        changes, state = optimizer.update(grads_of(params), state, params)
+        return optax.apply_updates(params, changes), state
+
+    state = jax.jit(optimizer.init)(params)
+    for _ in range(updates):
+        params, state = one(params, state)
+    return params, state
+
+
+def test_config_is_the_optimizer_section_of_the_base_config():
+    assert OptimizerConfig(**get_config().optimizer) == OptimizerConfig()
+    assert set(get_config().optimizer) == {field.name for field in dataclasses.fields(OptimizerConfig)}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # update -> fraction of the peak; 100 updates, 10 of them warmup, down to 0.1
+        ("constant", {0: 0.1, 4: 0.5, 9: 1.0, 50: 1.0, 99: 1.0}),
+        ("linear", {0: 0.1, 9: 1.0, 54: 0.55, 99: 0.1, 150: 0.1}),
+        (
+            "cosine",
+            {0: 0.1, 9: 1.0, 54: 0.55, 31: 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * 22 / 90)), 99: 0.1},
+        ),
+        ("wsd", {0: 0.1, 9: 1.0, 40: 1.0, 79: 1.0, 89: 0.55, 99: 0.1, 150: 0.1}),
+    ],
+)
+def test_schedules_pass_through_their_key_points(schedule, expected):
+    learning_rate = make_schedule(
+        OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_updates=10, decay_fraction=0.2), 100
+    )
+    for update, fraction in expected.items():
+        np.testing.assert_allclose(learning_rate(update), 2.0 * fraction, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(learning_rate)(jnp.int32(update)), 2.0 * fraction, rtol=1e-6)
+
+
+def test_without_warmup_the_first_update_is_at_the_peak():
+    for schedule in ("cosine", "linear", "constant", "wsd"):
+        learning_rate = make_schedule(
+            OptimizerConfig(learning_rate=0.5, schedule=schedule, warmup_updates=0), 50
+        )
+        assert learning_rate(0) == 0.5
+
+
+def test_a_run_shorter_than_its_warmup_only_warms_up():
+    learning_rate = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_updates=40, schedule="cosine"), 4)
+    np.testing.assert_allclose([learning_rate(u) for u in range(4)], [0.025, 0.05, 0.075, 0.1], rtol=1e-6)
+
+
+def test_the_optimizer_follows_the_schedule_it_reports():
+    optimizer = make_optimizer(config("lion", schedule="linear", warmup_updates=3), 8)
+    params, state = {"w_DF": jnp.zeros((2, 2))}, None
+    state = optimizer.init(params)
+    for update in range(8):
+        changes, state = optimizer.update({"w_DF": jnp.ones((2, 2))}, state, params)
+        np.testing.assert_allclose(-changes["w_DF"][0, 0], optimizer.learning_rate(update), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_descends_a_quadratic(name):
+    target, start = stacked(0), jax.tree.map(jnp.zeros_like, stacked(0))
+
+    def loss(params):
+        return sum(jnp.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(target)))
+
+    optimizer = make_optimizer(config(name, learning_rate=0.1, clip_norm=10.0, warmup_updates=2), 60)
+    params, state = run(optimizer, start, jax.grad(loss), 60)
+    assert loss(optimizer.eval_params(state, params)) < 0.1 * loss(start)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_decay_shrinks_matrices_and_embeddings_but_not_norms_and_biases(name):
+    params = {
+        **stacked(1),
+        "embedding_VD": jnp.ones((5, 16)),
+        "norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)},
+    }
+    optimizer = make_optimizer(config(name, learning_rate=0.5, weight_decay=0.1), 10)
+    after, state = run(optimizer, params, functools.partial(jax.tree.map, jnp.zeros_like), 1)
+    after = optimizer.eval_params(state, after)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(after)):
+        factor = 1.0 if path[-1].key in ("scale", "bias", "q_bias") else 1.0 - 0.5 * 0.1
+        np.testing.assert_allclose(y, factor * x, rtol=1e-5, err_msg=str(path))
+    assert decay_mask(params)["embedding_VD"] and not decay_mask(params)["norm"]["scale"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_global_norm_is_clipped_before_anything_else(name):
+    params = normal(2, SHAPES)
+    grads = jax.tree.map(lambda x: 100.0 * x, normal(3, SHAPES))
+    norm = optax.tree.norm(grads)
+    clipped = jax.tree.map(lambda g: g * 0.5 / norm, grads)
+    a, _ = run(make_optimizer(config(name, clip_norm=0.5), 4), params, lambda _: grads, 1)
+    b, _ = run(make_optimizer(config(name, clip_norm=0.0), 4), params, lambda _: clipped, 1)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), a, b)
+
+
+def test_adamw_is_that_of_optax():
+    params, grads = normal(2, SHAPES), normal(3, SHAPES)
+    reference = optax.adamw(0.01, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=decay_mask)
+    a, _ = run(make_optimizer(config(weight_decay=0.1), 9), params, lambda _: grads, 3)
+    b, _ = run(reference, params, lambda _: grads, 3)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stacked_layers_are_updated_like_single_layers(name):
+    wide = {"w_up_DF": (128, 130)}  # large enough for Adafactor to factor
+    params = {"layers": {**stacked(4)["layers"], **normal(4, {k: (3, *s) for k, s in wide.items()})}}
+    grads = {"layers": {**stacked(5)["layers"], **normal(5, {k: (3, *s) for k, s in wide.items()})}}
+    optimizer = make_optimizer(config(name, weight_decay=0.1), 9)
+    together, _ = run(optimizer, params, lambda _: grads, 2)
+
+    def apart(tree):
+        return {f"layer{i}": jax.tree.map(lambda x, i=i: x[i], tree["layers"]) for i in range(3)}
+
+    expected, _ = run(optimizer, apart(params), lambda _: apart(grads), 2)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
+    jax.tree.map(close, apart(together), expected)
+
+
+def as_matrix(name, x):
+    """One layer's weight as rows x columns, written out here by hand."""
+    rows = {"wo_NHD": 8, "w_down_FD": 24}.get(name, 16)
+    return np.asarray(x).reshape(rows, -1)
+
+
+def test_muon_orthogonalizes_every_matrix_of_every_layer_with_the_rms_of_adamw():
+    params, grads = stacked(6), stacked(7)
+    after, _ = run(make_optimizer(config("muon"), 4), params, lambda _: grads, 1)
+    for name in MATRICES:
+        for x, y in zip(params["layers"][name], after["layers"][name]):
+            step = as_matrix(name, x - y) / 0.01
+            singular = np.linalg.svd(step, compute_uv=False) / (0.2 * math.sqrt(max(step.shape)))
+            assert singular.min() > 0.6 and singular.max() < 1.3, (name, singular)
+            np.testing.assert_allclose(np.sqrt((step**2).mean()), 0.2, rtol=0.25)
+
+
+def test_muon_on_stacked_weights_is_that_of_optax_on_each_matrix():
+    def apart(tree):
+        return {
+            f"{name}{i}": jnp.asarray(as_matrix(name, tree["layers"][name][i]))
+            for name in MATRICES
+            for i in range(3)
+        }
+
+    params, grads = stacked(8), stacked(9)
+    after, _ = run(make_optimizer(config("muon", weight_decay=0.1), 4), params, lambda _: grads, 2)
+    reference = optax.contrib.muon(0.01, weight_decay=0.1, consistent_rms=0.2)
+    expected, _ = run(reference, apart(params), lambda _: apart(grads), 2)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), apart(after), expected)
+
+
+def test_muon_leaves_embeddings_norms_and_biases_to_adamw():
+    shapes = {
+        "embedding_VD": (20, 16),
+        "positions_TD": (8, 16),
+        "unembedding_VD": (20, 16),
+        "scale": (16,),
+        "q_bias": (2, 4),
+    }
+    params, grads = normal(10, shapes), normal(11, shapes)
+    a, _ = run(make_optimizer(config("muon", weight_decay=0.1), 4), params, lambda _: grads, 2)
+    b, _ = run(make_optimizer(config("adamw", weight_decay=0.1), 4), params, lambda _: grads, 2)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_dimension_letters_name_the_rows_and_columns_of_a_matrix():
+    assert muon_dimensions("wq_DNH", 3) == ((0,), (1, 2))
+    assert muon_dimensions("wk_DKH", 4) == ((1,), (2, 3))
+    assert muon_dimensions("wo_NHD", 4) == ((1, 2), (3,))
+    assert muon_dimensions("w_down_FD", 2) == ((0,), (1,))
+    for name in ("embedding_VD", "positions_TD", "scale", "q_bias", "up_bias", "b_NH"):
+        assert muon_dimensions(name, 2) is None
+    with pytest.raises(ValueError, match="wq_DNH"):
+        muon_dimensions("wq_DNH", 2)
+
+
+def test_adafactor_keeps_rows_and_columns_instead_of_second_moments():
+    params = {"w_up_DF": jnp.zeros((4, 128, 256)), "scale": jnp.zeros((4, 128))}
+    state = make_optimizer(config("adafactor", beta1=0.0), 4).init(params)
+    size = sum(x.size for x in jax.tree.leaves(state))
+    assert size < 4 * (128 + 256) + 4 * 128 + 20
+
+
+def test_schedule_free_evaluates_the_average_of_its_iterates():
+    params, rng, iterates = normal(12, SHAPES), np.random.default_rng(0), []
+    optimizer = make_optimizer(config("schedule_free_adamw"), 9)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for _ in range(4):
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+        changes, state = update(grads, state, params)
+        params = optax.apply_updates(params, changes)
+        iterates.append(state[-1].z)
+    mean = jax.tree.map(lambda *zs: sum(zs) / len(zs), *iterates)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, optimizer.eval_params(state, params), mean)
+    assert not np.allclose(params["w_up_DF"], mean["w_up_DF"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"name": "adam"}, "optimizer.name='adam' .* adamw, lion"),
+        ({"schedule": "cos"}, "optimizer.schedule='cos' .* cosine"),
+        ({"learning_rate": -1.0}, "optimizer.learning_rate=-1.0"),
+        ({"learning_rate": math.nan}, "optimizer.learning_rate=nan"),
+        ({"warmup_updates": -1}, "optimizer.warmup_updates=-1"),
+        ({"beta2": 1.0}, "optimizer.beta2=1.0"),
+        ({"decay_fraction": 1.5}, "optimizer.decay_fraction=1.5"),
+        ({"name": "schedule_free_adamw"}, "optimizer.schedule='cosine' .*=constant"),
+        ({"name": "schedule_free_adamw", "schedule": "constant", "beta1": 0.0}, "optimizer.beta1=0"),
+    ],
+)
+def test_a_config_out_of_range_is_one_sentence_that_names_the_key(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        OptimizerConfig(**changes)
