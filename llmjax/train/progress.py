@@ -26,7 +26,7 @@ class Progress:
         self._printed = -PLAIN_SECONDS
         self._bar = None
         if sys.stderr.isatty():
-            layout = "{n_fmt}/{total_fmt} |{bar}| {postfix}"
+            layout = "{n_fmt}/{total_fmt} |{bar}| {desc}"
             self._bar = tqdm(
                 total=num_updates, initial=update, bar_format=layout, dynamic_ncols=True, leave=True
             )
@@ -40,7 +40,7 @@ class Progress:
         self._tokens_per_update = values["tokens"] / max(update, 1)
         text = self._describe(update, values["loss"])
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_description_str(text, refresh=False)
             self._bar.update(update - self._bar.n)
         elif self._is_due(update):
             print(f"update {update}/{self._num_updates}  {text}", flush=True)

@@ -118,7 +118,7 @@ def test_on_a_terminal_evaluations_stand_above_the_bar(tmp_path, capfd, monkeypa
         recorder.train(2, values(2, tokens_per_second=2e4))
     out, err = capfd.readouterr()
     assert out == "update 1/2  held-out loss 2.0000\n"
-    assert "2/2" in err and "loss 0.5000  20k tokens/s  ETA 0:00" in err
+    assert "2/2 |" in err and "| loss 0.5000  20k tokens/s  ETA 0:00" in err
 
 
 def test_counts_and_times_are_readable():
