@@ -29,6 +29,7 @@ setup(
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",
     ],
+    package_data={"llmjax.train": ["report.css", "report.js"]},
     extras_require={
         "data": DATA,
         "tpu": ["jax[tpu]>=0.10"],

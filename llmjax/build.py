@@ -143,6 +143,11 @@ class Program:
         """The parameters to evaluate and generate with."""
         return self.accumulator.eval_params(state.opt_state, state.params)
 
+    @property
+    def averages(self) -> bool:
+        """Whether `eval_params` are others than the parameters in training."""
+        return self.config.optimizer.name == "schedule_free_adamw"
+
     def abstract_batch(self) -> Batch:
         """Shapes, dtypes and shardings of a micro-batch."""
         shape = (self.batch.micro_batch_size, self.batch.seq_len)
@@ -189,7 +194,14 @@ class Feed:
         })
 
     def close(self) -> None:
+        """Ends the thread that makes batches."""
         self.host.close()
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def make_program(config: Config, batch: BatchArithmetic, vocab_size: int,

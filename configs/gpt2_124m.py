@@ -1,0 +1,26 @@
+"""GPT-2 124M (Radford et al. 2019): 12 layers, 768 wide, learned positions, 1024 tokens.
+
+    python -m llmjax.main --config=configs/gpt2_124m.py --config.data.sources=PATH/*.jsonl.gz
+
+Tokens per update and learning rate follow the GPT-3 paper's 125M model (Brown et al. 2020, table 2.1). Meant for one GPU or
+a TPU v5e host; not trained to the end here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    c = base.get_config()
+    c.model.update(
+        num_layers=12, model_dim=768, num_heads=12, activation="gelu", norm="layernorm", norm_eps=1e-5, position="learned",
+        qk_norm=False, use_bias=True, dtype="bfloat16", scan_layers=True, remat="dots",
+    )  # fmt: skip
+    c.tokenizer.update(vocab_size=50_304, train_bytes=1_000_000_000)
+    c.data.update(seq_len=1024)
+    c.train.update(num_updates=19_073, tokens_per_update=524_288, micro_batch_size=32, accumulation_steps=0)
+    c.optimizer.update(learning_rate=6e-4, warmup_updates=715)
+    c.evaluate.update(every=1000)
+    c.checkpoint.update(every=1000)
+    return c

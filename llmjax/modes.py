@@ -1,0 +1,280 @@
+"""What each `--mode` does, from a raw config to files and words: the story of a run, told once.
+
+A workdir holds config.json (resolved), metrics.jsonl, tensorboard/, checkpoints/, tokenizer/, samples.md, summary.json
+and report.html.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmjax import config as configs
+from llmjax.build import Corpus, Program, make_corpus, make_program
+from llmjax.config import Config
+from llmjax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from llmjax.errors import UserError
+from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
+from llmjax.generate.generate import make_generator
+from llmjax.parallel import hosts
+from llmjax.parallel.devices import peak_flops
+from llmjax.plan.compile import compile_step, topology_devices
+from llmjax.plan.summary import describe, describe_program
+from llmjax.terminal import StageProgress, format_table, indent, say
+from llmjax.train.accumulate import BatchArithmetic
+from llmjax.train.checkpoint import Checkpoints
+from llmjax.train.loop import NonFiniteLoss, Position, Result, Run, train
+from llmjax.train.metrics import Recorder
+from llmjax.train.report import write_report
+from llmjax.train.state import TrainState
+from llmjax.types import Params
+from llmjax.workdir import commands, last_sample, saved_config, write_json, write_samples
+
+SAMPLE_PROMPT = 64  # tokens of a held-out document that the samples of a run continue
+COMPRESSED = 8 * 2**20  # bytes of held-out text that gzip and xz are tried on
+PACKAGES = ("llmjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+
+
+def run(mode: str, raw: Mapping[str, Any], workdir: pathlib.Path, *, prompts: Sequence[str], checkpoint: str) -> int:
+    """Runs `mode`; the exit code."""
+    started = time.perf_counter()
+    config = configs.read(raw)
+    hosts.initialize()
+    abroad = mode == "plan" and config.plan.topology
+    devices = topology_devices(config.plan.topology) if abroad else jax.devices()
+    config, batch = configs.check(config, len(devices))
+    if mode == "plan":
+        return run_plan(config, batch, workdir, devices)
+    if (saved := saved_config(workdir)) is not None:
+        configs.check_resume(saved, config, str(workdir))
+    if mode == "train":
+        return run_train(config, batch, workdir, started)
+    if mode == "evaluate":
+        return run_evaluate(config, batch, workdir, checkpoint)
+    return run_generate(config, batch, workdir, checkpoint, prompts)
+
+
+def run_plan(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, devices: list[jax.Device]) -> int:
+    """Says what the config means and compiles its step; with plan.topology it does without the corpus."""
+    if config.plan.topology:
+        program = make_program(config, batch, config.tokenizer.vocab_size, devices)
+        rows = describe_program(program, attended=(config.data.seq_len + 1) / 2)
+    else:
+        with StageProgress() as progress:
+            corpus = make_corpus(config, batch, progress)
+        program = make_program(config, batch, corpus.tokenizer.vocab_size)
+        rows = describe(corpus, program, workdir)
+    say(f"plan\n{format_table(rows)}")
+    say(format_table(compile_step(program)))
+    return 0
+
+
+def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, started: float) -> int:
+    """Trains from wherever `workdir` stands to train.num_updates, and writes its report."""
+    with StageProgress() as progress:
+        corpus = make_corpus(config, batch, progress)
+    program = make_program(config, batch, corpus.tokenizer.vocab_size)
+    if hosts.is_primary():
+        write_json(workdir / "config.json", config.to_dict())
+        corpus.tokenizer.save(workdir / "tokenizer")
+    with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
+        state, position = resume_or_init(program, corpus, checkpoints, workdir)
+        plan = describe(corpus, program, workdir, position.update)
+        say(f"plan\n{format_table(plan)}\n")
+        say(f"ready after {time.perf_counter() - started:.0f} s; the first update compiles")
+        recorder = Recorder(workdir, resume_update=position.update, num_updates=config.train.num_updates)
+        try:
+            with recorder:
+                result = train(make_run(program, corpus, workdir), state, position, recorder, checkpoints)
+        except NonFiniteLoss as error:
+            if hosts.is_primary():
+                write_report(workdir)
+                print(f"llmjax: {error}", file=sys.stderr)
+            return 1
+    if hosts.is_primary():
+        finish(corpus, workdir, config, result, plan)
+    return 0
+
+
+def run_evaluate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, checkpoint: str) -> int:
+    """Prints the held-out results of a checkpoint."""
+    with StageProgress() as progress:
+        corpus = make_corpus(config, batch, progress)
+    if corpus.held_out is None:
+        raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
+    program = make_program(config, batch, corpus.tokenizer.vocab_size)
+    update, params = load_params(program, workdir, checkpoint)
+    results = score_held_out(program, corpus, params)
+    rows = {"checkpoint": f"update {update} of {workdir}",
+            "held out": f"{corpus.held_out_plan.num_documents:,} documents, {corpus.held_out_bytes:,} bytes, "
+                        f"{corpus.held_out_plan.num_tokens:,} tokens"}
+    say(format_table(rows | describe_results(results) | describe_compression(corpus)))
+    return 0
+
+
+def run_generate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, checkpoint: str,
+                 prompts: Sequence[str]) -> int:
+    """Continues the prompts: one is streamed, several are shown one after the other when all are done."""
+    if not (workdir / "tokenizer").is_dir():
+        raise UserError(f"{workdir} holds no trained model; train one first, or give its --workdir")
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    program = make_program(config, batch, tokenizer.vocab_size)
+    _, params = load_params(program, workdir, checkpoint)
+    prompts = list(prompts) or [""]
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    decoders = [StreamDecoder(tokenizer) for _ in prompts]
+    texts = list(prompts)
+    streams = len(prompts) == 1 and hosts.is_primary()
+    if streams:
+        print(prompts[0], end="", flush=True)
+    for new in generator(program, tokenizer)(params, ids):
+        for row, token in enumerate(new):
+            if token is not None:
+                text = decoders[row].push(token)
+                texts[row] += text
+                if streams:
+                    print(text, end="", flush=True)
+    for row, decoder in enumerate(decoders):
+        rest = decoder.flush()
+        texts[row] += rest
+        if streams:
+            print(rest, flush=True)
+    if not streams:
+        for number, text in enumerate(texts, 1):
+            say(f"--- {number}\n{text}")
+    return 0
+
+
+def resume_or_init(program: Program, corpus: Corpus, checkpoints: Checkpoints,
+                   workdir: pathlib.Path) -> tuple[TrainState, Position]:
+    """The newest checkpoint's state and position, or fresh ones."""
+    if checkpoints.latest() is None:
+        return program.init(), Position()
+    saved, meta = checkpoints.restore(program.abstract_saved())
+    if meta["data_fingerprint"] != corpus.fingerprint:
+        raise UserError(f"the documents behind data.sources are not those that {workdir} was trained on, so its data cursor "
+                        "means nothing here; restore them or use another --workdir")
+    return program.resumed(saved), Position.from_meta(meta)
+
+
+def load_params(program: Program, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
+    """The update and the parameters of the checkpoint `latest`, `best` or a number, fit to evaluate and generate with."""
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} holds no checkpoints; train there first, or give another --workdir")
+    with Checkpoints(workdir / "checkpoints", program.config.checkpoint, read_only=True) as checkpoints:
+        if checkpoint not in ("latest", "best") and not checkpoint.isdecimal():
+            raise UserError(f"--checkpoint={checkpoint} is neither latest, best nor the number of an update")
+        update = int(checkpoint) if checkpoint.isdecimal() else None
+        if checkpoint == "best":
+            update = checkpoints.best()
+        if update is None:
+            update = checkpoints.latest()
+        if program.averages:
+            saved, _ = checkpoints.restore(program.abstract_saved(), update)
+            return update, program.eval_params(program.resumed(saved))
+        params, meta = checkpoints.restore_params(program.abstract_saved().params, update)
+        return meta["update"], params
+
+
+def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path) -> Run:
+    """What the loop needs to know of everything else."""
+    config, batch = program.config, program.batch
+
+    def held_out(state: TrainState) -> dict[str, float]:
+        return score_held_out(program, corpus, program.eval_params(state))
+
+    def sample(state: TrainState, update: int) -> None:
+        samples = sample_texts(program, corpus, program.eval_params(state))
+        if hosts.is_primary():
+            write_samples(workdir / "samples.md", update, samples)
+
+    def describe_batch(first: int, count: int) -> str:
+        documents = corpus.train.documents(np.arange(first, first + count))
+        return "documents " + ", ".join(f"{name} [tokens {start}:{stop}]" for name, start, stop in documents)
+
+    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES}
+    return Run(
+        num_updates=config.train.num_updates,
+        accumulation_steps=batch.accumulation_steps,
+        micro_batch_size=batch.micro_batch_size,
+        seq_len=batch.seq_len,
+        evaluate_every=config.evaluate.every,
+        step=program.train_step,
+        make_batches=lambda cursor: program.batches(corpus.train, start=cursor),
+        evaluate=None if corpus.held_out is None else held_out,
+        sample=sample,
+        describe_batch=describe_batch,
+        saved=program.saved,
+        meta={"config": config.to_dict(), "versions": versions, "data_fingerprint": corpus.fingerprint},
+        flops_per_token=program.model.flops_per_token(corpus.train_plan.attended),
+        peak_flops=peak_flops(list(program.mesh.devices.flat)),
+    )
+
+
+def score_held_out(program: Program, corpus: Corpus, params: Params) -> dict[str, float]:
+    """Loss, perplexity and bits per byte over every held-out target."""
+    size = program.config.evaluate.batch_size or program.batch.micro_batch_size
+    with program.batches(corpus.held_out, stop=corpus.held_out_plan.num_rows, batch_size=size) as feed:
+        return evaluate(program.eval_step, params, feed, corpus.held_out_bytes)
+
+
+def sample_texts(program: Program, corpus: Corpus, params: Params) -> list[tuple[str, str]]:
+    """(prompt, continuation) of the longest held-out document's beginning, or of nothing where none is held out."""
+    tokenizer, store, prompt = corpus.tokenizer, corpus.store, [corpus.tokenizer.bos_id]
+    if len(corpus.held_out_ids):
+        doc = int(corpus.held_out_ids[np.argmax(store.lengths[corpus.held_out_ids])])
+        length = min(SAMPLE_PROMPT, int(store.lengths[doc]) // 2, program.config.data.seq_len // 2)
+        prompt = store.tokens(doc, 0, max(length, 1)).tolist()
+    new = [ids[0] for ids in generator(program, tokenizer)(params, [prompt]) if ids[0] is not None]
+    return [(tokenizer.decode(prompt[1:]), tokenizer.decode(new))]
+
+
+def generator(program: Program, tokenizer: Tokenizer) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list]]:
+    """Sampling with the config's settings; ids that stand for no text, other than the end, are never drawn."""
+    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
+    learned = program.config.model.position == "learned"
+    return make_generator(program.model, program.config.generate, eos_id=tokenizer.eos_id,
+                          banned_ids=sorted(special - {tokenizer.eos_id}),
+                          max_positions=program.config.data.seq_len if learned else 0)
+
+
+def describe_results(results: Mapping[str, float]) -> dict[str, str]:
+    """Held-out results in words."""
+    return {
+        "held-out loss": f"{results['loss']:.4f} nats per token",
+        "perplexity": f"{results['perplexity']:.2f}",
+        "bits per byte": f"{results['bits_per_byte']:.3f}",
+    }
+
+
+def describe_compression(corpus: Corpus) -> dict[str, str]:
+    """What gzip and xz make of the held-out text."""
+    text = corpus.held_out_text(COMPRESSED)
+    part = "" if len(text) >= corpus.held_out_bytes else f", on the first {len(text):,} bytes"
+    return {name: f"{bits:.3f} bits per byte of the same text{part}" for name, bits in compressed_bits_per_byte(text).items()}
+
+
+def finish(corpus: Corpus, workdir: pathlib.Path, config: Config, result: Result, plan: dict[str, str]) -> None:
+    """The closing words, and the files that repeat them: summary.json and report.html."""
+    results = {}
+    if result.position.evaluation is not None:
+        results = describe_results(result.position.evaluation) | describe_compression(corpus)
+    sample = last_sample(workdir / "samples.md")
+    following = commands(workdir, config.train.num_updates)
+    write_json(workdir / "summary.json",
+               {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following})
+    report = write_report(workdir)
+    if result.stopped:
+        say(f"\nstopped after update {result.position.update} and saved; go on with\n  {following['resume']}")
+        return
+    if sample is not None:
+        say(f"\nsample: after\n{indent(sample[0])}\nthe model continued\n{indent(sample[1])}")
+    say(f"\ndone after {result.position.seconds:.0f} s\n{format_table(results | {'report': str(report)})}")
+    say(f"\nnext\n{format_table(following)}")

@@ -1,0 +1,92 @@
+"""The plan in words: what a run will read, train and write, before it starts."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from llmjax.build import Corpus, Program, attention_name
+
+
+def tree_bytes_per_device(tree: object) -> int:
+    """Bytes that one device holds of a tree of sharded ShapeDtypeStructs."""
+
+    def leaf_bytes(x: jax.ShapeDtypeStruct) -> int:
+        itemsize = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.dtype(x.dtype).itemsize
+        return math.prod(x.sharding.shard_shape(x.shape)) * itemsize
+
+    return sum(leaf_bytes(x) for x in jax.tree.leaves(tree))
+
+
+def activation_bytes(program: Program) -> int:
+    """An estimate of what the backward pass keeps of a micro-step on each device: the arrays between the matrix products
+    of each layer, by remat policy, and one layer in full where layers are recomputed."""
+    c, batch, mesh = program.config.model, program.batch, program.mesh.shape
+    tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
+    heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) / mesh["tensor"]
+    mlp = c.mlp_dim * (3 if c.activation == "swiglu" else 2) / mesh["tensor"]
+    layer = 4 * c.model_dim + heads + mlp
+    kept = {"none": c.num_layers * layer, "dots": c.num_layers * (layer - 2 * c.model_dim) + layer,
+            "full": c.num_layers * c.model_dim + layer}[c.remat]
+    return int(tokens * kept * (2 if c.dtype == "bfloat16" else 4))
+
+
+def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int = 0) -> dict[str, str]:
+    """Label -> one line each, in the order in which they are to be read."""
+    store, train, held_out = corpus.store, corpus.train_plan, corpus.held_out_plan
+    documents, size, tokens = len(store), int(store.num_bytes.sum()), int(store.lengths.sum())
+    rows = {
+        "corpus": f"{documents:,} documents, {format_bytes(size)}, {tokens:,} tokens ({size / tokens:.2f} bytes per token); "
+                  f"{held_out.num_documents:,} documents held out",
+        "tokenizer": corpus.tokenizer.describe(),
+        "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
+    }
+    return rows | describe_program(program, train.attended) | {
+        "updates": _describe_updates(program, train.num_rows, start),
+        "output": str(workdir),
+    }
+
+
+def describe_program(program: Program, attended: float) -> dict[str, str]:
+    """The part of the plan that needs no corpus. `attended`: mean keys per token."""
+    c, mesh = program.config, program.mesh
+    state = program.abstract_state()
+    num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    flops = program.model.flops_per_token(attended)
+    held, gradients = tree_bytes_per_device(state), tree_bytes_per_device(state.params)
+    activations = activation_bytes(program)
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    kind = mesh.devices.flat[0].device_kind
+    return {
+        "model": f"{c.model.family}, {format_count(num_params)} parameters, {format_count(flops)}FLOP per token, "
+                 f"{attention_name(c, program.layout)} attention, {c.model.dtype}",
+        "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, {c.optimizer.schedule}",
+        "mesh": f"{axes} on {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}",
+        "batch": program.batch.describe(),
+        "memory": f"about {format_bytes(held + gradients + activations)} per device: state {format_bytes(held)}, "
+                  f"gradients {format_bytes(gradients)}, activations {format_bytes(activations)}",
+    }
+
+
+def _describe_updates(program: Program, num_rows: int, start: int) -> str:
+    total = program.config.train.num_updates
+    sequences = total * program.batch.sequences_per_update
+    done = f", {start:,} of them done" if start else ""
+    return (f"{total:,}{done}; {format_count(sequences * program.batch.seq_len)} tokens = "
+            f"{sequences / num_rows:.2f} epochs")
+
+
+def format_count(n: float) -> str:
+    """1.23 M, 4.5 G: three digits and a unit, with a space before the unit and after it none."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.3g} "
+
+
+def format_bytes(n: float) -> str:
+    """1.23 GB, decimal."""
+    return f"{format_count(n)}B"

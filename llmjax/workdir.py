@@ -1,0 +1,70 @@
+"""The files of a run that people and later commands read: config.json, samples.md, summary.json; and the commands that
+go on from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import sys
+from typing import Any
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Replaces `path` in one step: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes `value` as readable JSON, in one step."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def saved_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The resolved config of the run in `workdir`, or None where there is none."""
+    path = workdir / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_samples(path: pathlib.Path, update: int, samples: list[tuple[str, str]]) -> None:
+    """Adds the samples of `update`, (prompt, continuation) each; what a resumed run samples again is replaced."""
+    old = path.read_text(encoding="utf-8") if path.exists() else "# Samples\n\n"
+    sections = re.split(r"(?m)^(?=<!-- update \d+ -->$)", old)
+    kept = [s for s in sections if not (m := re.match(r"<!-- update (\d+)", s)) or int(m.group(1)) < update]
+    new = f"<!-- update {update} -->\n## update {update}\n\n" + "".join(
+        f"### prompt\n\n{_fenced(prompt)}\n### continuation\n\n{_fenced(continuation)}\n" for prompt, continuation in samples)
+    write_atomically(path, "".join(kept) + new)
+
+
+def last_sample(path: pathlib.Path) -> tuple[str, str] | None:
+    """The newest (prompt, continuation), or None."""
+    if not path.exists():
+        return None
+    fenced = re.findall(r"(?ms)^(`{3,})text\n(.*?)\n\1$", path.read_text(encoding="utf-8"))
+    return (fenced[-2][1], fenced[-1][1]) if len(fenced) > 1 else None
+
+
+def _fenced(text: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}\n"
+
+
+def commands(workdir: pathlib.Path, num_updates: int) -> dict[str, str]:
+    """Label -> the shell command that goes on from the run in `workdir`."""
+    python = pathlib.Path(sys.executable)
+    here = pathlib.Path.cwd()
+    python = python.relative_to(here) if python.is_relative_to(here) else python
+    run = f"{shlex.quote(str(python))} -m llmjax.main --workdir={shlex.quote(str(workdir))}"
+    return {
+        "resume": run,
+        "train on": f"{run} --config.train.num_updates={2 * num_updates}",
+        "evaluate": f"{run} --mode=evaluate",
+        "generate": f"{run} --mode=generate --prompt='import '",
+        "report": f"{shlex.quote(str(python))} -m webbrowser {shlex.quote(str(workdir / 'report.html'))}",
+    }
