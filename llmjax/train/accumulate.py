@@ -71,18 +71,19 @@ def resolve_batch(
             f"train.tokens_per_update={tokens_per_update} is not a multiple of data.seq_len={seq_len}; "
             f"use for example {near}"
         )
+    cut = f"train.tokens_per_update={tokens_per_update} / data.seq_len={seq_len}"
     if micro_batch_size and accumulation_steps and micro_batch_size * accumulation_steps != sequences:
         product = micro_batch_size * accumulation_steps
         raise UserError(
             f"train.micro_batch_size={micro_batch_size} x train.accumulation_steps={accumulation_steps} "
-            f"makes {product} sequences, but train.tokens_per_update={tokens_per_update} / data.seq_len="
-            f"{seq_len} makes {sequences}; set one of the two to 0 or train.tokens_per_update={product * seq_len}"
+            f"makes {product} sequences, but {cut} makes {sequences}; "
+            f"set one of the two to 0 or train.tokens_per_update={product * seq_len}"
         )
     for key, value in (("micro_batch_size", micro_batch_size), ("accumulation_steps", accumulation_steps)):
         if value and sequences % value:
             raise UserError(
-                f"train.{key}={value} does not divide the {sequences} sequences per update "
-                f"(train.tokens_per_update={tokens_per_update} / data.seq_len={seq_len}); use a divisor"
+                f"train.{key}={value} does not divide the {sequences} sequences of an update ({cut}); "
+                "use a divisor"
             )
     steps = accumulation_steps or (sequences // micro_batch_size if micro_batch_size else 1)
     size = sequences // steps

@@ -62,14 +62,16 @@ class Position:
 class Run:
     """What a run consists of. Callables come from outside: the loop knows neither data nor evaluation.
 
-    num_updates         at which the run ends accumulation_steps  micro-steps per update micro_batch_size
-    sequences per micro-step, over all devices seq_len             positions per sequence evaluate_every
-    updates between evaluations; 0: only at the end step                (state, batch) -> (state, metrics):
-    one micro-step, with float32 scalars `loss`, `weight`
-                        and further sums, and of the update `grad_norm`, `learning_rate` on its last
-                        micro-step
+    num_updates         at which the run ends
+    accumulation_steps  micro-steps per update
+    micro_batch_size    sequences per micro-step, over all devices
+    seq_len             positions per sequence
+    evaluate_every      updates between evaluations; 0: only at the end
+    step                (state, batch) -> (state, metrics): one micro-step, with float32 scalars `loss`, `weight` and
+                        further sums, and of the update `grad_norm`, `learning_rate` on its last micro-step
     make_batches        cursor -> an iterator of batches on the devices, from that sequence on, with `close()`
-    evaluate            state -> held-out `loss`, `perplexity`, `bits_per_byte` (the same on every process)
+    evaluate            state -> held-out `loss`, `perplexity`, `bits_per_byte` (the same on every process), or None
+                        where nothing is held out
     sample              (state, update) -> None, after each evaluation
     describe_batch      (first sequence, count) -> the documents in them, for a message
     saved               state -> what a checkpoint holds of it
@@ -85,7 +87,7 @@ class Run:
     evaluate_every: int
     step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
     make_batches: Callable[[int], Iterator[Any]]
-    evaluate: Callable[[State], Evaluation]
+    evaluate: Callable[[State], Evaluation] | None
     describe_batch: Callable[[int, int], str]
     sample: Callable[[State, int], None] = lambda state, update: None
     saved: Callable[[State], State] = lambda state: state
@@ -238,7 +240,7 @@ class _Host:
         self.checkpoints.save(position.update, self.run.saved(state), meta, held_out_loss=loss)
 
     def _evaluates_at(self, update: int) -> bool:
-        return _is_due(update, self.run.evaluate_every, self.run.num_updates)
+        return self.run.evaluate is not None and _is_due(update, self.run.evaluate_every, self.run.num_updates)
 
     def _saves_at(self, update: int) -> bool:
         return _is_due(update, self.checkpoints.config.every, self.run.num_updates)

@@ -1,4 +1,4 @@
-"""Micro-batches of any raggedness give the update of one big batch, and the optimizer runs once per update."""
+"""Micro-batches of any raggedness give the update of one big batch; the optimizer runs once per update."""
 
 import dataclasses
 

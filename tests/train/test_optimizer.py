@@ -180,7 +180,7 @@ def test_stacked_layers_are_updated_like_single_layers(name):
 def as_matrix(name, x):
     """One layer's weight as rows x columns, written out here by hand."""
     rows = {"wo_NHD": 8, "w_down_FD": 24}.get(name, 16)
-    return np.asarray(x).reshape(rows, -1)
+    return x.reshape(rows, -1)
 
 
 def test_muon_orthogonalizes_every_matrix_of_every_layer_with_the_rms_of_adamw():
@@ -196,11 +196,7 @@ def test_muon_orthogonalizes_every_matrix_of_every_layer_with_the_rms_of_adamw()
 
 def test_muon_on_stacked_weights_is_that_of_optax_on_each_matrix():
     def apart(tree):
-        return {
-            f"{name}{i}": jnp.asarray(as_matrix(name, tree["layers"][name][i]))
-            for name in MATRICES
-            for i in range(3)
-        }
+        return {f"{name}{i}": as_matrix(name, tree["layers"][name][i]) for name in MATRICES for i in range(3)}
 
     params, grads = stacked(8), stacked(9)
     after, _ = run(make_optimizer(config("muon", weight_decay=0.1), 4), params, lambda _: grads, 2)
