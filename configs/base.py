@@ -15,15 +15,15 @@ def get_config() -> ConfigDict:
 
     c.model = model = ConfigDict()
     model.family = "gpt"  # decoder-only Transformer
-    model.num_layers = 4
-    model.model_dim = 128
+    model.num_layers = 4  # L
+    model.model_dim = 128  # D, width of the residual stream
     model.num_heads = 4  # query heads
     model.num_kv_heads = 0  # key/value heads: 0 = num_heads, 1 = multi-query, between = grouped-query
     model.head_dim = 0  # 0 = model_dim / num_heads
     model.mlp_dim = 0  # 0 = 4 x model_dim, with swiglu 8/3 x model_dim rounded up to a multiple of 64
     model.activation = "swiglu"  # swiglu | gelu | relu2
     model.norm = "rmsnorm"  # rmsnorm | layernorm
-    model.norm_eps = 1e-6
+    model.norm_eps = 1e-6  # added to the variance
     model.position = "rope"  # rope | learned | sinusoidal
     model.rope_theta = 10000.0  # base wavelength of the rotary embedding
     model.qk_norm = True  # RMSNorm of queries and keys, per head
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte
     tokenizer.path = ""  # an existing SentencePiece .model, used as it is
-    tokenizer.vocab_size = 4096
+    tokenizer.vocab_size = 4096  # V, special and byte pieces included
     tokenizer.train_bytes = 20_000_000  # how much of the corpus the tokenizer is trained on
     tokenizer.character_coverage = 0.9995  # share of characters with a piece of their own; the rest becomes bytes
     tokenizer.num_reserved = 16  # ids kept free for later special tokens
@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     mesh.tensor = 1  # heads, feed-forward, vocabulary
 
     c.train = train = ConfigDict()
-    train.num_updates = 400
+    train.num_updates = 400  # optimizer updates of the whole run
     train.tokens_per_update = 8192  # sequences x seq_len x micro-steps
     train.micro_batch_size = 0  # sequences per micro-step over all devices; 0 = follows from accumulation_steps
     train.accumulation_steps = 2  # micro-steps per update; 0 = follows from micro_batch_size
@@ -72,12 +72,12 @@ def get_config() -> ConfigDict:
     optimizer.name = "adamw"  # adamw | lion | adafactor | muon | schedule_free_adamw
     optimizer.learning_rate = 3e-3  # at the peak
     optimizer.schedule = "cosine"  # cosine | linear | constant | wsd
-    optimizer.warmup_updates = 40
+    optimizer.warmup_updates = 40  # of linear rise to the peak
     optimizer.final_lr_fraction = 0.1  # of the peak, at the last update
     optimizer.decay_fraction = 0.2  # of the updates, for wsd: the linear decay at the end
-    optimizer.beta1 = 0.9
-    optimizer.beta2 = 0.95
-    optimizer.eps = 1e-8
+    optimizer.beta1 = 0.9  # decay of the first moment, per update
+    optimizer.beta2 = 0.95  # decay of the second moment, per update
+    optimizer.eps = 1e-8  # added to the root of the second moment
     optimizer.weight_decay = 0.1  # not on norms and biases
     optimizer.clip_norm = 1.0  # global gradient norm; 0 = off
 
@@ -91,11 +91,11 @@ def get_config() -> ConfigDict:
     checkpoint.keep_best = True  # and the one with the lowest held-out loss
 
     c.generate = generate = ConfigDict()
-    generate.max_tokens = 200
+    generate.max_tokens = 200  # new tokens per prompt, at most
     generate.temperature = 0.8  # 0 = greedy
     generate.top_k = 0  # 0 = off
     generate.top_p = 0.95  # 1 = off
-    generate.seed = 0
+    generate.seed = 0  # of the sampling
 
     c.plan = plan = ConfigDict()
     plan.topology = ""  # compile for this TPU (for example v5p:4x4x4) instead of the devices at hand

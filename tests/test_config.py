@@ -1,0 +1,124 @@
+"""Every config file reads, every key has one owner, and every mistake gets one sentence that names key, value and remedy."""
+
+import dataclasses
+import importlib
+import json
+import math
+import pathlib
+import re
+import typing
+
+import pytest
+
+from llmjax import config as configs
+from llmjax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def load(name="base", **changes):
+    raw = importlib.import_module(f"configs.{name}").get_config()
+    for key, value in changes.items():
+        section, _, leaf = key.rpartition("__")
+        (raw[section] if section else raw)[leaf] = value
+    return raw.to_dict()
+
+
+def check(num_devices=1, **changes):
+    return configs.check(configs.read(load(**changes)), num_devices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_reads(name):
+    config = configs.read(load(name))
+    configs.check(config, math.prod(map(int, re.findall(r"\d+", config.plan.topology.partition(":")[2]))))
+
+
+def test_base_lists_every_key_with_a_comment():
+    text = (ROOT / "configs" / "base.py").read_text(encoding="utf-8")
+    for section, hint in typing.get_type_hints(configs.Config).items():
+        if not dataclasses.is_dataclass(hint):
+            continue
+        for field in dataclasses.fields(hint):
+            assert re.search(rf"\b{section}\.{field.name} = [^\n]*", text), f"{section}.{field.name}"
+    assignments = re.findall(r"^    \w+\.(\w+) = (?!.*ConfigDict)(.*)$", text, re.M)
+    for key, rest in assignments:
+        assert "#" in rest, f"{key} has no comment"
+
+
+def test_the_resolved_config_survives_json():
+    config, _ = check()
+    assert configs.read(json.loads(json.dumps(config.to_dict()))) == config
+
+
+BAD = {
+    "head split": ({"model__num_heads": 3}, r"model.num_heads=3 does not divide model.model_dim=128"),
+    "group split": ({"model__num_kv_heads": 3}, r"model.num_heads=4 must be a multiple of model.num_kv_heads=3"),
+    "choice": ({"model__activation": "swigloo"}, r"model.activation='swigloo' is not known; use one of swiglu"),
+    "dropout": ({"model__dropout": 1.5}, r"model.dropout=1.5"),
+    "not closing": ({"train__tokens_per_update": 8000}, r"train.tokens_per_update=8000 .* data.seq_len=512"),
+    "product": ({"train__micro_batch_size": 3}, r"train.micro_batch_size=3 x train.accumulation_steps=2"),
+    "sources": ({"data__sources": ()}, r"data.sources"),
+    "bad text": ({"data__on_bad_text": "ignore"}, r"data.on_bad_text='ignore'"),
+    "schedule": ({"optimizer__schedule": "cosin"}, r"optimizer.schedule='cosin'"),
+    "temperature": ({"generate__temperature": -1.0}, r"generate.temperature=-1.0"),
+    "top_p": ({"generate__top_p": 0.0}, r"generate.top_p=0.0"),
+    "evaluate": ({"evaluate__every": -1}, r"evaluate.every=-1"),
+    "keep": ({"checkpoint__keep": 0}, r"checkpoint.keep=0"),
+    "vocabulary": ({"tokenizer__vocab_size": 100}, r"tokenizer.vocab_size = 100"),
+    "z_loss": ({"train__z_loss": -0.1}, r"train.z_loss=-0.1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_value_is_named(case):
+    changes, pattern = BAD[case]
+    with pytest.raises(UserError, match=pattern) as error:
+        check(**changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes, pattern", [
+    ({"mesh__seq": 3, "mesh__data": -1}, r"mesh .*seq=3.* 8 devices"),
+    ({"mesh__seq": 8, "data__seq_len": 516, "train__tokens_per_update": 516 * 16}, r"data.seq_len=516 .* mesh.seq=8"),
+    ({"mesh__tensor": 8}, r"model.num_heads=4 is not divisible by mesh.tensor=8"),
+    ({"mesh__data": 4}, r"takes 4 devices but there are 8"),
+    ({"mesh__data": -1, "mesh__fsdp": -1}, r"mesh.data=-1 and mesh.fsdp=-1"),
+    ({"train__accumulation_steps": 4}, r"train.micro_batch_size=4 is not divisible by the 8 shards"),
+    ({"evaluate__batch_size": 3}, r"evaluate.batch_size=3 is not divisible by the 8 shards"),
+])  # fmt: skip
+def test_a_mesh_that_does_not_fit_is_named(changes, pattern):
+    with pytest.raises(UserError, match=pattern):
+        check(num_devices=8, **changes)
+
+
+def test_unknown_missing_and_mistyped_keys_are_named():
+    raw = load()
+    raw["model"]["num_layer"] = 3
+    with pytest.raises(UserError, match="model.num_layer is not known; did you mean 'num_layers'"):
+        configs.read(raw)
+    raw = load()
+    del raw["optimizer"]["beta1"]
+    with pytest.raises(UserError, match="optimizer.beta1 is missing"):
+        configs.read(raw)
+    for value in ("4", 4.5, True, None):
+        raw = load()
+        raw["model"]["num_layers"] = value
+        with pytest.raises(UserError, match="model.num_layers=.* give a value of type int"):
+            configs.read(raw)
+
+
+def test_sources_may_be_one_string_or_many():
+    for value, expected in (("a.txt", ("a.txt",)), ("a.txt,b.txt", ("a.txt", "b.txt")), (("a", "b"), ("a", "b"))):
+        raw = load()
+        raw["data"]["sources"] = value
+        assert configs.read(raw).data.sources == expected
+
+
+def test_a_resumed_run_must_mean_the_same():
+    saved = check()[0].to_dict()
+    for free in ({"train__num_updates": 900}, {"train__accumulation_steps": 4}, {"evaluate__every": 7}, {"model__remat": "full"}):
+        configs.check_resume(saved, check(**free)[0], "runs/base")
+    with pytest.raises(UserError, match=r"model.num_layers \(4 there, 8 here\), seed \(0 there, 1 here\)"):
+        configs.check_resume(saved, check(model__num_layers=8, seed=1)[0], "runs/base")
