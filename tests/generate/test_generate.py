@@ -1,0 +1,89 @@
+"""Generation: greedy equals the full pass, a prompt's sample does not depend on its neighbours, and it ends where told."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.errors import UserError
+from llmjax.generate.generate import GenerateConfig, make_generator
+from llmjax.models.gpt import GPT
+from llmjax.nn.config import ModelConfig, resolve
+from llmjax.ops.attention.mask import self_mask
+from llmjax.types import Batch
+
+V = 37
+MODEL = GPT(resolve(ModelConfig(num_layers=2, model_dim=16, num_heads=2, init_std=0.5)), V, 128)
+GREEDY = GenerateConfig(max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+PROMPTS = [[1, 5, 9, 3], [2], [7] * 70]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(MODEL.init)(jax.random.key(1))
+
+
+@functools.cache
+def generate(config, eos_id=V, banned=(), max_positions=0):
+    return make_generator(MODEL, config, eos_id=eos_id, banned_ids=banned, max_positions=max_positions)
+
+
+def greedy_by_full_pass(params, prompt, n):
+    @jax.jit
+    def next_token(tokens, length):
+        index = jnp.arange(96, dtype=jnp.int32)[None]
+        segments = (index < length).astype(jnp.int32)
+        batch = Batch(tokens, tokens, segments.astype(jnp.float32), segments, index, jnp.zeros(1, jnp.int32))
+        return jnp.argmax(MODEL.logits(params, MODEL.apply(params, batch))[0, length - 1])
+
+    ids = list(prompt)
+    for _ in range(n):
+        padded = np.zeros((1, 96), np.int32)
+        padded[0, :len(ids)] = ids
+        ids.append(int(next_token(padded, len(ids))))
+    return ids[len(prompt):]
+
+
+def test_greedy_decoding_of_several_prompts_equals_the_full_pass(params):
+    columns = zip(*generate(GREEDY)(params, PROMPTS), strict=True)
+    for prompt, column in zip(PROMPTS, columns, strict=True):
+        assert list(column) == greedy_by_full_pass(params, prompt, 12)
+
+
+def test_a_sample_depends_on_seed_and_number_only(params):
+    config = GenerateConfig(max_tokens=10, temperature=1.0, top_k=0, top_p=0.9, seed=3)
+    together = [list(c) for c in zip(*generate(config)(params, PROMPTS[:2]), strict=True)]
+    assert [row[0] for row in generate(config)(params, PROMPTS[:1])] == together[0]
+    other = GenerateConfig(max_tokens=10, temperature=1.0, top_k=0, top_p=0.9, seed=4)
+    assert [row[0] for row in generate(other)(params, PROMPTS[:1])] != together[0]
+
+
+def test_it_ends_at_the_end_of_the_document(params):
+    free = [row[0] for row in generate(GREEDY)(params, PROMPTS[:1])]
+    stopped = [row[0] for row in generate(GREEDY, free[4])(params, PROMPTS[:1])]
+    first = free.index(free[4])
+    assert stopped == [*free[:first], None]
+
+
+def test_banned_ids_are_never_drawn(params):
+    free = [row[0] for row in generate(GREEDY)(params, PROMPTS[:1])]
+    kept = [row[0] for row in generate(GREEDY, V, tuple(set(free)))(params, PROMPTS[:1])]
+    assert not set(kept) & set(free)
+
+
+def test_positions_bound_the_length(params):
+    assert len(list(generate(GREEDY, V, (), 10)(params, [[1, 2, 3]]))) == 7
+    with pytest.raises(UserError, match="prompt has 70 tokens but the model holds 10"):
+        list(generate(GREEDY, V, (), 10)(params, PROMPTS))
+
+
+def test_an_empty_prompt_is_refused(params):
+    with pytest.raises(UserError, match="empty prompt"):
+        list(generate(GREEDY)(params, [[]]))
+
+
+def test_self_mask_is_causal_by_default():
+    index = jnp.arange(3, dtype=jnp.int32)[None]
+    np.testing.assert_array_equal(self_mask(index * 0 + 1, index).dense_BTS()[0], np.tril(np.ones((3, 3), bool)))

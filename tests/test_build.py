@@ -1,0 +1,124 @@
+"""Layout invariance: the loss curve does not depend on how the work was cut. And a config becomes a working program."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from llmjax import config as configs
+from llmjax.build import make_program
+from llmjax.types import Batch
+
+V, T, UPDATES = 64, 32, 5
+SIZES = {"model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 8, "model.num_kv_heads": 8, "model.mlp_dim": 64,
+         "model.init_std": 0.1, "data.seq_len": T, "train.num_updates": UPDATES, "train.tokens_per_update": 16 * T,
+         "train.accumulation_steps": 2, "optimizer.warmup_updates": 2}  # fmt: skip
+
+
+def program_for(devices, **changes):
+    raw = base.get_config()
+    raw.update_from_flattened_dict(SIZES | {key.replace("__", "."): value for key, value in changes.items()})
+    config, batch = configs.check(configs.read(raw.to_dict()), len(devices))
+    return make_program(config, batch, V, devices)
+
+
+def ragged_batch(rng, size):
+    """Rows of 1 to 4 documents with padding behind, and skewed weights."""
+    arrays = {name: np.zeros((size, T), np.int32) for name in ("tokens", "targets", "segments", "positions")}
+    for b in range(size):
+        ends = np.sort(rng.choice(np.arange(2, T), rng.integers(1, 4), replace=False))
+        for segment, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True), 1):
+            arrays["segments"][b, start:stop] = segment
+            arrays["positions"][b, start:stop] = np.arange(stop - start)
+            arrays["tokens"][b, start:stop] = rng.integers(1, V, stop - start)
+            arrays["targets"][b, start:stop] = (3 * arrays["tokens"][b, start:stop] + 1) % V
+    weights = (arrays["segments"] > 0) * rng.choice([0.0, 0.5, 1.0], (size, T))
+    return arrays | {"weights": weights.astype(np.float32)}
+
+
+def trace(program, seed=0):
+    """Loss per target of each update, on the same 16 sequences an update however they are cut."""
+    rng, state, losses = np.random.default_rng(seed), program.init(), []
+    for update in range(UPDATES):
+        whole = ragged_batch(rng, 16) | {"index": np.arange(16, dtype=np.int32) + 16 * update}
+        size, sums = program.batch.micro_batch_size, []
+        for start in range(0, 16, size):
+            part = {k: jax.device_put(v[start:start + size], program.batch_sharding(k)) for k, v in whole.items()}
+            state, metrics = program.train_step(state, Batch(**part))
+            sums.append(metrics)
+        losses.append(sum(float(m["loss"]) for m in sums) / sum(float(m["weight"]) for m in sums))
+    return np.array(losses)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return trace(program_for(jax.devices()[:1]))
+
+
+def test_the_loss_falls(one_device):
+    assert one_device[-1] < one_device[0] - 0.1
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 1, 1, 8), (2, 1, 2, 2)], ids=str)
+def test_every_mesh_gives_the_same_losses(shape, one_device):
+    data, fsdp, seq, tensor = shape
+    program = program_for(jax.devices(), mesh__data=data, mesh__fsdp=fsdp, mesh__seq=seq, mesh__tensor=tensor)
+    np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {"train__accumulation_steps": 1},
+    {"train__accumulation_steps": 8},
+    {"model__scan_layers": True},
+    {"model__remat": "full"},
+    {"model__attention": "full"},
+], ids=str)  # fmt: skip
+def test_every_cut_of_the_work_gives_the_same_losses(changes, one_device):
+    np.testing.assert_allclose(trace(program_for(jax.devices()[:1], **changes)), one_device, rtol=1e-5)
+
+
+def test_dropout_does_not_depend_on_the_cut():
+    losses = [trace(program_for(devices, model__dropout=0.2, train__accumulation_steps=k, mesh__data=data))
+              for devices, k, data in ((jax.devices()[:1], 1, 1), (jax.devices()[:1], 4, 1), (jax.devices(), 2, 8))]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+
+
+def test_parameters_are_split_over_the_mesh_and_activations_are_constrained():
+    program = program_for(jax.devices(), mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
+    state = program.init()
+    for name, spec in (("wq_DNH", (None, "fsdp", "tensor")), ("wo_NHD", (None, "tensor", None, "fsdp"))):
+        array = state.params["layers"]["attention"][name]
+        assert array.sharding.spec[: len(spec)] == spec
+        assert array.addressable_shards[0].data.size * 8 == array.size
+    text = program.train_step.lower(program.abstract_state(), program.abstract_batch()).as_text()
+    assert text.count("sdy.sharding_constraint") >= 4 * program.config.model.num_layers
+
+
+def test_bfloat16_computes_low_and_keeps_parameters_high():
+    program = program_for(jax.devices()[:1], model__dtype="bfloat16")
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(program.abstract_state().params))
+    losses = trace(program)
+    np.testing.assert_allclose(losses, trace(program_for(jax.devices()[:1])), rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "schedule_free_adamw"])
+def test_every_optimizer_trains_sharded(name):
+    schedule = "constant" if name == "schedule_free_adamw" else "cosine"
+    program = program_for(jax.devices(), mesh__data=2, mesh__fsdp=2, mesh__tensor=2, optimizer__name=name,
+                          optimizer__schedule=schedule, optimizer__learning_rate=3e-4 if name == "lion" else 3e-3)
+    losses = trace(program)
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_evaluation_is_deterministic_and_leaves_z_loss_out():
+    program = program_for(jax.devices()[:1], train__z_loss=1.0, model__dropout=0.5, train__accumulation_steps=1)
+    plain = program_for(jax.devices()[:1], train__accumulation_steps=1)
+    batch = Batch(**ragged_batch(np.random.default_rng(0), 16), index=np.arange(16, dtype=np.int32))
+    params = plain.init().params
+    sums = program.eval_step(params, batch)
+    np.testing.assert_allclose(sums.loss, plain.eval_step(params, batch).loss, rtol=1e-6)
+    np.testing.assert_allclose(sums.weight, batch.weights.sum(), rtol=1e-6)
+    assert dataclasses.replace(sums).metrics["correct"] >= 0
