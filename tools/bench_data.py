@@ -1,0 +1,181 @@
+"""Tokens per second through tokenizer and store, and from the store through the pipeline, beside grain's own
+packers.
+
+    python tools/bench_data.py
+
+The corpus is the source code of the Python standard library. Ours and the rivals read the same store, warm in
+the page cache, through one prefetching thread, in turns within one process; figures are medians over the
+rounds. One JSON object a line. What the rivals make of it is less: ConcatThenSplit cuts documents wherever a
+row ends and shifts no targets, and the packers hold state, so that they cannot be restored from one integer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+from grain.experimental import (
+    BestFitPackIterDataset,
+    ConcatThenSplitIterDataset,
+    FirstFitPackIterDataset,
+    ThreadPrefetchIterDataset,
+)
+
+from llmjax.data.pipeline import PackedSequences, make_batches
+from llmjax.data.plan import PackingPlan, plan_packing
+from llmjax.data.sources import SourceFile, list_sources, read_documents
+from llmjax.data.store import Store, build_store
+from llmjax.data.tokenizer import TokenizerConfig, train_tokenizer
+
+GOAL = 20e6  # tokens/s of the pipeline alone
+TOKENS_PER_BATCH = 32768
+PREFETCH = 2
+READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+class Documents:
+    """What grain's packers read: whole documents."""
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, doc: int) -> dict[str, np.ndarray]:
+        return {"tokens": self.store.tokens(doc, 0, int(self.store.lengths[doc])).astype(np.int32)}
+
+
+class Pieces:
+    """The same, cut where documents are longer than a row, inputs and targets apart."""
+
+    def __init__(self, store: Store, plan: PackingPlan):
+        self.store, self.plan = store, plan
+
+    def __len__(self) -> int:
+        return self.plan.num_pieces
+
+    def __getitem__(self, piece: int) -> dict[str, np.ndarray]:
+        start = int(self.plan.starts[piece])
+        stop = start + int(self.plan.lengths[piece]) + 1
+        tokens = self.store.tokens(int(self.plan.docs[piece]), start, stop).astype(np.int32)
+        return {"tokens": tokens[:-1], "targets": tokens[1:]}
+
+
+def make_rivals(store: Store, plan: PackingPlan, batch_size: int) -> dict[str, Callable[[], Iterator]]:
+    """Name -> a function that starts the rival's stream of batches."""
+    seq_len = plan.seq_len
+
+    def records(source: Documents | Pieces) -> grain.IterDataset:
+        return grain.MapDataset.source(source).seed(0).shuffle().repeat().to_iter_dataset(READ)
+
+    def batches(rows: grain.IterDataset) -> Iterator:
+        return iter(ThreadPrefetchIterDataset(rows.batch(batch_size), prefetch_buffer_size=PREFETCH))
+
+    def fit(packer: type) -> Callable[[], Iterator]:
+        lengths = {"tokens": seq_len, "targets": seq_len}
+        pieces = records(Pieces(store, plan))
+        return lambda: batches(packer(pieces, length_struct=lengths, num_packing_bins=batch_size))
+
+    whole = records(Documents(store))
+    concatenated = ConcatThenSplitIterDataset(whole, length_struct={"tokens": seq_len + 1})
+    return {
+        "grain_concat_then_split": lambda: batches(concatenated),
+        "grain_first_fit": fit(FirstFitPackIterDataset),
+        "grain_best_fit": fit(BestFitPackIterDataset),
+    }
+
+
+def measure(start: Callable[[], Iterator], seq_len: int, num_tokens: int) -> float:
+    """Positions of batches per second of wall time, after a first batch."""
+    batches = start()
+    next(batches)
+    count, began = 0, time.perf_counter()
+    while count < num_tokens:
+        count += len(next(batches)["tokens"]) * seq_len
+    seconds = time.perf_counter() - began
+    batches.close()
+    return count / seconds
+
+
+def bench_store(files: Sequence[SourceFile], cache_dir: pathlib.Path, rounds: int, num_workers: int) -> Store:
+    """Trains the tokenizer once and builds the store `rounds` times; returns the store."""
+    began = time.perf_counter()
+    tokenizer = train_tokenizer(
+        TokenizerConfig(), (document.text for file in files for document in read_documents(file))
+    )
+    report("train_tokenizer", time.perf_counter() - began, "s")
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        store = build_store(cache_dir / "store", files, tokenizer, num_workers=num_workers)
+        seconds.append(time.perf_counter() - began)
+    report("build_store", store.header.num_tokens / statistics.median(seconds), "tokens/s")
+    return store
+
+
+def bench_pipeline(store: Store, seq_len: int, rounds: int, num_tokens: int) -> None:
+    plan = plan_packing(store.lengths, np.arange(len(store)), seq_len, seed=0)
+    batch_size = TOKENS_PER_BATCH // seq_len
+    source = PackedSequences(store, plan, seed=0)
+    contenders = {
+        "ours": lambda: make_batches(source, start=0, batch_size=batch_size, prefetch=PREFETCH),
+        **make_rivals(store, plan, batch_size),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, start in contenders.items():
+            rates[name].append(measure(start, seq_len, num_tokens))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ours = medians.pop("ours")
+    for rival, rate in medians.items():
+        report(f"pipeline_{seq_len}", ours, "tokens/s", rival=rival, rival_value=rate, goal=GOAL)
+    report(f"packing_efficiency_{seq_len}", plan.efficiency, "used positions / positions")
+
+
+def report(
+    name: str,
+    value: float,
+    unit: str,
+    *,
+    rival: str | None = None,
+    rival_value: float | None = None,
+    goal: float | None = None,
+) -> None:
+    line = {
+        "name": name,
+        "value": value,
+        "unit": unit,
+        "rival": rival,
+        "rival_value": rival_value,
+        "ratio": value / rival_value if rival_value else None,
+        "goal": goal,
+        "met": value >= goal if goal else None,
+    }
+    rounded = {key: float(f"{item:.4g}") if isinstance(item, float) else item for key, item in line.items()}
+    print(json.dumps(rounded), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sources", nargs="+", default=["stdlib"], help="as data.sources")
+    parser.add_argument("--rounds", type=int, default=5, help="the figures are medians over these")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="read in each round")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that tokenize")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = bench_store(list_sources(args.sources), pathlib.Path(folder), args.rounds, args.num_workers)
+        for seq_len in (512, 8192):
+            bench_pipeline(store, seq_len, args.rounds, args.tokens)
+
+
+if __name__ == "__main__":
+    main()
