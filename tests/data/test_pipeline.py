@@ -13,6 +13,9 @@ import pytest
 
 from llmjax.data.pipeline import DataConfig, PackedSequences, make_batches
 from llmjax.data.plan import cached_plan, plan_packing
+from llmjax.data.sources import list_sources
+from llmjax.data.store import build_store
+from llmjax.data.tokenizer import ByteTokenizer
 from llmjax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -143,6 +146,20 @@ def test_beyond_the_end_evaluation_reads_padding():
     for name in FIELDS - {"index"}:
         assert not batch[name][1:].any()
     assert source.documents(np.array([n])) == []
+
+
+def test_every_token_of_a_store_on_disk_is_predicted_once(tmp_path):
+    for number, text in enumerate(["short", "one that is longer than a row of positions", "", "漢字\n"]):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    store = build_store(tmp_path / "store", list_sources([str(tmp_path / "*.txt")]), ByteTokenizer())
+    plan = cached_plan(store.lengths, np.arange(len(store)), T, 0, tmp_path)
+    source = pickle.loads(pickle.dumps(PackedSequences(store, plan, 0)))
+    with make_batches(source, start=0, batch_size=plan.num_rows) as batches:
+        batch = next(batches)
+    expected = np.concatenate([store.tokens(doc, 1, n) for doc, n in enumerate(store.lengths.tolist())])
+    assert sorted(batch["targets"][batch["weights"] > 0].tolist()) == sorted(expected.tolist())
+    names = {pathlib.Path(name).name for name, _, _ in source.documents(np.arange(plan.num_rows))}
+    assert names == {"0.txt", "1.txt", "3.txt"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16])
