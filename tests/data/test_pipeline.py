@@ -238,14 +238,15 @@ def test_closing_ends_the_thread_also_after_an_error_in_it(source):
 
 def test_a_program_that_ends_with_batches_open_ends_well():
     program = """
-import numpy as np
+import atexit, threading
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))  # the last to run
 from tests.data.test_pipeline import make_source, make_batches
 batches = make_batches(make_source(2000), start=0, batch_size=512, prefetch=4)
 next(batches)
 print("read")
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "read\n['MainThread']\n", "")
 
 
 def test_an_empty_plan_has_nothing_to_read():
