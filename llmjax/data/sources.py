@@ -1,0 +1,339 @@
+"""Sources to documents: files, directories, globs, JSON lines, Parquet, and this Python's standard library.
+
+`list_sources` only looks at names and sizes; `read_documents` streams one file, and never holds more of it
+than one document (a plain text file is one document; a row of .jsonl or .parquet is one). Text is used as it
+is: no newline is translated, nothing is stripped but a byte order mark.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import dataclasses
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import sysconfig
+import tokenize
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from llmjax.errors import UserError
+
+STDLIB = "stdlib"
+_COMPRESSED = (".gz", ".zst")
+_ROWS = (".jsonl", ".ndjson")
+_TEXT = {
+    ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".html", ".htm", ".xml", ".srt",
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".kt",
+    ".scala", ".swift", ".js", ".jsx", ".ts", ".tsx", ".css", ".sh", ".sql", ".r", ".jl", ".lua", ".rb",
+    ".pl", ".php", ".hs", ".ml", ".ex", ".erl", ".f90", ".toml", ".yaml", ".yml", ".ini", ".cfg",
+}
+_NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_BAD_TEXT = ("error", "skip", "replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file of the corpus. `name` is relative to the source it came from: the same on any machine."""
+
+    name: str
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+
+
+@dataclasses.dataclass
+class ReadStats:
+    """What reading did, summed over all files it is passed to. `bytes_read` counts bytes on disk."""
+
+    documents: int = 0
+    empty: int = 0
+    skipped: int = 0
+    replaced: int = 0
+    bytes_read: int = 0
+
+
+def list_sources(sources: Sequence[str]) -> tuple[SourceFile, ...]:
+    """The files that the sources name, sorted by name, each once.
+
+    A source is a file (taken whatever its suffix), a directory (searched for files with a known suffix,
+    hidden ones left out), a glob (`**` too; what it matches is taken as a shell would), or `stdlib`. Raises
+    `UserError` where a source does not exist or holds nothing.
+    """
+    if isinstance(sources, str):
+        raise UserError(f"data.sources = {sources!r} is one string: give a list of sources.")
+    found: dict[str, SourceFile] = {}
+    for source in sources:
+        for name, path in _expand(source):
+            key = os.path.realpath(path)
+            if key not in found:
+                stat = os.stat(path)
+                found[key] = SourceFile(name, str(path), stat.st_size, stat.st_mtime_ns)
+    if not found:
+        raise UserError("data.sources is empty: name files, directories or globs, or stdlib.")
+    return tuple(sorted(found.values(), key=lambda file: (file.name, file.path)))
+
+
+def read_documents(file: SourceFile, *, text_field: str = "text", on_bad_text: str = "error",
+                   stats: ReadStats | None = None) -> Iterator[Document]:
+    """Streams the documents of one file, in its order. Empty ones are left out and counted in `stats`.
+
+    `on_bad_text` says what becomes of text that is not UTF-8 (in JSON, of lone surrogates): `error` raises a
+    `UserError` with file, line and byte offset, `skip` leaves the document out, `replace` puts U+FFFD. Rows
+    are named `file.jsonl#17`, counted from 1.
+    """
+    if on_bad_text not in _BAD_TEXT:
+        raise UserError(f"data.on_bad_text = {on_bad_text!r} is not known: use error, skip or replace.")
+    stats = ReadStats() if stats is None else stats
+    before = stats.bytes_read
+    reader = {"parquet": _read_parquet, "rows": _read_rows, "text": _read_text}[_format(file.path)]
+    for name, text in reader(file, text_field, on_bad_text, stats):
+        if text is None:
+            stats.skipped += 1
+        elif not text:
+            stats.empty += 1
+        else:
+            stats.documents += 1
+            yield Document(name, text)
+    stats.bytes_read = before + file.size
+
+
+def corpus_fingerprint(files: Iterable[SourceFile]) -> str:
+    """A SHA-256 over names, sizes and times of change: cheap, and different when a file was edited."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(json.dumps([file.name, file.size, file.mtime_ns]).encode())
+    return digest.hexdigest()
+
+
+def _expand(source: str) -> list[tuple[str, str]]:
+    """(name, path) of each file that one source names."""
+    if source == STDLIB:
+        return _walk(sysconfig.get_paths()["stdlib"], _is_stdlib)
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        return [(os.path.basename(path), path)]
+    if os.path.isdir(path):
+        files = _walk(path, lambda parts: not any(p.startswith(".") for p in parts) and _is_known(parts[-1]))
+        if not files:
+            raise UserError(f"data.sources names {source!r}, a directory without text, .jsonl or .parquet "
+                            "files: name the files themselves if their suffix is unusual.")
+        return files
+    if not glob.has_magic(path):
+        raise UserError(f"data.sources names {source!r}, which does not exist: check the path.")
+    root = _fixed_part(path)
+    files = []
+    for match in sorted(glob.glob(path, recursive=True)):
+        inner = [("", match)] if os.path.isfile(match) else _expand(match) if "**" not in path else []
+        files += [(os.path.relpath(p, root).replace(os.sep, "/"), p) for _, p in inner]
+    if not files:
+        raise UserError(f"data.sources names {source!r}, which matches no file: check the pattern.")
+    return files
+
+
+def _walk(root: str, keep) -> list[tuple[str, str]]:
+    """(name relative to root, path) of the files whose path parts `keep` accepts, without following links."""
+    found = []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            relative = os.path.relpath(path, root).split(os.sep)
+            if keep(relative) and os.path.isfile(path):
+                found.append(("/".join(relative), path))
+    return found
+
+
+def _is_stdlib(parts: Sequence[str]) -> bool:
+    """Python sources without tests, installed packages, and the build record of this one interpreter."""
+    *folders, name = parts
+    return (name.endswith(".py") and not name.startswith("_sysconfigdata")
+            and not any(f in _NOT_STDLIB or f.startswith("config-") for f in folders))
+
+
+def _is_known(name: str) -> bool:
+    inner = _uncompressed(name)
+    return _format(inner) != "text" or Path(inner).suffix.lower() in _TEXT
+
+
+def _uncompressed(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in _COMPRESSED else name
+
+
+def _format(path: str) -> str:
+    suffix = os.path.splitext(_uncompressed(path))[1].lower()
+    return "parquet" if suffix == ".parquet" else "rows" if suffix in _ROWS else "text"
+
+
+def _fixed_part(pattern: str) -> str:
+    """The directory that a glob starts from: its leading parts without magic characters."""
+    parts = Path(pattern).parts[:-1]
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return os.path.join(*parts[:fixed]) if fixed else "."
+
+
+def _read_text(file: SourceFile, text_field: str, on_bad_text: str, stats: ReadStats):
+    with _open(file, stats) as stream:
+        data = stream.read()
+    try:
+        yield file.name, data.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError:
+        declared = _declared_encoding(data) if file.path.endswith(".py") else None
+        where = f"file {file.path!r}"
+        yield file.name, data.decode(declared) if declared else _decode(data, on_bad_text, stats, where, 0)
+
+
+def _read_rows(file: SourceFile, text_field: str, on_bad_text: str, stats: ReadStats):
+    offset = 0
+    with _open(file, stats) as stream:
+        for number, line in enumerate(stream, start=1):
+            data = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            where = f"{file.path}:{number}"
+            row = _decode(data, on_bad_text, stats, f"line {where}", offset + len(line) - len(data))
+            offset += len(line)
+            if row is None:
+                yield f"{file.name}#{number}", None
+            elif row.strip():
+                text = _field(_parse_row(row, where), text_field, where)
+                yield f"{file.name}#{number}", _without_surrogates(text, on_bad_text, stats, where)
+
+
+def _read_parquet(file: SourceFile, text_field: str, on_bad_text: str, stats: ReadStats):
+    try:
+        from pyarrow import lib, parquet
+    except ImportError:
+        raise _missing(file, "pyarrow") from None
+    try:
+        table = parquet.ParquetFile(file.path)
+    except lib.ArrowException:
+        raise UserError(f"data.sources names {file.path!r}, which is no Parquet file: remove it.") from None
+    names = table.schema_arrow.names
+    if text_field not in names:
+        raise UserError(f"data.text_field = {text_field!r} is not a column of {file.path!r}, which has "
+                        f"{', '.join(names)}: name one of these.")
+    before, number = stats.bytes_read, 0
+    with table:
+        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+            for data in batch.column(0).cast("large_binary"):
+                number += 1
+                where = f"row {number} of {file.path!r}"
+                if not data.is_valid:
+                    raise UserError(f"data.text_field = {text_field!r} is null in {where}: remove the row.")
+                yield f"{file.name}#{number}", _decode(data.as_py(), on_bad_text, stats, where, 0)
+            stats.bytes_read = before + file.size * number // max(table.metadata.num_rows, 1)
+
+
+def _parse_row(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(f"data.sources: {where} is not JSON ({error}): correct or remove the line.") from None
+
+
+def _field(row: object, text_field: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise UserError(f"data.sources: {where} is no JSON object but a {type(row).__name__}: write "
+                        f'{{"{text_field}": "..."}}.')
+    if text_field not in row:
+        raise UserError(f"data.text_field = {text_field!r} is missing in {where}, which has the fields "
+                        f"{', '.join(row) or '(none)'}: name one of these.")
+    if not isinstance(row[text_field], str):
+        kind = type(row[text_field]).__name__
+        raise UserError(f"data.text_field = {text_field!r} is a {kind} in {where}, not a string: "
+                        "name another field or correct the line.")
+    return row[text_field]
+
+
+def _decode(data: bytes, on_bad_text: str, stats: ReadStats, where: str, offset: int) -> str | None:
+    """UTF-8 to text; None where the document is to be skipped. `data` begins at `offset` of its file."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        if on_bad_text == "error":
+            raise UserError(f"data.on_bad_text = 'error' and {where} is not UTF-8 at byte "
+                            f"{offset + error.start}: correct it, or set skip or replace.") from None
+    if on_bad_text == "skip":
+        return None
+    stats.replaced += 1
+    return data.decode("utf-8", "replace")
+
+
+def _without_surrogates(text: str, on_bad_text: str, stats: ReadStats, where: str) -> str | None:
+    """JSON may spell half of a surrogate pair, `"\\ud800"`, which is no Unicode text."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        if on_bad_text == "error":
+            raise UserError(f"data.on_bad_text = 'error' and line {where} has a lone surrogate at character "
+                            f"{error.start} of its text: correct it, or set skip or replace.") from None
+    if on_bad_text == "skip":
+        return None
+    stats.replaced += 1
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _declared_encoding(data: bytes) -> str | None:
+    """The encoding that a Python source declares (PEP 263), if the source can be read with it."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        data.decode(encoding)
+        return encoding
+    except (SyntaxError, UnicodeDecodeError, LookupError):
+        return None
+
+
+@contextlib.contextmanager
+def _open(file: SourceFile, stats: ReadStats) -> Iterator[IO[bytes]]:
+    """The file's uncompressed bytes, buffered; reading advances `stats.bytes_read` by bytes on disk."""
+    suffix = os.path.splitext(file.path)[1].lower()
+    zstd_error: type[Exception] = OSError
+    try:
+        with contextlib.ExitStack() as stack:
+            raw = stack.enter_context(_CountingFile(file.path, stats))
+            if suffix == ".gz":
+                stream: IO[bytes] = gzip.GzipFile(fileobj=io.BufferedReader(raw))
+            elif suffix == ".zst":
+                try:
+                    import zstandard
+                except ImportError:
+                    raise _missing(file, "zstandard") from None
+                zstd_error = zstandard.ZstdError
+                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                stream = io.BufferedReader(reader, 1 << 20)
+            else:
+                stream = io.BufferedReader(raw, 1 << 20)
+            yield stack.enter_context(stream)
+    except (OSError, EOFError, zlib.error, zstd_error) as error:
+        raise UserError(f"data.sources names {file.path!r}, which cannot be read ({error}): repair or remove "
+                        "it.") from None
+
+
+class _CountingFile(io.FileIO):
+    """A raw file that adds what is read from it to `stats.bytes_read`."""
+
+    def __init__(self, path: str, stats: ReadStats):
+        super().__init__(path, "rb")
+        self._stats = stats
+
+    def readinto(self, buffer) -> int | None:
+        count = super().readinto(buffer)
+        self._stats.bytes_read += count or 0
+        return count
+
+
+def _missing(file: SourceFile, package: str) -> UserError:
+    return UserError(f"data.sources names {file.path!r}, which needs the package {package}: run "
+                     "pip install 'llmjax[data]'.")
