@@ -1,17 +1,19 @@
 """llmjax: train large language models in JAX with large batches, long packed sequences and gradient accumulation."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
 DATA = ["pyarrow>=15", "zstandard>=0.22"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", *DATA]
 
 setup(
     name="llmjax",
-    version="0.1.0",
+    version=re.search(r'"(.+)"', (HERE / "llmjax" / "__init__.py").read_text())[1],
     description=__doc__,
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -20,8 +20,9 @@ from llmjax.config import Config
 from llmjax.data.pipeline import Batches, PackedSequences, make_batches
 from llmjax.data.plan import PackingPlan, cached_plan, check_corpus
 from llmjax.data.sources import list_sources
-from llmjax.data.store import Store, cached_store
-from llmjax.data.tokenizer import Tokenizer, cached_tokenizer
+from llmjax.data.cache import cached_store, cached_tokenizer
+from llmjax.data.store import Store
+from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.models.contract import Model
 from llmjax.models.gpt import GPT
@@ -56,7 +57,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """What the sequence numbers mean: a data cursor is of use only with the same fingerprint."""
-        return self.train_plan.fingerprint + self.store.header["content_fingerprint"]
+        return self.train_plan.fingerprint + self.store.header.content_fingerprint
 
     @property
     def held_out_bytes(self) -> int:
@@ -213,7 +214,8 @@ def make_program(config: Config, batch: BatchArithmetic, vocab_size: int,
                         "change mesh.tensor")
     model = make_model(config, vocab_size, Layout(mesh))
     accumulator = Accumulator(make_optimizer(config.optimizer, config.train.num_updates), batch.accumulation_steps)
-    loss = make_loss(model, logit_softcap=config.model.logit_softcap, z_loss=config.train.z_loss)
+    shards = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["seq"])
+    loss = make_loss(model, logit_softcap=config.model.logit_softcap, z_loss=config.train.z_loss, shards=shards)
     param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
     return Program(
         config=config,

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llmjax import __version__
 from llmjax import config as configs
 from llmjax.build import Corpus, Program, make_corpus, make_program
 from llmjax.config import Config
@@ -25,6 +26,7 @@ from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.generate.generate import make_generator
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
+from llmjax.parallel.host_memory import keep_freed_memory
 from llmjax.plan.compile import compile_step, topology_devices
 from llmjax.plan.summary import describe, describe_program
 from llmjax.terminal import StageProgress, format_table, indent, say
@@ -39,7 +41,7 @@ from llmjax.workdir import commands, last_sample, saved_config, write_json, writ
 
 SAMPLE_PROMPT = 64  # tokens of a held-out document that the samples of a run continue
 COMPRESSED = 8 * 2**20  # bytes of held-out text that gzip and xz are tried on
-PACKAGES = ("llmjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
 
 def run(mode: str, raw: Mapping[str, Any], workdir: pathlib.Path, *, prompts: Sequence[str], checkpoint: str) -> int:
@@ -47,6 +49,8 @@ def run(mode: str, raw: Mapping[str, Any], workdir: pathlib.Path, *, prompts: Se
     started = time.perf_counter()
     config = configs.read(raw)
     hosts.initialize()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     abroad = mode == "plan" and config.plan.topology
     devices = topology_devices(config.plan.topology) if abroad else jax.devices()
     config, batch = configs.check(config, len(devices))
@@ -199,7 +203,8 @@ def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path) -> Run:
         documents = corpus.train.documents(np.arange(first, first + count))
         return "documents " + ", ".join(f"{name} [tokens {start}:{stop}]" for name, start, stop in documents)
 
-    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES}
+    versions = {"python": sys.version.split()[0], "llmjax": __version__}
+    versions |= {name: metadata.version(name) for name in PACKAGES}
     return Run(
         num_updates=config.train.num_updates,
         accumulation_steps=batch.accumulation_steps,

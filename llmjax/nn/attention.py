@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from llmjax.nn.cache import write
 from llmjax.nn.config import ModelConfig
@@ -34,7 +35,7 @@ class Attention(nn.Module):
         q_BTNH = x_BTD @ matrix(self, "wq_DNH", (D, N, H), ("embed", "heads", "head_dim"), std, c.dtype).reshape(D, N * H)
         k_BTKH = x_BTD @ matrix(self, "wk_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype).reshape(D, K * H)
         v_BTKH = x_BTD @ matrix(self, "wv_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype).reshape(D, K * H)
-        wo_NHD = matrix(self, "wo_NHD", (N, H, D), ("heads", "head_dim", "embed"), out_std, c.dtype)
+        wo_DNH = matrix(self, "wo_DNH", (D, N, H), ("embed", "heads", "head_dim"), out_std, c.dtype)
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (y.reshape(B, T, -1, H) for y in (q_BTNH, k_BTKH, v_BTKH))
         if c.use_bias:
@@ -53,7 +54,7 @@ class Attention(nn.Module):
             k_BTKH = self.layout.constrain(k_BTKH, "batch", None, "kv_heads", "head_dim")
             v_BTKH = self.layout.constrain(v_BTKH, "batch", None, "kv_heads", "head_dim")
         out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask)
-        out_BTD = out_BTNH.reshape(B, T, N * H) @ wo_NHD.reshape(N * H, D)
+        out_BTD = jnp.einsum("BTX,DX->BTD", out_BTNH.reshape(B, T, N * H), wo_DNH.reshape(D, N * H))  # X = N x H
         if c.use_bias:
             out_BTD = out_BTD + vector(self, "out_bias", (D,), (None,), 0.0).astype(c.dtype)[None, None]
         return self.layout.constrain(out_BTD, "batch", "length", None), (k_BTKH, v_BTKH)

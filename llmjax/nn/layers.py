@@ -43,7 +43,11 @@ class Norm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward: SwiGLU (Shazeer 2020), GELU, or squared ReLU (So et al. 2021)."""
+    """Position-wise feed-forward: SwiGLU (Shazeer 2020), GELU, or squared ReLU (So et al. 2021).
+
+    All weights are stored [D, F], the last one too: its gradient is then dout^T h, in which XLA on CPU transposes the narrow
+    operand and not the wide one.
+    """
 
     config: ModelConfig
     layout: Layout
@@ -53,7 +57,7 @@ class MLP(nn.Module):
         c = self.config
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
         w_up_DF = matrix(self, "w_up_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
-        w_down_FD = matrix(self, "w_down_FD", (c.mlp_dim, c.model_dim), ("mlp", "embed"), out_std, c.dtype)
+        w_down_DF = matrix(self, "w_down_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), out_std, c.dtype)
         up_BTF = x_BTD @ w_up_DF
         if c.use_bias:
             up_BTF = up_BTF + vector(self, "up_bias", (c.mlp_dim,), ("mlp",), 0.0).astype(c.dtype)[None, None]
@@ -65,7 +69,7 @@ class MLP(nn.Module):
         else:
             h_BTF = jnp.square(jax.nn.relu(up_BTF))
         h_BTF = self.layout.constrain(h_BTF, "batch", "length", "mlp")
-        out_BTD = h_BTF @ w_down_FD
+        out_BTD = jnp.einsum("BTF,DF->BTD", h_BTF, w_down_DF)
         if c.use_bias:
             out_BTD = out_BTD + vector(self, "down_bias", (c.model_dim,), (None,), 0.0).astype(c.dtype)[None, None]
         return self.layout.constrain(out_BTD, "batch", "length", None)

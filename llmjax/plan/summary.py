@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from llmjax.build import Corpus, Program, attention_name
+from llmjax.data.tokenizer import TokenizerConfig
 
 
 def tree_bytes_per_device(tree: object) -> int:
@@ -41,7 +42,7 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
     rows = {
         "corpus": f"{documents:,} documents, {format_bytes(size)}, {tokens:,} tokens ({size / tokens:.2f} bytes per token); "
                   f"{held_out.num_documents:,} documents held out",
-        "tokenizer": corpus.tokenizer.describe(),
+        "tokenizer": _describe_tokenizer(program.config.tokenizer, corpus.tokenizer.vocab_size),
         "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
     }
     return rows | describe_program(program, train.attended) | {
@@ -69,6 +70,13 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
         "memory": f"about {format_bytes(held + gradients + activations)} per device: state {format_bytes(held)}, "
                   f"gradients {format_bytes(gradients)}, activations {format_bytes(activations)}",
     }
+
+
+def _describe_tokenizer(config: TokenizerConfig, vocab_size: int) -> str:
+    if config.path:
+        return f"{config.path}, {vocab_size:,} ids"
+    name = {"bpe": "SentencePiece BPE", "unigram": "SentencePiece unigram", "byte": "bytes"}[config.kind]
+    return f"{name}, {vocab_size:,} ids"
 
 
 def _describe_updates(program: Program, num_rows: int, start: int) -> str:

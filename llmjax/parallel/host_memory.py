@@ -1,0 +1,28 @@
+"""Keeping memory that the CPU backend frees and asks for again in every step.
+
+XLA on CPU allocates a program's temporaries anew on each run. glibc gives large blocks back to the system at once, so each
+step takes a page fault for every 4 KiB of them: a fifth of the processor time of a small model's step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# Of malloc.h: parameter -> value.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed memory for the next allocation; True where that worked. Call it before jax computes.
+
+    One arena for all threads, no blocks outside of it, and nothing handed back: the process stays at its peak size.
+    Elsewhere than on Linux with glibc nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings])
