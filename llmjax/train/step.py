@@ -25,6 +25,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`train_step(state, batch) -> (state, metrics)`, one micro-step; jit it with `state` donated.
 
+    On a mesh also give jit the shardings of the state as `out_shardings`: left free, the compiler changes
+    some of them, and the next call compiles anew.
+
     All micro-steps of an update share one random key, fold_in(state.rng, state.update): `loss_fn` must draw
     each sequence's randomness from that key and `batch.index`, so that it does not depend on how the batch
     was cut.
