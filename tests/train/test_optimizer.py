@@ -225,6 +225,7 @@ def test_dimension_letters_name_the_rows_and_columns_of_a_matrix():
     assert muon_dimensions("wq_DNH", 3) == ((0,), (1, 2))
     assert muon_dimensions("wk_DKH", 4) == ((1,), (2, 3))
     assert muon_dimensions("wo_NHD", 4) == ((1, 2), (3,))
+    assert muon_dimensions("wo_DNH", 4) == ((1,), (2, 3))
     assert muon_dimensions("w_down_FD", 2) == ((0,), (1,))
     for name in ("embedding_VD", "positions_TD", "scale", "q_bias", "up_bias", "b_NH"):
         assert muon_dimensions(name, 2) is None
