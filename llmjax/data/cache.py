@@ -11,8 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import sentencepiece
-
 from llmjax.data.sources import SourceFile, corpus_fingerprint, read_documents
 from llmjax.data.store import FORMAT_VERSION, Store, build_store, open_store
 from llmjax.data.tokenizer import (
@@ -38,7 +36,7 @@ def cached_tokenizer(cache_dir: str | os.PathLike, config: TokenizerConfig, file
     if config.kind == "byte":
         return ByteTokenizer(config.num_reserved)
     settings = [config.kind, config.vocab_size, config.train_bytes, config.character_coverage,
-                config.num_reserved, text_field, on_bad_text, TRAINER_VERSION, sentencepiece.__version__]
+                config.num_reserved, text_field, on_bad_text, TRAINER_VERSION]
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
     if (directory / "tokenizer.json").is_file():
         return load_tokenizer(directory)

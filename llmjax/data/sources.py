@@ -126,7 +126,7 @@ def _expand(source: str) -> list[tuple[str, str]]:
     if os.path.isfile(path):
         return [(os.path.basename(path), path)]
     if os.path.isdir(path):
-        files = _walk(path, lambda parts: not any(p.startswith(".") for p in parts) and _is_known(parts[-1]))
+        files = _walk(path, _is_corpus)
         if not files:
             raise UserError(f"data.sources names {source!r}, a directory without text, .jsonl or .parquet "
                             "files: name the files themselves if their suffix is unusual.")
@@ -136,8 +136,10 @@ def _expand(source: str) -> list[tuple[str, str]]:
     root = _fixed_part(path)
     files = []
     for match in sorted(glob.glob(path, recursive=True)):
-        inner = [("", match)] if os.path.isfile(match) else _expand(match) if "**" not in path else []
-        files += [(os.path.relpath(p, root).replace(os.sep, "/"), p) for _, p in inner]
+        inside = [] if os.path.isfile(match) or "**" in path else [p for _, p in _walk(match, _is_corpus)]
+        for found in inside or [match]:
+            if os.path.isfile(found):
+                files.append((os.path.relpath(found, root).replace(os.sep, "/"), found))
     if not files:
         raise UserError(f"data.sources names {source!r}, which matches no file: check the pattern.")
     return files
@@ -162,9 +164,11 @@ def _is_stdlib(parts: Sequence[str]) -> bool:
             and not any(f in _NOT_STDLIB or f.startswith("config-") for f in folders))
 
 
-def _is_known(name: str) -> bool:
-    inner = _uncompressed(name)
-    return _format(inner) != "text" or Path(inner).suffix.lower() in _TEXT
+def _is_corpus(parts: Sequence[str]) -> bool:
+    """Files with a known suffix, compressed or not; nothing hidden, nor in a hidden folder."""
+    inner = _uncompressed(parts[-1])
+    known = _format(inner) != "text" or os.path.splitext(inner)[1].lower() in _TEXT
+    return known and not any(part.startswith(".") for part in parts)
 
 
 def _uncompressed(name: str) -> str:

@@ -29,7 +29,7 @@ import sentencepiece
 
 from llmjax.errors import UserError
 
-TRAINER_VERSION = 1  # raise it when `train_tokenizer` would make another model of the same text
+TRAINER_VERSION = f"1 {sentencepiece.__version__}"  # raise the 1 when the same text would give another model
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 _BOUNDARY = "\t"  # SentencePiece never learns a piece across a tab
 _PASSAGE_CHARS = 4096  # its trainer counts positions within a word in 16 bits

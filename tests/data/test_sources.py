@@ -49,6 +49,7 @@ def test_a_directory_gives_its_text_files_sorted_without_hidden_and_binary_ones(
 def test_globs_are_recursive_and_named_from_their_fixed_part(corpus):
     assert names(corpus / "**" / "*.rst") == ["deep/c.rst"]
     assert names(corpus / "*.txt") == ["b.txt"]
+    (corpus / "empty").mkdir()
     assert names(corpus / "*") == ["a.md", "b.txt", "deep/c.rst", "deep/d.py", "picture.png", "rows.jsonl"]
 
 
@@ -197,7 +198,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize("line, message", [
     ("{oops", r"a\.jsonl:2 is not JSON"),
     ('["text"]', r"a\.jsonl:2 is no JSON object but a list"),
-    ('{"body": "x", "id": 1}', r"text_field = 'text' is missing in .*a\.jsonl:2, which has the fields body, id"),
+    ('{"body": "x", "id": 1}', r"'text' is missing in .*a\.jsonl:2, which has the fields body, id"),
     ('{"text": 5}', r"data\.text_field = 'text' is a int in .*a\.jsonl:2, not a string"),
 ])
 def test_a_bad_row_is_named_in_one_sentence(tmp_path, line, message):

@@ -46,7 +46,7 @@ def bpe(texts):
 def random_texts(count):
     """Random strings over all of Unicode, over its start, and over few characters that make specials."""
     rng = np.random.default_rng(0)
-    few = list("ab<>s/0x \n\t\r▁é中") + ["<s>", "<0x0A>", "▁▁", "    "]
+    few = [*"ab<>s/0x \n\t\r▁é中", "<s>", "<0x0A>", "▁▁", "    "]
     for i in range(count):
         length = int(rng.integers(0, 60))
         if i % 3 == 0:
