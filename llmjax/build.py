@@ -217,6 +217,7 @@ def make_program(config: Config, batch: BatchArithmetic, vocab_size: int,
     shards = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["seq"])
     loss = make_loss(model, logit_softcap=config.model.logit_softcap, z_loss=config.train.z_loss, shards=shards)
     param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    state = abstract_state(model.init, accumulator, param_specs, mesh)
     return Program(
         config=config,
         batch=batch,
@@ -224,7 +225,8 @@ def make_program(config: Config, batch: BatchArithmetic, vocab_size: int,
         model=model,
         accumulator=accumulator,
         param_specs=param_specs,
-        train_step=jax.jit(make_train_step(loss, accumulator), donate_argnums=0),
+        train_step=jax.jit(make_train_step(loss, accumulator), donate_argnums=0,
+                           out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)),
         eval_step=jax.jit(make_eval_step(loss)),
     )
 

@@ -122,3 +122,15 @@ def test_evaluation_is_deterministic_and_leaves_z_loss_out():
     np.testing.assert_allclose(sums.loss, plain.eval_step(params, batch).loss, rtol=1e-6)
     np.testing.assert_allclose(sums.weight, batch.weights.sum(), rtol=1e-6)
     assert dataclasses.replace(sums).metrics["correct"] >= 0
+
+
+def test_one_compile_serves_the_run_and_the_state_keeps_its_place():
+    program = program_for(jax.devices(), mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    state = program.init()
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    for update in range(3):
+        batch = ragged_batch(np.random.default_rng(update), 8) | {"index": np.arange(8, dtype=np.int32)}
+        batch = Batch(**{name: jax.device_put(x, program.batch_sharding(name)) for name, x in batch.items()})
+        state, _ = program.train_step(state, batch)
+    assert program.train_step._cache_size() == 1
+    jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"), state, shardings)
