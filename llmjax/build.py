@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llmjax.config import Config
+from llmjax.data.cache import cached_store, cached_tokenizer
 from llmjax.data.pipeline import Batches, PackedSequences, make_batches
 from llmjax.data.plan import PackingPlan, cached_plan, check_corpus
 from llmjax.data.sources import list_sources
-from llmjax.data.cache import cached_store, cached_tokenizer
 from llmjax.data.store import Store
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
@@ -83,23 +83,51 @@ def cache_directory(config: Config) -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmjax"
 
 
-def make_corpus(config: Config, batch: BatchArithmetic, progress: Progress = lambda what, done, total: None) -> Corpus:
+def make_corpus(
+    config: Config, batch: BatchArithmetic, progress: Progress = lambda what, done, total: None
+) -> Corpus:
     """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
     data, cache = config.data, cache_directory(config)
     files = list_sources(data.sources)
     reading = {"text_field": data.text_field, "on_bad_text": data.on_bad_text}
-    tokenizer = cached_tokenizer(cache, config.tokenizer, files, **reading,
-                                 progress=functools.partial(progress, "training the tokenizer"))
-    store = cached_store(cache, files, tokenizer, **reading, num_workers=data.num_workers or os.cpu_count() or 1,
-                         progress=functools.partial(progress, "tokenizing"))
+    tokenizer = cached_tokenizer(
+        cache,
+        config.tokenizer,
+        files,
+        **reading,
+        progress=functools.partial(progress, "training the tokenizer"),
+    )
+    store = cached_store(
+        cache,
+        files,
+        tokenizer,
+        **reading,
+        num_workers=data.num_workers or os.cpu_count() or 1,
+        progress=functools.partial(progress, "tokenizing"),
+    )
     train_ids, held_out_ids = store.split(data.held_out_fraction)
-    train_plan, held_out_plan = (cached_plan(store.lengths, ids, data.seq_len, config.seed, cache / "plans")
-                                 for ids in (train_ids, held_out_ids))
-    check_corpus(train_plan, held_out_plan, sequences_per_update=batch.sequences_per_update,
-                 held_out_fraction=data.held_out_fraction)
-    held_out = PackedSequences(store, held_out_plan, config.seed, repeat=False) if held_out_plan.num_rows else None
-    return Corpus(tokenizer, store, train_plan, held_out_plan, PackedSequences(store, train_plan, config.seed), held_out,
-                  held_out_ids)
+    train_plan, held_out_plan = (
+        cached_plan(store.lengths, ids, data.seq_len, config.seed, cache / "plans")
+        for ids in (train_ids, held_out_ids)
+    )
+    check_corpus(
+        train_plan,
+        held_out_plan,
+        sequences_per_update=batch.sequences_per_update,
+        held_out_fraction=data.held_out_fraction,
+    )
+    held_out = (
+        PackedSequences(store, held_out_plan, config.seed, repeat=False) if held_out_plan.num_rows else None
+    )
+    return Corpus(
+        tokenizer,
+        store,
+        train_plan,
+        held_out_plan,
+        PackedSequences(store, train_plan, config.seed),
+        held_out,
+        held_out_ids,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +149,9 @@ class Program:
 
     def init(self) -> TrainState:
         """A fresh state, every array born in its place on the mesh."""
-        return init_state(self.model.init, self.accumulator, jax.random.key(self.config.seed), self.param_specs, self.mesh)
+        return init_state(
+            self.model.init, self.accumulator, jax.random.key(self.config.seed), self.param_specs, self.mesh
+        )
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
@@ -166,13 +196,23 @@ class Program:
         """How a field of `Batch` lies on the mesh."""
         return self.layout.sharding("batch") if field == "index" else self.layout.sharding("batch", "length")
 
-    def batches(self, source: PackedSequences, *, start: int = 0, stop: int | None = None, batch_size: int = 0) -> Feed:
+    def batches(
+        self, source: PackedSequences, *, start: int = 0, stop: int | None = None, batch_size: int = 0
+    ) -> Feed:
         """Micro-batches on the devices, from sequence number `start` on; this process makes only the rows it needs."""
         batch_size = batch_size or self.batch.micro_batch_size
         rows = local_batch_rows(self.batch_sharding("tokens"), batch_size)
-        host = make_batches(source, start=start, stop=stop, batch_size=batch_size, local_rows=rows,
-                            prefetch=self.config.data.prefetch)
-        return Feed(host, {f.name: self.batch_sharding(f.name) for f in dataclasses.fields(Batch)}, batch_size, rows)
+        host = make_batches(
+            source,
+            start=start,
+            stop=stop,
+            batch_size=batch_size,
+            local_rows=rows,
+            prefetch=self.config.data.prefetch,
+        )
+        return Feed(
+            host, {f.name: self.batch_sharding(f.name) for f in dataclasses.fields(Batch)}, batch_size, rows
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +229,12 @@ class Feed:
 
     def __next__(self) -> Batch:
         arrays = next(self.host)
-        return Batch(**{
-            name: make_global(self.shardings[name], (self.batch_size, *array.shape[1:]), self.rows, array)
-            for name, array in arrays.items()
-        })
+        return Batch(
+            **{
+                name: make_global(self.shardings[name], (self.batch_size, *array.shape[1:]), self.rows, array)
+                for name, array in arrays.items()
+            }
+        )
 
     def close(self) -> None:
         """Ends the thread that makes batches."""
@@ -205,17 +247,24 @@ class Feed:
         self.close()
 
 
-def make_program(config: Config, batch: BatchArithmetic, vocab_size: int,
-                 devices: Sequence[jax.Device] | None = None) -> Program:
+def make_program(
+    config: Config, batch: BatchArithmetic, vocab_size: int, devices: Sequence[jax.Device] | None = None
+) -> Program:
     """The program of a checked `config` on `devices` (default: all there are). Nothing is compiled or allocated yet."""
     mesh = make_mesh(config.mesh, devices)
     if vocab_size % mesh.shape["tensor"]:
-        raise UserError(f"the tokenizer's {vocab_size} ids are not divisible by mesh.tensor={mesh.shape['tensor']}; "
-                        "change mesh.tensor")
+        raise UserError(
+            f"the tokenizer's {vocab_size} ids are not divisible by mesh.tensor={mesh.shape['tensor']}; "
+            "change mesh.tensor"
+        )
     model = make_model(config, vocab_size, Layout(mesh))
-    accumulator = Accumulator(make_optimizer(config.optimizer, config.train.num_updates), batch.accumulation_steps)
+    accumulator = Accumulator(
+        make_optimizer(config.optimizer, config.train.num_updates), batch.accumulation_steps
+    )
     shards = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["seq"])
-    loss = make_loss(model, logit_softcap=config.model.logit_softcap, z_loss=config.train.z_loss, shards=shards)
+    loss = make_loss(
+        model, logit_softcap=config.model.logit_softcap, z_loss=config.train.z_loss, shards=shards
+    )
     param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
     state = abstract_state(model.init, accumulator, param_specs, mesh)
     return Program(
@@ -225,8 +274,11 @@ def make_program(config: Config, batch: BatchArithmetic, vocab_size: int,
         model=model,
         accumulator=accumulator,
         param_specs=param_specs,
-        train_step=jax.jit(make_train_step(loss, accumulator), donate_argnums=0,
-                           out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)),
+        train_step=jax.jit(
+            make_train_step(loss, accumulator),
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+        ),
         eval_step=jax.jit(make_eval_step(loss)),
     )
 
@@ -234,14 +286,18 @@ def make_program(config: Config, batch: BatchArithmetic, vocab_size: int,
 def make_model(config: Config, vocab_size: int, layout: Layout) -> Model:
     """The model of a checked `config`."""
     family = FAMILIES[config.model.family]
-    return family(config.model, vocab_size, config.data.seq_len, layout, ATTENTION[attention_name(config, layout)])
+    return family(
+        config.model, vocab_size, config.data.seq_len, layout, ATTENTION[attention_name(config, layout)]
+    )
 
 
 def attention_name(config: Config, layout: Layout) -> str:
     """The algorithm that model.attention asks for; `auto` is blockwise where each device holds whole sequences."""
     split = layout.axis_size("seq") > 1
     if config.model.attention == "blockwise" and split:
-        raise UserError("model.attention='blockwise' needs whole sequences but mesh.seq splits them; use 'full' or 'auto'")
+        raise UserError(
+            "model.attention='blockwise' needs whole sequences but mesh.seq splits them; use 'full' or 'auto'"
+        )
     if config.model.attention == "auto":
         return "full" if split else "blockwise"
     return config.model.attention

@@ -67,7 +67,9 @@ def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
             raise UserError(f"config key {prefix}{key} is not known{did_you_mean(key, hints)}")
     missing = [key for key in hints if key not in raw]
     if missing:
-        raise UserError(f"config key {prefix}{missing[0]} is missing; start from configs/base.py, which lists every key")
+        raise UserError(
+            f"config key {prefix}{missing[0]} is missing; start from configs/base.py, which lists every key"
+        )
     values = {}
     for key, hint in hints.items():
         if dataclasses.is_dataclass(hint):
@@ -109,19 +111,33 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
     model, T = config.model, config.data.seq_len
     if T % seq:
         raise UserError(f"data.seq_len={T} is not divisible by mesh.seq={seq}; change one of them")
-    for key, size in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads), ("mlp_dim", model.mlp_dim)):
+    for key, size in (
+        ("num_heads", model.num_heads),
+        ("num_kv_heads", model.num_kv_heads),
+        ("mlp_dim", model.mlp_dim),
+    ):
         if size % tensor:
-            raise UserError(f"model.{key}={size} is not divisible by mesh.tensor={tensor}; change one of them")
+            raise UserError(
+                f"model.{key}={size} is not divisible by mesh.tensor={tensor}; change one of them"
+            )
     if model.model_dim % fsdp:
-        raise UserError(f"model.model_dim={model.model_dim} is not divisible by mesh.fsdp={fsdp}; change one of them")
+        raise UserError(
+            f"model.model_dim={model.model_dim} is not divisible by mesh.fsdp={fsdp}; change one of them"
+        )
     train = config.train
-    batch = resolve_batch(train.tokens_per_update, T, train.micro_batch_size, train.accumulation_steps, data * fsdp)
+    batch = resolve_batch(
+        train.tokens_per_update, T, train.micro_batch_size, train.accumulation_steps, data * fsdp
+    )
     if config.evaluate.batch_size % (data * fsdp):
-        raise UserError(f"evaluate.batch_size={config.evaluate.batch_size} is not divisible by the {data * fsdp} shards of "
-                        "the batch (mesh.data x mesh.fsdp); change one of them")
+        raise UserError(
+            f"evaluate.batch_size={config.evaluate.batch_size} is not divisible by the {data * fsdp} shards of "
+            "the batch (mesh.data x mesh.fsdp); change one of them"
+        )
     if not config.tokenizer.path and config.tokenizer.kind != "byte" and config.tokenizer.vocab_size % tensor:
-        raise UserError(f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
-                        "change one of them")
+        raise UserError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
+            "change one of them"
+        )
     return config, batch
 
 
@@ -139,10 +155,14 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
     """
     old, new = _flatten(saved), _flatten(config.to_dict())
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    changed = [key for key in changed if key not in FREE_ON_RESUME and key.split(".")[0] not in FREE_ON_RESUME]
+    changed = [
+        key for key in changed if key not in FREE_ON_RESUME and key.split(".")[0] not in FREE_ON_RESUME
+    ]
     if changed:
         text = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in changed)
-        raise UserError(f"workdir {workdir} holds a run of another config: {text}; use another --workdir or the old values")
+        raise UserError(
+            f"workdir {workdir} holds a run of another config: {text}; use another --workdir or the old values"
+        )
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

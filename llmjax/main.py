@@ -16,13 +16,15 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax is imported: XLA's own log says nothing to a user
+os.environ.setdefault(
+    "TF_CPP_MIN_LOG_LEVEL", "2"
+)  # before jax is imported: XLA's own log says nothing to a user
 
-import absl.logging  # noqa: E402
-from absl import flags  # noqa: E402
-from ml_collections import ConfigDict, config_flags  # noqa: E402
+import absl.logging
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
-from llmjax.errors import UserError  # noqa: E402
+from llmjax.errors import UserError
 
 MODES = ("train", "evaluate", "generate", "plan")
 
@@ -37,20 +39,32 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         config.data.sources = tuple(config.data.sources)
         config_flags.DEFINE_config_dict("config", config.lock(), flag_values=values)
     else:
-        config_flags.DEFINE_config_file("config", None, "path of a config file, such as configs/base.py", flag_values=values)
+        config_flags.DEFINE_config_file(
+            "config", None, "path of a config file, such as configs/base.py", flag_values=values
+        )
     flags.DEFINE_string("workdir", None, "where everything of a run is written and found", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
-    flags.DEFINE_multi_string("prompt", [], "generate: a text to continue; may be repeated", flag_values=values)
+    flags.DEFINE_multi_string(
+        "prompt", [], "generate: a text to continue; may be repeated", flag_values=values
+    )
     flags.DEFINE_string("prompt_file", None, "generate: a file with one prompt a line", flag_values=values)
-    flags.DEFINE_string("checkpoint", "latest", "evaluate, generate: latest, best or an update number", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", "latest", "evaluate, generate: latest, best or an update number", flag_values=values
+    )
     try:
         rest = values(list(argv))
     except flags.Error as error:
         raise UserError(_one_sentence(error)) from None
-    except (AttributeError, KeyError, TypeError) as error:  # how ml_collections reports keys that do not exist
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:  # how ml_collections reports keys that do not exist
         raise UserError(f"a --config key is not known: {_one_sentence(error)}") from None
     except OSError:
-        raise UserError(f"--config={given} cannot be read; give the path of a config file, such as configs/base.py") from None
+        raise UserError(
+            f"--config={given} cannot be read; give the path of a config file, such as configs/base.py"
+        ) from None
     if len(rest) > 1:
         raise UserError(f"the argument {rest[1]!r} is not a flag; write --name=value")
     if values.config is None:
@@ -101,7 +115,9 @@ def main(argv: Sequence[str]) -> int:
         from llmjax import modes  # after the flags, for jax takes seconds to import
 
         workdir = pathlib.Path(values.workdir or f"runs/{name_of(_given(argv, 'config'))}")
-        return modes.run(values.mode, values.config.to_dict(), workdir, prompts=prompts, checkpoint=values.checkpoint)
+        return modes.run(
+            values.mode, values.config.to_dict(), workdir, prompts=prompts, checkpoint=values.checkpoint
+        )
     except UserError as error:
         print(f"llmjax: {error}", file=sys.stderr)
         return 2

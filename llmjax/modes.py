@@ -44,7 +44,9 @@ COMPRESSED = 8 * 2**20  # bytes of held-out text that gzip and xz are tried on
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
 
-def run(mode: str, raw: Mapping[str, Any], workdir: pathlib.Path, *, prompts: Sequence[str], checkpoint: str) -> int:
+def run(
+    mode: str, raw: Mapping[str, Any], workdir: pathlib.Path, *, prompts: Sequence[str], checkpoint: str
+) -> int:
     """Runs `mode`; the exit code."""
     started = time.perf_counter()
     config = configs.read(raw)
@@ -116,15 +118,18 @@ def run_evaluate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, 
     program = make_program(config, batch, corpus.tokenizer.vocab_size)
     update, params = load_params(program, workdir, checkpoint)
     results = score_held_out(program, corpus, params)
-    rows = {"checkpoint": f"update {update} of {workdir}",
-            "held out": f"{corpus.held_out_plan.num_documents:,} documents, {corpus.held_out_bytes:,} bytes, "
-                        f"{corpus.held_out_plan.num_tokens:,} tokens"}
+    rows = {
+        "checkpoint": f"update {update} of {workdir}",
+        "held out": f"{corpus.held_out_plan.num_documents:,} documents, {corpus.held_out_bytes:,} bytes, "
+        f"{corpus.held_out_plan.num_tokens:,} tokens",
+    }
     say(format_table(rows | describe_results(results) | describe_compression(corpus)))
     return 0
 
 
-def run_generate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, checkpoint: str,
-                 prompts: Sequence[str]) -> int:
+def run_generate(
+    config: Config, batch: BatchArithmetic, workdir: pathlib.Path, checkpoint: str, prompts: Sequence[str]
+) -> int:
     """Continues the prompts: one is streamed, several are shown one after the other when all are done."""
     if not (workdir / "tokenizer").is_dir():
         raise UserError(f"{workdir} holds no trained model; train one first, or give its --workdir")
@@ -156,15 +161,18 @@ def run_generate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, 
     return 0
 
 
-def resume_or_init(program: Program, corpus: Corpus, checkpoints: Checkpoints,
-                   workdir: pathlib.Path) -> tuple[TrainState, Position]:
+def resume_or_init(
+    program: Program, corpus: Corpus, checkpoints: Checkpoints, workdir: pathlib.Path
+) -> tuple[TrainState, Position]:
     """The newest checkpoint's state and position, or fresh ones."""
     if checkpoints.latest() is None:
         return program.init(), Position()
     saved, meta = checkpoints.restore(program.abstract_saved())
     if meta["data_fingerprint"] != corpus.fingerprint:
-        raise UserError(f"the documents behind data.sources are not those that {workdir} was trained on, so its data cursor "
-                        "means nothing here; restore them or use another --workdir")
+        raise UserError(
+            f"the documents behind data.sources are not those that {workdir} was trained on, so its data cursor "
+            "means nothing here; restore them or use another --workdir"
+        )
     return program.resumed(saved), Position.from_meta(meta)
 
 
@@ -241,13 +249,19 @@ def sample_texts(program: Program, corpus: Corpus, params: Params) -> list[tuple
     return [(tokenizer.decode(prompt[1:]), tokenizer.decode(new))]
 
 
-def generator(program: Program, tokenizer: Tokenizer) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list]]:
+def generator(
+    program: Program, tokenizer: Tokenizer
+) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list]]:
     """Sampling with the config's settings; ids that stand for no text, other than the end, are never drawn."""
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
     learned = program.config.model.position == "learned"
-    return make_generator(program.model, program.config.generate, eos_id=tokenizer.eos_id,
-                          banned_ids=sorted(special - {tokenizer.eos_id}),
-                          max_positions=program.config.data.seq_len if learned else 0)
+    return make_generator(
+        program.model,
+        program.config.generate,
+        eos_id=tokenizer.eos_id,
+        banned_ids=sorted(special - {tokenizer.eos_id}),
+        max_positions=program.config.data.seq_len if learned else 0,
+    )
 
 
 def describe_results(results: Mapping[str, float]) -> dict[str, str]:
@@ -263,18 +277,25 @@ def describe_compression(corpus: Corpus) -> dict[str, str]:
     """What gzip and xz make of the held-out text."""
     text = corpus.held_out_text(COMPRESSED)
     part = "" if len(text) >= corpus.held_out_bytes else f", on the first {len(text):,} bytes"
-    return {name: f"{bits:.3f} bits per byte of the same text{part}" for name, bits in compressed_bits_per_byte(text).items()}
+    return {
+        name: f"{bits:.3f} bits per byte of the same text{part}"
+        for name, bits in compressed_bits_per_byte(text).items()
+    }
 
 
-def finish(corpus: Corpus, workdir: pathlib.Path, config: Config, result: Result, plan: dict[str, str]) -> None:
+def finish(
+    corpus: Corpus, workdir: pathlib.Path, config: Config, result: Result, plan: dict[str, str]
+) -> None:
     """The closing words, and the files that repeat them: summary.json and report.html."""
     results = {}
     if result.position.evaluation is not None:
         results = describe_results(result.position.evaluation) | describe_compression(corpus)
     sample = last_sample(workdir / "samples.md")
     following = commands(workdir, config.train.num_updates)
-    write_json(workdir / "summary.json",
-               {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following})
+    write_json(
+        workdir / "summary.json",
+        {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},
+    )
     report = write_report(workdir)
     if result.stopped:
         say(f"\nstopped after update {result.position.update} and saved; go on with\n  {following['resume']}")

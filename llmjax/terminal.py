@@ -47,6 +47,13 @@ class StageProgress:
         if stage != self._stage:
             self.__exit__()
             self._stage = stage
-            self._bar = tqdm(total=total, desc=stage, unit="B", unit_scale=True, leave=False, dynamic_ncols=True,
-                             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} ETA {remaining}")
+            self._bar = tqdm(
+                total=total,
+                desc=stage,
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} ETA {remaining}",
+            )
         self._bar.update(done - self._bar.n)

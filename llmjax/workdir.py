@@ -37,7 +37,9 @@ def write_samples(path: pathlib.Path, update: int, samples: list[tuple[str, str]
     sections = re.split(r"(?m)^(?=<!-- update \d+ -->$)", old)
     kept = [s for s in sections if not (m := re.match(r"<!-- update (\d+)", s)) or int(m.group(1)) < update]
     new = f"<!-- update {update} -->\n## update {update}\n\n" + "".join(
-        f"### prompt\n\n{_fenced(prompt)}\n### continuation\n\n{_fenced(continuation)}\n" for prompt, continuation in samples)
+        f"### prompt\n\n{_fenced(prompt)}\n### continuation\n\n{_fenced(continuation)}\n"
+        for prompt, continuation in samples
+    )
     write_atomically(path, "".join(kept) + new)
 
 

@@ -7,9 +7,33 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "llmjax"
 # From the ground up. A room may import from itself and from rooms before it.
-ORDER = ["errors", "types", "parallel", "ops", "data", "nn", "models", "tasks", "generate", "train", "evaluate", "config",
-         "build", "plan", "terminal", "workdir", "modes", "main"]
-SIBLINGS = [("generate", "train"), ("train", "generate"), ("data", "ops"), ("nn", "data"), ("terminal", "plan")]
+ORDER = [
+    "errors",
+    "types",
+    "parallel",
+    "ops",
+    "data",
+    "nn",
+    "models",
+    "tasks",
+    "generate",
+    "train",
+    "evaluate",
+    "config",
+    "build",
+    "plan",
+    "terminal",
+    "workdir",
+    "modes",
+    "main",
+]
+SIBLINGS = [
+    ("generate", "train"),
+    ("train", "generate"),
+    ("data", "ops"),
+    ("nn", "data"),
+    ("terminal", "plan"),
+]
 ALONE = {  # library -> the files or rooms that may import it
     "orbax": ["train/checkpoint.py"],
     "grain": ["data/pipeline.py"],

@@ -45,7 +45,10 @@ def trace(program, seed=0):
         whole = ragged_batch(rng, 16) | {"index": np.arange(16, dtype=np.int32) + 16 * update}
         size, sums = program.batch.micro_batch_size, []
         for start in range(0, 16, size):
-            part = {k: jax.device_put(v[start:start + size], program.batch_sharding(k)) for k, v in whole.items()}
+            part = {
+                k: jax.device_put(v[start : start + size], program.batch_sharding(k))
+                for k, v in whole.items()
+            }
             state, metrics = program.train_step(state, Batch(**part))
             sums.append(metrics)
         losses.append(sum(float(m["loss"]) for m in sums) / sum(float(m["weight"]) for m in sums))
@@ -61,7 +64,9 @@ def test_the_loss_falls(one_device):
     assert one_device[-1] < one_device[0] - 0.1
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 1, 1, 8), (2, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 1, 1, 8), (2, 1, 2, 2)], ids=str
+)
 def test_every_mesh_gives_the_same_losses(shape, one_device):
     data, fsdp, seq, tensor = shape
     program = program_for(jax.devices(), mesh__data=data, mesh__fsdp=fsdp, mesh__seq=seq, mesh__tensor=tensor)
@@ -80,8 +85,10 @@ def test_every_cut_of_the_work_gives_the_same_losses(changes, one_device):
 
 
 def test_dropout_does_not_depend_on_the_cut():
-    losses = [trace(program_for(devices, model__dropout=0.2, train__accumulation_steps=k, mesh__data=data))
-              for devices, k, data in ((jax.devices()[:1], 1, 1), (jax.devices()[:1], 4, 1), (jax.devices(), 2, 8))]
+    losses = [
+        trace(program_for(devices, model__dropout=0.2, train__accumulation_steps=k, mesh__data=data))
+        for devices, k, data in ((jax.devices()[:1], 1, 1), (jax.devices()[:1], 4, 1), (jax.devices(), 2, 8))
+    ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
@@ -107,14 +114,23 @@ def test_bfloat16_computes_low_and_keeps_parameters_high():
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "schedule_free_adamw"])
 def test_every_optimizer_trains_sharded(name):
     schedule = "constant" if name == "schedule_free_adamw" else "cosine"
-    program = program_for(jax.devices(), mesh__data=2, mesh__fsdp=2, mesh__tensor=2, optimizer__name=name,
-                          optimizer__schedule=schedule, optimizer__learning_rate=3e-4 if name == "lion" else 3e-3)
+    program = program_for(
+        jax.devices(),
+        mesh__data=2,
+        mesh__fsdp=2,
+        mesh__tensor=2,
+        optimizer__name=name,
+        optimizer__schedule=schedule,
+        optimizer__learning_rate=3e-4 if name == "lion" else 3e-3,
+    )
     losses = trace(program)
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
 def test_evaluation_is_deterministic_and_leaves_z_loss_out():
-    program = program_for(jax.devices()[:1], train__z_loss=1.0, model__dropout=0.5, train__accumulation_steps=1)
+    program = program_for(
+        jax.devices()[:1], train__z_loss=1.0, model__dropout=0.5, train__accumulation_steps=1
+    )
     plain = program_for(jax.devices()[:1], train__accumulation_steps=1)
     batch = Batch(**ragged_batch(np.random.default_rng(0), 16), index=np.arange(16, dtype=np.int32))
     params = plain.init().params
@@ -136,4 +152,8 @@ def test_one_compile_serves_the_run_and_the_state_keeps_its_place():
         state, _ = program.train_step(state, batch)
         compiled.append(counter.count("/jax/core/compile/backend_compile_duration"))
     assert compiled[0] == compiled[1] == compiled[2] > 0
-    jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"), state, shardings)
+    jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding} {s}"),
+        state,
+        shardings,
+    )

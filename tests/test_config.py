@@ -54,8 +54,14 @@ def test_the_resolved_config_survives_json():
 
 BAD = {
     "head split": ({"model__num_heads": 3}, r"model.num_heads=3 does not divide model.model_dim=128"),
-    "group split": ({"model__num_kv_heads": 3}, r"model.num_heads=4 must be a multiple of model.num_kv_heads=3"),
-    "choice": ({"model__activation": "swigloo"}, r"model.activation='swigloo' is not known; use one of swiglu"),
+    "group split": (
+        {"model__num_kv_heads": 3},
+        r"model.num_heads=4 must be a multiple of model.num_kv_heads=3",
+    ),
+    "choice": (
+        {"model__activation": "swigloo"},
+        r"model.activation='swigloo' is not known; use one of swiglu",
+    ),
     "dropout": ({"model__dropout": 1.5}, r"model.dropout=1.5"),
     "not closing": ({"train__tokens_per_update": 8000}, r"train.tokens_per_update=8000 .* data.seq_len=512"),
     "product": ({"train__micro_batch_size": 3}, r"train.micro_batch_size=3 x train.accumulation_steps=2"),
@@ -110,7 +116,11 @@ def test_unknown_missing_and_mistyped_keys_are_named():
 
 
 def test_sources_may_be_one_string_or_many():
-    for value, expected in (("a.txt", ("a.txt",)), ("a.txt,b.txt", ("a.txt", "b.txt")), (("a", "b"), ("a", "b"))):
+    for value, expected in (
+        ("a.txt", ("a.txt",)),
+        ("a.txt,b.txt", ("a.txt", "b.txt")),
+        (("a", "b"), ("a", "b")),
+    ):
         raw = load()
         raw["data"]["sources"] = value
         assert configs.read(raw).data.sources == expected
@@ -118,7 +128,12 @@ def test_sources_may_be_one_string_or_many():
 
 def test_a_resumed_run_must_mean_the_same():
     saved = check()[0].to_dict()
-    for free in ({"train__num_updates": 900}, {"train__accumulation_steps": 4}, {"evaluate__every": 7}, {"model__remat": "full"}):
+    for free in (
+        {"train__num_updates": 900},
+        {"train__accumulation_steps": 4},
+        {"evaluate__every": 7},
+        {"model__remat": "full"},
+    ):
         configs.check_resume(saved, check(**free)[0], "runs/base")
     with pytest.raises(UserError, match=r"model.num_layers \(4 there, 8 here\), seed \(0 there, 1 here\)"):
         configs.check_resume(saved, check(model__num_layers=8, seed=1)[0], "runs/base")

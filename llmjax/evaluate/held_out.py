@@ -32,8 +32,9 @@ class EvaluateConfig:
                 raise UserError(f"evaluate.{key}={getattr(self, key)} is negative; use 0 for the default")
 
 
-def evaluate(eval_step: Callable[[Params, Batch], LossSums], params: Params, batches: Iterable[Batch],
-             num_bytes: int) -> dict[str, float]:
+def evaluate(
+    eval_step: Callable[[Params, Batch], LossSums], params: Params, batches: Iterable[Batch], num_bytes: int
+) -> dict[str, float]:
     """Scores `params` on `batches`, which hold every held-out target exactly once.
 
     Returns `loss` (nats per target token), `perplexity`, `bits_per_byte` (of the `num_bytes` bytes of UTF-8 text; the
@@ -46,7 +47,9 @@ def evaluate(eval_step: Callable[[Params, Batch], LossSums], params: Params, bat
         raise UserError("the held-out set has no targets; raise data.held_out_fraction or add documents")
     total = math.fsum(float(s.loss) for s in fetched)
     loss = total / weight
-    metrics = {name: math.fsum(float(s.metrics[name]) for s in fetched) / weight for name in fetched[0].metrics}
+    metrics = {
+        name: math.fsum(float(s.metrics[name]) for s in fetched) / weight for name in fetched[0].metrics
+    }
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),

@@ -52,8 +52,14 @@ def round_up(n: int, multiple: int = SLOTS) -> int:
     return -(-n // multiple) * multiple
 
 
-def make_generator(model: Model, config: GenerateConfig, *, eos_id: int, banned_ids: Sequence[int] = (),
-                   max_positions: int = 0) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list[int | None]]]:
+def make_generator(
+    model: Model,
+    config: GenerateConfig,
+    *,
+    eos_id: int,
+    banned_ids: Sequence[int] = (),
+    max_positions: int = 0,
+) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list[int | None]]]:
     """`generate(params, prompts)`, an iterator over time that yields one new token id per prompt, None once ended.
 
     A prompt's sample depends on the seed and its own number only, not on the prompts beside it. `banned_ids` (pad,
@@ -64,7 +70,9 @@ def make_generator(model: Model, config: GenerateConfig, *, eos_id: int, banned_
     def choose(logits_BV: jax.Array, rngs_B: jax.Array, step: jax.Array) -> jax.Array:
         if banned_ids:
             logits_BV = logits_BV.at[:, np.asarray(banned_ids)].set(-jnp.inf)
-        return jax.vmap(lambda rng, logits_V: pick(jax.random.fold_in(rng, step), logits_V[None])[0])(rngs_B, logits_BV)
+        return jax.vmap(lambda rng, logits_V: pick(jax.random.fold_in(rng, step), logits_V[None])[0])(
+            rngs_B, logits_BV
+        )
 
     @jax.jit
     def prefill(params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache, rngs_B: jax.Array):
@@ -86,13 +94,17 @@ def make_generator(model: Model, config: GenerateConfig, *, eos_id: int, banned_
         if max_positions:
             limit = min(limit, max_positions - int(lengths.max()))
             if limit < 1:
-                raise UserError(f"the prompt has {lengths.max()} tokens but the model holds {max_positions} positions; "
-                                "shorten the prompt")
+                raise UserError(
+                    f"the prompt has {lengths.max()} tokens but the model holds {max_positions} positions; "
+                    "shorten the prompt"
+                )
         width = round_up(int(lengths.max()))
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
-            tokens[row, :len(prompt)] = prompt
-        rngs_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(np.arange(len(prompts)))
+            tokens[row, : len(prompt)] = prompt
+        rngs_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(
+            np.arange(len(prompts))
+        )
         cache = model.make_cache(len(prompts), width + round_up(config.max_tokens))
         next_B, cache = prefill(params, tokens, lengths, cache, rngs_B)
         ended = np.zeros(len(prompts), bool)

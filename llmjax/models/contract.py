@@ -34,8 +34,9 @@ class Model(Protocol):
     def make_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens per row."""
 
-    def decode(self, params: Params, tokens_BT: jax.Array, cache: Cache,
-               valid_BT: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+    def decode(
+        self, params: Params, tokens_BT: jax.Array, cache: Cache, valid_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """logits_BTV of T further tokens per row, and the cache that holds them. Where `valid_BT` is false the token
         is padding and its logits mean nothing."""
 

@@ -74,7 +74,9 @@ class GPT:
         block = Block(self.config, Layout(), full.attend)
         return {
             "embedding": self._embedding.init(rng_embedding)["params"],
-            "layers": init_stack(block, rng_layers, x_BTD, self._turn(index_BT), self_mask(index_BT, index_BT)),
+            "layers": init_stack(
+                block, rng_layers, x_BTD, self._turn(index_BT), self_mask(index_BT, index_BT)
+            ),
             "final_norm": self._final_norm.init(rng_norm, x_BTD)["params"],
         }
 
@@ -102,32 +104,45 @@ class GPT:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
         x_BTD = dropout(x_BTD, keys_B, self.config.dropout, 0)
         mask = self_mask(batch.segments, batch.positions)
-        x_BTD = run_stack(self._block, params["layers"], x_BTD, self._turn(batch.positions), mask, keys_B=keys_B)
+        x_BTD = run_stack(
+            self._block, params["layers"], x_BTD, self._turn(batch.positions), mask, keys_B=keys_B
+        )
         return self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
 
     def unembedding(self, params: Params) -> jax.Array:
         tables = params["embedding"]
-        return tables["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"].astype(self.config.dtype)
+        return tables["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"].astype(
+            self.config.dtype
+        )
 
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, self.unembedding(params),
-                                preferred_element_type=jnp.float32)
+        logits_BTV = jnp.einsum(
+            "BTD,VD->BTV", hidden_BTD, self.unembedding(params), preferred_element_type=jnp.float32
+        )
         return softcap(logits_BTV, self.config.logit_softcap)
 
     def make_cache(self, batch: int, slots: int) -> Cache:
         c = self.config
         return make_cache(c.num_layers, batch, slots, c.num_kv_heads, c.head_dim, c.dtype)
 
-    def decode(self, params: Params, tokens_BT: jax.Array, cache: Cache,
-               valid_BT: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+    def decode(
+        self, params: Params, tokens_BT: jax.Array, cache: Cache, valid_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         slot = cache.used
         cache, segments_BT, positions_BT = append_tokens(cache, valid_BT)
         mask = Mask(segments_BT, cache.segments_BS, positions_BT, cache.positions_BS)
         x_BTD = self._embed(params, tokens_BT, positions_BT)
         block = Block(self.config, self.layout, full.attend)
-        x_BTD, (k_LBSKH, v_LBSKH) = decode_stack(block, params["layers"], x_BTD, self._turn(positions_BT), mask,
-                                                 (cache.k_LBSKH, cache.v_LBSKH), slot)
+        x_BTD, (k_LBSKH, v_LBSKH) = decode_stack(
+            block,
+            params["layers"],
+            x_BTD,
+            self._turn(positions_BT),
+            mask,
+            (cache.k_LBSKH, cache.v_LBSKH),
+            slot,
+        )
         hidden_BTD = self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
         return self.logits(params, hidden_BTD), dataclasses.replace(cache, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
 

@@ -26,22 +26,43 @@ class Attention(nn.Module):
     attend: Callable[..., jax.Array]
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, turn: KeyValue | None, mask: Mask, cached: KeyValue | None = None,
-                 slot: jax.Array | None = None) -> tuple[jax.Array, KeyValue]:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        turn: KeyValue | None,
+        mask: Mask,
+        cached: KeyValue | None = None,
+        slot: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValue]:
         """out_BTD and the keys and values attended to: this call's own, or the cache with them written at `slot`."""
         c = self.config
         D, N, K, H = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
-        q_BTNH = x_BTD @ matrix(self, "wq_DNH", (D, N, H), ("embed", "heads", "head_dim"), std, c.dtype).reshape(D, N * H)
-        k_BTKH = x_BTD @ matrix(self, "wk_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype).reshape(D, K * H)
-        v_BTKH = x_BTD @ matrix(self, "wv_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype).reshape(D, K * H)
+        q_BTNH = x_BTD @ matrix(
+            self, "wq_DNH", (D, N, H), ("embed", "heads", "head_dim"), std, c.dtype
+        ).reshape(D, N * H)
+        k_BTKH = x_BTD @ matrix(
+            self, "wk_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype
+        ).reshape(D, K * H)
+        v_BTKH = x_BTD @ matrix(
+            self, "wv_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype
+        ).reshape(D, K * H)
         wo_DNH = matrix(self, "wo_DNH", (D, N, H), ("embed", "heads", "head_dim"), out_std, c.dtype)
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (y.reshape(B, T, -1, H) for y in (q_BTNH, k_BTKH, v_BTKH))
         if c.use_bias:
-            q_BTNH = q_BTNH + vector(self, "q_bias", (N, H), ("heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
-            k_BTKH = k_BTKH + vector(self, "k_bias", (K, H), ("kv_heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
-            v_BTKH = v_BTKH + vector(self, "v_bias", (K, H), ("kv_heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
+            q_BTNH = (
+                q_BTNH
+                + vector(self, "q_bias", (N, H), ("heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
+            )
+            k_BTKH = (
+                k_BTKH
+                + vector(self, "k_bias", (K, H), ("kv_heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
+            )
+            v_BTKH = (
+                v_BTKH
+                + vector(self, "v_bias", (K, H), ("kv_heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
+            )
         if c.qk_norm:
             q_BTNH = Norm("rmsnorm", c.norm_eps, name="q_norm")(q_BTNH)
             k_BTKH = Norm("rmsnorm", c.norm_eps, name="k_norm")(k_BTKH)
@@ -54,7 +75,9 @@ class Attention(nn.Module):
             k_BTKH = self.layout.constrain(k_BTKH, "batch", None, "kv_heads", "head_dim")
             v_BTKH = self.layout.constrain(v_BTKH, "batch", None, "kv_heads", "head_dim")
         out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask)
-        out_BTD = jnp.einsum("BTX,DX->BTD", out_BTNH.reshape(B, T, N * H), wo_DNH.reshape(D, N * H))  # X = N x H
+        out_BTD = jnp.einsum(
+            "BTX,DX->BTD", out_BTNH.reshape(B, T, N * H), wo_DNH.reshape(D, N * H)
+        )  # X = N x H
         if c.use_bias:
             out_BTD = out_BTD + vector(self, "out_bias", (D,), (None,), 0.0).astype(c.dtype)[None, None]
         return self.layout.constrain(out_BTD, "batch", "length", None), (k_BTKH, v_BTKH)

@@ -61,14 +61,20 @@ def resolve(config: ModelConfig) -> ModelConfig:
         raise UserError(f"model.dropout={config.dropout} must lie in [0, 1)")
     kv_heads = config.num_kv_heads or config.num_heads
     if config.num_heads % kv_heads:
-        raise UserError(f"model.num_heads={config.num_heads} must be a multiple of model.num_kv_heads={kv_heads}; "
-                        f"change one of them")
+        raise UserError(
+            f"model.num_heads={config.num_heads} must be a multiple of model.num_kv_heads={kv_heads}; "
+            f"change one of them"
+        )
     if not config.head_dim and config.model_dim % config.num_heads:
-        raise UserError(f"model.num_heads={config.num_heads} does not divide model.model_dim={config.model_dim}; "
-                        "change one of them or set model.head_dim")
+        raise UserError(
+            f"model.num_heads={config.num_heads} does not divide model.model_dim={config.model_dim}; "
+            "change one of them or set model.head_dim"
+        )
     head_dim = config.head_dim or config.model_dim // config.num_heads
     if config.position == "rope" and head_dim % 2:
-        raise UserError(f"model.head_dim={head_dim} must be even for model.position='rope'; change the head width")
+        raise UserError(
+            f"model.head_dim={head_dim} must be even for model.position='rope'; change the head width"
+        )
     if config.position == "sinusoidal" and config.model_dim % 2:
         raise UserError(f"model.model_dim={config.model_dim} must be even for model.position='sinusoidal'")
     if config.activation == "swiglu":

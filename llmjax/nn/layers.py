@@ -10,16 +10,26 @@ from llmjax.nn.config import ModelConfig
 from llmjax.parallel.rules import Layout
 
 
-def matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float,
-           dtype: str = "float32") -> jax.Array:
+def matrix(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    std: float,
+    dtype: str = "float32",
+) -> jax.Array:
     """A parameter drawn from N(0, std^2), held in float32 and handed out in `dtype`, its dimensions named by `axes`."""
     init = nn.with_logical_partitioning(jax.nn.initializers.normal(std), axes)
     return module.param(name, init, shape, jnp.float32).astype(dtype)
 
 
-def vector(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], value: float) -> jax.Array:
+def vector(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], value: float
+) -> jax.Array:
     """A float32 parameter that starts constant: scales at 1, biases at 0. Never decayed."""
-    return module.param(name, nn.with_logical_partitioning(jax.nn.initializers.constant(value), axes), shape, jnp.float32)
+    return module.param(
+        name, nn.with_logical_partitioning(jax.nn.initializers.constant(value), axes), shape, jnp.float32
+    )
 
 
 class Norm(nn.Module):
@@ -71,5 +81,7 @@ class MLP(nn.Module):
         h_BTF = self.layout.constrain(h_BTF, "batch", "length", "mlp")
         out_BTD = jnp.einsum("BTF,DF->BTD", h_BTF, w_down_DF)
         if c.use_bias:
-            out_BTD = out_BTD + vector(self, "down_bias", (c.model_dim,), (None,), 0.0).astype(c.dtype)[None, None]
+            out_BTD = (
+                out_BTD + vector(self, "down_bias", (c.model_dim,), (None,), 0.0).astype(c.dtype)[None, None]
+            )
         return self.layout.constrain(out_BTD, "batch", "length", None)

@@ -36,9 +36,16 @@ class Block(nn.Module):
     attend: Callable[..., jax.Array]
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, turn: KeyValue | None, mask: Mask, keys_B: jax.Array | None = None,
-                 layer: int | jax.Array = 0, cached: KeyValue | None = None,
-                 slot: jax.Array | None = None) -> tuple[jax.Array, KeyValue]:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        turn: KeyValue | None,
+        mask: Mask,
+        keys_B: jax.Array | None = None,
+        layer: int | jax.Array = 0,
+        cached: KeyValue | None = None,
+        slot: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValue]:
         c = self.config
         norm = functools.partial(Norm, c.norm, c.norm_eps, c.use_bias)
         attention = Attention(c, self.layout, self.attend, name="attention")
@@ -57,8 +64,15 @@ def unstack(x: jax.Array, n: int) -> tuple[jax.Array, ...]:
 unstack.defvjp(lambda x, n: (unstack(x, n), None), lambda n, _, slices: (jnp.stack(slices),))
 
 
-def run_stack(block: Block, params: Params, x_BTD: jax.Array, turn: KeyValue | None, mask: Mask, *,
-              keys_B: jax.Array | None = None) -> jax.Array:
+def run_stack(
+    block: Block,
+    params: Params,
+    x_BTD: jax.Array,
+    turn: KeyValue | None,
+    mask: Mask,
+    *,
+    keys_B: jax.Array | None = None,
+) -> jax.Array:
     """x after all layers; `params` carries the leading layer dimension."""
     c = block.config
 
@@ -68,8 +82,10 @@ def run_stack(block: Block, params: Params, x_BTD: jax.Array, turn: KeyValue | N
     if REMAT[c.remat] is not None:
         layer = REMAT[c.remat](layer)
     if c.scan_layers:
+
         def body(x: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
             return layer(x, *scanned), None
+
         return jax.lax.scan(body, x_BTD, (params, jnp.arange(c.num_layers)))[0]
     leaves, treedef = jax.tree.flatten(params)
     slices = [unstack(leaf, c.num_layers) for leaf in leaves]
@@ -78,8 +94,15 @@ def run_stack(block: Block, params: Params, x_BTD: jax.Array, turn: KeyValue | N
     return x_BTD
 
 
-def decode_stack(block: Block, params: Params, x_BTD: jax.Array, turn: KeyValue | None, mask: Mask,
-                 cached_LBSKH: KeyValue, slot: jax.Array) -> tuple[jax.Array, KeyValue]:
+def decode_stack(
+    block: Block,
+    params: Params,
+    x_BTD: jax.Array,
+    turn: KeyValue | None,
+    mask: Mask,
+    cached_LBSKH: KeyValue,
+    slot: jax.Array,
+) -> tuple[jax.Array, KeyValue]:
     """x after all layers, and the cached keys and values of every layer with this call's own written at `slot`."""
 
     def body(x: jax.Array, scanned: tuple[Params, KeyValue]) -> tuple[jax.Array, KeyValue]:

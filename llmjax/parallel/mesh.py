@@ -38,15 +38,19 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
             f"mesh.{wrong[0]}={sizes[wrong[0]]} is not a positive size; use 1 or more, or -1 for all remaining devices"
         )
     if len(free) > 1:
-        raise UserError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1 leave the mesh open; give all but one of the axes a size")
+        raise UserError(
+            f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1 leave the mesh open; give all but one of the axes a size"
+        )
     product = 1
     for size in sizes.values():
         product *= size if size != -1 else 1
     if num_devices % product or (not free and product != num_devices):
         text = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise UserError(f"mesh {text} needs a divisor of the {num_devices} devices; change mesh.{free[0] if free else 'data'}"
-                        if free else
-                        f"mesh {text} takes {product} devices but there are {num_devices}; make the product {num_devices} or set mesh.data=-1")
+        raise UserError(
+            f"mesh {text} needs a divisor of the {num_devices} devices; change mesh.{free[0] if free else 'data'}"
+            if free
+            else f"mesh {text} takes {product} devices but there are {num_devices}; make the product {num_devices} or set mesh.data=-1"
+        )
     for axis in free:
         sizes[axis] = num_devices // product
     return tuple(sizes[axis] for axis in AXES)

@@ -32,8 +32,10 @@ def topology_devices(name: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(topology_name=name, platform="tpu").devices)
     except Exception as error:
         text = " ".join(str(error).split())[:200]
-        raise UserError(f"plan.topology={name!r} cannot be compiled for ({text}); use a name such as v5p:4x4x4, with "
-                        "pip install 'llmjax[tpu]'") from None
+        raise UserError(
+            f"plan.topology={name!r} cannot be compiled for ({text}); use a name such as v5p:4x4x4, with "
+            "pip install 'llmjax[tpu]'"
+        ) from None
 
 
 def compile_step(program: Program) -> dict[str, str]:
@@ -47,11 +49,15 @@ def compile_step(program: Program) -> dict[str, str]:
             raise
         figures = re.search(r"Used [^.]*\.[^.]*\.", str(error).replace("\n", " "))
         text = figures.group(0) if figures else str(error).splitlines()[0]
-        raise UserError(f"the step does not fit the devices' memory ({text}); use more devices, a larger mesh.fsdp, "
-                        "model.remat='full', or more train.accumulation_steps") from None
+        raise UserError(
+            f"the step does not fit the devices' memory ({text}); use more devices, a larger mesh.fsdp, "
+            "model.remat='full', or more train.accumulation_steps"
+        ) from None
     rows = {"compiled": f"in {time.perf_counter() - started:.0f} s"}
     if memory is not None:
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        rows["needs"] = (f"{format_bytes(peak)} per device: arguments {format_bytes(memory.argument_size_in_bytes)}, "
-                         f"temporaries {format_bytes(memory.temp_size_in_bytes)}")
+        rows["needs"] = (
+            f"{format_bytes(peak)} per device: arguments {format_bytes(memory.argument_size_in_bytes)}, "
+            f"temporaries {format_bytes(memory.temp_size_in_bytes)}"
+        )
     return rows

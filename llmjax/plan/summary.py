@@ -30,8 +30,11 @@ def activation_bytes(program: Program) -> int:
     heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) / mesh["tensor"]
     mlp = c.mlp_dim * (3 if c.activation == "swiglu" else 2) / mesh["tensor"]
     layer = 4 * c.model_dim + heads + mlp
-    kept = {"none": c.num_layers * layer, "dots": c.num_layers * (layer - 2 * c.model_dim) + layer,
-            "full": c.num_layers * c.model_dim + layer}[c.remat]
+    kept = {
+        "none": c.num_layers * layer,
+        "dots": c.num_layers * (layer - 2 * c.model_dim) + layer,
+        "full": c.num_layers * c.model_dim + layer,
+    }[c.remat]
     return int(tokens * kept * (2 if c.dtype == "bfloat16" else 4))
 
 
@@ -41,14 +44,18 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
     documents, size, tokens = len(store), int(store.num_bytes.sum()), int(store.lengths.sum())
     rows = {
         "corpus": f"{documents:,} documents, {format_bytes(size)}, {tokens:,} tokens ({size / tokens:.2f} bytes per token); "
-                  f"{held_out.num_documents:,} documents held out",
+        f"{held_out.num_documents:,} documents held out",
         "tokenizer": _describe_tokenizer(program.config.tokenizer, corpus.tokenizer.vocab_size),
         "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
     }
-    return rows | describe_program(program, train.attended) | {
-        "updates": _describe_updates(program, train.num_rows, start),
-        "output": str(workdir),
-    }
+    return (
+        rows
+        | describe_program(program, train.attended)
+        | {
+            "updates": _describe_updates(program, train.num_rows, start),
+            "output": str(workdir),
+        }
+    )
 
 
 def describe_program(program: Program, attended: float) -> dict[str, str]:
@@ -63,12 +70,12 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
     kind = mesh.devices.flat[0].device_kind
     return {
         "model": f"{c.model.family}, {format_count(num_params)} parameters, {format_count(flops)}FLOP per token, "
-                 f"{attention_name(c, program.layout)} attention, {c.model.dtype}",
+        f"{attention_name(c, program.layout)} attention, {c.model.dtype}",
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, {c.optimizer.schedule}",
         "mesh": f"{axes} on {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}",
         "batch": program.batch.describe(),
         "memory": f"about {format_bytes(held + gradients + activations)} per device: state {format_bytes(held)}, "
-                  f"gradients {format_bytes(gradients)}, activations {format_bytes(activations)}",
+        f"gradients {format_bytes(gradients)}, activations {format_bytes(activations)}",
     }
 
 
@@ -83,8 +90,10 @@ def _describe_updates(program: Program, num_rows: int, start: int) -> str:
     total = program.config.train.num_updates
     sequences = total * program.batch.sequences_per_update
     done = f", {start:,} of them done" if start else ""
-    return (f"{total:,}{done}; {format_count(sequences * program.batch.seq_len)} tokens = "
-            f"{sequences / num_rows:.2f} epochs")
+    return (
+        f"{total:,}{done}; {format_count(sequences * program.batch.seq_len)} tokens = "
+        f"{sequences / num_rows:.2f} epochs"
+    )
 
 
 def format_count(n: float) -> str:

@@ -11,8 +11,9 @@ from llmjax.ops.loss import softmax_cross_entropy
 from llmjax.types import Batch, LossSums, Params
 
 
-def make_loss(model: Model, *, logit_softcap: float, z_loss: float,
-              shards: tuple[int, int] = (1, 1)) -> Callable[..., LossSums]:
+def make_loss(
+    model: Model, *, logit_softcap: float, z_loss: float, shards: tuple[int, int] = (1, 1)
+) -> Callable[..., LossSums]:
     """`loss(params, batch, rng) -> LossSums`; rng None means deterministic. `shards`: devices over which B and T are split.
 
     metrics: `correct`, the summed weight of targets that are the most likely token. z_loss enters training only: with
@@ -21,7 +22,14 @@ def make_loss(model: Model, *, logit_softcap: float, z_loss: float,
 
     def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
         hidden_BTD = model.apply(params, batch, rng=rng)
-        return softmax_cross_entropy(hidden_BTD, model.unembedding(params), batch.targets, batch.weights,
-                                     softcap=logit_softcap, z_loss=0.0 if rng is None else z_loss, shards=shards)
+        return softmax_cross_entropy(
+            hidden_BTD,
+            model.unembedding(params),
+            batch.targets,
+            batch.weights,
+            softcap=logit_softcap,
+            z_loss=0.0 if rng is None else z_loss,
+            shards=shards,
+        )
 
     return loss

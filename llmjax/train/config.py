@@ -26,6 +26,8 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.num_updates < 0:
-            raise UserError(f"train.num_updates={self.num_updates} is negative; use 0 to evaluate only, or more to train")
+            raise UserError(
+                f"train.num_updates={self.num_updates} is negative; use 0 to evaluate only, or more to train"
+            )
         if self.z_loss < 0:
             raise UserError(f"train.z_loss={self.z_loss} is negative; use 0 to turn it off")

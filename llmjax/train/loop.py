@@ -240,7 +240,9 @@ class _Host:
         self.checkpoints.save(position.update, self.run.saved(state), meta, held_out_loss=loss)
 
     def _evaluates_at(self, update: int) -> bool:
-        return self.run.evaluate is not None and _is_due(update, self.run.evaluate_every, self.run.num_updates)
+        return self.run.evaluate is not None and _is_due(
+            update, self.run.evaluate_every, self.run.num_updates
+        )
 
     def _saves_at(self, update: int) -> bool:
         return _is_due(update, self.checkpoints.config.every, self.run.num_updates)

@@ -41,9 +41,9 @@ def greedy_by_full_pass(params, prompt, n):
     ids = list(prompt)
     for _ in range(n):
         padded = np.zeros((1, 96), np.int32)
-        padded[0, :len(ids)] = ids
+        padded[0, : len(ids)] = ids
         ids.append(int(next_token(padded, len(ids))))
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 def test_greedy_decoding_of_several_prompts_equals_the_full_pass(params):
@@ -86,4 +86,6 @@ def test_an_empty_prompt_is_refused(params):
 
 def test_self_mask_is_causal_by_default():
     index = jnp.arange(3, dtype=jnp.int32)[None]
-    np.testing.assert_array_equal(self_mask(index * 0 + 1, index).dense_BTS()[0], np.tril(np.ones((3, 3), bool)))
+    np.testing.assert_array_equal(
+        self_mask(index * 0 + 1, index).dense_BTS()[0], np.tril(np.ones((3, 3), bool))
+    )

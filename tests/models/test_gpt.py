@@ -16,10 +16,23 @@ V, T = 61, 24
 TINY = ModelConfig(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, init_std=0.2)
 VARIANTS = {
     "llama": TINY,
-    "gpt2": dataclasses.replace(TINY, num_kv_heads=0, activation="gelu", norm="layernorm", position="learned",
-                                qk_norm=False, use_bias=True),
-    "multi_query_relu2": dataclasses.replace(TINY, num_kv_heads=1, activation="relu2", position="sinusoidal",
-                                             tie_embeddings=False, logit_softcap=5.0),
+    "gpt2": dataclasses.replace(
+        TINY,
+        num_kv_heads=0,
+        activation="gelu",
+        norm="layernorm",
+        position="learned",
+        qk_norm=False,
+        use_bias=True,
+    ),
+    "multi_query_relu2": dataclasses.replace(
+        TINY,
+        num_kv_heads=1,
+        activation="relu2",
+        position="sinusoidal",
+        tie_embeddings=False,
+        logit_softcap=5.0,
+    ),
     "scan": dataclasses.replace(TINY, scan_layers=True),
 }
 
@@ -45,27 +58,35 @@ def packed_batch(lengths_by_row, seed=0):
     for b, lengths in enumerate(lengths_by_row):
         start = 0
         for s, n in enumerate(lengths, 1):
-            arrays["tokens"][b, start:start + n] = rng.integers(1, V, n)
-            arrays["targets"][b, start:start + n] = rng.integers(1, V, n)
-            arrays["segments"][b, start:start + n] = s
-            arrays["positions"][b, start:start + n] = np.arange(n)
+            arrays["tokens"][b, start : start + n] = rng.integers(1, V, n)
+            arrays["targets"][b, start : start + n] = rng.integers(1, V, n)
+            arrays["segments"][b, start : start + n] = s
+            arrays["positions"][b, start : start + n] = np.arange(n)
             start += n
-    return Batch(weights=(arrays["segments"] > 0).astype(np.float32), index=np.arange(B, dtype=np.int32), **arrays)
+    return Batch(
+        weights=(arrays["segments"] > 0).astype(np.float32), index=np.arange(B, dtype=np.int32), **arrays
+    )
 
 
 def every_bias(params, seed=1):
     """Parameters with biases and scales moved off their initial constants, so that they matter."""
     leaves, treedef = jax.tree.flatten(params)
     rngs = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten([x + 0.1 * jax.random.normal(r, x.shape) for x, r in zip(leaves, rngs, strict=True)])
+    return treedef.unflatten(
+        [x + 0.1 * jax.random.normal(r, x.shape) for x, r in zip(leaves, rngs, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_axes_name_every_dimension(variant):
     gpt = make_gpt(VARIANTS[variant])
     params = jax.eval_shape(gpt.init, jax.random.key(0))
-    jax.tree.map(lambda x, axes: (x.ndim == len(axes)) or pytest.fail(f"{x.shape} {axes}"), params, gpt.axes(),
-                 is_leaf=lambda x: isinstance(x, tuple))
+    jax.tree.map(
+        lambda x, axes: (x.ndim == len(axes)) or pytest.fail(f"{x.shape} {axes}"),
+        params,
+        gpt.axes(),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
 
 
@@ -78,12 +99,18 @@ def test_packed_logits_equal_each_document_alone(variant):
     start = 0
     for n in (7, 11, 4):
         alone = np.zeros((1, T), np.int32)
-        alone[0, :n] = batch.tokens[0, start:start + n]
+        alone[0, :n] = batch.tokens[0, start : start + n]
         segments = (np.arange(T)[None] < n).astype(np.int32)
-        one = Batch(alone, alone, segments.astype(np.float32), segments, np.arange(T, dtype=np.int32)[None] * segments,
-                    np.zeros(1, np.int32))
+        one = Batch(
+            alone,
+            alone,
+            segments.astype(np.float32),
+            segments,
+            np.arange(T, dtype=np.int32)[None] * segments,
+            np.zeros(1, np.int32),
+        )
         logits = logits_of(gpt, params, one)
-        np.testing.assert_allclose(logits[0, :n], packed[0, start:start + n], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(logits[0, :n], packed[0, start : start + n], rtol=2e-5, atol=2e-5)
         start += n
 
 
@@ -155,6 +182,8 @@ def test_flops_count_weights_and_attended_keys():
     config = dataclasses.replace(TINY, num_kv_heads=0, activation="gelu")
     gpt = make_gpt(config)
     params = jax.eval_shape(gpt.init, jax.random.key(0))
-    matrices = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(params) if "scale" not in str(path))
+    matrices = sum(
+        x.size for path, x in jax.tree_util.tree_leaves_with_path(params) if "scale" not in str(path)
+    )
     assert gpt.flops_per_token(0.0) == 6 * matrices
     assert gpt.flops_per_token(10.0) - gpt.flops_per_token(0.0) == 12 * 2 * 16 * 10

@@ -14,7 +14,9 @@ from llmjax.ops.attention.mask import Mask
 NEGATIVE = -1e30  # finite, so that a fully masked row stays free of NaN in both passes
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, scale: float | None = None) -> jax.Array:
+def attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, scale: float | None = None
+) -> jax.Array:
     """out_BTNH, in the dtype of q. N must be a multiple of K; `scale` defaults to H ** -0.5."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]

@@ -47,7 +47,13 @@ class Mask:
         return visible_BTS
 
 
-def self_mask(segments_BT: jax.Array, positions_BT: jax.Array, *, causal: bool = True, window: int = 0,
-              in_order: bool = True) -> Mask:
+def self_mask(
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    causal: bool = True,
+    window: int = 0,
+    in_order: bool = True,
+) -> Mask:
     """The mask of a sequence attending to itself."""
     return Mask(segments_BT, segments_BT, positions_BT, positions_BT, causal, window, in_order)
