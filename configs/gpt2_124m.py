@@ -2,8 +2,8 @@
 
     python -m llmjax.main --config=configs/gpt2_124m.py --config.data.sources=PATH/*.jsonl.gz
 
-Tokens per update and learning rate follow the GPT-3 paper's 125M model (Brown et al. 2020, table 2.1). Meant for one GPU or
-a TPU v5e host; not trained to the end here.
+Tokens per update and learning rate follow the GPT-3 paper's 125M model (Brown et al. 2020, table 2.1). Meant for one
+GPU or a TPU v5e host; not trained to the end here.
 """
 
 from ml_collections import ConfigDict
@@ -14,8 +14,8 @@ from configs import base
 def get_config() -> ConfigDict:
     c = base.get_config()
     c.model.update(
-        num_layers=12, model_dim=768, num_heads=12, activation="gelu", norm="layernorm", norm_eps=1e-5, position="learned",
-        qk_norm=False, use_bias=True, dtype="bfloat16", scan_layers=True, remat="dots",
+        num_layers=12, model_dim=768, num_heads=12, activation="gelu", norm="layernorm", norm_eps=1e-5,
+        position="learned", qk_norm=False, use_bias=True, dtype="bfloat16", scan_layers=True, remat="dots",
     )  # fmt: skip
     c.tokenizer.update(vocab_size=50_304, train_bytes=1_000_000_000)
     c.data.update(seq_len=1024)

@@ -1,7 +1,7 @@
 """The one place where a Config becomes the things it describes: corpus, mesh, model, task, optimizer, steps.
 
-`make_corpus` is the host's half (text, tokenizer, store, packed sequences), `make_program` the devices' half (everything
-that is compiled); they meet in the vocabulary size and in `Batch`.
+`make_corpus` is the host's half (text, tokenizer, store, packed sequences), `make_program` the devices' half
+(everything that is compiled); they meet in the vocabulary size and in `Batch`.
 """
 
 from __future__ import annotations

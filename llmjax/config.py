@@ -142,9 +142,10 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
 
 
 FREE_ON_RESUME = (
-    "mesh", "evaluate", "checkpoint", "generate", "plan", "train.num_updates", "train.micro_batch_size",
-    "train.accumulation_steps", "data.cache_dir", "data.num_workers", "data.prefetch", "model.scan_layers", "model.remat",
-    "model.attention",
+    "mesh", "evaluate", "checkpoint", "generate", "plan",
+    "train.num_updates", "train.micro_batch_size", "train.accumulation_steps",
+    "data.cache_dir", "data.num_workers", "data.prefetch",
+    "model.scan_layers", "model.remat", "model.attention",
 )  # fmt: skip
 
 

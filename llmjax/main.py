@@ -5,7 +5,8 @@
     generate  continue each --prompt, or each line of --prompt_file
     plan      say what the config means, compile its step for the devices at hand or --config.plan.topology, run nothing
 
-With --workdir alone, the config saved there is used. Mistakes in what was asked for end with one sentence and exit code 2.
+With --workdir alone, the config saved there is used. Mistakes in what was asked for end with one sentence and exit
+code 2.
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     if given is None and workdir and saved.exists():
         config = ConfigDict(json.loads(saved.read_text(encoding="utf-8")))
         config.data.sources = tuple(config.data.sources)
-        config_flags.DEFINE_config_dict("config", config.lock(), flag_values=values)
+        config_flags.DEFINE_config_dict("config", config.lock(), flag_values=values, sys_argv=list(argv))
     else:
         config_flags.DEFINE_config_file(
-            "config", None, "path of a config file, such as configs/base.py", flag_values=values
+            "config",
+            None,
+            "path of a config file, such as configs/base.py",
+            flag_values=values,
+            sys_argv=list(argv),
         )
     flags.DEFINE_string("workdir", None, "where everything of a run is written and found", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)

@@ -177,7 +177,7 @@ def resume_or_init(
 
 
 def load_params(program: Program, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
-    """The update and the parameters of the checkpoint `latest`, `best` or a number, fit to evaluate and generate with."""
+    """Update and parameters of the checkpoint `latest`, `best` or a number, fit to evaluate and generate with."""
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no checkpoints; train there first, or give another --workdir")
     with Checkpoints(workdir / "checkpoints", program.config.checkpoint, read_only=True) as checkpoints:

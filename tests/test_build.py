@@ -12,9 +12,11 @@ from llmjax.build import make_program
 from llmjax.types import Batch
 
 V, T, UPDATES = 64, 32, 5
-SIZES = {"model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 8, "model.num_kv_heads": 8, "model.mlp_dim": 64,
-         "model.init_std": 0.1, "data.seq_len": T, "train.num_updates": UPDATES, "train.tokens_per_update": 16 * T,
-         "train.accumulation_steps": 2, "optimizer.warmup_updates": 2}  # fmt: skip
+SIZES = {
+    "model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 8, "model.num_kv_heads": 8, "model.mlp_dim": 64,
+    "model.init_std": 0.1, "data.seq_len": T, "train.num_updates": UPDATES, "train.tokens_per_update": 16 * T,
+    "train.accumulation_steps": 2, "optimizer.warmup_updates": 2,
+}  # fmt: skip
 
 
 def program_for(devices, **changes):

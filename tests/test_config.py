@@ -1,4 +1,4 @@
-"""Every config file reads, every key has one owner, and every mistake gets one sentence that names key, value and remedy."""
+"""Every config file reads, every key has one owner, and every mistake gets one sentence with key, value and remedy."""
 
 import dataclasses
 import importlib

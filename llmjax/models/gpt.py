@@ -147,7 +147,7 @@ class GPT:
         return self.logits(params, hidden_BTD), dataclasses.replace(cache, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
 
     def flops_per_token(self, attended: float) -> float:
-        """6 per weight of a matrix product (Kaplan et al. 2020) and 12 L N H per attended key; embedding lookups are free."""
+        """6 per weight of a matrix product (Kaplan et al. 2020), 12 L N H per attended key; lookups are free."""
         c = self.config
         attention = c.model_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
         mlp = c.model_dim * c.mlp_dim * (3 if c.activation == "swiglu" else 2)

@@ -34,7 +34,7 @@ def make_cache(num_layers: int, batch: int, slots: int, kv_heads: int, head_dim:
 
 
 def append_tokens(cache: Cache, valid_BT: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
-    """The cache with slots claimed for T tokens per row, and those tokens' segments_BT (0 where invalid) and positions_BT.
+    """The cache with slots claimed for T tokens per row, and these tokens' segments_BT (0: invalid) and positions_BT.
 
     Keys and values are written into the claimed slots, `used - T` on, by `write`, layer by layer.
     """

@@ -55,8 +55,8 @@ class Norm(nn.Module):
 class MLP(nn.Module):
     """Position-wise feed-forward: SwiGLU (Shazeer 2020), GELU, or squared ReLU (So et al. 2021).
 
-    All weights are stored [D, F], the last one too: its gradient is then dout^T h, in which XLA on CPU transposes the narrow
-    operand and not the wide one.
+    All weights are stored [D, F], the last one too: its gradient is then dout^T h, in which XLA on CPU transposes the
+    narrow operand and not the wide one.
     """
 
     config: ModelConfig

@@ -21,7 +21,7 @@ def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def sinusoid(positions_BT: jax.Array, dim: int) -> jax.Array:
-    """Fixed sinusoidal position embedding, float32 [B, T, D] (Vaswani et al. 2017, section 3.5; halves, not interleaved)."""
+    """Fixed sinusoidal positions, float32 [B, T, D] (Vaswani et al. 2017, section 3.5; halves, not interleaved)."""
     frequencies = 10000.0 ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

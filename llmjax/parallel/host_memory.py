@@ -1,7 +1,7 @@
 """Keeping memory that the CPU backend frees and asks for again in every step.
 
-XLA on CPU allocates a program's temporaries anew on each run. glibc gives large blocks back to the system at once, so each
-step takes a page fault for every 4 KiB of them: a fifth of the processor time of a small model's step.
+XLA on CPU allocates a program's temporaries anew on each run. glibc gives large blocks back to the system at once, so
+each step takes a page fault for every 4 KiB of them: a fifth of the processor time of a small model's step.
 """
 
 from __future__ import annotations

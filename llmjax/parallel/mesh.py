@@ -8,6 +8,7 @@ ZeRO); `seq` splits the positions of each sequence; `tensor` splits heads, feed-
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -41,15 +42,17 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
         raise UserError(
             f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1 leave the mesh open; give all but one of the axes a size"
         )
-    product = 1
-    for size in sizes.values():
-        product *= size if size != -1 else 1
-    if num_devices % product or (not free and product != num_devices):
-        text = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    product = math.prod(size for size in sizes.values() if size != -1)
+    text = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if free and num_devices % product:
         raise UserError(
-            f"mesh {text} needs a divisor of the {num_devices} devices; change mesh.{free[0] if free else 'data'}"
-            if free
-            else f"mesh {text} takes {product} devices but there are {num_devices}; make the product {num_devices} or set mesh.data=-1"
+            f"mesh {text} leaves {num_devices} devices / {product} for mesh.{free[0]}, which is no whole number; "
+            f"change an axis so that their product divides {num_devices}"
+        )
+    if not free and product != num_devices:
+        raise UserError(
+            f"mesh {text} takes {product} devices but there are {num_devices}; make the product {num_devices} "
+            "or set mesh.data=-1"
         )
     for axis in free:
         sizes[axis] = num_devices // product

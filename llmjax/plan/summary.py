@@ -23,16 +23,22 @@ def tree_bytes_per_device(tree: object) -> int:
 
 
 def activation_bytes(program: Program) -> int:
-    """An estimate of what the backward pass keeps of a micro-step on each device: the arrays between the matrix products
-    of each layer, by remat policy, and one layer in full where layers are recomputed."""
+    """An estimate of what the backward pass keeps of a micro-step on each device.
+
+    It is the arrays between the matrix products of each layer, by remat policy, and one layer in full where layers are
+    recomputed. `full` attention keeps its scores, too.
+    """
     c, batch, mesh = program.config.model, program.batch, program.mesh.shape
     tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
     heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) / mesh["tensor"]
     mlp = c.mlp_dim * (3 if c.activation == "swiglu" else 2) / mesh["tensor"]
-    layer = 4 * c.model_dim + heads + mlp
+    scores = 0.0
+    if attention_name(program.config, program.layout) == "full":
+        scores = 2 * batch.seq_len * c.num_heads / mesh["tensor"]
+    layer = 4 * c.model_dim + heads + mlp + scores
     kept = {
         "none": c.num_layers * layer,
-        "dots": c.num_layers * (layer - 2 * c.model_dim) + layer,
+        "dots": c.num_layers * (layer - 2 * c.model_dim - scores) + layer,
         "full": c.num_layers * c.model_dim + layer,
     }[c.remat]
     return int(tokens * kept * (2 if c.dtype == "bfloat16" else 4))
@@ -43,19 +49,13 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
     store, train, held_out = corpus.store, corpus.train_plan, corpus.held_out_plan
     documents, size, tokens = len(store), int(store.num_bytes.sum()), int(store.lengths.sum())
     rows = {
-        "corpus": f"{documents:,} documents, {format_bytes(size)}, {tokens:,} tokens ({size / tokens:.2f} bytes per token); "
-        f"{held_out.num_documents:,} documents held out",
+        "corpus": f"{documents:,} documents, {format_bytes(size)}, {tokens:,} tokens "
+        f"({size / tokens:.2f} bytes per token); {held_out.num_documents:,} documents held out",
         "tokenizer": _describe_tokenizer(program.config.tokenizer, corpus.tokenizer.vocab_size),
         "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
     }
-    return (
-        rows
-        | describe_program(program, train.attended)
-        | {
-            "updates": _describe_updates(program, train.num_rows, start),
-            "output": str(workdir),
-        }
-    )
+    rows |= describe_program(program, train.attended)
+    return rows | {"updates": _describe_updates(program, train.num_rows, start), "output": str(workdir)}
 
 
 def describe_program(program: Program, attended: float) -> dict[str, str]:
@@ -70,7 +70,7 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
     kind = mesh.devices.flat[0].device_kind
     return {
         "model": f"{c.model.family}, {format_count(num_params)} parameters, {format_count(flops)}FLOP per token, "
-        f"{attention_name(c, program.layout)} attention, {c.model.dtype}",
+        f"{c.model.dtype}, {attention_name(c, program.layout)} attention",
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, {c.optimizer.schedule}",
         "mesh": f"{axes} on {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}",
         "batch": program.batch.describe(),

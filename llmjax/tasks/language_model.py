@@ -14,10 +14,10 @@ from llmjax.types import Batch, LossSums, Params
 def make_loss(
     model: Model, *, logit_softcap: float, z_loss: float, shards: tuple[int, int] = (1, 1)
 ) -> Callable[..., LossSums]:
-    """`loss(params, batch, rng) -> LossSums`; rng None means deterministic. `shards`: devices over which B and T are split.
+    """`loss(params, batch, rng) -> LossSums`; rng None means deterministic.
 
     metrics: `correct`, the summed weight of targets that are the most likely token. z_loss enters training only: with
-    rng None the sum is the plain cross-entropy.
+    rng None the sum is the plain cross-entropy. `shards`: over how many devices B and T are split.
     """
 
     def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:

@@ -70,6 +70,16 @@ def test_the_header_counts_what_is_there(store):
     assert store.header.tokenizer_fingerprint == BYTES.fingerprint
 
 
+def test_the_content_fingerprint_tells_tokens_and_document_borders_apart(tmp_path):
+    (tmp_path / "c").mkdir()
+    found = set()
+    for texts in (["ab", "c"], ["ab", "d"], ["a", "bc"], ["c", "ab"]):
+        for i, text in enumerate(texts):
+            (tmp_path / "c" / f"{i}.txt").write_text(text)
+        found.add(build_store(tmp_path / "s", list_sources([str(tmp_path / "c")]), BYTES).header.content_fingerprint)
+    assert len(found) == 4
+
+
 def test_a_slice_is_a_view_of_the_memory_map(store):
     whole, part = store.tokens(5), store.tokens(5, 3, 9)
     np.testing.assert_array_equal(part, whole[3:9])

@@ -1,4 +1,4 @@
-"""Generation: greedy equals the full pass, a prompt's sample does not depend on its neighbours, and it ends where told."""
+"""Generation: greedy equals the full pass, a sample does not depend on its neighbours, and it ends where told."""
 
 import functools
 
