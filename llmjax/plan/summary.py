@@ -25,20 +25,22 @@ def tree_bytes_per_device(tree: object) -> int:
 def activation_bytes(program: Program) -> int:
     """An estimate of what the backward pass keeps of a micro-step on each device.
 
-    It is the arrays between the matrix products of each layer, by remat policy, and one layer in full where layers are
-    recomputed. `full` attention keeps its scores, too.
+    Per layer and token that is, without remat: 3 arrays as wide as the model for each norm and its input, queries and
+    keys before and after their norm and rotation and once more in the layout of attention, and the hidden layer before,
+    within and after its activation. `dots` keeps the outputs of matrix products alone, `full` the layer's input; then one
+    layer exists in full while it is recomputed. `full` attention holds its scores, too.
     """
     c, batch, mesh = program.config.model, program.batch, program.mesh.shape
     tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
-    heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) / mesh["tensor"]
-    mlp = c.mlp_dim * (3 if c.activation == "swiglu" else 2) / mesh["tensor"]
-    scores = 0.0
+    queries, keys = (heads * c.head_dim / mesh["tensor"] for heads in (c.num_heads, c.num_kv_heads))
+    hidden, gates = c.mlp_dim / mesh["tensor"], 2 if c.activation == "swiglu" else 1
+    layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * gates) * hidden
     if attention_name(program.config, program.layout) == "full":
-        scores = 2 * batch.seq_len * c.num_heads / mesh["tensor"]
-    layer = 4 * c.model_dim + heads + mlp + scores
+        layer += 2 * batch.seq_len * c.num_heads / mesh["tensor"]
+    dots = 2 * c.model_dim + queries + 2 * keys + gates * hidden
     kept = {
         "none": c.num_layers * layer,
-        "dots": c.num_layers * (layer - 2 * c.model_dim - scores) + layer,
+        "dots": c.num_layers * dots + layer,
         "full": c.num_layers * c.model_dim + layer,
     }[c.remat]
     return int(tokens * kept * (2 if c.dtype == "bfloat16" else 4))
