@@ -345,14 +345,14 @@ def _trainable(passages: Sequence[str], coverage: float, max_characters: int) ->
     """Passages with a boundary in place of every character that gets no piece of its own or would be misread.
 
     The characters kept are the most frequent that cover `coverage` of the text, at most `max_characters`.
-    SentencePiece's own coverage may not go below 0.98, and it drops whole sentences over U+2585 and NUL.
+    SentencePiece's own coverage may not go below 0.98, and it drops whole sentences over U+2585.
     """
     counts = np.zeros(0x110000, dtype=np.int64)
     for start in range(0, len(passages), 256):
         codes = np.frombuffer("".join(passages[start:start + 256]).encode("utf-32-le"), dtype=np.uint32)
         counts += np.bincount(codes, minlength=len(counts))
     present = np.flatnonzero(counts)
-    unlearnable = [ord(c) for c in (_BOUNDARY, SPACE_MARK, "\u2585", "\0")]
+    unlearnable = [ord(c) for c in (_BOUNDARY, SPACE_MARK, "\u2585")]
     counts[unlearnable] = 0
     by_frequency = np.argsort(-counts, kind="stable")
     covered = np.cumsum(counts[by_frequency])

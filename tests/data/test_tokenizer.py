@@ -160,7 +160,7 @@ def test_a_small_vocabulary_keeps_chinese_lossless(texts):
     assert len(tokenizer.encode(chr(0x4E00 + 1999))) == 3
 
 
-def test_passages_with_nul_or_sentencepieces_own_marks_are_learnt_from():
+def test_passages_with_nul_or_marks_of_sentencepiece_are_learnt_from():
     texts = [f"{mark} " + "unbelievable " * 300 for mark in ("\0", "▅", "\t")]
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), texts[:2])
     for text in texts:
