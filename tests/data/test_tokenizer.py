@@ -161,10 +161,11 @@ def test_a_small_vocabulary_keeps_chinese_lossless(texts):
 
 
 @pytest.mark.parametrize("mark", ["\0", "▅", "▁", "\t"])
-def test_passages_with_nul_or_marks_of_sentencepiece_are_learnt_from(mark):
-    text = f"{mark} " + "unbelievable " * 300
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=294), [text])
-    assert len(tokenizer.encode(text)) < len(text) / 2
+def test_passages_with_nul_or_marks_of_sentencepiece_are_learnt_from(mark, texts):
+    text = texts[1].replace("e", "e" + mark)
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=600), [text])
+    assert len(tokenizer.encode(texts[1])) < len(texts[1]) / 1.5
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_text_that_imitates_special_pieces_or_holds_control_characters_can_be_trained_on():
