@@ -1,0 +1,223 @@
+"""Tokens per second of an update of our base model beside a nanoGPT-style PyTorch one of the same shape.
+
+    pip install torch==2.13.0
+    python tools/bench_train.py
+
+Same layers, width, heads, vocabulary, tokens and micro-steps, float32, AdamW with clipping. Ours is the step of
+`configs/base.py` as it trains, on packed documents: RoPE, QK-norm, SwiGLU, segments in the attention mask, exact
+sums. The rival is nanoGPT's: learned positions, LayerNorm, GELU, fused causal attention, cross-entropy, fused
+AdamW; its feed-forward layer is as wide as gives it the same number of weights. Each has a process of its own,
+and they take turns; values are medians over the rounds, the ratio is the median of the rounds' ratios. One JSON
+object a line. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import runpy
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import jax
+import numpy as np
+
+from llmjax import config as configs
+from llmjax.build import make_program
+from llmjax.parallel.host_memory import keep_freed_memory
+from llmjax.types import Batch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GOAL = 1.0  # ours / rival
+SHAPES = {  # changes to configs/base.py
+    "base": {},
+    "12m": {
+        "model.num_layers": 6, "model.model_dim": 384, "model.num_heads": 6, "tokenizer.vocab_size": 8192,
+        "train.tokens_per_update": 4 * 512, "train.accumulation_steps": 1,
+    },
+}
+
+
+def load_config(changes: dict[str, int]) -> tuple[configs.Config, configs.BatchArithmetic]:
+    raw = runpy.run_path(str(ROOT / "configs" / "base.py"))["get_config"]()
+    raw.update_from_flattened_dict(changes)
+    return configs.check(configs.read(raw.to_dict()), 1)
+
+
+def packed_batch(rng: np.random.Generator, vocab: int, rows: int, length: int, first: int) -> Batch:
+    """Random tokens in documents of log-normal length, packed until each row is full."""
+    tokens = rng.integers(0, vocab, (rows, length + 1), dtype=np.int32)
+    segments, positions = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        start = document = 0
+        while start < length:
+            document += 1
+            end = min(length, start + 1 + int(rng.lognormal(5.5, 1.0)))
+            segments[row, start:end] = document
+            positions[row, start:end] = np.arange(end - start)
+            start = end
+    weights = np.ones((rows, length), np.float32)
+    index = np.arange(first, first + rows, dtype=np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments, positions, index)
+
+
+def make_ours(config: configs.Config, batch: configs.BatchArithmetic) -> tuple[Callable[[], float], int]:
+    """A function that makes one update and returns its loss, and the number of parameters."""
+    vocab = config.tokenizer.vocab_size
+    program = make_program(config, batch, vocab)
+    state = program.init()
+    size = sum(x.size for x in jax.tree.leaves(state.params))
+    rng, rows = np.random.default_rng(0), batch.micro_batch_size
+    micro = [packed_batch(rng, vocab, rows, batch.seq_len, i * rows) for i in range(batch.accumulation_steps)]
+    shardings = jax.tree.map(lambda x: x.sharding, program.abstract_batch())
+    micro = [jax.device_put(b, shardings) for b in micro]
+
+    def update() -> float:
+        nonlocal state
+        for b in micro:
+            state, metrics = program.train_step(state, b)
+        return float(metrics["loss"]) / float(metrics["weight"])
+
+    return update, size
+
+
+def make_rival(config: configs.Config, batch: configs.BatchArithmetic, compiled: bool) -> tuple[Callable, int]:
+    """The same for nanoGPT's model and update (github.com/karpathy/nanoGPT, model.py and train.py)."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    m, vocab, length = config.model, config.tokenizer.vocab_size, batch.seq_len
+    width, heads = m.model_dim, m.num_heads
+    hidden = m.mlp_dim * 3 // 2 if m.activation == "swiglu" else m.mlp_dim
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            linear = functools.partial(nn.Linear, bias=False)
+            self.ln_1, self.ln_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+            self.c_attn, self.c_proj = linear(width, 3 * width), linear(width, width)
+            self.c_fc, self.c_out = linear(width, hidden), linear(hidden, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            B, T, C = x.shape
+            qkv = self.c_attn(self.ln_1(x)).split(width, dim=2)
+            q, k, v = (y.view(B, T, heads, C // heads).transpose(1, 2) for y in qkv)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+            return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x))))
+
+    class GPT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wte, self.wpe = nn.Embedding(vocab, width), nn.Embedding(length, width)
+            self.h = nn.ModuleList([Block() for _ in range(m.num_layers)])
+            self.ln_f = nn.LayerNorm(width, bias=False)
+            self.lm_head = nn.Linear(width, vocab, bias=False)
+            self.lm_head.weight = self.wte.weight
+            for parameter in self.parameters():
+                if parameter.dim() > 1:
+                    nn.init.normal_(parameter, std=0.02)
+
+        def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+            for block in self.h:
+                x = block(x)
+            logits = self.lm_head(self.ln_f(x))
+            return F.cross_entropy(logits.view(-1, vocab), targets.reshape(-1))
+
+    torch.manual_seed(0)
+    model, o = GPT(), config.optimizer
+    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), fused=True)
+    forward, steps = torch.compile(model) if compiled else model, batch.accumulation_steps
+    micro = [torch.randint(0, vocab, (batch.micro_batch_size, length + 1)) for _ in range(steps)]
+
+    def update() -> float:
+        for tokens in micro:
+            loss = forward(tokens[:, :-1], tokens[:, 1:]) / steps
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item() * steps
+
+    return update, sum(p.numel() for p in model.parameters())
+
+
+def serve(pipe: Connection, side: str, shape: str) -> None:
+    """Answers with the number of parameters and the rival's name, then each request with the seconds of an update."""
+    config, batch = load_config(SHAPES[shape])
+    if side == "ours":
+        keep_freed_memory()
+        (update, size), name = make_ours(config, batch), "llmjax"
+    else:
+        import torch
+
+        (update, size), name = make_rival(config, batch, side == "compiled"), f"PyTorch {torch.__version__}"
+    for _ in range(3):
+        update()
+    pipe.send((size, name))
+    while pipe.recv():
+        start = time.perf_counter()
+        update()
+        pipe.send(time.perf_counter() - start)
+
+
+def bench(shape: str, rounds: int, rival: str) -> dict[str, object]:
+    """Both sides in turn, `rounds` times."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes, facts = [], [], []
+    for side in ("ours", rival):
+        here, there = spawn.Pipe()
+        processes.append(spawn.Process(target=serve, args=(there, side, shape), daemon=True))
+        processes[-1].start()
+        pipes.append(here)
+        facts.append(here.recv())
+    times = []
+    for _ in range(rounds):
+        for pipe in pipes:
+            pipe.send(True)
+            times.append(pipe.recv())
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(False)
+        process.join()
+    mine, theirs = times[::2], times[1::2]
+    batch = load_config(SHAPES[shape])[1]
+    ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+    return {
+        "name": f"train_{shape}",
+        "value": round(batch.tokens_per_update / statistics.median(mine)),
+        "unit": "tokens/s",
+        "rival": f"nanoGPT-style {facts[1][1]}, {rival}",
+        "rival_value": round(batch.tokens_per_update / statistics.median(theirs)),
+        "ratio": round(ratio, 3),
+        "goal": GOAL,
+        "met": ratio >= GOAL,
+        "parameters": facts[0][0],
+        "rival_parameters": facts[1][0],
+        "batch": batch.describe(),
+        "cores": os.cpu_count(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rival", choices=("eager", "compiled"), default="eager",
+                        help="compiled: by torch.compile, which needs a C++ compiler")
+    args = parser.parse_args()
+    for shape in args.shapes:
+        print(json.dumps(bench(shape, args.rounds, args.rival)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
