@@ -58,8 +58,11 @@ def run(
     config, batch = configs.check(config, len(devices))
     if mode == "plan":
         return run_plan(config, batch, workdir, devices)
-    if (saved := saved_config(workdir)) is not None:
+    saved = saved_config(workdir)
+    if saved is not None:
         configs.check_resume(saved, config, str(workdir))
+    elif mode != "train":
+        raise UserError(f"--workdir={workdir} holds no run; train there first, or give another --workdir")
     if mode == "train":
         return run_train(config, batch, workdir, started)
     if mode == "evaluate":
@@ -87,11 +90,11 @@ def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, sta
     with StageProgress() as progress:
         corpus = make_corpus(config, batch, progress)
     program = make_program(config, batch, corpus.tokenizer.vocab_size)
-    if hosts.is_primary():
-        write_json(workdir / "config.json", config.to_dict())
-        corpus.tokenizer.save(workdir / "tokenizer")
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
         state, position = resume_or_init(program, corpus, checkpoints, workdir)
+        if hosts.is_primary():
+            write_json(workdir / "config.json", config.to_dict())
+            corpus.tokenizer.save(workdir / "tokenizer")
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
         say(f"ready after {time.perf_counter() - started:.0f} s; the first update compiles")
@@ -138,7 +141,7 @@ def run_generate(
     _, params = load_params(program, workdir, checkpoint)
     prompts = list(prompts) or [""]
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    decoders = [StreamDecoder(tokenizer) for _ in prompts]
+    decoders = [StreamDecoder(tokenizer, continuing=bool(prompt)) for prompt in prompts]
     texts = list(prompts)
     streams = len(prompts) == 1 and hosts.is_primary()
     if streams:
@@ -167,6 +170,12 @@ def resume_or_init(
     """The newest checkpoint's state and position, or fresh ones."""
     if checkpoints.latest() is None:
         return program.init(), Position()
+    trained_with = workdir / "tokenizer"
+    if trained_with.is_dir() and load_tokenizer(trained_with).fingerprint != corpus.tokenizer.fingerprint:
+        raise UserError(
+            f"the tokenizer is no longer the one in {trained_with} that this run was trained with; restore the files "
+            "behind tokenizer.path or data.sources, or use another --workdir"
+        )
     saved, meta = checkpoints.restore(program.abstract_saved())
     if meta["data_fingerprint"] != corpus.fingerprint:
         raise UserError(

@@ -11,6 +11,8 @@ import shlex
 import sys
 from typing import Any
 
+from llmjax.errors import UserError
+
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Replaces `path` in one step: a reader sees the old file or the new one."""
@@ -28,7 +30,17 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def saved_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The resolved config of the run in `workdir`, or None where there is none."""
     path = workdir / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it or use another --workdir") from None
+    if not isinstance(saved, dict):
+        raise UserError(
+            f"{path} holds no config but a {type(saved).__name__}; restore it or use another --workdir"
+        )
+    return saved
 
 
 def write_samples(path: pathlib.Path, update: int, samples: list[tuple[str, str]]) -> None:
