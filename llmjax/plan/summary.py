@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from llmjax.build import Corpus, Program, attention_name
+from llmjax.data.store import StoreHeader
 from llmjax.data.tokenizer import TokenizerConfig
 
 
@@ -52,7 +53,8 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
     documents, size, tokens = len(store), int(store.num_bytes.sum()), int(store.lengths.sum())
     rows = {
         "corpus": f"{documents:,} documents, {format_bytes(size)}, {tokens:,} tokens "
-        f"({size / tokens:.2f} bytes per token); {held_out.num_documents:,} documents held out",
+        f"({size / tokens:.2f} bytes per token); {held_out.num_documents:,} documents held out"
+        f"{_describe_left_out(store.header)}",
         "tokenizer": _describe_tokenizer(program.config.tokenizer, corpus.tokenizer.vocab_size),
         "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
     }
@@ -79,6 +81,14 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
         "memory": f"about {format_bytes(held + gradients + activations)} per device: state {format_bytes(held)}, "
         f"gradients {format_bytes(gradients)}, activations {format_bytes(activations)}",
     }
+
+
+def _describe_left_out(header: StoreHeader) -> str:
+    """What reading did to documents, where it did anything; `data.on_bad_text` decides."""
+    empty = f"; {header.empty:,} empty" if header.empty else ""
+    skipped = f"; {header.skipped:,} skipped, not being UTF-8" if header.skipped else ""
+    replaced = f"; {header.replaced:,} not UTF-8, mended with U+FFFD" if header.replaced else ""
+    return empty + skipped + replaced
 
 
 def _describe_tokenizer(config: TokenizerConfig, vocab_size: int) -> str:
