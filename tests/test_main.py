@@ -1,0 +1,264 @@
+"""The command line as a user types it: what is understood, and what every mistake gets: one sentence, exit code 2, and
+nothing compiled."""
+
+import json
+
+import pytest
+import tiny_run
+from tiny_run import BASE, command
+
+from configs import base
+from llmjax import main, modes
+
+REFUSED = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A corpus and some files that are none."""
+    folder = tmp_path_factory.mktemp("main")
+    tiny_run.write_corpus(folder / "corpus")
+    (folder / "empty").mkdir()
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("one short text")
+    (folder / "latin1.txt").write_bytes(b"x" * 400 + "é".encode("latin-1") + b" and more" * 300)
+    (folder / "nonsense.model").write_text("no model")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_built(monkeypatch):
+    """A mistake is found before any program is made."""
+
+    def make_program(*args, **kwargs):
+        raise AssertionError("a program was made")
+
+    monkeypatch.setattr(modes, "make_program", make_program)
+
+
+def refuse(capsys, arguments):
+    """The sentence with which `arguments` are refused."""
+    assert main.main(arguments) == REFUSED
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and err.startswith("llmjax: "), err
+    return err.removeprefix("llmjax: ").strip()
+
+
+MISTAKES = {
+    "section": (["--config.modle.num_layers=2"],
+                "--config.modle.num_layers ", "did you mean --config.model.num_layers?"),
+    "key": (["--config.model.num_layer=2"], "--config.model.num_layer ", "did you mean --config.model.num_layers?"),
+    "top": (["--config.sed=2"], "--config.sed ", "did you mean --config.seed?"),
+    "wrong section": (["--config.train.seq_len=64"], "--config.train.seq_len", "--config.data.seq_len?"),
+    "bare key": (["--config.num_layers=2"], "--config.num_layers", "did you mean --config.model.num_layers?"),
+    "nothing like it": (["--config.zzz=2"], "--config.zzz is not known", "configs/base.py"),
+    "no value": (["--config.seed"], "--config.seed has no value", "--config.seed=VALUE"),
+    "a section": (["--config.model=4"], "--config.model is a section", "--config.model.activation"),
+    "int": (["--config.model.num_layers=two"], "--config.model.num_layers=two is not a whole number", "such as 4"),
+    "fraction": (["--config.model.num_layers=2.5"], "num_layers=2.5 is not a whole number", "such as 4"),
+    "nothing": (["--config.model.num_layers="], "--config.model.num_layers= is not a whole number", "such as 4"),
+    "bool": (["--config.model.qk_norm=maybe"], "--config.model.qk_norm=maybe is not true or false", "such as true"),
+    "float": (["--config.optimizer.learning_rate=high"], "learning_rate=high is not a number", "such as 0.003"),
+    "choice": (["--config.model.norm=batch"], "model.norm='batch'", "rmsnorm, layernorm"),
+    "heads": (["--config.model.num_heads=3"], "model.num_heads=3 does not divide model.model_dim=16", "change one"),
+    "seq": (["--config.mesh.data=1", "--config.mesh.seq=8", "--config.data.seq_len=60",
+             "--config.train.tokens_per_update=960"], "data.seq_len=60 is not divisible by mesh.seq=8", "change one"),
+    "mesh": (["--config.mesh.data=3"], "takes 3 devices but there are 8", "mesh.data=-1"),
+    "tokens": (["--config.train.tokens_per_update=500"],
+               "train.tokens_per_update=500 is not a multiple of data.seq_len=32", "use for example 480"),
+    "product": (["--config.train.micro_batch_size=5"],
+                "train.micro_batch_size=5 x train.accumulation_steps=2 makes 10 sequences", "set one of the two to 0"),
+    "shards": (["--config.train.accumulation_steps=4"],
+              "train.micro_batch_size=4 is not divisible by the 8 shards", "change it"),
+    "mode": (["--mode=trian"], "--mode=trian", "train|evaluate|generate|plan"),
+    "flag": (["--wrkdir=x"], "'wrkdir'", "workdir"),
+    "word": (["train"], "'train' is not a flag", "--name=value"),
+    "prompts": (["--mode=generate", "--prompt_file=/nowhere.txt"],
+               "--prompt_file=/nowhere.txt does not exist", "one prompt a line"),
+    "topology": (["--mode=plan", "--config.plan.topology=v5p:4x4x5x6"],
+                "plan.topology='v5p:4x4x5x6'", "such as v5p:4x4x4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_that_names_it_and_the_remedy(name, folder, tmp_path, capsys):
+    words, what, remedy = MISTAKES[name]
+    sentence = refuse(capsys, command(folder, f"--workdir={tmp_path / 'run'}", *words))
+    assert what in sentence and remedy in sentence, sentence
+    assert not (tmp_path / "run").exists()
+
+
+DATA = {
+    "missing": ("absent.txt", {}, "absent.txt', which does not exist", "check the path"),
+    "no match": ("[ab]*.none", {}, "[ab]*.none', which matches no file", "check the pattern"),
+    "empty folder": ("empty", {}, "empty', a directory without text", "name the files themselves"),
+    "empty file": ("empty.txt", {}, "no document with text (1 files, 1 documents empty, 0 skipped)", "name sources"),
+    "nothing held out": ("short.txt", {"data__held_out_fraction": 1e-9},
+                         "data.held_out_fraction=1e-09 holds out none of the 1 documents", "raise it"),
+    "too small": ("short.txt", {"data__held_out_fraction": 0.0},
+                  "1 sequences of data.seq_len=32, fewer than the 16 of one update", "add documents"),
+    "not UTF-8": ("latin1.txt", {}, "latin1.txt' is not UTF-8 at byte 400", "set skip or replace"),
+    "all skipped": ("latin1.txt", {"data__on_bad_text": "skip"}, "0 documents empty, 1 skipped", "name sources"),
+    "no tokenizer": ("corpus", {"tokenizer__path": "/nowhere.model"}, "tokenizer.path = '/nowhere.model'", "name a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_corpus_that_will_not_do_is_named(name, folder, tmp_path, capsys):
+    source, settings, what, remedy = DATA[name]
+    words = command(folder, f"--workdir={tmp_path / 'run'}", data__sources=folder / source, **settings)
+    sentence = refuse(capsys, words)
+    assert what in sentence and remedy in sentence, sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_no_tokenizer_is_named(folder, tmp_path, capsys):
+    path = folder / "nonsense.model"
+    sentence = refuse(capsys, command(folder, f"--workdir={tmp_path}", tokenizer__path=path))
+    assert f"tokenizer.path = '{path}' cannot be read as a SentencePiece model" in sentence
+
+
+def a_run(workdir, **changes):
+    """A workdir as a run of the base config leaves it."""
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    saved = config.to_dict() | {"data": config.data.to_dict() | {"sources": ["stdlib"]}}
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(saved))
+    return workdir
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "generate"])
+def test_without_a_run_there_is_nothing_to_evaluate_or_generate_from(mode, folder, tmp_path, capsys):
+    sentence = refuse(capsys, command(folder, f"--mode={mode}", f"--workdir={tmp_path}"))
+    assert f"--workdir={tmp_path} holds no run" in sentence and "train there first" in sentence
+
+
+def test_a_damaged_saved_config_is_named(folder, tmp_path, capsys):
+    path = a_run(tmp_path) / "config.json"
+    for text, what in ((path.read_text()[:500], "is not JSON"), ("[1, 2]", "holds no config but a list")):
+        path.write_text(text)
+        for words in (command(folder, f"--workdir={tmp_path}"), ["llmjax", f"--workdir={tmp_path}"]):
+            sentence = refuse(capsys, words)
+            assert f"{path} {what}" in sentence and "restore it or use another --workdir" in sentence
+
+
+def test_a_workdir_of_another_run_is_refused_by_key(tmp_path, capsys):
+    workdir = a_run(tmp_path, **{"mesh.data": 1, "model.num_layers": 5, "seed": 7})
+    for mode in ("train", "evaluate", "generate"):
+        words = ["llmjax", BASE, f"--mode={mode}", f"--workdir={workdir}"]
+        sentence = refuse(capsys, words)
+        assert "model.num_layers (5 there, 4 here), seed (7 there, 0 here)" in sentence
+        assert "mesh" not in sentence and "use another --workdir" in sentence
+
+
+def test_a_typo_beside_a_workdir_alone_is_named_too(tmp_path, capsys):
+    sentence = refuse(capsys, ["llmjax", f"--workdir={a_run(tmp_path)}", "--config.train.num_update=9"])
+    assert "did you mean --config.train.num_updates?" in sentence
+
+
+def test_neither_config_nor_workdir_says_what_to_try(tmp_path, capsys):
+    assert "try --config=configs/base.py" in refuse(capsys, ["llmjax"])
+    sentence = refuse(capsys, ["llmjax", f"--workdir={tmp_path}"])
+    assert f"--workdir={tmp_path} holds no config.json and --config is not given" in sentence
+
+
+def test_a_workdir_that_is_a_file_is_refused(folder, capsys):
+    sentence = refuse(capsys, command(folder, f"--workdir={folder / 'short.txt'}"))
+    assert "short.txt is a file" in sentence
+
+
+GET = "from configs import base\ndef get_config():\n    c = base.get_config()\n"
+CONFIG_FILES = {
+    "def get_config(:": "fails with SyntaxError",
+    "import nothing_of_this_name": "fails with ModuleNotFoundError",
+    "x = 1": "fails with KeyError ('get_config')",
+    "def get_config(): pass": "returns a NoneType",
+    f"{GET}    c.model.num_layer = 3\n    return c":
+        "sets the key 'num_layer', which is not known; did you mean 'num_layers'?",
+    f"{GET}    c.model.num_layers = 'four'\n    return c":
+        "fails with TypeError",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", CONFIG_FILES, ids=CONFIG_FILES.values())
+def test_a_config_file_that_fails_is_one_sentence(text, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    sentence = refuse(capsys, ["llmjax", f"--config={path}"])
+    assert f"--config={path} {CONFIG_FILES[text]}" in sentence
+    assert "does not exist" in refuse(capsys, ["llmjax", f"--config={tmp_path / 'absent.py'}"])
+
+
+def test_prompts_must_be_text(folder, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"good\n\xff")
+    sentence = refuse(capsys, command(folder, "--mode=generate", f"--prompt_file={path}"))
+    assert f"--prompt_file={path} is not UTF-8 at byte 5" in sentence
+
+
+def parsed(*words):
+    return main.parse(["llmjax", BASE, *words])
+
+
+def test_what_is_not_said_is_as_in_the_config_file():
+    values, config = parsed()
+    assert config == base.get_config().to_dict()
+    assert (values.mode, values.workdir, values.checkpoint) == ("train", None, "latest")
+    assert main.name_of(values.config) == "base"
+
+
+def test_every_type_of_value_can_be_set():
+    words = ["--config.seed=3", "--config.model.scan_layers=True", "--config.model.qk_norm=false",
+             "--config.optimizer.learning_rate=1e-4", "--config.tokenizer.train_bytes=1_000", "-config.mesh.data=-1",
+             "--config.model.norm", "layernorm", "--config.plan.topology="]  # fmt: skip
+    _, config = parsed(*words)
+    assert config["seed"] == 3 and config["mesh"]["data"] == -1 and config["plan"]["topology"] == ""
+    assert config["model"]["scan_layers"] is True and config["model"]["qk_norm"] is False
+    assert config["model"]["norm"] == "layernorm"
+    assert config["optimizer"]["learning_rate"] == 1e-4 and config["tokenizer"]["train_bytes"] == 1000
+
+
+def test_of_a_value_the_last_counts_and_of_a_list_all():
+    _, config = parsed("--config.seed=1", "--config.seed=2")
+    assert config["seed"] == 2
+    for words in (["a.txt,b.txt"], ["a.txt", "b.txt"], ["('a.txt', 'b.txt')"], ["['a.txt','b.txt']"]):
+        _, config = parsed(*(f"--config.data.sources={word}" for word in words))
+        assert main_sources(config) == ("a.txt", "b.txt")
+    _, config = parsed("--config.data.sources=[ab]*.txt")
+    assert main_sources(config) == ("[ab]*.txt",)
+
+
+def main_sources(config):
+    from llmjax import config as configs
+
+    return configs.read(config).data.sources
+
+
+def test_prompts_come_from_flags_and_from_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("第三\n\nfourth = 'x'\n", encoding="utf-8")
+    values, _ = parsed("--prompt=first", "--prompt=second, with a comma", f"--prompt_file={path}")
+    assert main.read_prompts(values) == ["first", "second, with a comma", "第三", "fourth = 'x'"]
+
+
+def test_a_workdir_alone_brings_its_config(tmp_path):
+    workdir = a_run(tmp_path, **{"model.num_layers": 5})
+    _, config = main.parse(["llmjax", f"--workdir={workdir}", "--config.train.num_updates=9"])
+    assert config["model"]["num_layers"] == 5 and config["train"]["num_updates"] == 9
+    assert main_sources(config) == ("stdlib",)
+
+
+def test_help_is_the_docstring(capsys):
+    assert main.main(["llmjax", "--help"]) == 0
+    assert capsys.readouterr().out.strip() == main.__doc__.strip()
+
+
+def test_ctrl_c_ends_without_a_traceback(folder, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(modes, "make_corpus", interrupt)
+    assert main.main(command(folder, f"--workdir={tmp_path}")) == 130
+    assert capsys.readouterr().err == "\nllmjax: interrupted\n"

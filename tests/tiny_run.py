@@ -1,0 +1,81 @@
+"""A run so small that a test can afford whole ones: its corpus, its command line, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+
+ROOT = pathlib.Path(__file__).parents[1]
+BASE = f"--config={ROOT / 'configs' / 'base.py'}"
+SETTINGS = {
+    "model.num_layers": 1, "model.model_dim": 16, "model.num_heads": 2, "model.mlp_dim": 32,
+    "tokenizer.kind": "byte", "data.seq_len": 32, "data.held_out_fraction": 0.1, "data.num_workers": 1,
+    "train.num_updates": 6, "train.tokens_per_update": 512, "train.accumulation_steps": 2,
+    "optimizer.warmup_updates": 2, "evaluate.every": 3, "checkpoint.every": 2, "generate.max_tokens": 6,
+}  # fmt: skip
+WORDS = (
+    "river",
+    "stone",
+    "cloud",
+    "light",
+    "code",
+    "loop",
+    "train",
+    "model",
+    "token",
+    "batch",
+    "update",
+    "seed",
+)
+CHINESE = "春江潮水连海平，海上明月共潮生。滟滟随波千万里，何处春江无月明！"
+
+
+def write_corpus(folder: pathlib.Path, documents: int = 40, words: int = 60, text: str = "") -> pathlib.Path:
+    """A folder of text files of varied length; each ends in `text`."""
+    rng = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(documents):
+        chosen = rng.choices(WORDS, k=rng.randint(2, 2 * words))
+        (folder / f"{i:03d}.txt").write_text(" ".join(chosen) + text, encoding="utf-8")
+    return folder
+
+
+def command(folder: pathlib.Path, *words: str, **settings: object) -> list[str]:
+    """The arguments of a tiny run on `folder`/corpus, cached in `folder`/cache; `a__b=v` sets --config.a.b=v."""
+    values = {"data.sources": folder / "corpus", "data.cache_dir": folder / "cache", **SETTINGS}
+    values |= {key.replace("__", "."): value for key, value in settings.items()}
+    return ["llmjax", BASE, *(f"--config.{key}={value}" for key, value in values.items()), *words]
+
+
+def start(arguments: Sequence[str], **environment: str) -> subprocess.Popen:
+    """The same in a process of its own, on one CPU device, with stdout and stderr as pipes of text."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONWARNINGS")}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment}
+    program = [sys.executable, "-m", "llmjax.main", *arguments[1:]]
+    return subprocess.Popen(
+        program, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What the process printed; it must have ended well."""
+    out, err = process.communicate()
+    assert process.returncode == 0, f"exit code {process.returncode}\n{out}\n{err}"
+    return out
+
+
+def read_lines(workdir: pathlib.Path) -> list[dict]:
+    """metrics.jsonl, every line of it whole, without what depends on the clock."""
+    timing = ("seconds", "tokens_per_second", "data_wait", "mfu")
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in timing} for line in lines]
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    """The training loss of each update."""
+    return [line["loss"] for line in read_lines(workdir) if line["kind"] == "train"]
