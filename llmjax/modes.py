@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmjax import __version__
+import llmjax
 from llmjax import config as configs
 from llmjax.build import Corpus, Program, make_corpus, make_program
 from llmjax.config import Config
@@ -220,7 +220,7 @@ def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path) -> Run:
         documents = corpus.train.documents(np.arange(first, first + count))
         return "documents " + ", ".join(f"{name} [tokens {start}:{stop}]" for name, start, stop in documents)
 
-    versions = {"python": sys.version.split()[0], "llmjax": __version__}
+    versions = {"python": sys.version.split()[0], "llmjax": llmjax.__version__}
     versions |= {name: metadata.version(name) for name in PACKAGES}
     return Run(
         num_updates=config.train.num_updates,

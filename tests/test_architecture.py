@@ -97,6 +97,13 @@ def test_each_file_says_what_it_is_for(path):
 
 def test_only_numerals_and_types_reach_workers():
     """What tokenizing processes import must not drag jax along."""
-    for file in ("data/sources.py", "data/tokenizer.py", "data/store.py"):
+    for file in (
+        "errors.py",
+        "data/sources.py",
+        "data/tokenizer.py",
+        "data/store.py",
+        "data/encode.py",
+        "data/cache.py",
+    ):
         for name in imports(PACKAGE / file):
             assert not name.startswith("llmjax.types"), f"{file} imports {name}, which imports jax"
