@@ -116,20 +116,23 @@ def _backward(settings, saved, dout_BKGTH):
     q_BKGTH, k_BKSH, v_BKSH, rows, columns, out_BKGTH, *softmax = saved
     stripes = _stripes(q_BKGTH.shape[3], k_BKSH.shape[2], settings)
     delta_BKGT1 = jnp.sum((dout_BKGTH * out_BKGTH).astype(jnp.float32), axis=-1, keepdims=True)
+    # transposed before they are cut: XLA would fold a transpose right at the product into it, and be slow
+    q_BKHGT, dout_BKHGT = q_BKGTH.transpose(0, 1, 4, 2, 3), dout_BKGTH.transpose(0, 1, 4, 2, 3)
     dqs, dks, dvs = [], [], []
     for s in stripes:
         k, v = k_BKSH[:, :, s.k_first:s.k_end], v_BKSH[:, :, s.k_first:s.k_end]
         keys = tuple(x[:, s.k_first:s.k_end] for x in columns)
 
-        def one(carry, q, dout, delta, largest, log_total, segments, positions, k=k, v=v, keys=keys):
+        def one(carry, q, dout, q_t, dout_t, delta, largest, log_total, segments, positions, k=k, v=v, keys=keys):
             visible = _visible(settings, (segments, positions), keys)
             weights = jnp.where(visible, jnp.exp(_scores(q, k, scale) - largest - log_total), 0.0)
             dscores = (weights * (_scores(dout, v, 1.0) - delta) * scale).astype(q.dtype)
             dq = _merged("BKtS,BKSH->BKtH", dscores, k).astype(q.dtype)
-            dk, dv = _transposed(q, dscores), _transposed(dout, weights.astype(q.dtype))
+            dk, dv = _product(q_t, dscores), _product(dout_t, weights.astype(q.dtype))
             return (dk, dv) if carry is None else (carry[0] + dk, carry[1] + dv), dq
 
-        queries = [(x, 3) for x in (q_BKGTH, dout_BKGTH, delta_BKGT1, *softmax)] + [(x, 1) for x in rows]
+        queries = [(q_BKGTH, 3), (dout_BKGTH, 3), (q_BKHGT, 4), (dout_BKHGT, 4)]
+        queries += [(x, 3) for x in (delta_BKGT1, *softmax)] + [(x, 1) for x in rows]
         queries = [(jax.lax.slice_in_dim(x, s.first, s.end, axis=a), a) for x, a in queries]
         carry = None
         if s.end - s.first > block:
@@ -158,11 +161,10 @@ def _scores(q_BKGtH: jax.Array, k_BKSH: jax.Array, scale: float) -> jax.Array:
     return scores if scale == 1.0 else scores * scale
 
 
-def _transposed(x_BKGtH: jax.Array, y_BKGtS: jax.Array) -> jax.Array:
-    """x^T y [B, K, H, S], float32, summed over the rows and the query heads of a group."""
-    B, K, G, t, H = x_BKGtH.shape
-    x_BKHt = x_BKGtH.reshape(B, K, G * t, H).swapaxes(2, 3)
-    y_BKtS = y_BKGtS.reshape(B, K, G * t, -1)
+def _product(x_BKHGt: jax.Array, y_BKGtS: jax.Array) -> jax.Array:
+    """x y [B, K, H, S], float32, summed over the rows and the query heads of a group."""
+    B, K, H, G, t = x_BKHGt.shape
+    x_BKHt, y_BKtS = x_BKHGt.reshape(B, K, H, G * t), y_BKGtS.reshape(B, K, G * t, -1)
     return jnp.einsum("BKHt,BKtS->BKHS", x_BKHt, y_BKtS, preferred_element_type=jnp.float32)
 
 
