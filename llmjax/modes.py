@@ -26,7 +26,7 @@ from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.generate.generate import make_generator
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
-from llmjax.parallel.host_memory import keep_freed_memory
+from llmjax.parallel.host_memory import has_accelerator, keep_freed_memory
 from llmjax.plan.compile import compile_step, topology_devices
 from llmjax.plan.summary import describe, describe_program
 from llmjax.terminal import StageProgress, format_table, indent, say
@@ -50,9 +50,9 @@ def run(
     """Runs `mode`; the exit code."""
     started = time.perf_counter()
     config = configs.read(raw)
-    hosts.initialize()
-    if jax.default_backend() == "cpu":
+    if not has_accelerator():
         keep_freed_memory()
+    hosts.initialize()
     abroad = mode == "plan" and config.plan.topology
     devices = topology_devices(config.plan.topology) if abroad else jax.devices()
     config, batch = configs.check(config, len(devices))
