@@ -1,0 +1,106 @@
+"""The promise of packing, through tokenizer, store, packing, model and loss together: what else is in a row does not
+matter."""
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from configs import base
+from llmjax import config as configs
+from llmjax.build import make_program
+from llmjax.data.pipeline import PackedSequences
+from llmjax.data.plan import plan_packing
+from llmjax.data.sources import list_sources, read_documents
+from llmjax.data.store import build_store
+from llmjax.data.tokenizer import TokenizerConfig, train_tokenizer
+from llmjax.types import Batch
+
+T, DOCUMENTS = 48, 20
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Twenty documents, some longer than a sequence, as tokens packed into sequences of T."""
+    folder = tmp_path_factory.mktemp("packed")
+    tiny_run.write_corpus(folder / "corpus", DOCUMENTS, words=25, text=tiny_run.CHINESE)
+    files = list_sources([str(folder / "corpus")])
+    texts = [document.text for file in files for document in read_documents(file)]
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=400), texts)
+    store = build_store(folder / "store", files, tokenizer)
+    plan = plan_packing(store.lengths, np.arange(len(store)), T, seed=0)
+    assert plan.num_rows < DOCUMENTS and store.lengths.max() > T + 1
+    return PackedSequences(store, plan, seed=0, repeat=False), tokenizer
+
+
+def program_for(tokenizer, **changes):
+    raw = base.get_config()
+    sizes = {"model.num_layers": 2, "model.model_dim": 32, "model.init_std": 0.3, "data.seq_len": T,
+             "train.tokens_per_update": T, "train.accumulation_steps": 1}  # fmt: skip
+    raw.update_from_flattened_dict(sizes | {key.replace("__", "."): value for key, value in changes.items()})
+    config, batch = configs.check(configs.read(raw.to_dict()), 1)
+    return make_program(config, batch, tokenizer.vocab_size, jax.devices()[:1])
+
+
+def alone(sequences, document, start, stop):
+    """A row with one piece of one document and nothing else."""
+    arrays = {name: np.zeros((1, T), np.int32) for name in ("tokens", "targets", "segments", "positions")}
+    tokens = sequences.store.tokens(document, start, stop)
+    length = len(tokens) - 1
+    arrays["tokens"][0, :length], arrays["targets"][0, :length] = tokens[:-1], tokens[1:]
+    arrays["segments"][0, :length], arrays["positions"][0, :length] = 1, np.arange(length)
+    weights = (arrays["segments"] > 0).astype(np.float32)
+    return Batch(**arrays, weights=weights, index=np.zeros(1, np.int32))
+
+
+@pytest.mark.parametrize(
+    "position, attention", [("rope", "blockwise"), ("learned", "full"), ("sinusoidal", "blockwise")]
+)
+def test_packed_loss_equals_unpacked_document_by_document(position, attention, packed):
+    sequences, tokenizer = packed
+    program = program_for(
+        tokenizer, model__position=position, model__attention=attention, model__norm="layernorm"
+    )
+    params = program.init().params
+    names = [sequences.store.name(i) for i in range(DOCUMENTS)]
+    total, weight, seen = 0.0, 0.0, set()
+    for row in range(sequences.plan.num_rows):
+        arrays = sequences.read(np.array([row]))
+        whole = program.eval_step(params, Batch(**arrays))
+        parts = []
+        for segment, (name, start, stop) in enumerate(sequences.documents(np.array([row])), 1):
+            only = arrays["weights"] * (arrays["segments"] == segment)
+            inside = program.eval_step(params, Batch(**arrays | {"weights": only}))
+            outside = program.eval_step(params, alone(sequences, names.index(name), start, stop))
+            np.testing.assert_allclose(inside.loss, outside.loss, rtol=1e-5)
+            assert float(inside.weight) == float(outside.weight) == stop - start - 1
+            parts.append(outside)
+            seen.add(name)
+        np.testing.assert_allclose(whole.loss, sum(float(part.loss) for part in parts), rtol=1e-5)
+        total, weight = total + float(whole.loss), weight + float(whole.weight)
+    assert seen == set(names)
+    assert weight == (sequences.store.lengths - 1).sum()
+    assert total / weight > 0.5 * np.log(tokenizer.vocab_size)
+
+
+def test_a_row_that_sees_its_neighbours_would_be_noticed(packed):
+    sequences, tokenizer = packed
+    program = program_for(tokenizer, model__attention="full")
+    params = program.init().params
+    rows = [row for row in range(sequences.plan.num_rows) if len(sequences.documents(np.array([row]))) > 1]
+    arrays = sequences.read(np.array(rows[:1]))
+    merged = arrays | {"segments": (arrays["segments"] > 0).astype(np.int32)}
+    right, wrong = (float(program.eval_step(params, Batch(**fields)).loss) for fields in (arrays, merged))
+    assert abs(wrong - right) > 1e-3 * right
+
+
+def test_correct_counts_the_likeliest_targets(packed):
+    sequences, tokenizer = packed
+    program = program_for(tokenizer, model__logit_softcap=10.0)
+    params = program.init().params
+    batch = Batch(**sequences.read(np.array([0])))
+    logits_BTV = jax.jit(lambda p: program.model.logits(p, program.model.apply(p, batch)))(params)
+    expected = (np.argmax(logits_BTV, -1) == batch.targets) * batch.weights
+    sums = program.eval_step(params, batch)
+    assert float(sums.metrics["correct"]) == expected.sum()
+    assert float(sums.weight) == batch.weights.sum()
