@@ -1,0 +1,54 @@
+"""Dropout that belongs to a sequence, wherever it sits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.ops.dropout import dropout, sequence_keys
+
+T, D, RATE = 50, 40, 0.3
+RNG = jax.random.key(0)
+
+
+def dropped(index, salt=0, rng=RNG):
+    return dropout(jnp.ones((len(index), T, D)), sequence_keys(rng, jnp.asarray(index)), RATE, salt)
+
+
+def test_the_share_of_zeros_and_the_mean_are_right():
+    y = np.asarray(dropped(np.arange(20)))
+    share, noise = (y == 0).mean(), 4 * (RATE * (1 - RATE) / y.size) ** 0.5
+    assert abs(share - RATE) < noise
+    np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - RATE)], rtol=1e-6)
+
+
+def test_a_sequence_keeps_its_mask_in_any_batch():
+    whole = dropped([4, 5, 6, 7])
+    np.testing.assert_array_equal(dropped([6]), whole[2:3])
+    np.testing.assert_array_equal(dropped([7, 4]), whole[jnp.array([3, 0])])
+
+
+def test_sequences_places_and_updates_have_masks_of_their_own():
+    y = dropped([1, 2])
+    assert not np.array_equal(y[0], y[1])
+    assert not np.array_equal(y, dropped([1, 2], salt=1))
+    assert not np.array_equal(y, dropped([1, 2], rng=jax.random.fold_in(RNG, 1)))
+
+
+def test_without_keys_or_rate_it_is_the_identity():
+    x = jnp.ones((2, T, D))
+    assert dropout(x, None, RATE, 0) is x
+    assert dropout(x, sequence_keys(RNG, jnp.arange(2)), 0.0, 0) is x
+
+
+def test_the_gradient_passes_where_the_value_does():
+    keys = sequence_keys(RNG, jnp.arange(2))
+    x = jnp.full((2, T, D), 2.0)
+    gradient = jax.grad(lambda x: dropout(x, keys, RATE, 0).sum())(x)
+    np.testing.assert_array_equal(gradient, dropout(jnp.ones_like(x), keys, RATE, 0))
+
+
+def test_the_dtype_stays():
+    assert (
+        dropout(jnp.ones((1, T, D), jnp.bfloat16), sequence_keys(RNG, jnp.arange(1)), RATE, 0).dtype
+        == jnp.bfloat16
+    )

@@ -1,0 +1,51 @@
+"""The mesh: four axes, whose sizes multiply to the devices there are, or one sentence that says why not."""
+
+import itertools
+import math
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from llmjax.errors import UserError
+from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
+
+
+@pytest.mark.parametrize("free", AXES)
+def test_minus_one_takes_the_devices_that_are_left(free):
+    sizes = dict(zip(AXES, (2, 1, 3, 1), strict=True)) | {free: -1}
+    others = math.prod(size for size in sizes.values() if size != -1)
+    shape = mesh_shape(MeshConfig(**sizes), 5 * others)
+    assert dict(zip(AXES, shape, strict=True)) == sizes | {free: 5}
+
+
+def test_every_accepted_shape_uses_every_device():
+    for sizes in itertools.product((-1, 1, 2, 3, 4, 8), repeat=4):
+        try:
+            shape = mesh_shape(MeshConfig(*sizes), 8)
+        except UserError:
+            continue
+        assert math.prod(shape) == 8
+        assert all(got == asked for got, asked in zip(shape, sizes, strict=True) if asked != -1)
+
+
+@pytest.mark.parametrize("sizes, devices, message", [
+    ((0, 1, 1, 1), 8, "mesh.data=0 is not a positive size"),
+    ((1, 1, -2, 1), 8, "mesh.seq=-2 is not a positive size"),
+    ((-1, 1, 1, -1), 8, "mesh.data=-1 and mesh.tensor=-1 leave the mesh open"),
+    ((-1, 3, 1, 1), 8, "leaves 8 devices / 3 for mesh.data, which is no whole number"),
+    ((2, 2, 1, 1), 8, "takes 4 devices but there are 8"),
+    ((16, 1, 1, 1), 8, "takes 16 devices but there are 8"),
+])  # fmt: skip
+def test_a_shape_that_does_not_fit_is_one_sentence(sizes, devices, message):
+    with pytest.raises(UserError, match=message) as error:
+        mesh_shape(MeshConfig(*sizes), devices)
+    assert "\n" not in str(error.value)
+
+
+def test_the_mesh_always_has_all_axes_and_leaves_sharding_to_the_compiler():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=-1, seq=2))
+    assert mesh.axis_names == AXES and dict(mesh.shape) == {"data": 2, "fsdp": 2, "seq": 2, "tensor": 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert sorted(d.id for d in mesh.devices.flat) == [d.id for d in jax.devices()]
+    assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1

@@ -1,0 +1,75 @@
+"""The one table from what a dimension is to where it lives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from llmjax.errors import UserError
+from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
+from llmjax.parallel.rules import RULES, Layout, partition_spec
+
+
+def test_the_table_names_only_axes_of_the_mesh():
+    assert {axis for axes in RULES.values() for axis in axes} == set(AXES)
+
+
+@pytest.mark.parametrize("names, spec", [
+    (("batch", "length"), PartitionSpec(("data", "fsdp"), "seq")),
+    (("batch", "length", None), PartitionSpec(("data", "fsdp"), "seq", None)),
+    (("embed", "heads", "head_dim"), PartitionSpec("fsdp", "tensor", None)),
+    (("layers", "mlp", "embed"), PartitionSpec(None, "tensor", "fsdp")),
+    ((), PartitionSpec()),
+])  # fmt: skip
+def test_names_become_mesh_axes(names, spec):
+    assert partition_spec(names) == spec
+
+
+def test_a_name_that_the_table_lacks_is_an_error():
+    with pytest.raises(
+        UserError, match="logical axis 'hedas' is not in the rules table; use one of batch, length"
+    ):
+        partition_spec(("embed", "hedas"))
+
+
+@pytest.mark.parametrize("names", [("mlp", "vocab"), ("batch", "embed"), ("embed", "embed")])
+def test_two_dimensions_cannot_claim_one_mesh_axis(names):
+    with pytest.raises(UserError, match="both map to mesh axis"):
+        partition_spec(names)
+
+
+def test_an_array_is_cut_as_its_dimensions_are_named():
+    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, seq=2)))
+    x = jax.device_put(jnp.zeros((8, 6, 5)), layout.sharding("batch", "length", None))
+    assert {shard.data.shape for shard in x.addressable_shards} == {(2, 3, 5)}
+    assert [layout.axis_size(axis) for axis in AXES] == [2, 2, 2, 1]
+
+
+def test_constraining_tells_the_compiler_and_changes_no_value():
+    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, seq=2)))
+    x = jnp.arange(48.0).reshape(8, 6)
+    constrain = jax.jit(lambda x: layout.constrain(x, "batch", "length") + 0)
+    assert "sdy.sharding_constraint" in constrain.lower(x).as_text()
+    y = constrain(x)
+    np.testing.assert_array_equal(y, x)
+    assert y.sharding.is_equivalent_to(layout.sharding("batch", "length"), 2)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(make_mesh(MeshConfig(), jax.devices()[:1]))], ids=["none", "one"]
+)
+def test_on_one_device_there_is_nothing_to_constrain(layout):
+    x = jnp.ones((2, 3))
+    assert layout.constrain(x, "batch", "length") is x
+    assert layout.axis_size("seq") == 1
+
+
+def test_the_names_must_be_as_many_as_the_dimensions():
+    layout = Layout(make_mesh(MeshConfig()))
+    with pytest.raises(ValueError, match="2 axis names"):
+        layout.constrain(jnp.ones((8, 2, 2)), "batch", "length")
+
+
+def test_layouts_of_equal_meshes_are_one_key():
+    assert len({Layout(make_mesh(MeshConfig(fsdp=2))), Layout(make_mesh(MeshConfig(fsdp=2))), Layout()}) == 2
