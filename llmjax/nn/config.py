@@ -57,6 +57,9 @@ def resolve(config: ModelConfig) -> ModelConfig:
     for key in ("num_kv_heads", "head_dim", "mlp_dim", "logit_softcap"):
         if getattr(config, key) < 0:
             raise UserError(f"model.{key}={getattr(config, key)} must not be negative; use 0 for the default")
+    for key in ("norm_eps", "init_std", "rope_theta"):
+        if not getattr(config, key) > 0:
+            raise UserError(f"model.{key}={getattr(config, key)} must be greater than 0")
     if not 0 <= config.dropout < 1:
         raise UserError(f"model.dropout={config.dropout} must lie in [0, 1)")
     kv_heads = config.num_kv_heads or config.num_heads

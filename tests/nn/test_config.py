@@ -1,0 +1,61 @@
+"""Derived sizes of a model, and the rules that its sizes must keep."""
+
+import dataclasses
+
+import pytest
+
+from llmjax.errors import UserError
+from llmjax.nn.config import ModelConfig, resolve
+
+SMALL = ModelConfig(num_layers=2, model_dim=96, num_heads=4)
+
+
+def resolved(**changes):
+    return resolve(dataclasses.replace(SMALL, **changes))
+
+
+def test_sizes_of_zero_are_derived():
+    config = resolved()
+    assert (config.num_kv_heads, config.head_dim, config.mlp_dim) == (4, 24, 256)
+    assert resolved(activation="gelu").mlp_dim == resolved(activation="relu2").mlp_dim == 384
+    assert resolved(model_dim=128).mlp_dim == 384  # 8/3 of 128, rounded up to a multiple of 64
+
+
+def test_sizes_that_are_given_stay():
+    config = resolved(num_kv_heads=2, head_dim=10, mlp_dim=100)
+    assert (config.num_kv_heads, config.head_dim, config.mlp_dim) == (2, 10, 100)
+    assert resolve(config) == config
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"num_layers": 0}, "model.num_layers=0 must be at least 1"),
+    ({"model_dim": 0}, "model.model_dim=0 must be at least 1"),
+    ({"num_heads": -4}, "model.num_heads=-4 must be at least 1"),
+    ({"num_heads": 5}, "model.num_heads=5 does not divide model.model_dim=96"),
+    ({"num_kv_heads": 3}, "model.num_heads=4 must be a multiple of model.num_kv_heads=3"),
+    ({"num_kv_heads": 8}, "model.num_heads=4 must be a multiple of model.num_kv_heads=8"),
+    ({"head_dim": -1}, "model.head_dim=-1 must not be negative"),
+    ({"mlp_dim": -1}, "model.mlp_dim=-1 must not be negative"),
+    ({"logit_softcap": -1.0}, "model.logit_softcap=-1.0 must not be negative"),
+    ({"dropout": 1.0}, "model.dropout=1.0 must lie in"),
+    ({"head_dim": 7}, "model.head_dim=7 must be even for model.position='rope'"),
+    ({"model_dim": 95, "head_dim": 8, "position": "sinusoidal"}, "model.model_dim=95 must be even"),
+    ({"activation": "silu"}, "model.activation='silu' is not known; use one of swiglu, gelu, relu2"),
+    ({"norm": "none"}, "model.norm='none' is not known"),
+    ({"position": "alibi"}, "model.position='alibi' is not known"),
+    ({"remat": "some"}, "model.remat='some' is not known"),
+    ({"attention": "flash"}, "model.attention='flash' is not known"),
+    ({"dtype": "float16"}, "model.dtype='float16' is not known"),
+    ({"family": "gtp"}, "model.family='gtp' is not known"),
+    ({"norm_eps": -1.0}, "model.norm_eps=-1.0"),
+    ({"init_std": -1.0}, "model.init_std=-1.0"),
+    ({"rope_theta": 0.0}, "model.rope_theta=0.0"),
+])  # fmt: skip
+def test_a_rule_that_is_broken_is_one_sentence(changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        resolved(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_odd_heads_are_fine_without_rotation():
+    assert resolved(head_dim=7, position="learned").head_dim == 7
