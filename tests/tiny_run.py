@@ -6,9 +6,9 @@ import json
 import os
 import pathlib
 import random
-import subprocess
 import sys
 from collections.abc import Sequence
+from subprocess import PIPE, Popen
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
@@ -32,6 +32,7 @@ WORDS = (
     "update",
     "seed",
 )
+QUICK = "--xla_backend_optimization_level=0"  # to compile
 CHINESE = "春江潮水连海平，海上明月共潮生。滟滟随波千万里，何处春江无月明！"
 
 
@@ -52,20 +53,18 @@ def command(folder: pathlib.Path, *words: str, **settings: object) -> list[str]:
     return ["llmjax", BASE, *(f"--config.{key}={value}" for key, value in values.items()), *words]
 
 
-def start(arguments: Sequence[str], **environment: str) -> subprocess.Popen:
-    """The same in a process of its own, on one CPU device, with stdout and stderr as pipes of text."""
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONWARNINGS")}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment}
+def start(arguments: Sequence[str], stdout: int = PIPE, stderr: int = PIPE, **environment: str) -> Popen:
+    """The same in a process of its own, on one CPU device."""
+    env = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK, **environment}
     program = [sys.executable, "-m", "llmjax.main", *arguments[1:]]
-    return subprocess.Popen(
-        program, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return Popen(program, cwd=ROOT, env=env, text=True, stdout=stdout, stderr=stderr)
 
 
-def finish(process: subprocess.Popen) -> str:
-    """What the process printed; it must have ended well."""
+def finish(process: Popen) -> str:
+    """What the process printed; it must have ended well, without a word on stderr."""
     out, err = process.communicate()
-    assert process.returncode == 0, f"exit code {process.returncode}\n{out}\n{err}"
+    assert (process.returncode, err) == (0, ""), f"exit code {process.returncode}\n{out}\n{err}"
     return out
 
 

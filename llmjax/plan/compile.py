@@ -48,9 +48,11 @@ def compile_step(program: Program) -> dict[str, str]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         figures = re.search(r"Used [^.]*\.[^.]*\.", str(error).replace("\n", " "))
-        text = figures.group(0) if figures else str(error).splitlines()[0]
+        text = (
+            figures.group(0) if figures else str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        )
         raise UserError(
-            f"the step does not fit the devices' memory ({text}); use more devices, a larger mesh.fsdp, "
+            f"the step does not fit the devices' memory ({text.rstrip('.')}); use more devices, a larger mesh.fsdp, "
             "model.remat='full', or more train.accumulation_steps"
         ) from None
     rows = {"compiled": f"in {time.perf_counter() - started:.0f} s"}

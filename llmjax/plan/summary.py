@@ -28,8 +28,8 @@ def activation_bytes(program: Program) -> int:
 
     Per layer and token that is, without remat: 3 arrays as wide as the model for each norm and its input, queries and
     keys before and after their norm and rotation and once more in the layout of attention, and the hidden layer before,
-    within and after its activation. `dots` keeps the outputs of matrix products alone, `full` the layer's input; then one
-    layer exists in full while it is recomputed. `full` attention holds its scores, too.
+    within and after its activation. `dots` keeps the outputs of matrix products alone, `full` the layer's input; then
+    one layer exists in full while it is recomputed. `full` attention holds its scores, too.
     """
     c, batch, mesh = program.config.model, program.batch, program.mesh.shape
     tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
@@ -111,7 +111,7 @@ def _describe_updates(program: Program, num_rows: int, start: int) -> str:
 def format_count(n: float) -> str:
     """1.23 M, 4.5 G: three digits and a unit, with a space before the unit and after it none."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
+        if n >= 0.9995 * size:  # what rounds to 1000 of the smaller unit is 1 of this
             return f"{n / size:.3g} {unit}"
     return f"{n:.3g} "
 

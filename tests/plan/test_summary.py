@@ -1,0 +1,100 @@
+"""The plan's figures are those of the program that it describes."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from configs import base
+from llmjax import config as configs
+from llmjax.build import make_corpus, make_program
+from llmjax.data.store import StoreHeader
+from llmjax.plan.summary import (
+    activation_bytes,
+    describe,
+    format_bytes,
+    format_count,
+    tree_bytes_per_device,
+)
+
+
+def program_for(devices, vocab_size=64, **changes):
+    raw = base.get_config()
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    raw.update_from_flattened_dict({**tiny_run.SETTINGS, **changes})
+    config, batch = configs.check(configs.read(raw.to_dict()), len(devices))
+    return make_program(config, batch, vocab_size, devices)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("summary")
+    raw = base.get_config()
+    raw.update_from_flattened_dict(tiny_run.SETTINGS)
+    raw.data.sources = (str(tiny_run.write_corpus(folder / "corpus")),)
+    raw.data.cache_dir = str(folder / "cache")
+    return make_corpus(*configs.check(configs.read(raw.to_dict()), 8))
+
+
+@pytest.mark.parametrize("number, text", [
+    (0, "0 "), (7, "7 "), (999, "999 "), (1000, "1 k"), (1234, "1.23 k"), (999_499, "999 k"), (999_600, "1 M"),
+    (1_380_000, "1.38 M"), (5e9, "5 G"), (3.21e13, "32.1 T"),
+])  # fmt: skip
+def test_counts_have_three_digits_and_a_unit(number, text):
+    assert format_count(number) == text
+    assert format_bytes(number) == f"{text}B"
+
+
+def test_the_state_takes_the_bytes_that_it_takes():
+    program = program_for(jax.devices(), mesh__data=2, mesh__fsdp=4)
+    state = program.init()
+    first = jax.devices()[0]
+
+    def held(x):
+        data = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        return sum(shard.data.nbytes for shard in data.addressable_shards if shard.device == first)
+
+    assert tree_bytes_per_device(program.abstract_state()) == sum(held(x) for x in jax.tree.leaves(state))
+
+
+def test_activations_shrink_with_devices_and_recomputation():
+    one = activation_bytes(program_for(jax.devices()[:1]))
+    assert activation_bytes(program_for(jax.devices(), mesh__data=4, mesh__fsdp=2)) == one // 8
+    assert activation_bytes(program_for(jax.devices()[:1], model__dtype="bfloat16")) == one // 2
+    deep = [activation_bytes(program_for(jax.devices()[:1], model__num_layers=8, model__remat=remat))
+            for remat in ("none", "dots", "full")]  # fmt: skip
+    assert deep[0] > deep[1] > deep[2] > one // 8
+
+
+def test_the_plan_is_that_of_corpus_and_program(corpus):
+    program = program_for(jax.devices(), corpus.tokenizer.vocab_size, mesh__fsdp=2)
+    rows = describe(corpus, program, pathlib.Path("runs/x"), start=2)
+    assert list(rows) == ["corpus", "tokenizer", "packing", "model", "optimizer", "mesh", "batch", "memory", "updates",
+                          "output"]  # fmt: skip
+    assert rows["corpus"].startswith(f"{len(corpus.store)} documents, ")
+    assert f"{corpus.store.header.num_tokens:,} tokens" in rows["corpus"]
+    assert rows["corpus"].endswith(f"{len(corpus.held_out_ids)} documents held out")
+    assert rows["tokenizer"] == f"bytes, {corpus.tokenizer.vocab_size} ids"
+    assert rows["packing"].startswith(f"{corpus.train_plan.num_rows} sequences of 32 tokens")
+    count = sum(np.prod(x.shape) for x in jax.tree.leaves(program.init().params))
+    assert f"{format_count(count)} parameters" in rows["model"]
+    assert rows["mesh"] == "data=4 x fsdp=2 x seq=1 x tensor=1 on 8 cpu devices"
+    assert rows["batch"] == program.batch.describe()
+    epochs = 6 * 16 / corpus.train_plan.num_rows
+    assert rows["updates"] == f"6, 2 of them done; 3.07 k tokens = {epochs:.2f} epochs"
+    assert rows["output"] == "runs/x"
+    assert not any("\n" in text for text in rows.values())
+
+
+def test_documents_left_out_or_mended_are_counted(corpus):
+    program = program_for(jax.devices(), corpus.tokenizer.vocab_size)
+    counts = {"empty": 3, "skipped": 1200, "replaced": 2}
+    store = type("Store", (), {
+        "header": dataclasses.replace(corpus.store.header, **counts), "num_bytes": corpus.store.num_bytes,
+        "lengths": corpus.store.lengths, "__len__": lambda self: len(corpus.store)})()  # fmt: skip
+    assert isinstance(store.header, StoreHeader)
+    line = describe(dataclasses.replace(corpus, store=store), program, pathlib.Path("x"))["corpus"]
+    assert line.endswith("; 3 empty; 1,200 skipped, not being UTF-8; 2 not UTF-8, mended with U+FFFD")

@@ -1,0 +1,191 @@
+"""Runs in processes of their own: killed, asked to stop, two at once, and what of all this reaches the terminal."""
+
+import os
+import pty
+import re
+import signal
+import socket
+import termios
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import command, finish, start
+
+from llmjax import config as configs
+from llmjax.build import make_program
+from llmjax.data.tokenizer import load_tokenizer
+from llmjax.train.checkpoint import Checkpoints
+from llmjax.workdir import saved_config
+
+pytestmark = pytest.mark.slow
+
+LONG = {"train__num_updates": 160, "checkpoint__every": 20, "evaluate__every": 50, "generate__max_tokens": 4}
+INTERRUPTED_AT = 70  # past the checkpoint of update 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    tiny_run.write_corpus(folder / "corpus", documents=80)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    """The workdir of a run that nothing disturbs."""
+    workdir = folder / "uninterrupted"
+    finish(start(command(folder, f"--workdir={workdir}", **LONG)))
+    return workdir
+
+
+def start_and_wait(words, workdir):
+    """A run that has just passed update `INTERRUPTED_AT`."""
+    process = start(words)
+    path = workdir / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b'"kind": "train"') < INTERRUPTED_AT:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return process
+
+
+def final_state(workdir):
+    """Every array of the last checkpoint by its path: parameters, optimizer, random key, update."""
+    saved = saved_config(workdir)
+    config, batch = configs.check(configs.read(saved), 1)
+    vocab_size = load_tokenizer(workdir / "tokenizer").vocab_size
+    program = make_program(config, batch, vocab_size, jax.devices()[:1])
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        state, meta = checkpoints.restore(program.abstract_saved())
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    arrays = {
+        jax.tree_util.keystr(k): np.asarray(jax.random.key_data(x) if is_key(x) else x) for k, x in flat
+    }
+    return arrays, {
+        name: meta[name] for name in ("update", "cursor", "tokens", "evaluation", "data_fingerprint")
+    }
+
+
+def assert_equal_runs(workdir, other):
+    arrays, meta = final_state(workdir)
+    expected, expected_meta = final_state(other)
+    assert meta == expected_meta and arrays.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(arrays[path], array, err_msg=path)
+    assert tiny_run.read_lines(workdir) == tiny_run.read_lines(other)
+    assert (workdir / "samples.md").read_bytes() == (other / "samples.md").read_bytes()
+
+
+def test_a_killed_run_resumes_bit_for_bit(folder, uninterrupted):
+    workdir = folder / "killed"
+    words = command(folder, f"--workdir={workdir}", **LONG)
+    process = start_and_wait(words, workdir)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert INTERRUPTED_AT <= len(tiny_run.losses(workdir)) < LONG["train__num_updates"]
+    done = re.search(r"updates +160, (\d+) of them done", finish(start(words)))
+    assert 0 < int(done[1]) < LONG["train__num_updates"]
+    assert_equal_runs(workdir, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_asked_to_stop_saves_exits_well_and_resumes_bit_for_bit(number, folder, uninterrupted):
+    workdir = folder / number.name
+    words = command(folder, f"--workdir={workdir}", **LONG)
+    process = start_and_wait(words, workdir)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == 0
+    assert err.strip() == "stopping after this update and a checkpoint; Ctrl-C interrupts at once"
+    stopped = int(
+        re.search(r"stopped after update (\d+) and saved; go on with\n  .* -m llmjax.main --workdir=", out)[1]
+    )
+    assert len(tiny_run.losses(workdir)) == stopped < LONG["train__num_updates"]
+    assert f"{stopped} of them done" in finish(start(words))
+    assert_equal_runs(workdir, uninterrupted)
+
+
+OURS = (
+    r"plan", r"next", r"sample: after", r"the model continued", r"  \| .*", r"done after \d+ s",
+    r"  (corpus|tokenizer|packing|model|optimizer|mesh|batch|memory|updates|output) .*",
+    r"  (held-out loss|perplexity|bits per byte|gzip|xz|report|resume|train on|evaluate|generate) .*",
+    r"ready after \d+ s; the first update compiles", r"update \d+/6  (held-out )?loss .*",
+)  # fmt: skip
+GLOO = r"\[Gloo\] Rank \d is connected .*"  # of several processes on CPUs, printed by C++ inside jaxlib
+BAR = r"\d+/6 \|.*\| (loss .*)?"
+
+
+def strange(text, *patterns):
+    lines = [line for line in re.split("[\r\n]+", text) if line.strip()]
+    assert lines
+    return [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in patterns)]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def finish_two(words):
+    """The same run on two processes of one device each; what each printed."""
+    shared = {"LLMJAX_COORDINATOR": f"localhost:{free_port()}", "LLMJAX_NUM_PROCESSES": "2"}
+    processes = [start(words, **shared, LLMJAX_PROCESS_ID=str(i)) for i in range(2)]
+    try:
+        return [finish(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    workdir = folder / "alone"
+    finish(start(command(folder, f"--workdir={workdir}")))
+    return workdir
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "seq"])
+def test_two_processes_train_as_one(axis, alone, tmp_path):
+    tiny_run.write_corpus(tmp_path / "corpus", documents=80)  # without a cache: both build it at once
+    workdir = tmp_path / "two"
+    settings = {"mesh__data": 1, f"mesh__{axis}": 2}
+    first, second = finish_two(command(tmp_path, f"--workdir={workdir}", **settings))
+    assert f"{axis}=2" in first and strange(second, GLOO) == []
+    lines, expected = tiny_run.read_lines(workdir), tiny_run.read_lines(alone)
+    assert [(x["kind"], x["update"]) for x in lines] == [(x["kind"], x["update"]) for x in expected]
+    assert [x["loss"] for x in lines] == pytest.approx([x["loss"] for x in expected], rel=1e-5)
+    one = ("--config.mesh.data=1", f"--config.mesh.{axis}=1", "--config.train.num_updates=8")
+    finish(start(["llmjax", f"--workdir={workdir}", *one]))
+    assert len(tiny_run.losses(workdir)) == 8
+
+
+def test_every_line_of_a_run_is_one_of_ours(folder, tmp_path):
+    process = start(command(folder, f"--workdir={tmp_path / 'run'}"))
+    out, err = process.communicate()
+    assert process.returncode == 0 and err == ""
+    assert strange(out, *OURS) == []
+
+
+def test_a_terminal_shows_a_bar_and_nothing_else_of_a_library(folder, tmp_path):
+    words = command(folder, f"--workdir={tmp_path / 'run'}", tokenizer__kind="bpe", tokenizer__vocab_size=300)
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 100))
+    process = start(words, stdout=end, stderr=end)
+    os.close(end)
+    parts = []
+    while True:
+        try:
+            parts.append(os.read(terminal, 1 << 16))
+        except OSError:  # how a terminal says that the other end is closed
+            break
+    os.close(terminal)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "\n", b"".join(parts).decode())
+    assert re.search(r"6/6 \|.*\| loss \d", text)
+    stages = r"(training the tokenizer|tokenizing) .*"
+    assert strange(text, *OURS, BAR, stages) == []
