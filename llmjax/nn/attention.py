@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from llmjax.nn.cache import write
 from llmjax.nn.config import ModelConfig
-from llmjax.nn.layers import Norm, matrix, vector
+from llmjax.nn.layers import Norm, matrix, product, vector
 from llmjax.ops import rope
 from llmjax.ops.attention.mask import Mask
 from llmjax.parallel.rules import Layout
@@ -38,18 +37,15 @@ class Attention(nn.Module):
         c = self.config
         D, N, K, H = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
-        q_BTNH = x_BTD @ matrix(
-            self, "wq_DNH", (D, N, H), ("embed", "heads", "head_dim"), std, c.dtype
-        ).reshape(D, N * H)
-        k_BTKH = x_BTD @ matrix(
-            self, "wk_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype
-        ).reshape(D, K * H)
-        v_BTKH = x_BTD @ matrix(
-            self, "wv_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype
-        ).reshape(D, K * H)
+        wq_DNH = matrix(self, "wq_DNH", (D, N, H), ("embed", "heads", "head_dim"), std, c.dtype)
+        wk_DKH = matrix(self, "wk_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype)
+        wv_DKH = matrix(self, "wv_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype)
         wo_DNH = matrix(self, "wo_DNH", (D, N, H), ("embed", "heads", "head_dim"), out_std, c.dtype)
         B, T, _ = x_BTD.shape
-        q_BTNH, k_BTKH, v_BTKH = (y.reshape(B, T, -1, H) for y in (q_BTNH, k_BTKH, v_BTKH))
+        q_BTNH, k_BTKH, v_BTKH = (
+            product(x_BTD, w.reshape(D, -1), self.layout).reshape(B, T, -1, H)
+            for w in (wq_DNH, wk_DKH, wv_DKH)
+        )
         if c.use_bias:
             q_BTNH = (
                 q_BTNH
@@ -75,9 +71,7 @@ class Attention(nn.Module):
             k_BTKH = self.layout.constrain(k_BTKH, "batch", None, "kv_heads", "head_dim")
             v_BTKH = self.layout.constrain(v_BTKH, "batch", None, "kv_heads", "head_dim")
         out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask)
-        out_BTD = jnp.einsum(
-            "BTX,DX->BTD", out_BTNH.reshape(B, T, N * H), wo_DNH.reshape(D, N * H)
-        )  # X = N x H
+        out_BTD = product(out_BTNH.reshape(B, T, N * H), wo_DNH.reshape(D, N * H).T, self.layout)
         if c.use_bias:
             out_BTD = out_BTD + vector(self, "out_bias", (D,), (None,), 0.0).astype(c.dtype)[None, None]
         return self.layout.constrain(out_BTD, "batch", "length", None), (k_BTKH, v_BTKH)

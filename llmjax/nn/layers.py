@@ -32,6 +32,17 @@ def vector(
     )
 
 
+def product(x_BTX: jax.Array, w_XY: jax.Array, layout: Layout) -> jax.Array:
+    """x @ w, with all tokens in one dimension unless `seq` splits them.
+
+    The gradient of w then contracts a single dimension; with two XLA on CPU copies the wide operand, transposed.
+    """
+    if layout.axis_size("seq") > 1:
+        return x_BTX @ w_XY
+    B, T, X = x_BTX.shape
+    return (x_BTX.reshape(B * T, X) @ w_XY).reshape(B, T, w_XY.shape[1])
+
+
 class Norm(nn.Module):
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension, computed in float32."""
 
@@ -55,8 +66,8 @@ class Norm(nn.Module):
 class MLP(nn.Module):
     """Position-wise feed-forward: SwiGLU (Shazeer 2020), GELU, or squared ReLU (So et al. 2021).
 
-    All weights are stored [D, F], the last one too: its gradient is then dout^T h, in which XLA on CPU transposes the
-    narrow operand and not the wide one.
+    All weights are stored [D, F], the last one too: of the two operands of its gradient, XLA on CPU then transposes the
+    narrow one.
     """
 
     config: ModelConfig
@@ -68,18 +79,18 @@ class MLP(nn.Module):
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
         w_up_DF = matrix(self, "w_up_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
         w_down_DF = matrix(self, "w_down_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), out_std, c.dtype)
-        up_BTF = x_BTD @ w_up_DF
+        up_BTF = product(x_BTD, w_up_DF, self.layout)
         if c.use_bias:
             up_BTF = up_BTF + vector(self, "up_bias", (c.mlp_dim,), ("mlp",), 0.0).astype(c.dtype)[None, None]
         if c.activation == "swiglu":
             w_gate_DF = matrix(self, "w_gate_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
-            h_BTF = jax.nn.silu(x_BTD @ w_gate_DF) * up_BTF
+            h_BTF = jax.nn.silu(product(x_BTD, w_gate_DF, self.layout)) * up_BTF
         elif c.activation == "gelu":
             h_BTF = jax.nn.gelu(up_BTF)
         else:
             h_BTF = jnp.square(jax.nn.relu(up_BTF))
         h_BTF = self.layout.constrain(h_BTF, "batch", "length", "mlp")
-        out_BTD = jnp.einsum("BTF,DF->BTD", h_BTF, w_down_DF)
+        out_BTD = product(h_BTF, w_down_DF.T, self.layout)
         if c.use_bias:
             out_BTD = (
                 out_BTD + vector(self, "down_bias", (c.model_dim,), (None,), 0.0).astype(c.dtype)[None, None]
