@@ -20,7 +20,7 @@ import llmjax
 from llmjax import config as configs
 from llmjax.build import Corpus, Program, make_corpus, make_program
 from llmjax.config import Config
-from llmjax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from llmjax.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, load_tokenizer
 from llmjax.errors import UserError
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.generate.generate import make_generator
@@ -73,7 +73,7 @@ def run(
 def run_plan(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, devices: list[jax.Device]) -> int:
     """Says what the config means and compiles its step; with plan.topology it does without the corpus."""
     if config.plan.topology:
-        program = make_program(config, batch, config.tokenizer.vocab_size, devices)
+        program = make_program(config, batch, planned_vocab_size(config.tokenizer), devices)
         rows = describe_program(program, attended=(config.data.seq_len + 1) / 2)
     else:
         with StageProgress() as progress:
@@ -83,6 +83,13 @@ def run_plan(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, devi
     say(f"plan\n{format_table(rows)}")
     say(format_table(compile_step(program)))
     return 0
+
+
+def planned_vocab_size(config: TokenizerConfig) -> int:
+    """How many ids the tokenizer will have, without the corpus that it may be trained on."""
+    if config.path:
+        return load_tokenizer(config.path).vocab_size
+    return ByteTokenizer(config.num_reserved).vocab_size if config.kind == "byte" else config.vocab_size
 
 
 def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, started: float) -> int:

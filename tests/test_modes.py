@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import CHINESE, command
 
 from llmjax import main, modes
-from llmjax.data.tokenizer import load_tokenizer
+from llmjax.data.tokenizer import TokenizerConfig, load_tokenizer
 from llmjax.train.checkpoint import Checkpoints
 
 PROMISED = (
@@ -285,6 +285,13 @@ def test_another_tokenizer_under_a_run_is_refused_and_does_not_replace_its_own(
     )
     assert (folder / "run" / "tokenizer" / "tokenizer.model").read_bytes() == kept
     assert (folder / "run" / "config.json").read_text() == saved
+
+
+def test_the_vocabulary_is_known_before_the_corpus_is_read(sentencepiece):
+    for config in (TokenizerConfig("byte"), TokenizerConfig(path=str(sentencepiece / "run" / "tokenizer"))):
+        expected = 277 if config.kind == "byte" else 400
+        assert modes.planned_vocab_size(config) == expected
+    assert modes.planned_vocab_size(TokenizerConfig("bpe", vocab_size=5000)) == 5000
 
 
 def bad_corpus(folder):
