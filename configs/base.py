@@ -35,14 +35,18 @@ def get_config() -> ConfigDict:
     model.scan_layers = False  # one compiled layer, scanned: quick to compile, slower on CPU
     model.remat = "none"  # what the backward pass recomputes: none | dots | full
     model.attention = "auto"  # auto | full | blockwise
-    model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters, softmax and loss stay float32
+    model.dtype = (
+        "float32"  # of the computation: float32 | bfloat16; parameters, softmax and loss stay float32
+    )
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte
     tokenizer.path = ""  # an existing SentencePiece .model, used as it is
     tokenizer.vocab_size = 4096  # V, special and byte pieces included
     tokenizer.train_bytes = 20_000_000  # how much of the corpus the tokenizer is trained on
-    tokenizer.character_coverage = 0.9995  # share of characters with a piece of their own; the rest becomes bytes
+    tokenizer.character_coverage = (
+        0.9995  # share of characters with a piece of their own; the rest becomes bytes
+    )
     tokenizer.num_reserved = 16  # ids kept free for later special tokens
 
     c.data = data = ConfigDict()
@@ -63,14 +67,16 @@ def get_config() -> ConfigDict:
 
     c.train = train = ConfigDict()
     train.num_updates = 400  # optimizer updates of the whole run
-    train.tokens_per_update = 8192  # sequences x seq_len x micro-steps
-    train.micro_batch_size = 0  # sequences per micro-step over all devices; 0 = follows from accumulation_steps
+    train.tokens_per_update = 4096  # sequences x seq_len x micro-steps
+    train.micro_batch_size = (
+        0  # sequences per micro-step over all devices; 0 = follows from accumulation_steps
+    )
     train.accumulation_steps = 2  # micro-steps per update; 0 = follows from micro_batch_size
     train.z_loss = 0.0  # weight of log(Z)^2
 
     c.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adamw"  # adamw | lion | adafactor | muon | schedule_free_adamw
-    optimizer.learning_rate = 3e-3  # at the peak
+    optimizer.name = "muon"  # adamw | lion | adafactor | muon | schedule_free_adamw
+    optimizer.learning_rate = 1e-2  # at the peak
     optimizer.schedule = "cosine"  # cosine | linear | constant | wsd
     optimizer.warmup_updates = 40  # of linear rise to the peak
     optimizer.final_lr_fraction = 0.1  # of the peak, at the last update

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.tokenizer.update(vocab_size=50_304, train_bytes=1_000_000_000)
     c.data.update(seq_len=1024)
     c.train.update(num_updates=19_073, tokens_per_update=524_288, micro_batch_size=32, accumulation_steps=0)
-    c.optimizer.update(learning_rate=6e-4, warmup_updates=715)
+    c.optimizer.update(name="adamw", learning_rate=6e-4, warmup_updates=715)
     c.evaluate.update(every=1000)
     c.checkpoint.update(every=1000)
     return c

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.data.update(seq_len=4096)
     c.mesh.update(data=1, fsdp=-1)
     c.train.update(num_updates=20_000, tokens_per_update=1_048_576, micro_batch_size=16, accumulation_steps=0)
-    c.optimizer.update(learning_rate=3e-4, warmup_updates=2000)
+    c.optimizer.update(name="adamw", learning_rate=3e-4, warmup_updates=2000)
     c.evaluate.update(every=1000)
     c.checkpoint.update(every=1000)
     c.plan.topology = "v5e:4x4"

@@ -142,7 +142,9 @@ def _backward(settings, saved, dout_BKGTH):
         dqs.append(dq)
         dks.append(dk)
         dvs.append(dv)
-    dk_BKSH, dv_BKSH = (_sum_keys(parts, stripes).swapaxes(2, 3).astype(k_BKSH.dtype) for parts in (dks, dvs))
+    # Behind a barrier: with a transpose folded into it, XLA on CPU lacks this product for bfloat16.
+    sums = jax.lax.optimization_barrier([_sum_keys(parts, stripes) for parts in (dks, dvs)])
+    dk_BKSH, dv_BKSH = (x.swapaxes(2, 3).astype(k_BKSH.dtype) for x in sums)
     return jnp.concatenate(dqs, axis=3), dk_BKSH, dv_BKSH, (None, None), (None, None)
 
 
