@@ -35,9 +35,7 @@ def get_config() -> ConfigDict:
     model.scan_layers = False  # one compiled layer, scanned: quick to compile, slower on CPU
     model.remat = "none"  # what the backward pass recomputes: none | dots | full
     model.attention = "auto"  # auto | full | blockwise
-    model.dtype = (
-        "float32"  # of the computation: float32 | bfloat16; parameters, softmax and loss stay float32
-    )
+    model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax and loss: float32
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte
