@@ -42,9 +42,7 @@ def get_config() -> ConfigDict:
     tokenizer.path = ""  # an existing SentencePiece .model, used as it is
     tokenizer.vocab_size = 4096  # V, special and byte pieces included
     tokenizer.train_bytes = 20_000_000  # how much of the corpus the tokenizer is trained on
-    tokenizer.character_coverage = (
-        0.9995  # share of characters with a piece of their own; the rest becomes bytes
-    )
+    tokenizer.character_coverage = 0.9995  # share of characters with their own piece; the rest: bytes
     tokenizer.num_reserved = 16  # ids kept free for later special tokens
 
     c.data = data = ConfigDict()
@@ -66,9 +64,7 @@ def get_config() -> ConfigDict:
     c.train = train = ConfigDict()
     train.num_updates = 400  # optimizer updates of the whole run
     train.tokens_per_update = 4096  # sequences x seq_len x micro-steps
-    train.micro_batch_size = (
-        0  # sequences per micro-step over all devices; 0 = follows from accumulation_steps
-    )
+    train.micro_batch_size = 0  # sequences per micro-step, all devices; 0: from accumulation_steps
     train.accumulation_steps = 2  # micro-steps per update; 0 = follows from micro_batch_size
     train.z_loss = 0.0  # weight of log(Z)^2
 

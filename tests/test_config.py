@@ -91,8 +91,8 @@ def test_a_wrong_value_is_named(case):
     ({"mesh__tensor": 8}, r"model.num_heads=4 is not divisible by mesh.tensor=8"),
     ({"mesh__data": 4}, r"takes 4 devices but there are 8"),
     ({"mesh__data": -1, "mesh__fsdp": -1}, r"mesh.data=-1 and mesh.fsdp=-1"),
-    ({"train__accumulation_steps": 4}, r"train.micro_batch_size=4 is not divisible by the 8 shards"),
-    ({"evaluate__batch_size": 3}, r"evaluate.batch_size=3 is not divisible by the 8 shards"),
+    ({"train__accumulation_steps": 2}, r"train.micro_batch_size=4 is not divisible by the 8 shards"),
+    ({"evaluate__batch_size": 3, "train__accumulation_steps": 1}, r"evaluate.batch_size=3 is not divisible by the 8 shards"),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_named(changes, pattern):
     with pytest.raises(UserError, match=pattern):
