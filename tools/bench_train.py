@@ -3,12 +3,12 @@
     pip install torch==2.13.0
     python tools/bench_train.py
 
-Same layers, width, heads, vocabulary, tokens and micro-steps, float32, AdamW with clipping. Ours is the step of
-`configs/base.py` as it trains, on packed documents: RoPE, QK-norm, SwiGLU, segments in the attention mask, exact
-sums. The rival is nanoGPT's: learned positions, LayerNorm, GELU, fused causal attention, cross-entropy, fused
-AdamW; its feed-forward layer is as wide as gives it the same number of weights. Each has a process of its own,
-and they take turns; values are medians over the rounds, the ratio is the median of the rounds' ratios. One JSON
-object a line. Run it on an idle machine.
+Same layers, width, heads, vocabulary and tokens, float32, AdamW with clipping. Ours is the step of
+`configs/base.py` but for the optimizer, on packed documents: RoPE, QK-norm, SwiGLU, segments in the
+attention mask, exact sums. The rival is nanoGPT's: learned positions, LayerNorm, GELU, fused causal
+attention, cross-entropy, fused AdamW; its feed-forward layer is as wide as gives it the same number of
+weights. Each has a process of its own, and they take turns; values are medians over the rounds, the ratio
+is the median of the rounds' ratios. One JSON object a line. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from llmjax.types import Batch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOAL = 1.0  # ours / rival
+ALIKE = {"optimizer.name": "adamw", "train.accumulation_steps": 1}  # on both sides
 SHAPES = {  # changes to configs/base.py
-    "base": {},
+    "base": {**ALIKE, "train.tokens_per_update": 8 * 512},
     "12m": {
-        "model.num_layers": 6, "model.model_dim": 384, "model.num_heads": 6, "tokenizer.vocab_size": 8192,
-        "train.tokens_per_update": 4 * 512, "train.accumulation_steps": 1,
+        **ALIKE, "train.tokens_per_update": 4 * 512, "model.num_layers": 6, "model.model_dim": 384,
+        "model.num_heads": 6, "tokenizer.vocab_size": 8192,
     },
 }
 
