@@ -59,7 +59,7 @@ MISTAKES = {
     "fraction": (["--config.model.num_layers=2.5"], "num_layers=2.5 is not a whole number", "such as 4"),
     "nothing": (["--config.model.num_layers="], "--config.model.num_layers= is not a whole number", "such as 4"),
     "bool": (["--config.model.qk_norm=maybe"], "--config.model.qk_norm=maybe is not true or false", "such as true"),
-    "float": (["--config.optimizer.learning_rate=high"], "learning_rate=high is not a number", "such as 0.003"),
+    "float": (["--config.optimizer.learning_rate=high"], "learning_rate=high is not a number", "give one, such as 0."),
     "choice": (["--config.model.norm=batch"], "model.norm='batch'", "rmsnorm, layernorm"),
     "heads": (["--config.model.num_heads=3"], "model.num_heads=3 does not divide model.model_dim=16", "change one"),
     "seq": (["--config.mesh.data=1", "--config.mesh.seq=8", "--config.data.seq_len=60",
@@ -145,9 +145,12 @@ def test_a_damaged_saved_config_is_named(folder, tmp_path, capsys):
 
 
 def test_a_workdir_of_another_run_is_refused_by_key(tmp_path, capsys):
-    workdir = a_run(tmp_path, **{"mesh.data": 1, "model.num_layers": 5, "seed": 7})
+    workdir = a_run(
+        tmp_path, **{"mesh.data": 1, "model.num_layers": 5, "seed": 7, "train.tokens_per_update": 8192}
+    )
+    settings = ("--config.model.num_layers=4", "--config.train.tokens_per_update=8192")
     for mode in ("train", "evaluate", "generate"):
-        words = ["llmjax", BASE, f"--mode={mode}", f"--workdir={workdir}"]
+        words = ["llmjax", BASE, f"--mode={mode}", f"--workdir={workdir}", *settings]
         sentence = refuse(capsys, words)
         assert "model.num_layers (5 there, 4 here), seed (7 there, 0 here)" in sentence
         assert "mesh" not in sentence and "use another --workdir" in sentence

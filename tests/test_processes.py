@@ -1,5 +1,6 @@
 """Runs in processes of their own: killed, asked to stop, two at once, and what of all this reaches the terminal."""
 
+import contextlib
 import os
 import pty
 import re
@@ -134,12 +135,10 @@ def free_port():
 def finish_two(words):
     """The same run on two processes of one device each; what each printed."""
     shared = {"LLMJAX_COORDINATOR": f"localhost:{free_port()}", "LLMJAX_NUM_PROCESSES": "2"}
-    processes = [start(words, **shared, LLMJAX_PROCESS_ID=str(i)) for i in range(2)]
-    try:
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(start(words, **shared, LLMJAX_PROCESS_ID=str(i))) for i in range(2)]
+        stack.callback(lambda: [process.kill() for process in processes])
         return [finish(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
