@@ -6,6 +6,7 @@ A bar in a log file is noise, so into a file or pipe goes one line at the first 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -26,9 +27,16 @@ class Progress:
         self._printed = -PLAIN_SECONDS
         self._bar = None
         if sys.stderr.isatty():
-            layout = "{n_fmt}/{total_fmt} |{bar}| {desc}"
+            has_width = (
+                os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            )  # some pseudo-terminals have none
             self._bar = tqdm(
-                total=num_updates, initial=update, bar_format=layout, dynamic_ncols=True, leave=True
+                total=num_updates,
+                initial=update,
+                bar_format="{n_fmt}/{total_fmt} |{bar}| {postfix}",
+                ncols=None if has_width else 80,
+                dynamic_ncols=has_width,
+                leave=True,
             )
 
     def train(self, update: int, values: dict[str, float]) -> None:
