@@ -86,6 +86,14 @@ class Progress:
         return text
 
 
+def _has_width() -> bool:
+    """Whether the terminal knows how wide it is; some pseudo-terminals say 0, and a bar would not show."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, AttributeError):
+        return True
+
+
 def format_count(number: float) -> str:
     """Three digits and a unit: 12.3k, 1.23M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
