@@ -27,9 +27,7 @@ class Progress:
         self._printed = -PLAIN_SECONDS
         self._bar = None
         if sys.stderr.isatty():
-            has_width = (
-                os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            )  # some pseudo-terminals have none
+            has_width = _has_width()
             self._bar = tqdm(
                 total=num_updates,
                 initial=update,
