@@ -31,7 +31,7 @@ class Progress:
             self._bar = tqdm(
                 total=num_updates,
                 initial=update,
-                bar_format="{n_fmt}/{total_fmt} |{bar}| {postfix}",
+                bar_format="{n_fmt}/{total_fmt} |{bar}| {desc}",
                 ncols=None if has_width else 80,
                 dynamic_ncols=has_width,
                 leave=True,
