@@ -24,9 +24,15 @@ from llmjax.data.tokenizer import (
 from llmjax.errors import UserError
 
 
-def cached_tokenizer(cache_dir: str | os.PathLike, config: TokenizerConfig, files: Sequence[SourceFile], *,
-                     text_field: str = "text", on_bad_text: str = "error",
-                     progress: Callable[[int, int], None] | None = None) -> Tokenizer:
+def cached_tokenizer(
+    cache_dir: str | os.PathLike,
+    config: TokenizerConfig,
+    files: Sequence[SourceFile],
+    *,
+    text_field: str = "text",
+    on_bad_text: str = "error",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tokenizer:
     """The tokenizer of `config.path` where that is set, else one trained on the files, now or before.
 
     `progress(done, total)` is called with bytes of the files while they are read for training.
@@ -35,8 +41,16 @@ def cached_tokenizer(cache_dir: str | os.PathLike, config: TokenizerConfig, file
         return load_tokenizer(config.path)
     if config.kind == "byte":
         return ByteTokenizer(config.num_reserved)
-    settings = [config.kind, config.vocab_size, config.train_bytes, config.character_coverage,
-                config.num_reserved, text_field, on_bad_text, TRAINER_VERSION]
+    settings = [
+        config.kind,
+        config.vocab_size,
+        config.train_bytes,
+        config.character_coverage,
+        config.num_reserved,
+        text_field,
+        on_bad_text,
+        TRAINER_VERSION,
+    ]
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
     if (directory / "tokenizer.json").is_file():
         return load_tokenizer(directory)
@@ -55,17 +69,31 @@ def cached_tokenizer(cache_dir: str | os.PathLike, config: TokenizerConfig, file
     return tokenizer
 
 
-def cached_store(cache_dir: str | os.PathLike, files: Sequence[SourceFile], tokenizer: Tokenizer, *,
-                 text_field: str = "text", on_bad_text: str = "error", num_workers: int = 1,
-                 progress: Callable[[int, int], None] | None = None) -> Store:
+def cached_store(
+    cache_dir: str | os.PathLike,
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    *,
+    text_field: str = "text",
+    on_bad_text: str = "error",
+    num_workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Store:
     """The store of these files and this tokenizer, built unless it is there and whole. See `build_store`."""
     settings = [tokenizer.fingerprint, text_field, on_bad_text, FORMAT_VERSION]
     directory = Path(cache_dir) / f"store-{_key(corpus_fingerprint(files), settings)}"
     try:
         return open_store(directory, tokenizer)
     except UserError:
-        return build_store(directory, files, tokenizer, text_field=text_field, on_bad_text=on_bad_text,
-                           num_workers=num_workers, progress=progress)
+        return build_store(
+            directory,
+            files,
+            tokenizer,
+            text_field=text_field,
+            on_bad_text=on_bad_text,
+            num_workers=num_workers,
+            progress=progress,
+        )
 
 
 def _key(corpus: str, settings: Sequence[object]) -> str:

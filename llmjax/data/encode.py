@@ -60,13 +60,17 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
         data = text.encode()
         num_bytes.append(len(data))
         hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
-    return Encoded(np.concatenate(tokens) if tokens else np.zeros(0, dtype),
-                   np.array([len(t) for t in tokens], dtype="<i8"), np.array(num_bytes, dtype="<i8"),
-                   np.array(hashes, dtype="<u8"))
+    return Encoded(
+        np.concatenate(tokens) if tokens else np.zeros(0, dtype),
+        np.array([len(t) for t in tokens], dtype="<i8"),
+        np.array(num_bytes, dtype="<i8"),
+        np.array(hashes, dtype="<u8"),
+    )
 
 
-def encode_batches(tokenizer: Tokenizer, batches: Iterable[tuple[Label, Sequence[str]]],
-                   num_workers: int) -> Iterator[tuple[Label, Encoded]]:
+def encode_batches(
+    tokenizer: Tokenizer, batches: Iterable[tuple[Label, Sequence[str]]], num_workers: int
+) -> Iterator[tuple[Label, Encoded]]:
     """Encodes batches of texts and yields each with its label, in order, whatever the number of workers.
 
     At most two batches a worker are in flight, so an endless stream of batches takes bounded memory. With
@@ -94,8 +98,12 @@ def _workers(tokenizer: Tokenizer, count: int):
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-c", "from llmjax.data.encode import work; work()"]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  env={**os.environ, "PYTHONPATH": path}) for _ in range(count)]
+    processes = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+        )
+        for _ in range(count)
+    ]
     idle: queue.SimpleQueue = queue.SimpleQueue()
 
     def encode(texts: Sequence[str]) -> Encoded:

@@ -29,10 +29,57 @@ STDLIB = "stdlib"
 _COMPRESSED = (".gz", ".zst")
 _ROWS = (".jsonl", ".ndjson")
 _TEXT = {
-    ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".html", ".htm", ".xml", ".srt",
-    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".kt",
-    ".scala", ".swift", ".js", ".jsx", ".ts", ".tsx", ".css", ".sh", ".sql", ".r", ".jl", ".lua", ".rb",
-    ".pl", ".php", ".hs", ".ml", ".ex", ".erl", ".f90", ".toml", ".yaml", ".yml", ".ini", ".cfg",
+    ".txt",
+    ".text",
+    ".md",
+    ".markdown",
+    ".rst",
+    ".tex",
+    ".org",
+    ".adoc",
+    ".html",
+    ".htm",
+    ".xml",
+    ".srt",
+    ".py",
+    ".pyi",
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".cxx",
+    ".hpp",
+    ".cu",
+    ".cuh",
+    ".rs",
+    ".go",
+    ".java",
+    ".kt",
+    ".scala",
+    ".swift",
+    ".js",
+    ".jsx",
+    ".ts",
+    ".tsx",
+    ".css",
+    ".sh",
+    ".sql",
+    ".r",
+    ".jl",
+    ".lua",
+    ".rb",
+    ".pl",
+    ".php",
+    ".hs",
+    ".ml",
+    ".ex",
+    ".erl",
+    ".f90",
+    ".toml",
+    ".yaml",
+    ".yml",
+    ".ini",
+    ".cfg",
 }
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 _BAD_TEXT = ("error", "skip", "replace")
@@ -86,8 +133,9 @@ def list_sources(sources: Sequence[str]) -> tuple[SourceFile, ...]:
     return tuple(sorted(found.values(), key=lambda file: (file.name, file.path)))
 
 
-def read_documents(file: SourceFile, *, text_field: str = "text", on_bad_text: str = "error",
-                   stats: ReadStats | None = None) -> Iterator[Document]:
+def read_documents(
+    file: SourceFile, *, text_field: str = "text", on_bad_text: str = "error", stats: ReadStats | None = None
+) -> Iterator[Document]:
     """Streams the documents of one file, in its order. Empty ones are left out and counted in `stats`.
 
     `on_bad_text` says what becomes of text that is not UTF-8 (in JSON, of lone surrogates): `error` raises a
@@ -128,8 +176,10 @@ def _expand(source: str) -> list[tuple[str, str]]:
     if os.path.isdir(path):
         files = _walk(path, _is_corpus)
         if not files:
-            raise UserError(f"data.sources names {source!r}, a directory without text, .jsonl or .parquet "
-                            "files: name the files themselves if their suffix is unusual.")
+            raise UserError(
+                f"data.sources names {source!r}, a directory without text, .jsonl or .parquet "
+                "files: name the files themselves if their suffix is unusual."
+            )
         return files
     if not glob.has_magic(path):
         raise UserError(f"data.sources names {source!r}, which does not exist: check the path.")
@@ -160,8 +210,11 @@ def _walk(root: str, keep) -> list[tuple[str, str]]:
 def _is_stdlib(parts: Sequence[str]) -> bool:
     """Python sources without tests, installed packages, and the build record of this one interpreter."""
     *folders, name = parts
-    return (name.endswith(".py") and not name.startswith("_sysconfigdata")
-            and not any(f in _NOT_STDLIB or f.startswith("config-") for f in folders))
+    return (
+        name.endswith(".py")
+        and not name.startswith("_sysconfigdata")
+        and not any(f in _NOT_STDLIB or f.startswith("config-") for f in folders)
+    )
 
 
 def _is_corpus(parts: Sequence[str]) -> bool:
@@ -225,8 +278,10 @@ def _read_parquet(file: SourceFile, text_field: str, on_bad_text: str, stats: Re
         raise UserError(f"data.sources names {file.path!r}, which is no Parquet file: remove it.") from None
     names = table.schema_arrow.names
     if text_field not in names:
-        raise UserError(f"data.text_field = {text_field!r} is not a column of {file.path!r}, which has "
-                        f"{', '.join(names)}: name one of these.")
+        raise UserError(
+            f"data.text_field = {text_field!r} is not a column of {file.path!r}, which has "
+            f"{', '.join(names)}: name one of these."
+        )
     before, number = stats.bytes_read, 0
     with table:
         for batch in table.iter_batches(batch_size=256, columns=[text_field]):
@@ -248,15 +303,21 @@ def _parse_row(line: str, where: str) -> object:
 
 def _field(row: object, text_field: str, where: str) -> str:
     if not isinstance(row, dict):
-        raise UserError(f"data.sources: {where} is no JSON object but a {type(row).__name__}: write "
-                        f'{{"{text_field}": "..."}}.')
+        raise UserError(
+            f"data.sources: {where} is no JSON object but a {type(row).__name__}: write "
+            f'{{"{text_field}": "..."}}.'
+        )
     if text_field not in row:
-        raise UserError(f"data.text_field = {text_field!r} is missing in {where}, which has the fields "
-                        f"{', '.join(row) or '(none)'}: name one of these.")
+        raise UserError(
+            f"data.text_field = {text_field!r} is missing in {where}, which has the fields "
+            f"{', '.join(row) or '(none)'}: name one of these."
+        )
     if not isinstance(row[text_field], str):
         kind = type(row[text_field]).__name__
-        raise UserError(f"data.text_field = {text_field!r} is a {kind} in {where}, not a string: "
-                        "name another field or correct the line.")
+        raise UserError(
+            f"data.text_field = {text_field!r} is a {kind} in {where}, not a string: "
+            "name another field or correct the line."
+        )
     return row[text_field]
 
 
@@ -266,8 +327,10 @@ def _decode(data: bytes, on_bad_text: str, stats: ReadStats, where: str, offset:
         return data.decode()
     except UnicodeDecodeError as error:
         if on_bad_text == "error":
-            raise UserError(f"data.on_bad_text = 'error' and {where} is not UTF-8 at byte "
-                            f"{offset + error.start}: correct it, or set skip or replace.") from None
+            raise UserError(
+                f"data.on_bad_text = 'error' and {where} is not UTF-8 at byte "
+                f"{offset + error.start}: correct it, or set skip or replace."
+            ) from None
     if on_bad_text == "skip":
         return None
     stats.replaced += 1
@@ -281,8 +344,10 @@ def _without_surrogates(text: str, on_bad_text: str, stats: ReadStats, where: st
         return text
     except UnicodeEncodeError as error:
         if on_bad_text == "error":
-            raise UserError(f"data.on_bad_text = 'error' and line {where} has a lone surrogate at character "
-                            f"{error.start} of its text: correct it, or set skip or replace.") from None
+            raise UserError(
+                f"data.on_bad_text = 'error' and line {where} has a lone surrogate at character "
+                f"{error.start} of its text: correct it, or set skip or replace."
+            ) from None
     if on_bad_text == "skip":
         return None
     stats.replaced += 1
@@ -321,8 +386,9 @@ def _open(file: SourceFile, stats: ReadStats) -> Iterator[IO[bytes]]:
                 stream = io.BufferedReader(raw, 1 << 20)
             yield stack.enter_context(stream)
     except (OSError, EOFError, zlib.error, zstd_error) as error:
-        raise UserError(f"data.sources names {file.path!r}, which cannot be read ({error}): repair or remove "
-                        "it.") from None
+        raise UserError(
+            f"data.sources names {file.path!r}, which cannot be read ({error}): repair or remove it."
+        ) from None
 
 
 class _CountingFile(io.FileIO):
@@ -339,5 +405,7 @@ class _CountingFile(io.FileIO):
 
 
 def _missing(file: SourceFile, package: str) -> UserError:
-    return UserError(f"data.sources names {file.path!r}, which needs the package {package}: run "
-                     "pip install 'llmjax[data]'.")
+    return UserError(
+        f"data.sources names {file.path!r}, which needs the package {package}: run "
+        "pip install 'llmjax[data]'."
+    )

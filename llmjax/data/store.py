@@ -78,13 +78,17 @@ class Store:
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
         self.header = _read_header(self.directory)
-        columns = {name: _map(self.directory / f"{name}.bin", dtype, self.header.num_documents)
-                   for name, dtype in _COLUMNS.items()}
+        columns = {
+            name: _map(self.directory / f"{name}.bin", dtype, self.header.num_documents)
+            for name, dtype in _COLUMNS.items()
+        }
         self.lengths, self.num_bytes = columns["lengths"], columns["num_bytes"]
         self.hashes = columns["hashes"]
         self._starts, self._name_starts = columns["starts"], columns["name_starts"]
-        self._shards = [_map(self.directory / _shard_name(i), self.header.dtype, count)
-                        for i, count in enumerate(self.header.shard_tokens)]
+        self._shards = [
+            _map(self.directory / _shard_name(i), self.header.dtype, count)
+            for i, count in enumerate(self.header.shard_tokens)
+        ]
         self._shard_starts = [0, *itertools.accumulate(self.header.shard_tokens)][:-1]
 
     def __len__(self) -> int:
@@ -99,7 +103,7 @@ class Store:
         first = int(self._starts[document])
         shard = bisect.bisect_right(self._shard_starts, first) - 1
         first -= self._shard_starts[shard]
-        return self._shards[shard][first + start:first + stop]
+        return self._shards[shard][first + start : first + stop]
 
     def name(self, document: int) -> str:
         """Where the document came from, for example `json/decoder.py` or `poems.jsonl#17`."""
@@ -137,14 +141,24 @@ def open_store(directory: str | os.PathLike, tokenizer: Tokenizer | None = None)
     store = Store(directory)
     if tokenizer is not None and store.header.tokenizer_fingerprint != tokenizer.fingerprint:
         made_by = store.header.tokenizer_fingerprint
-        raise UserError(f"store {str(directory)!r} was made by tokenizer {made_by[:12]} and not by the given "
-                        f"{tokenizer.fingerprint[:12]}: build it again, or give its own tokenizer.")
+        raise UserError(
+            f"store {str(directory)!r} was made by tokenizer {made_by[:12]} and not by the given "
+            f"{tokenizer.fingerprint[:12]}: build it again, or give its own tokenizer."
+        )
     return store
 
 
-def build_store(directory: str | os.PathLike, files: Sequence[SourceFile], tokenizer: Tokenizer, *,
-                text_field: str = "text", on_bad_text: str = "error", num_workers: int = 1,
-                progress: Callable[[int, int], None] | None = None, shard_bytes: int = SHARD_BYTES) -> Store:
+def build_store(
+    directory: str | os.PathLike,
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    *,
+    text_field: str = "text",
+    on_bad_text: str = "error",
+    num_workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Store:
     """Tokenizes the files into a store at `directory`, replacing what is there, and opens it.
 
     Its bytes depend on files and tokenizer, not on `num_workers`; the corpus streams through bounded memory.
@@ -166,8 +180,10 @@ def build_store(directory: str | os.PathLike, files: Sequence[SourceFile], token
                 if progress is not None:
                     progress(done, total)
         if not writer.num_documents:
-            raise UserError(f"data.sources hold no document with text ({len(files)} files, {stats.empty} "
-                            f"documents empty, {stats.skipped} skipped): name sources with text.")
+            raise UserError(
+                f"data.sources hold no document with text ({len(files)} files, {stats.empty} "
+                f"documents empty, {stats.skipped} skipped): name sources with text."
+            )
         _write_header(partial, writer.header(tokenizer, stats))
         _put_in_place(partial, directory)
     finally:
@@ -205,6 +221,7 @@ class _Writer:
             file.flush()
             os.fsync(file.fileno())
             file.close()
+
         self._files.callback(close)
         return file
 
@@ -212,7 +229,7 @@ class _Writer:
         tokens = memoryview(encoded.tokens.astype(self._dtype, copy=False)).cast("B")
         ends = np.cumsum(encoded.lengths)
         for stop, length in zip(ends.tolist(), encoded.lengths.tolist(), strict=True):
-            data = tokens[(stop - length) * self._dtype.itemsize:stop * self._dtype.itemsize]
+            data = tokens[(stop - length) * self._dtype.itemsize : stop * self._dtype.itemsize]
             self._digest.update(length.to_bytes(8, "little"))
             self._digest.update(data)
             self._shard_for(length).write(data)
@@ -242,15 +259,24 @@ class _Writer:
 
     def header(self, tokenizer: Tokenizer, stats: ReadStats) -> StoreHeader:
         return StoreHeader(
-            format_version=FORMAT_VERSION, dtype=self._dtype.str, vocab_size=tokenizer.vocab_size,
-            tokenizer_fingerprint=tokenizer.fingerprint, content_fingerprint=self._digest.hexdigest(),
-            num_documents=self.num_documents, num_tokens=self._num_tokens, num_bytes=self._num_bytes,
-            shard_tokens=tuple(self._shard_tokens), empty=stats.empty, skipped=stats.skipped,
-            replaced=stats.replaced)
+            format_version=FORMAT_VERSION,
+            dtype=self._dtype.str,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            content_fingerprint=self._digest.hexdigest(),
+            num_documents=self.num_documents,
+            num_tokens=self._num_tokens,
+            num_bytes=self._num_bytes,
+            shard_tokens=tuple(self._shard_tokens),
+            empty=stats.empty,
+            skipped=stats.skipped,
+            replaced=stats.replaced,
+        )
 
 
-def _read_batches(files: Sequence[SourceFile], text_field: str, on_bad_text: str,
-                  stats: ReadStats) -> Iterator[tuple[tuple[list[str], int], list[str]]]:
+def _read_batches(
+    files: Sequence[SourceFile], text_field: str, on_bad_text: str, stats: ReadStats
+) -> Iterator[tuple[tuple[list[str], int], list[str]]]:
     """((names, bytes read so far), texts) of neighbouring documents, together about `_BATCH_CHARS` long."""
     names: list[str] = []
     texts: list[str] = []
@@ -283,8 +309,9 @@ def _read_header(directory: Path) -> StoreHeader:
     for name, size in sizes.items():
         found = (directory / name).stat().st_size if (directory / name).exists() else 0
         if found != size:
-            raise UserError(f"store {str(directory)!r} is damaged ({name} has {found} bytes, not {size}): "
-                            "build it again.")
+            raise UserError(
+                f"store {str(directory)!r} is damaged ({name} has {found} bytes, not {size}): build it again."
+            )
     return header
 
 

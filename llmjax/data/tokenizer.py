@@ -36,7 +36,9 @@ _PASSAGE_CHARS = 4096  # its trainer counts positions within a word in 16 bits
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # protobuf merges repeats: normalizer_spec { add_dummy_prefix: false }
 _SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 _MODEL_FILE, _META_FILE = "tokenizer.model", "tokenizer.json"
-_UNIGRAM_BYTES = 4_000_000  # its time grows faster than the text: 12 MB take 5 times as long, for no better model
+_UNIGRAM_BYTES = (
+    4_000_000  # its time grows faster than the text: 12 MB take 5 times as long, for no better model
+)
 _MIN_LOG_LEVEL = 3  # fatal only
 
 
@@ -71,8 +73,10 @@ class TokenizerConfig:
             raise UserError(f"tokenizer.num_reserved = {self.num_reserved} must not be negative.")
         smallest = _smallest_vocabulary(self)
         if self.kind != "byte" and not self.path and self.vocab_size < smallest:
-            raise UserError(f"tokenizer.vocab_size = {self.vocab_size} leaves no room beside the special and "
-                            f"byte pieces: use at least {smallest}.")
+            raise UserError(
+                f"tokenizer.vocab_size = {self.vocab_size} leaves no room beside the special and "
+                f"byte pieces: use at least {smallest}."
+            )
 
 
 class Tokenizer(Protocol):
@@ -126,8 +130,11 @@ class SentencePieceTokenizer:
         self.eos_id = _first_id(given.eos_id(), self.bos_id)
         self.mask_id = _first_id(pieces.get("<mask>"), pieces.get("[MASK]"), unknown)
         taken = {self.pad_id, self.bos_id, self.eos_id, self.mask_id, unknown}
-        self.reserved_ids = tuple(i for i in range(self.vocab_size)
-                                  if (given.is_control(i) or given.is_unused(i)) and i not in taken)
+        self.reserved_ids = tuple(
+            i
+            for i in range(self.vocab_size)
+            if (given.is_control(i) or given.is_unused(i)) and i not in taken
+        )
         byte_ids = {given.id_to_piece(i): i for i in range(self.vocab_size) if given.is_byte(i)}
         prefix = given.normalize("a").removesuffix("a")
         self.text_prefix = b" " if prefix == SPACE_MARK else b""
@@ -254,8 +261,9 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     advice = "no smaller one would do: add text, or set tokenizer.kind to byte"
     if model is not None:
         advice = f"{largest} would do: use at most {largest}, or more text"
-    raise UserError(f"tokenizer.vocab_size = {config.vocab_size} is more than this corpus can fill, and "
-                    f"{advice}.")
+    raise UserError(
+        f"tokenizer.vocab_size = {config.vocab_size} is more than this corpus can fill, and {advice}."
+    )
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -268,13 +276,16 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
             return ByteTokenizer(saved["num_reserved"])
     file = path / _MODEL_FILE if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"tokenizer.path = {str(path)!r} is no tokenizer: name a SentencePiece .model file "
-                        "or a directory that holds tokenizer.model.")
+        raise UserError(
+            f"tokenizer.path = {str(path)!r} is no tokenizer: name a SentencePiece .model file "
+            "or a directory that holds tokenizer.model."
+        )
     try:
         return SentencePieceTokenizer(file.read_bytes())
     except (RuntimeError, OSError):
-        raise UserError(f"tokenizer.path = {str(file)!r} cannot be read as a SentencePiece model: name "
-                        "another file.") from None
+        raise UserError(
+            f"tokenizer.path = {str(file)!r} cannot be read as a SentencePiece model: name another file."
+        ) from None
 
 
 def check_unicode(text: str) -> None:
@@ -282,8 +293,10 @@ def check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"text to encode holds a lone surrogate U+{ord(text[error.start]):04X} at character "
-                        f"{error.start}, which no UTF-8 can express: remove or replace it.") from None
+        raise UserError(
+            f"text to encode holds a lone surrogate U+{ord(text[error.start]):04X} at character "
+            f"{error.start}, which no UTF-8 can express: remove or replace it."
+        ) from None
 
 
 def _train_model(config: TokenizerConfig, sample: Sequence[str]) -> tuple[bytes | None, int]:
@@ -294,14 +307,30 @@ def _train_model(config: TokenizerConfig, sample: Sequence[str]) -> tuple[bytes 
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(_trainable(sample, config.character_coverage, free // 2)),
-            model_writer=model, model_type=config.kind, vocab_size=config.vocab_size,
-            character_coverage=1.0, byte_fallback=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, split_by_unicode_script=False, split_digits=True,
-            pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece=_SPECIALS[0], bos_piece=_SPECIALS[1],
-            eos_piece=_SPECIALS[2], unk_piece=_SPECIALS[3], control_symbols=[_SPECIALS[4], *reserved],
-            max_sentence_length=1 << 24, minloglevel=_MIN_LOG_LEVEL,
-            num_threads=4)  # fixed: the sums of unigram training depend on it
+            model_writer=model,
+            model_type=config.kind,
+            vocab_size=config.vocab_size,
+            character_coverage=1.0,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_by_unicode_script=False,
+            split_digits=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece=_SPECIALS[0],
+            bos_piece=_SPECIALS[1],
+            eos_piece=_SPECIALS[2],
+            unk_piece=_SPECIALS[3],
+            control_symbols=[_SPECIALS[4], *reserved],
+            max_sentence_length=1 << 24,
+            minloglevel=_MIN_LOG_LEVEL,
+            num_threads=4,
+        )  # fixed: the sums of unigram training depend on it
     except RuntimeError as error:
         largest = re.search(r"value <= (\d+)", str(error))
         return None, int(largest[1]) if largest else 0
@@ -349,7 +378,7 @@ def _trainable(passages: Sequence[str], coverage: float, max_characters: int) ->
     """
     counts = np.zeros(0x110000, dtype=np.int64)
     for start in range(0, len(passages), 256):
-        codes = np.frombuffer("".join(passages[start:start + 256]).encode("utf-32-le"), dtype=np.uint32)
+        codes = np.frombuffer("".join(passages[start : start + 256]).encode("utf-32-le"), dtype=np.uint32)
         counts += np.bincount(codes, minlength=len(counts))
     present = np.flatnonzero(counts)
     unlearnable = [ord(c) for c in (_BOUNDARY, SPACE_MARK, "\u2585")]
@@ -357,7 +386,7 @@ def _trainable(passages: Sequence[str], coverage: float, max_characters: int) ->
     by_frequency = np.argsort(-counts, kind="stable")
     covered = np.cumsum(counts[by_frequency])
     needed = int(np.searchsorted(covered, coverage * covered[-1])) + 1
-    kept = by_frequency[:min(needed, max_characters)]
+    kept = by_frequency[: min(needed, max_characters)]
     dropped = dict.fromkeys(np.setdiff1d(present, kept).tolist() + unlearnable, _BOUNDARY)
     return [passage.translate(dropped) for passage in passages]
 
@@ -395,4 +424,3 @@ def _write(directory: Path, name: str, data: bytes) -> None:
     partial = directory / f".{name}.{os.getpid()}"
     partial.write_bytes(data)
     os.replace(partial, directory / name)
-

@@ -19,7 +19,9 @@ def has_accelerator() -> bool:
     """Whether this machine shows a GPU or TPU that jax may use; asked without starting jax."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
-    return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd"))
+    return any(
+        glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
+    )
 
 
 def keep_freed_memory() -> bool:

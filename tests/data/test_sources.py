@@ -119,6 +119,7 @@ def test_zstandard_files_of_several_frames_read_like_plain_ones(tmp_path):
 def test_parquet_rows_are_documents(tmp_path):
     pytest.importorskip("pyarrow")
     from pyarrow import parquet, table
+
     rows = [f"{i} 中" for i in range(1000)]
     columns = {"id": list(range(1000)), "text": rows}
     parquet.write_table(table(columns), tmp_path / "a.parquet", row_group_size=300)
@@ -195,12 +196,15 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
     assert stats.empty == 2
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{oops", r"a\.jsonl:2 is not JSON"),
-    ('["text"]', r"a\.jsonl:2 is no JSON object but a list"),
-    ('{"body": "x", "id": 1}', r"'text' is missing in .*a\.jsonl:2, which has the fields body, id"),
-    ('{"text": 5}', r"data\.text_field = 'text' is a int in .*a\.jsonl:2, not a string"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{oops", r"a\.jsonl:2 is not JSON"),
+        ('["text"]', r"a\.jsonl:2 is no JSON object but a list"),
+        ('{"body": "x", "id": 1}', r"'text' is missing in .*a\.jsonl:2, which has the fields body, id"),
+        ('{"text": 5}', r"data\.text_field = 'text' is a int in .*a\.jsonl:2, not a string"),
+    ],
+)
 def test_a_bad_row_is_named_in_one_sentence(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line + "\n")
     with pytest.raises(UserError, match=message) as error:
@@ -210,8 +214,11 @@ def test_a_bad_row_is_named_in_one_sentence(tmp_path, line, message):
 
 def test_sources_that_hold_nothing_are_errors(tmp_path):
     (tmp_path / "empty").mkdir()
-    for source, message in [("absent.txt", "does not exist"), ("*.txt", "matches no file"),
-                            ("empty", "directory without text")]:
+    for source, message in [
+        ("absent.txt", "does not exist"),
+        ("*.txt", "matches no file"),
+        ("empty", "directory without text"),
+    ]:
         with pytest.raises(UserError, match=message):
             list_sources([str(tmp_path / source)])
     with pytest.raises(UserError, match=r"data\.sources is empty"):

@@ -76,7 +76,9 @@ def test_the_content_fingerprint_tells_tokens_and_document_borders_apart(tmp_pat
     for texts in (["ab", "c"], ["ab", "d"], ["a", "bc"], ["c", "ab"]):
         for i, text in enumerate(texts):
             (tmp_path / "c" / f"{i}.txt").write_text(text)
-        found.add(build_store(tmp_path / "s", list_sources([str(tmp_path / "c")]), BYTES).header.content_fingerprint)
+        found.add(
+            build_store(tmp_path / "s", list_sources([str(tmp_path / "c")]), BYTES).header.content_fingerprint
+        )
     assert len(found) == 4
 
 
@@ -235,15 +237,19 @@ def test_a_failed_rebuild_leaves_the_store_that_was_there(store, corpus):
 
 
 def test_a_killed_builder_leaves_nothing_that_opens_and_is_cleaned_up_later(corpus, tmp_path):
-    code = ("import os, signal, sys\n"
-            "import llmjax.data.store as s\n"
-            "from llmjax.data.sources import list_sources\n"
-            "from llmjax.data.tokenizer import ByteTokenizer\n"
-            "s._write_header = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "s.build_store(sys.argv[2], list_sources([sys.argv[1]]), ByteTokenizer())\n")
+    code = (
+        "import os, signal, sys\n"
+        "import llmjax.data.store as s\n"
+        "from llmjax.data.sources import list_sources\n"
+        "from llmjax.data.tokenizer import ByteTokenizer\n"
+        "s._write_header = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "s.build_store(sys.argv[2], list_sources([sys.argv[1]]), ByteTokenizer())\n"
+    )
     root = Path(llmjax.data.store.__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, str(corpus), str(tmp_path / "store")],
-                          env={**os.environ, "PYTHONPATH": str(root)})
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(corpus), str(tmp_path / "store")],
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     assert done.returncode == -9
     left = next(tmp_path.glob("store.building-*"))
     for path in (tmp_path / "store", left):
@@ -275,13 +281,16 @@ def test_rebuilding_replaces_the_store_and_concurrent_builders_agree(corpus, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "store"]
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda d: (d / "header.json").unlink(), "no readable header"),
-    (lambda d: (d / "header.json").write_text("{"), "no readable header"),
-    (lambda d: (d / "header.json").write_text('{"format_version": 99}'), "format 99"),
-    (lambda d: (d / "tokens-00000.bin").write_bytes(b"xx"), r"damaged \(tokens-00000.bin has 2 bytes"),
-    (lambda d: (d / "starts.bin").unlink(), r"damaged \(starts.bin has 0 bytes"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda d: (d / "header.json").unlink(), "no readable header"),
+        (lambda d: (d / "header.json").write_text("{"), "no readable header"),
+        (lambda d: (d / "header.json").write_text('{"format_version": 99}'), "format 99"),
+        (lambda d: (d / "tokens-00000.bin").write_bytes(b"xx"), r"damaged \(tokens-00000.bin has 2 bytes"),
+        (lambda d: (d / "starts.bin").unlink(), r"damaged \(starts.bin has 0 bytes"),
+    ],
+)
 def test_a_damaged_store_is_refused(store, damage, message):
     damage(store.directory)
     with pytest.raises(UserError, match=message) as error:

@@ -18,12 +18,32 @@ from llmjax.data.tokenizer import (
 from llmjax.errors import UserError
 
 NASTY = [
-    "", " ", "   ", "\n", "\r\n", "\t\t x\r", "a\0b\0", "▁", "▁▁a ▁ b▁", "a▁", "<s>", "</s><pad><unk><mask>",
-    "<reserved_0>", "<0x0A>", "<0xE2><0x96><0x81>",
-    "👩‍👩‍👧 é e\u0301 ﬁ Ａ ①", "中文，标点。\n　　段落", "\ufeffx\ufeff",
-    "\ufffe\uffff\U0010ffff\u2028\u0085", "▅ ⁇ \ufffd", "def f(x):\n    return  x  # 注释\n\n\n",
-    " leading", "trailing ",
-    "1234567890", "\x01\x1f\x7f", "عربى עברית हिन्दी ไทย",
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\r\n",
+    "\t\t x\r",
+    "a\0b\0",
+    "▁",
+    "▁▁a ▁ b▁",
+    "a▁",
+    "<s>",
+    "</s><pad><unk><mask>",
+    "<reserved_0>",
+    "<0x0A>",
+    "<0xE2><0x96><0x81>",
+    "👩‍👩‍👧 é e\u0301 ﬁ Ａ ①",
+    "中文，标点。\n　　段落",
+    "\ufeffx\ufeff",
+    "\ufffe\uffff\U0010ffff\u2028\u0085",
+    "▅ ⁇ \ufffd",
+    "def f(x):\n    return  x  # 注释\n\n\n",
+    " leading",
+    "trailing ",
+    "1234567890",
+    "\x01\x1f\x7f",
+    "عربى עברית हिन्दी ไทย",
 ]
 
 
@@ -115,7 +135,10 @@ def test_saved_and_pickled_tokenizers_are_the_same(tokenizer, tmp_path):
         assert copy.fingerprint == tokenizer.fingerprint
         assert [copy.encode(t) for t in NASTY] == [tokenizer.encode(t) for t in NASTY]
         assert (copy.pad_id, copy.mask_id, copy.reserved_ids) == (
-            tokenizer.pad_id, tokenizer.mask_id, tokenizer.reserved_ids)
+            tokenizer.pad_id,
+            tokenizer.mask_id,
+            tokenizer.reserved_ids,
+        )
 
 
 def test_special_ids_stand_at_the_front(bpe):
@@ -191,13 +214,16 @@ def test_too_little_text_for_any_vocabulary_says_so():
         train_tokenizer(TokenizerConfig(), [])
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"kind": "wordpiece"}, "tokenizer.kind = 'wordpiece'"),
-    ({"vocab_size": 100}, "tokenizer.vocab_size = 100 leaves no room"),
-    ({"train_bytes": 0}, "tokenizer.train_bytes = 0"),
-    ({"character_coverage": 1.5}, "tokenizer.character_coverage = 1.5"),
-    ({"num_reserved": -1}, "tokenizer.num_reserved = -1"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": "wordpiece"}, "tokenizer.kind = 'wordpiece'"),
+        ({"vocab_size": 100}, "tokenizer.vocab_size = 100 leaves no room"),
+        ({"train_bytes": 0}, "tokenizer.train_bytes = 0"),
+        ({"character_coverage": 1.5}, "tokenizer.character_coverage = 1.5"),
+        ({"num_reserved": -1}, "tokenizer.num_reserved = -1"),
+    ],
+)
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         TokenizerConfig(**change)
@@ -205,8 +231,11 @@ def test_impossible_settings_are_refused(change, message):
 
 def test_a_path_that_holds_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "junk.model").write_bytes(b"junk")
-    for path, message in [("absent.model", "is no tokenizer"), (".", "is no tokenizer"),
-                          ("junk.model", "cannot be read")]:
+    for path, message in [
+        ("absent.model", "is no tokenizer"),
+        (".", "is no tokenizer"),
+        ("junk.model", "cannot be read"),
+    ]:
         with pytest.raises(UserError, match=f"tokenizer.path = .*{message}"):
             load_tokenizer(tmp_path / path)
 
@@ -229,6 +258,7 @@ def test_the_byte_tokenizer_is_its_specials_and_256_bytes():
 
 def test_mistral_is_lossless_without_its_dummy_prefix(shared_data):
     import sentencepiece
+
     path = shared_data / "tokenizers/spm/mistral_v1.model"
     tokenizer = load_tokenizer(path)
     original = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -248,6 +278,7 @@ def test_mistral_is_lossless_without_its_dummy_prefix(shared_data):
 @pytest.mark.parametrize("name, pad, bos, eos", [("t5_32k", 0, 0, 1), ("google_test_model", 0, 1, 2)])
 def test_models_that_normalize_say_so_and_decode_as_sentencepiece_does(shared_data, name, pad, bos, eos):
     import sentencepiece
+
     path = shared_data / f"tokenizers/spm/{name}.model"
     tokenizer = load_tokenizer(path)
     original = sentencepiece.SentencePieceProcessor(model_file=str(path))
