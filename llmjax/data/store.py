@@ -329,6 +329,8 @@ def _put_in_place(partial: Path, directory: Path) -> None:
     try:
         os.replace(partial, directory)
     except OSError:
+        if _is_same(partial, directory):
+            return  # another builder was faster, and may be reading it by now
         aside = Path(tempfile.mkdtemp(prefix=f"{directory.name}.building-", dir=directory.parent))
         with contextlib.suppress(FileNotFoundError):  # another builder did the same a moment ago
             os.replace(directory, aside)
@@ -336,6 +338,14 @@ def _put_in_place(partial: Path, directory: Path) -> None:
             os.replace(partial, directory)
         shutil.rmtree(aside, ignore_errors=True)
     _sync_directory(directory.parent)
+
+
+def _is_same(partial: Path, directory: Path) -> bool:
+    """Whether `directory` holds, whole, what was just built beside it."""
+    try:
+        return _read_header(partial) == _read_header(directory)
+    except UserError:
+        return False
 
 
 def _remove_stale(directory: Path) -> None:
