@@ -24,6 +24,7 @@ ORDER = [
     "plan",
     "terminal",
     "workdir",
+    "flags",
     "modes",
     "main",
 ]
@@ -40,7 +41,7 @@ ALONE = {  # library -> the files or rooms that may import it
     "sentencepiece": ["data/tokenizer.py"],
     "flax": ["nn/", "models/"],
     "tensorboardX": ["train/metrics.py"],
-    "ml_collections": ["main.py"],
+    "ml_collections": ["flags.py"],
     "torch": [],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

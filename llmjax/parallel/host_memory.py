@@ -27,9 +27,9 @@ def has_accelerator() -> bool:
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory for the next allocation; True where that worked.
 
-    One arena for all threads, no blocks outside of it, and nothing handed back: the process stays at its peak size. To be
-    called before jax starts its threads, which would have arenas of their own by then. Elsewhere than on Linux with glibc
-    nothing happens.
+    One arena for all threads, no blocks outside of it, and nothing handed back: the process stays at its peak size.
+    To be called before jax starts its threads, which would have arenas of their own by then. Elsewhere than on
+    Linux with glibc nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -26,7 +26,7 @@ def packed(lengths_B, T):
     for row, lengths in enumerate(lengths_B):
         at = 0
         for i, n in enumerate(lengths):
-            segments[row, at:at + n], positions[row, at:at + n] = i + 1, np.arange(n)
+            segments[row, at : at + n], positions[row, at : at + n] = i + 1, np.arange(n)
             at += n
     return jnp.asarray(segments), jnp.asarray(positions)
 

@@ -96,16 +96,23 @@ def test_bfloat16_inputs_keep_float32_sums_and_their_own_gradient_dtype():
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.bfloat16]
     wanted_sums, wanted = expected(inputs)
     assert_equal(loss, wanted_sums[0])
-    assert_equal(jax.tree.map(lambda x: x.astype(jnp.float32), gradients),
-                 jax.tree.map(lambda x: x.astype(jnp.float32), wanted), 2.0**-6)
+    assert_equal(
+        jax.tree.map(lambda x: x.astype(jnp.float32), gradients),
+        jax.tree.map(lambda x: x.astype(jnp.float32), wanted),
+        2.0**-6,
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), (2, 1, 2, 2)])
 def test_sums_and_gradients_do_not_depend_on_the_mesh(shape):
     mesh = jax.make_mesh(shape, ("data", "fsdp", "seq", "tensor"), axis_types=(AxisType.Auto,) * 4)
     keys = jax.random.split(jax.random.key(1), 4)
-    inputs = (jax.random.normal(keys[0], (8, T, D)), jax.random.normal(keys[1], (V, D)),
-              jax.random.randint(keys[2], (8, T), 0, V), jax.random.uniform(keys[3], (8, T)))
+    inputs = (
+        jax.random.normal(keys[0], (8, T, D)),
+        jax.random.normal(keys[1], (V, D)),
+        jax.random.randint(keys[2], (8, T), 0, V),
+        jax.random.uniform(keys[3], (8, T)),
+    )
     rows = ("data", "fsdp")
     specs = (P(rows, "seq", None), P("tensor", "fsdp"), P(rows, "seq"), P(rows, "seq"))
     sharded = tuple(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(inputs, specs, strict=True))
@@ -120,8 +127,10 @@ def test_a_sharded_walk_communicates_outside_the_loop_only():
     specs = (P(rows, "seq", None), P(), P(rows, "seq"), P(rows, "seq"))
     shapes = ((8, 16, D), (V, D), (8, 16), (8, 16))
     dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
-    inputs = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, p))
-              for s, d, p in zip(shapes, dtypes, specs, strict=True)]
+    inputs = [
+        jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, p))
+        for s, d, p in zip(shapes, dtypes, specs, strict=True)
+    ]
 
     def loss(h, w, targets, weights):
         return softmax_cross_entropy(h, w, targets, weights, chunk=4, shards=(4, 2)).loss

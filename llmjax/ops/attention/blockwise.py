@@ -32,8 +32,15 @@ class _Stripe(NamedTuple):
     k_end: int
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, scale: float | None = None,
-           block: int = 128) -> jax.Array:
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    block: int = 128,
+) -> jax.Array:
     """out_BTNH, in the dtype of q, equal to `full.attend`. Scores and softmax are float32.
 
     N must be a multiple of K; `scale` defaults to H ** -0.5; `block` queries are in work at a time. T and S
@@ -76,7 +83,7 @@ def _by_block(block: int, function, carry, *arrays: tuple[jax.Array, int]):
     count = arrays[0][0].shape[arrays[0][1]] // block
     if count == 1:
         return function(carry, *(x for x, _ in arrays))
-    cut = [jnp.moveaxis(x.reshape(*x.shape[:a], count, block, *x.shape[a + 1:]), a, 0) for x, a in arrays]
+    cut = [jnp.moveaxis(x.reshape(*x.shape[:a], count, block, *x.shape[a + 1 :]), a, 0) for x, a in arrays]
     carry, outs = jax.lax.scan(lambda c, xs: function(c, *xs), carry, cut)
     join = lambda y: jnp.moveaxis(y, 0, 3).reshape(*y.shape[1:4], count * block, *y.shape[5:])  # noqa: E731
     return carry, jax.tree.map(join, outs)
@@ -91,8 +98,8 @@ def _forward(settings, q_BKGTH, k_BKSH, v_BKSH, rows, columns):
     scale, block = settings[:2]
     parts = []
     for s in _stripes(q_BKGTH.shape[3], k_BKSH.shape[2], settings):
-        k, v = k_BKSH[:, :, s.k_first:s.k_end], v_BKSH[:, :, s.k_first:s.k_end]
-        keys = tuple(x[:, s.k_first:s.k_end] for x in columns)
+        k, v = k_BKSH[:, :, s.k_first : s.k_end], v_BKSH[:, :, s.k_first : s.k_end]
+        keys = tuple(x[:, s.k_first : s.k_end] for x in columns)
 
         def one(carry, q, segments, positions, k=k, v=v, keys=keys):
             visible = _visible(settings, (segments, positions), keys)
@@ -120,10 +127,12 @@ def _backward(settings, saved, dout_BKGTH):
     q_BKHGT, dout_BKHGT = q_BKGTH.transpose(0, 1, 4, 2, 3), dout_BKGTH.transpose(0, 1, 4, 2, 3)
     dqs, dks, dvs = [], [], []
     for s in stripes:
-        k, v = k_BKSH[:, :, s.k_first:s.k_end], v_BKSH[:, :, s.k_first:s.k_end]
-        keys = tuple(x[:, s.k_first:s.k_end] for x in columns)
+        k, v = k_BKSH[:, :, s.k_first : s.k_end], v_BKSH[:, :, s.k_first : s.k_end]
+        keys = tuple(x[:, s.k_first : s.k_end] for x in columns)
 
-        def one(carry, q, dout, q_t, dout_t, delta, largest, log_total, segments, positions, k=k, v=v, keys=keys):
+        def one(
+            carry, q, dout, q_t, dout_t, delta, largest, log_total, segments, positions, k=k, v=v, keys=keys
+        ):
             visible = _visible(settings, (segments, positions), keys)
             weights = jnp.where(visible, jnp.exp(_scores(q, k, scale) - largest - log_total), 0.0)
             dscores = (weights * (_scores(dout, v, 1.0) - delta) * scale).astype(q.dtype)
@@ -174,8 +183,11 @@ def _sum_keys(parts: list[jax.Array], stripes: list[_Stripe]) -> jax.Array:
     """The sum of arrays whose last axis covers a stripe's keys. Every bound is a stripe's end."""
     pieces, first = [], 0
     for end in sorted({s.k_end for s in stripes}):
-        covering = [p[..., first - s.k_first:end - s.k_first] for p, s in zip(parts, stripes, strict=True)
-                    if s.k_first <= first and end <= s.k_end]
+        covering = [
+            p[..., first - s.k_first : end - s.k_first]
+            for p, s in zip(parts, stripes, strict=True)
+            if s.k_first <= first and end <= s.k_end
+        ]
         pieces.append(functools.reduce(jnp.add, covering))
         first = end
     return jnp.concatenate(pieces, axis=-1)

@@ -1,0 +1,155 @@
+"""What the command line says: flags, a config file or the config of a run, and --config.KEY=VALUE over it.
+
+Everything is read before jax is imported, so that a mistake is answered at once and in one sentence.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import pathlib
+import re
+import runpy
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from llmjax.errors import UserError
+from llmjax.workdir import saved_config
+
+MODES = ("train", "evaluate", "generate", "plan")
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
+    """The flags of `argv`, and the config with every --config.KEY=VALUE set; UserError for what is not understood."""
+    words, overrides = _split(argv)
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "path of a config file", flag_values=values)
+    flags.DEFINE_string("workdir", None, "where everything of a run is written and found", flag_values=values)
+    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "generate: a text to continue", flag_values=values)
+    flags.DEFINE_string("prompt_file", None, "generate: a file with one prompt a line", flag_values=values)
+    flags.DEFINE_string("checkpoint", "latest", "latest, best or an update number", flag_values=values)
+    try:
+        rest = values(words)
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if len(rest) > 1:
+        raise UserError(f"the argument {rest[1]!r} is not a flag; write --name=value")
+    config = load_config(values.config, values.workdir)
+    for key, texts in overrides.items():
+        set_key(config, key, texts)
+    return values, config
+
+
+def load_config(path: str | None, workdir: str | None) -> dict[str, Any]:
+    """What get_config() of the file `path` gives, or without one the config of the run in `workdir`."""
+    if path is None:
+        saved = saved_config(pathlib.Path(workdir)) if workdir else None
+        if saved is None:
+            where = f"--workdir={workdir} holds no config.json and " if workdir else ""
+            raise UserError(f"{where}--config is not given; try --config=configs/base.py")
+        return saved
+    file, *arguments = path.split(":", 1)
+    if not pathlib.Path(file).is_file():
+        raise UserError(
+            f"--config={path} does not exist; give the path of a config file, such as configs/base.py"
+        )
+    try:
+        config = runpy.run_path(file)["get_config"](*arguments)
+    except Exception as error:  # a config file is Python: whatever can go wrong in it
+        if unknown := re.search('Key "(.+?)" does not exist(?:.*Did you mean "(.+?)")?', str(error), re.S):
+            key, close = unknown.groups()
+            hint = f"; did you mean {close!r}?" if close else ""
+            raise UserError(f"--config={path} sets the key {key!r}, which is not known{hint}") from None
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"--config={path} fails with {type(error).__name__} ({text}); correct the file"
+        ) from None
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(
+            f"get_config() of --config={path} returns a {kind}; return the ConfigDict of configs/base.py"
+        )
+    return config.to_dict()
+
+
+def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
+    """Sets `key`, section.name, to what `texts` mean as a value of its type: the last of them, of a list all."""
+    keys = [*config]
+    for section, values in config.items():
+        keys += [f"{section}.{name}" for name in values] if isinstance(values, dict) else []
+    if key not in keys:
+        close = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+        close += difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        hint = f"did you mean --config.{close[0]}?" if close else "configs/base.py lists every key"
+        raise UserError(f"--config.{key} is not known; {hint}")
+    section, _, name = key.rpartition(".")
+    values = config[section] if section else config
+    if isinstance(values[name], dict):
+        raise UserError(
+            f"--config.{key} is a section; set its keys, such as --config.{key}.{next(iter(values[name]))}"
+        )
+    values[name] = _value(values[name], key, texts)
+
+
+def _value(old: object, key: str, texts: Sequence[str]) -> object:
+    if isinstance(old, list | tuple):
+        return tuple(part for text in texts for part in _strings(text))
+    text = texts[-1]
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        return type(old)(text)
+    except (KeyError, ValueError):
+        rule = {bool: "true or false", int: "a whole number", float: "a number"}[type(old)]
+        raise UserError(
+            f"--config.{key}={text} is not {rule}; give one, such as {str(old).lower()}"
+        ) from None
+
+
+def _strings(text: str) -> tuple[str, ...]:
+    """Of ('a', 'b') its parts, else `text` alone."""
+    try:
+        parsed = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return (text,)
+    return tuple(map(str, parsed)) if isinstance(parsed, list | tuple) else (text,)
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The words that are not --config.KEY=VALUE or --config.KEY VALUE, and the values of those that are, by key."""
+    words, overrides = [], {}
+    rest = iter(argv)
+    for word in rest:
+        match = re.fullmatch(r"--?config\.([^=]*)(=?)(.*)", word, re.S)
+        if match is None:
+            words.append(word)
+            continue
+        key, equals, text = match.groups()
+        if not equals and (text := next(rest, "--")).startswith("--"):
+            raise UserError(f"{word} has no value; write {word}=VALUE")
+        overrides.setdefault(key, []).append(text)
+    return words, overrides
+
+
+def name_of(config_path: str) -> str:
+    """base for configs/base.py: where a run goes without --workdir."""
+    return pathlib.Path(config_path.split(":")[0]).stem
+
+
+def read_prompts(values: flags.FlagValues) -> list[str]:
+    """The prompts of --prompt and of --prompt_file, in this order."""
+    prompts = list(values.prompt)
+    if values.prompt_file is not None:
+        path = pathlib.Path(values.prompt_file)
+        if not path.is_file():
+            raise UserError(f"--prompt_file={path} does not exist; give a text file with one prompt a line")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt_file={path} is not UTF-8 at byte {error.start}; correct it") from None
+        prompts += [line for line in text.split("\n") if line]
+    return prompts
