@@ -51,7 +51,7 @@ class LossSums:
 
     loss     float32 [], sum of weight * loss
     weight   float32 [], sum of weights
-    metrics  dict of float32 [], further sums over the same tokens (for example `correct`)
+    metrics  dict of float32 [], further sums over the same tokens (`accuracy`: the weight of correct targets)
     """
 
     loss: Array

@@ -139,7 +139,7 @@ def test_evaluation_is_deterministic_and_leaves_z_loss_out():
     sums = program.eval_step(params, batch)
     np.testing.assert_allclose(sums.loss, plain.eval_step(params, batch).loss, rtol=1e-6)
     np.testing.assert_allclose(sums.weight, batch.weights.sum(), rtol=1e-6)
-    assert dataclasses.replace(sums).metrics["correct"] >= 0
+    assert dataclasses.replace(sums).metrics["accuracy"] >= 0
 
 
 def test_one_compile_serves_the_run_and_the_state_keeps_its_place():

@@ -167,6 +167,14 @@ def test_neither_config_nor_workdir_says_what_to_try(tmp_path, capsys):
     assert f"--workdir={tmp_path} holds no config.json and --config is not given" in sentence
 
 
+def test_a_cache_that_is_a_file_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused = refuse(
+        capsys, tiny_run.command(folder, f"--workdir={tmp_path / 'run'}", data__cache_dir=tmp_path / "file")
+    )
+    assert str(tmp_path / "file") in refused and "give another path" in refused
+
+
 def test_a_workdir_that_is_a_file_is_refused(folder, capsys):
     sentence = refuse(capsys, command(folder, f"--workdir={folder / 'short.txt'}"))
     assert "short.txt is a file" in sentence

@@ -39,12 +39,12 @@ def softmax_cross_entropy(
     shards    over how many devices B and T are split: each walks its own tokens and sums its own gradient of
               w_VD, which is added up once. Wrong figures cost communication, never correctness
 
-    The weight is that of all targets; metrics: `correct`, the weight of targets that no logit exceeds.
+    The weight is that of all targets; metrics: `accuracy`, the weight of targets that no logit exceeds.
     Gradients reach `hidden_BTD` and `w_VD` through `loss` alone; nothing reaches `weights_BT`.
     """
     settings = (float(softcap), float(z_loss), int(chunk), tuple(shards))
     loss, correct = _sums(settings, hidden_BTD, w_VD, targets_BT, weights_BT)
-    return LossSums(loss, jnp.sum(weights_BT), {"correct": jax.lax.stop_gradient(correct)})
+    return LossSums(loss, jnp.sum(weights_BT), {"accuracy": jax.lax.stop_gradient(correct)})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

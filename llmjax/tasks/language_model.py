@@ -16,7 +16,7 @@ def make_loss(
 ) -> Callable[..., LossSums]:
     """`loss(params, batch, rng) -> LossSums`; rng None means deterministic.
 
-    metrics: `correct`, the summed weight of targets that are the most likely token. z_loss enters training only: with
+    metrics: `accuracy`, the summed weight of targets that are the most likely token. z_loss enters training only: with
     rng None the sum is the plain cross-entropy. `shards`: over how many devices B and T are split.
     """
 

@@ -95,7 +95,7 @@ def _has_width() -> bool:
 def format_count(number: float) -> str:
     """Three digits and a unit: 12.3k, 1.23M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if number >= 0.9995 * size:  # what rounds to 1000 of the smaller unit is 1 of this
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 

@@ -14,7 +14,7 @@ from llmjax.types import LossSums
 
 
 def sums(loss, weight, correct=0.0):
-    return LossSums(jnp.float32(loss), jnp.float32(weight), {"correct": jnp.float32(correct)})
+    return LossSums(jnp.float32(loss), jnp.float32(weight), {"accuracy": jnp.float32(correct)})
 
 
 def scored(batches, num_bytes=100):
@@ -26,7 +26,7 @@ def test_uneven_batches_are_not_averaged_by_batch():
     assert results["loss"] == 32 / 12
     assert results["perplexity"] == pytest.approx(math.exp(32 / 12))
     assert results["bits_per_byte"] == pytest.approx(32 / math.log(2) / 64)
-    assert results["correct"] == 6 / 12
+    assert results["accuracy"] == 6 / 12
 
 
 def test_how_the_targets_are_cut_into_batches_does_not_matter():

@@ -39,7 +39,7 @@ def sums_and_gradients(inputs, **settings):
         return 3.0 * sums.loss, sums
 
     (_, sums), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*inputs[:2])
-    return (sums.loss, sums.weight, sums.metrics["correct"]), gradients
+    return (sums.loss, sums.weight, sums.metrics["accuracy"]), gradients
 
 
 def expected(inputs, **settings):
@@ -71,7 +71,7 @@ def test_softcap_and_z_loss_and_their_gradients_are_exact(settings):
 def test_sums_without_gradients_equal_those_with():
     inputs = make_inputs()
     sums = jax.jit(lambda *x: softmax_cross_entropy(*x, chunk=8))(*inputs)
-    assert_equal((sums.loss, sums.weight, sums.metrics["correct"]), sums_and_gradients(inputs, chunk=8)[0])
+    assert_equal((sums.loss, sums.weight, sums.metrics["accuracy"]), sums_and_gradients(inputs, chunk=8)[0])
 
 
 def test_logits_too_large_for_exp_give_finite_sums_and_gradients():

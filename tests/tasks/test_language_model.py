@@ -102,5 +102,5 @@ def test_correct_counts_the_likeliest_targets(packed):
     logits_BTV = jax.jit(lambda p: program.model.logits(p, program.model.apply(p, batch)))(params)
     expected = (np.argmax(logits_BTV, -1) == batch.targets) * batch.weights
     sums = program.eval_step(params, batch)
-    assert float(sums.metrics["correct"]) == expected.sum()
+    assert float(sums.metrics["accuracy"]) == expected.sum()
     assert float(sums.weight) == batch.weights.sum()

@@ -61,7 +61,7 @@ def micro_step(state, x_BT):
     metrics = {
         "loss": loss,
         "weight": jnp.float32(x_BT.size - 4),
-        "correct": jnp.float32(8.0),
+        "accuracy": jnp.float32(8.0),
         "grad_norm": jnp.linalg.norm(total),
         "learning_rate": jnp.float32(1e-3),
         "is_update": ends.astype(jnp.float32),
@@ -158,17 +158,17 @@ def test_the_record_has_a_line_for_every_update_and_evaluation(whole):
     assert first["tokens"] == STEPS * SIZE * LENGTH
     assert first["packing_efficiency"] == (SIZE * LENGTH - 4) / (SIZE * LENGTH)
     assert first["accumulation_steps"] == STEPS and "mfu" not in first and "weight" not in first
-    assert first["correct"] == 16 / (2 * (SIZE * LENGTH - 4))
+    assert first["accuracy"] == 16 / (2 * (SIZE * LENGTH - 4))
     seconds = [line["seconds"] for line in record]
     assert seconds == sorted(seconds)
 
 
 def test_the_loss_is_the_sum_over_micro_steps_divided_once():
     steps = [
-        {"loss": 1.0, "weight": 1.0, "correct": 1.0, "grad_norm": 0.0, "learning_rate": 0.1},
-        {"loss": 90.0, "weight": 9.0, "correct": 3.0, "grad_norm": 5.0, "learning_rate": 0.1},
+        {"loss": 1.0, "weight": 1.0, "accuracy": 1.0, "grad_norm": 0.0, "learning_rate": 0.1},
+        {"loss": 90.0, "weight": 9.0, "accuracy": 3.0, "grad_norm": 5.0, "learning_rate": 0.1},
     ]
-    expected = {"loss": 9.1, "correct": 0.4, "grad_norm": 5.0, "learning_rate": 0.1}
+    expected = {"loss": 9.1, "accuracy": 0.4, "grad_norm": 5.0, "learning_rate": 0.1}
     assert mean_metrics(steps) == expected  # a mean of means would be 5.5
 
 

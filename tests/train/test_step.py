@@ -34,7 +34,7 @@ def loss_fn(params, batch, rng):
     correct = jnp.sum(batch.weights * (logits.argmax(-1) == batch.targets))
     draw = jnp.float32(-1.0) if rng is None else jax.random.uniform(rng)
     return LossSums(
-        -jnp.sum(batch.weights * log_probs), jnp.sum(batch.weights), {"correct": correct, "draw": draw}
+        -jnp.sum(batch.weights * log_probs), jnp.sum(batch.weights), {"accuracy": correct, "draw": draw}
     )
 
 
@@ -92,10 +92,10 @@ def test_metrics_are_sums_and_say_when_an_update_ends():
     first = loss_fn(setup.state.params, batches[0], None)
     metrics = setup.run(batches)
     assert set(metrics[0]) == {
-        "loss", "weight", "correct", "draw", "grad_norm", "learning_rate", "is_update", "nonfinite",
+        "loss", "weight", "accuracy", "draw", "grad_norm", "learning_rate", "is_update", "nonfinite",
     }  # fmt: skip
     np.testing.assert_allclose(metrics[0]["loss"], first.loss, rtol=1e-6)
-    assert metrics[0]["correct"] == first.metrics["correct"]
+    assert metrics[0]["accuracy"] == first.metrics["accuracy"]
     assert [m["weight"] for m in metrics] == [batch.weights.sum() for batch in batches]
     assert [m["is_update"] for m in metrics] == [0, 1, 0, 1]
     assert [m["grad_norm"] > 0 for m in metrics] == [False, True, False, True]
