@@ -2,6 +2,9 @@
 
     python -m llmjax.main --config=configs/base.py
 
+Ends at 1.53 bits per byte of held-out text (gzip 1.99, xz 1.76) after 3.5 minutes on 2 cores of an AMD EPYC, at 9
+thousand tokens per second (2026-11-23, Python 3.11, whose library is the text).
+
 Other configs are short diffs over this one. Any key can be set on the command line, for example
 `--config.model.num_layers=8`. A 0 or an empty string means "derived" where the comment says so.
 """

@@ -1,4 +1,4 @@
-"""Draws loss.png from results.csv: `pip install matplotlib`, then `python experiments/2026-11-base-optimizer/plot.py`."""
+"""Draws loss.png from results.csv: `pip install matplotlib`, then run this file."""
 
 import csv
 import itertools
