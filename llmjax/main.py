@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"llmjax: {error}", file=sys.stderr)
         return 2
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        print(f"llmjax: {error.filename} cannot be used ({error.strerror}); give another path", file=sys.stderr)
+        print(
+            f"llmjax: {error.filename} cannot be used ({error.strerror}); give another path", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("\nllmjax: interrupted", file=sys.stderr)
