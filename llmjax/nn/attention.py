@@ -9,7 +9,7 @@ import jax
 
 from llmjax.nn.cache import write
 from llmjax.nn.config import ModelConfig
-from llmjax.nn.layers import Norm, matrix, product, vector
+from llmjax.nn.layers import Norm, add_bias, matrix, product
 from llmjax.ops import rope
 from llmjax.ops.attention.mask import Mask
 from llmjax.parallel.rules import Layout
@@ -47,18 +47,9 @@ class Attention(nn.Module):
             for w in (wq_DNH, wk_DKH, wv_DKH)
         )
         if c.use_bias:
-            q_BTNH = (
-                q_BTNH
-                + vector(self, "q_bias", (N, H), ("heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
-            )
-            k_BTKH = (
-                k_BTKH
-                + vector(self, "k_bias", (K, H), ("kv_heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
-            )
-            v_BTKH = (
-                v_BTKH
-                + vector(self, "v_bias", (K, H), ("kv_heads", "head_dim"), 0.0).astype(c.dtype)[None, None]
-            )
+            q_BTNH = add_bias(self, "q_bias", q_BTNH, ("heads", "head_dim"))
+            k_BTKH = add_bias(self, "k_bias", k_BTKH, ("kv_heads", "head_dim"))
+            v_BTKH = add_bias(self, "v_bias", v_BTKH, ("kv_heads", "head_dim"))
         if c.qk_norm:
             q_BTNH = Norm("rmsnorm", c.norm_eps, name="q_norm")(q_BTNH)
             k_BTKH = Norm("rmsnorm", c.norm_eps, name="k_norm")(k_BTKH)
@@ -73,5 +64,5 @@ class Attention(nn.Module):
         out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask)
         out_BTD = product(out_BTNH.reshape(B, T, N * H), wo_DNH.reshape(D, N * H).T, self.layout)
         if c.use_bias:
-            out_BTD = out_BTD + vector(self, "out_bias", (D,), (None,), 0.0).astype(c.dtype)[None, None]
+            out_BTD = add_bias(self, "out_bias", out_BTD, (None,))
         return self.layout.constrain(out_BTD, "batch", "length", None), (k_BTKH, v_BTKH)

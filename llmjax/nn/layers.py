@@ -32,6 +32,11 @@ def vector(
     )
 
 
+def add_bias(module: nn.Module, name: str, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """x [B, T, ...] plus a bias of its trailing dimensions, which `axes` name."""
+    return x + vector(module, name, x.shape[2:], axes, 0.0).astype(x.dtype)[None, None]
+
+
 def product(x_BTX: jax.Array, w_XY: jax.Array, layout: Layout) -> jax.Array:
     """x @ w, with all tokens in one dimension unless `seq` splits them.
 
@@ -81,7 +86,7 @@ class MLP(nn.Module):
         w_down_DF = matrix(self, "w_down_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), out_std, c.dtype)
         up_BTF = product(x_BTD, w_up_DF, self.layout)
         if c.use_bias:
-            up_BTF = up_BTF + vector(self, "up_bias", (c.mlp_dim,), ("mlp",), 0.0).astype(c.dtype)[None, None]
+            up_BTF = add_bias(self, "up_bias", up_BTF, ("mlp",))
         if c.activation == "swiglu":
             w_gate_DF = matrix(self, "w_gate_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
             h_BTF = jax.nn.silu(product(x_BTD, w_gate_DF, self.layout)) * up_BTF
@@ -92,7 +97,5 @@ class MLP(nn.Module):
         h_BTF = self.layout.constrain(h_BTF, "batch", "length", "mlp")
         out_BTD = product(h_BTF, w_down_DF.T, self.layout)
         if c.use_bias:
-            out_BTD = (
-                out_BTD + vector(self, "down_bias", (c.model_dim,), (None,), 0.0).astype(c.dtype)[None, None]
-            )
+            out_BTD = add_bias(self, "down_bias", out_BTD, (None,))
         return self.layout.constrain(out_BTD, "batch", "length", None)
