@@ -307,7 +307,10 @@ def finish(
     if result.position.evaluation is not None:
         results = describe_results(result.position.evaluation) | describe_compression(corpus)
     sample = last_sample(workdir / "samples.md")
-    following = commands(workdir, config.train.num_updates)
+    opening = (
+        sample[0].strip().split("\n")[0][:20] if sample and config.data.sources != ("stdlib",) else "import "
+    )
+    following = commands(workdir, config.train.num_updates, opening)
     write_json(
         workdir / "summary.json",
         {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},

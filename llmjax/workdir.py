@@ -69,7 +69,7 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}\n"
 
 
-def commands(workdir: pathlib.Path, num_updates: int) -> dict[str, str]:
+def commands(workdir: pathlib.Path, num_updates: int, prompt: str) -> dict[str, str]:
     """Label -> the shell command that goes on from the run in `workdir`."""
     python = pathlib.Path(sys.executable)
     here = pathlib.Path.cwd()
@@ -79,6 +79,6 @@ def commands(workdir: pathlib.Path, num_updates: int) -> dict[str, str]:
         "resume": run,
         "train on": f"{run} --config.train.num_updates={2 * num_updates}",
         "evaluate": f"{run} --mode=evaluate",
-        "generate": f"{run} --mode=generate --prompt='import '",
+        "generate": f"{run} --mode=generate --prompt={shlex.quote(prompt)}",
         "report": f"{shlex.quote(str(python))} -m webbrowser {shlex.quote(str(workdir / 'report.html'))}",
     }

@@ -74,11 +74,12 @@ def test_samples_are_added_and_those_made_again_are_replaced(tmp_path):
 
 def test_the_commands_can_be_pasted_into_a_shell(tmp_path):
     workdir = tmp_path / "a name"
-    texts = commands(workdir, 400)
+    texts = commands(workdir, 400, "it's")
     assert set(texts) == {"resume", "train on", "evaluate", "generate", "report"}
     for label in ("resume", "train on", "evaluate", "generate"):
         words = shlex.split(texts[label])
         assert words[1:4] == ["-m", "llmjax.main", f"--workdir={workdir}"], label
     assert "--config.train.num_updates=800" in texts["train on"]
     assert shlex.split(texts["report"])[-1] == str(workdir / "report.html")
+    assert shlex.split(texts["generate"])[-1] == "--prompt=it's"
     assert json.dumps(texts)
