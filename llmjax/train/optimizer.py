@@ -168,7 +168,7 @@ def decay_mask(params: Params) -> Params:
 def muon_dimensions(name: str, ndim: int) -> MuonDimensionNumbers | None:
     """Which axes of a weight are rows and columns of its matrix, by the dimension letters of its name.
 
-    `wq_DNH` is D x (N H) and `w_down_FD` F x D; which side is the input makes no difference to Muon. Further
+    `wq_DNH` is D x (N H) and `w_down_DF` D x F; which side is the input makes no difference to Muon. Further
     leading axes (layers) are so many separate matrices. None where the leaf is no matrix of the network's
     inside (embedding, norm, bias) and belongs to AdamW.
     """
