@@ -12,18 +12,18 @@ come out as they are stored. The letter r stands for the rows of a block: its qu
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from llmjax.ops.attention import kernel
 from llmjax.ops.attention.full import HIDDEN
-from llmjax.ops.attention.mask import Mask, Span, span_of
+from llmjax.ops.attention.kernel import Cut, Softmax
+from llmjax.ops.attention.mask import Mask, Span, blocks_of, span_of
 from llmjax.ops.logits import softcap as cap_scores
-
-NOTHING = -1e20  # log-sum-exp of a query that sees nothing: far below any score, far above HIDDEN
 
 
 def attend(
@@ -40,152 +40,127 @@ def attend(
 
     `block` queries meet `block` keys at a time. The arrays lie on one device, or are its part in `jax.shard_map`.
     """
-    return _attend((softcap, block), q_BTNH, k_BSKH, v_BSKH, sinks_N, mask)
+    return kernel.attend(Blockwise(softcap, block), q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(settings, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask):
-    return _attend_forward(settings, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask)[0]
+@dataclasses.dataclass(frozen=True)
+class Blockwise:
+    """The `Kernel` contract in plain jax, for any backend. Queries are cut to q_BIKrH, keys to kv_2BJKsH."""
 
+    softcap: float = 0.0
+    block: int = 128
 
-def _attend_forward(settings, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask):
-    softcap, block = settings
-    out_BTNH, lse_BTN = forward(q_BTNH, k_BSKH, v_BSKH, mask, softcap=softcap, block=block)
-    if sinks_N is not None:
-        out_BTNH, lse_BTN = add_sinks(out_BTNH, lse_BTN, sinks_N)
-    out_BTNH = out_BTNH.astype(q_BTNH.dtype)
-    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, sinks_N, mask, out_BTNH, lse_BTN)
+    def cut_queries(self, x_BTNH: jax.Array, K: int) -> Cut:
+        B, T, N, H = x_BTNH.shape
+        size = min(self.block, T)
+        x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
+        x = x_BTNH.reshape(B, -1, size, K, N // K, H).transpose(0, 1, 3, 4, 2, 5)
+        return x.reshape(B, -1, K, N // K * size, H)
 
+    def join_queries(self, x_BIKrH: Cut, T: int) -> jax.Array:
+        B, _, K, r, H = x_BIKrH.shape
+        size = min(self.block, T)
+        x = x_BIKrH.reshape(B, -1, K, r // size, size, H).transpose(0, 1, 4, 2, 3, 5)
+        return x.reshape(B, -1, K * (r // size), H)[:, :T]
 
-def _attend_backward(settings, saved, dout_BTNH):
-    softcap, block = settings
-    q_BTNH, k_BSKH, v_BSKH, sinks_N, mask, out_BTNH, lse_BTN = saved
-    delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
-    grads = backward(
-        q_BTNH, k_BSKH, v_BSKH, mask, dout_BTNH, lse_BTN, delta_BTN, softcap=softcap, block=block
-    )
-    dq_BTNH, dk_BSKH, dv_BSKH = (g.astype(q_BTNH.dtype) for g in grads)
-    dsinks_N = None if sinks_N is None else sinks_gradient(lse_BTN, delta_BTN, sinks_N)
-    return dq_BTNH, dk_BSKH, dv_BSKH, dsinks_N, None
+    def cut_keys(self, k_BSKH: jax.Array, v_BSKH: jax.Array) -> Cut:
+        K = k_BSKH.shape[2]
+        return jnp.stack([self.cut_queries(k_BSKH, K), self.cut_queries(v_BSKH, K)])
 
+    def join_keys(self, kv_2BJKsH: Cut, S: int) -> tuple[jax.Array, jax.Array]:
+        return self.join_queries(kv_2BJKsH[0], S), self.join_queries(kv_2BJKsH[1], S)
 
-_attend.defvjp(_attend_forward, _attend_backward)
+    def forward(self, q: Cut, kv: Cut, mask: Mask, softmax: Softmax) -> Softmax:
+        q_places, k_places = _places(mask, self.block)
 
+        def sequence(arrays):
+            q_IKrH, q_places, k_JKsH, v_JKHs, k_places, *softmax = arrays
+            keys = k_JKsH, v_JKHs, k_places
 
-def add_sinks(out_BTNH: jax.Array, lse_BTN: jax.Array, sinks_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """out and lse after each head's sink has joined the softmax, float32."""
-    total_BTN = jnp.logaddexp(lse_BTN, sinks_N.astype(jnp.float32)[None, None])
-    return out_BTNH * jnp.exp(lse_BTN - total_BTN)[..., None], total_BTN
+            def rows(_, arrays):
+                q_KrH, q_place, out_KrH, lse_Kr = arrays
+                q_KHr = q_KrH.swapaxes(1, 2)
+                meet = self._scorer(mask, q_KHr, q_place)
 
+                def add(at, carry):
+                    out_KHr, largest_Kr, total_Kr = carry
+                    k_KsH, v_KHs, k_place = _take(keys, at)
+                    scores_Ksr = meet(k_KsH, k_place)[1]
+                    new_Kr = jnp.maximum(largest_Kr, jnp.max(scores_Ksr, axis=1))
+                    weights_Ksr = jnp.exp(scores_Ksr - new_Kr[:, None])
+                    shrink_Kr = jnp.exp(largest_Kr - new_Kr)
+                    out_KHr = out_KHr * shrink_Kr[:, None] + _dot(
+                        "KHs,Ksr->KHr", v_KHs, weights_Ksr.astype(v_KHs.dtype)
+                    )
+                    return out_KHr, new_Kr, total_Kr * shrink_Kr + jnp.sum(weights_Ksr, axis=1)
 
-def sinks_gradient(lse_BTN: jax.Array, delta_BTN: jax.Array, sinks_N: jax.Array) -> jax.Array:
-    """The gradient of sinks_N, which lse_BTN contains. Without a value, all a sink does is take from other weights."""
-    weights_BTN = jnp.exp(sinks_N.astype(jnp.float32)[None, None] - lse_BTN)
-    return -jnp.sum(weights_BTN * delta_BTN, axis=(0, 1)).astype(sinks_N.dtype)
+                start = out_KrH.swapaxes(1, 2).astype(jnp.float32), lse_Kr, jnp.ones_like(lse_Kr)
+                out_KHr, largest_Kr, total_Kr = _over_needed(mask, q_place, k_places, add, start)
+                out_KrH = (out_KHr / total_Kr[:, None]).swapaxes(1, 2).astype(out_KrH.dtype)
+                return None, (out_KrH, largest_Kr + jnp.log(total_Kr))
 
+            return jax.lax.scan(rows, None, (q_IKrH, q_places, *softmax))[1]
 
-def forward(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, softcap: float, block: int
-) -> tuple[jax.Array, jax.Array]:
-    """out_BTNH and lse_BTN, float32: the softmax over these keys and the logarithm of its denominator.
+        k, v = kv
+        return jax.lax.map(sequence, (q, q_places, k, v.swapaxes(3, 4), k_places, *softmax))
 
-    The outs of several sets of keys add up, each times exp(its lse - the logaddexp of all lse).
-    """
-    K, q_size, k_size = k_BSKH.shape[2], min(block, q_BTNH.shape[1]), min(block, k_BSKH.shape[1])
-    q, k, v = _cut(q_BTNH, K, q_size), _cut(k_BSKH, K, k_size), _cut(v_BSKH, K, k_size)
-    q_places, k_places = _all_places(mask, q_size, k_size)
+    def backward(
+        self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut, dkv: Cut
+    ) -> tuple[Cut, Cut]:
+        q_places, k_places = _places(mask, self.block)
+        scale = q.shape[-1] ** -0.5
 
-    def sequence(arrays):
-        q_IKrH, q_places, k_JKsH, v_JKHs, k_places = arrays
-        keys = k_JKsH, v_JKHs, k_places
+        def sequence(arrays):
+            *of_queries, k_JKsH, k_JKHs, v_JKsH, k_places, dk_JKsH, dv_JKsH = arrays
+            keys = k_JKsH, k_JKHs, v_JKsH, k_places
 
-        def rows(_, arrays):
-            q_KrH, q_place = arrays
-            q_KHr = q_KrH.swapaxes(1, 2)
-            meet = _scorer(mask, q_KHr, q_place, softcap)
+            def rows(dkv, arrays):
+                q_KrH, dout_KrH, lse_Kr, delta_Kr, q_place, dq_KrH = arrays
+                q_KHr, dout_KHr = q_KrH.swapaxes(1, 2), dout_KrH.swapaxes(1, 2)
+                meet = self._scorer(mask, q_KHr, q_place)
 
-            def add(at, carry):
-                out_KHr, largest_Kr, total_Kr = carry
-                k_KsH, v_KHs, k_place = _take(keys, at)
-                scores_Ksr = meet(k_KsH, k_place)[1]
-                new_Kr = jnp.maximum(largest_Kr, jnp.max(scores_Ksr, axis=1))
-                weights_Ksr = jnp.exp(scores_Ksr - new_Kr[:, None])
-                shrink_Kr = jnp.exp(largest_Kr - new_Kr)
-                out_KHr = out_KHr * shrink_Kr[:, None] + _dot(
-                    "KHs,Ksr->KHr", v_KHs, weights_Ksr.astype(v_KHs.dtype)
-                )
-                return out_KHr, new_Kr, total_Kr * shrink_Kr + jnp.sum(weights_Ksr, axis=1)
+                def add(at, carry):
+                    dq_KHr, dk_JKsH, dv_JKsH = carry
+                    k_KsH, k_KHs, v_KsH, k_place = _take(keys, at)
+                    capped_Ksr, scores_Ksr = meet(k_KsH, k_place)
+                    weights_Ksr = jnp.exp(scores_Ksr - lse_Kr[:, None])
+                    dscores_Ksr = weights_Ksr * (_dot("KsH,KHr->Ksr", v_KsH, dout_KHr) - delta_Kr[:, None])
+                    if self.softcap:
+                        dscores_Ksr *= 1.0 - jnp.square(capped_Ksr / self.softcap)
+                    weights_Ksr, dscores_Ksr = (x.astype(q_KrH.dtype) for x in (weights_Ksr, dscores_Ksr))
+                    dq_KHr += _dot("KHs,Ksr->KHr", k_KHs, dscores_Ksr)
+                    dk_JKsH = _add_at(dk_JKsH, at, _dot("Ksr,KrH->KsH", dscores_Ksr, q_KrH))
+                    dv_JKsH = _add_at(dv_JKsH, at, _dot("Ksr,KrH->KsH", weights_Ksr, dout_KrH))
+                    return dq_KHr, dk_JKsH, dv_JKsH
 
-            zeros_KHr = jnp.zeros(q_KHr.shape, jnp.float32)
-            start = zeros_KHr, zeros_KHr[:, 0] + NOTHING, zeros_KHr[:, 0]
-            out_KHr, largest_Kr, total_Kr = _over_needed(mask, q_place, k_places, add, start)
-            total_Kr = jnp.where(total_Kr == 0.0, 1.0, total_Kr)
-            return None, (out_KHr / total_Kr[:, None], largest_Kr + jnp.log(total_Kr))
+                start = jnp.zeros(q_KHr.shape, jnp.float32), *dkv
+                dq_KHr, *dkv = _over_needed(mask, q_place, k_places, add, start)
+                more_KrH = dq_KHr.swapaxes(1, 2) * scale
+                return tuple(dkv), (dq_KrH.astype(jnp.float32) + more_KrH).astype(dq_KrH.dtype)
 
-        return jax.lax.scan(rows, None, (q_IKrH, q_places))[1]
+            zeros_JKsH = jnp.zeros(k_JKsH.shape, jnp.float32)
+            sums, dq_IKrH = jax.lax.scan(rows, (zeros_JKsH, zeros_JKsH), tuple(of_queries))
+            added = zip((dk_JKsH, dv_JKsH), sums, (scale, 1.0))
+            return dq_IKrH, *((x.astype(jnp.float32) + y * s).astype(x.dtype) for x, y, s in added)
 
-    out, lse = jax.lax.map(sequence, (q, q_places, k, v.swapaxes(3, 4), k_places))
-    return _join(out.swapaxes(3, 4), q_BTNH.shape), _join(lse[..., None], (*q_BTNH.shape[:3], 1))[..., 0]
+        (k, v), (dk, dv) = kv, dkv
+        arrays = q, dout, lse, delta, q_places, dq, k, k.swapaxes(3, 4), v, k_places, dk, dv
+        dq, dk, dv = jax.lax.map(sequence, arrays)
+        return dq, jnp.stack([dk, dv])
 
+    def _scorer(self, mask: Mask, q_KHr: jax.Array, q_place: _Places) -> Callable[..., Any]:
+        """`meet(k_KsH, k_place) -> (capped, scores)`: scores_Ksr with soft-cap, before and after the mask."""
+        heads, scale = q_KHr.shape[2] // q_place.segments.size, q_KHr.shape[1] ** -0.5
+        segments_1r, positions_1r = (jnp.tile(x, heads)[None] for x in q_place[:2])
 
-def backward(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask: Mask,
-    dout_BTNH: jax.Array,
-    lse_BTN: jax.Array,
-    delta_BTN: jax.Array,
-    *,
-    softcap: float,
-    block: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq_BTNH, dk_BSKH, dv_BSKH, float32, as far as they come from these keys.
+        def meet(k_KsH: jax.Array, k_place: _Places) -> tuple[jax.Array, jax.Array]:
+            capped_Ksr = cap_scores(_dot("KsH,KHr->Ksr", k_KsH, q_KHr) * scale, self.softcap)
+            visible_sr = mask.visible(
+                segments_1r, positions_1r, k_place.segments[:, None], k_place.positions[:, None]
+            )
+            return capped_Ksr, jnp.where(visible_sr[None], capped_Ksr, HIDDEN)
 
-    lse_BTN and delta_BTN = sum_H(dout * out) are of the whole softmax, of which these keys may be a part.
-    """
-    K, q_size, k_size = k_BSKH.shape[2], min(block, q_BTNH.shape[1]), min(block, k_BSKH.shape[1])
-    q, dout = _cut(q_BTNH, K, q_size), _cut(dout_BTNH, K, q_size)
-    lse, delta = (_cut(x[..., None], K, q_size)[..., 0] for x in (lse_BTN, delta_BTN))
-    k, v = _cut(k_BSKH, K, k_size), _cut(v_BSKH, K, k_size)
-    q_places, k_places = _all_places(mask, q_size, k_size)
-    scale = q_BTNH.shape[3] ** -0.5
-
-    def sequence(arrays):
-        *of_queries, k_JKsH, k_JKHs, v_JKsH, k_places = arrays
-        keys = k_JKsH, k_JKHs, v_JKsH, k_places
-
-        def rows(dkv, arrays):
-            q_KrH, dout_KrH, lse_Kr, delta_Kr, q_place = arrays
-            q_KHr, dout_KHr = q_KrH.swapaxes(1, 2), dout_KrH.swapaxes(1, 2)
-            meet = _scorer(mask, q_KHr, q_place, softcap)
-
-            def add(at, carry):
-                dq_KHr, dk_JKsH, dv_JKsH = carry
-                k_KsH, k_KHs, v_KsH, k_place = _take(keys, at)
-                capped_Ksr, scores_Ksr = meet(k_KsH, k_place)
-                weights_Ksr = jnp.exp(scores_Ksr - lse_Kr[:, None])
-                dscores_Ksr = weights_Ksr * (_dot("KsH,KHr->Ksr", v_KsH, dout_KHr) - delta_Kr[:, None])
-                if softcap:
-                    dscores_Ksr *= 1.0 - jnp.square(capped_Ksr / softcap)
-                weights_Ksr, dscores_Ksr = (x.astype(q_KrH.dtype) for x in (weights_Ksr, dscores_Ksr))
-                dq_KHr += _dot("KHs,Ksr->KHr", k_KHs, dscores_Ksr)
-                dk_JKsH = _add_at(dk_JKsH, at, _dot("Ksr,KrH->KsH", dscores_Ksr, q_KrH))
-                dv_JKsH = _add_at(dv_JKsH, at, _dot("Ksr,KrH->KsH", weights_Ksr, dout_KrH))
-                return dq_KHr, dk_JKsH, dv_JKsH
-
-            start = jnp.zeros(q_KHr.shape, jnp.float32), *dkv
-            dq_KHr, *dkv = _over_needed(mask, q_place, k_places, add, start)
-            return tuple(dkv), dq_KHr
-
-        zeros_JKsH = jnp.zeros(k_JKsH.shape, jnp.float32)
-        (dk_JKsH, dv_JKsH), dq_IKHr = jax.lax.scan(rows, (zeros_JKsH, zeros_JKsH), tuple(of_queries))
-        return dq_IKHr, dk_JKsH, dv_JKsH
-
-    arrays = q, dout, lse, delta, q_places, k, k.swapaxes(3, 4), v, k_places
-    dq, dk, dv = jax.lax.map(sequence, arrays)
-    dq_BTNH = _join(dq.swapaxes(3, 4), q_BTNH.shape) * scale
-    return dq_BTNH, _join(dk, k_BSKH.shape) * scale, _join(dv, k_BSKH.shape)
+        return meet
 
 
 class _Places(NamedTuple):
@@ -196,31 +171,13 @@ class _Places(NamedTuple):
     span: Span
 
 
-def _all_places(mask: Mask, q_size: int, k_size: int) -> tuple[_Places, _Places]:
-    def places(segments_BX: jax.Array, positions_BX: jax.Array, size: int) -> _Places:
-        B, X = segments_BX.shape
-        segments, positions = (
-            jnp.pad(x, ((0, 0), (0, -X % size))).reshape(B, -1, size) for x in (segments_BX, positions_BX)
-        )
+def _places(mask: Mask, block: int) -> tuple[_Places, _Places]:
+    def places(segments_BX: jax.Array, positions_BX: jax.Array) -> _Places:
+        segments, positions = blocks_of(segments_BX, positions_BX, min(block, segments_BX.shape[1]))
         return _Places(segments, positions, span_of(segments, positions))
 
-    q_places = places(mask.q_segments_BT, mask.q_positions_BT, q_size)
-    return q_places, places(mask.k_segments_BS, mask.k_positions_BS, k_size)
-
-
-def _scorer(mask: Mask, q_KHr: jax.Array, q_place: _Places, softcap: float) -> Callable[..., Any]:
-    """`meet(k_KsH, k_place) -> (capped, scores)`: scores_Ksr with soft-cap, before and after the mask."""
-    heads, scale = q_KHr.shape[2] // q_place.segments.size, q_KHr.shape[1] ** -0.5
-    segments_1r, positions_1r = (jnp.tile(x, heads)[None] for x in q_place[:2])
-
-    def meet(k_KsH: jax.Array, k_place: _Places) -> tuple[jax.Array, jax.Array]:
-        capped_Ksr = cap_scores(_dot("KsH,KHr->Ksr", k_KsH, q_KHr) * scale, softcap)
-        visible_sr = mask.visible(
-            segments_1r, positions_1r, k_place.segments[:, None], k_place.positions[:, None]
-        )
-        return capped_Ksr, jnp.where(visible_sr[None], capped_Ksr, HIDDEN)
-
-    return meet
+    q_places = places(mask.q_segments_BT, mask.q_positions_BT)
+    return q_places, places(mask.k_segments_BS, mask.k_positions_BS)
 
 
 def _over_needed(mask: Mask, q_place: _Places, k_places: _Places, add: Callable[..., Any], carry: Any) -> Any:
@@ -236,24 +193,6 @@ def _over_needed(mask: Mask, q_place: _Places, k_places: _Places, add: Callable[
         lambda state: (needed_from(state[0] + 1), add(*state)),
         (needed_from(0), carry),
     )[1]
-
-
-def _cut(x_BXNH: jax.Array, K: int, size: int) -> jax.Array:
-    """[B, blocks, K, r, H]: blocks of `size` tokens, the last one filled up with zeros, head by head of a group."""
-    B, X, N, H = x_BXNH.shape
-    x_BXNH = jnp.pad(x_BXNH, ((0, 0), (0, -X % size), (0, 0), (0, 0)))
-    return (
-        x_BXNH.reshape(B, -1, size, K, N // K, H)
-        .transpose(0, 1, 3, 4, 2, 5)
-        .reshape(B, -1, K, N // K * size, H)
-    )
-
-
-def _join(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """x_BXNH of `shape`, of which `_cut` made `blocks`."""
-    (B, X, N, H), (_, count, K, r, _) = shape, blocks.shape
-    x = blocks.reshape(B, count, K, N // K, r * K // N, H).transpose(0, 1, 4, 2, 3, 5)
-    return x.reshape(B, -1, N, H)[:, :X]
 
 
 def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

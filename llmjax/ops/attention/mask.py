@@ -18,13 +18,15 @@ import jax.numpy as jnp
 class Span(NamedTuple):
     """The first and the last token of a block in the order of (segment, position), padding left out.
 
-    Four arrays of one shape, int32. A block of nothing but padding has its first segment after its last.
+    Arrays of one shape, int32. A block of nothing but padding has its first segment after its last. `padded`, bool:
+    there is padding in it.
     """
 
     first_segment: jax.Array
     first_position: jax.Array
     last_segment: jax.Array
     last_position: jax.Array
+    padded: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +81,28 @@ class Mask:
                 may &= _up_to(k.first_segment, k.first_position, q.last_segment, q.last_position + reach)
         return may
 
+    def sees_all(self, q: Span, k: Span) -> jax.Array:
+        """bool, for arrays of spans that broadcast: true only where every query of q sees every key of k."""
+        sees = (q.first_segment == q.last_segment) & (k.first_segment == k.last_segment)
+        sees &= (q.first_segment == k.first_segment) & ~q.padded & ~k.padded
+        if self.causal:
+            sees &= k.last_position <= q.first_position
+        if self.window:
+            sees &= k.first_position > q.last_position - self.window
+            if not self.causal:
+                sees &= k.last_position < q.first_position + self.window
+        return sees
+
+    def part(self, q_start: jax.Array | int, T: int, k_start: jax.Array | int, S: int) -> Mask:
+        """The mask of T queries and S keys from these indices on."""
+        q_segments_BT, q_positions_BT = (
+            jax.lax.dynamic_slice_in_dim(x, q_start, T, 1) for x in (self.q_segments_BT, self.q_positions_BT)
+        )
+        k_segments_BS, k_positions_BS = (
+            jax.lax.dynamic_slice_in_dim(x, k_start, S, 1) for x in (self.k_segments_BS, self.k_positions_BS)
+        )
+        return Mask(q_segments_BT, k_segments_BS, q_positions_BT, k_positions_BS, self.causal, self.window)
+
 
 def _up_to(
     segment: jax.Array, position: jax.Array, end_segment: jax.Array, end_position: jax.Array
@@ -93,7 +117,22 @@ def span_of(segments: jax.Array, positions: jax.Array) -> Span:
     last = jnp.max(segments, axis=-1, keepdims=True)
     first_position = jnp.min(jnp.where(segments == first, positions, highest), axis=-1)
     last_position = jnp.max(jnp.where(segments == last, positions, 0), axis=-1)
-    return Span(first[..., 0], first_position, last[..., 0], last_position)
+    padded = jnp.any(segments == 0, axis=-1)
+    return Span(first[..., 0], first_position, last[..., 0], last_position, padded)
+
+
+def block_spans(segments_BX: jax.Array, positions_BX: jax.Array, size: int) -> Span:
+    """The spans [B, blocks] of the blocks of `size` tokens, the last one filled up with padding."""
+    return span_of(*blocks_of(segments_BX, positions_BX, size))
+
+
+def blocks_of(segments_BX: jax.Array, positions_BX: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Segments and positions [B, blocks, size], the last block filled up with padding."""
+    B, X = segments_BX.shape
+    segments, positions = (
+        jnp.pad(x, ((0, 0), (0, -X % size))).reshape(B, -1, size) for x in (segments_BX, positions_BX)
+    )
+    return segments, positions
 
 
 def self_mask(

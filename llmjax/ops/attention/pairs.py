@@ -1,0 +1,60 @@
+"""Which blocks of queries meet which blocks of keys: the list of pairs that a kernel works through.
+
+Found while the program runs, from the spans of the blocks, so that packed documents cost what they would cost apart.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.ops.attention.mask import Mask, Span
+
+FIRST, LAST, WHOLE = 1, 2, 4  # flags of a pair: the first or the last of its row; visible throughout
+
+
+class Pairs(NamedTuple):
+    """codes int32 [n], flags int32 [n], count int32 [1]: the pairs of the list are the first `count` of n.
+
+    The list goes row by row: query block by query block, or key block by key block. A pair's code is
+    ((row of the batch * majors) + major) * minors + minor, where major counts the blocks of one kind in a row of the
+    batch and minor those of the other.
+    """
+
+    codes: jax.Array
+    flags: jax.Array
+    count: jax.Array
+
+
+def list_pairs(
+    mask: Mask, q: Span, k: Span, counts: tuple[int, int], *, by_keys: bool,
+    start: tuple[jax.Array | int, ...] = (0, 0, 0),
+) -> Pairs:  # fmt: skip
+    """The pairs of the blocks of queries `q` and of keys `k`, spans [B, blocks], of which some token sees another.
+
+    counts   blocks of queries and of keys in a row of the batch, of which q and k may be a part
+    by_keys  key block by key block
+    start    row of the batch, block of queries and block of keys at which q and k begin
+
+    The list is never empty: if it has to be, one pair stands in it in which nothing is visible.
+    """
+    q, k = Span(*(x[:, :, None] for x in q)), Span(*(x[:, None] for x in k))
+    needed, whole = mask.may_see(q, k), mask.sees_all(q, k)
+    index = functools.partial(jax.lax.broadcasted_iota, jnp.int32, needed.shape)
+    row, major, minor = (index(i) + start[i] for i in range(3))
+    majors, minors = counts
+    if by_keys:
+        major, minor, majors, minors = minor, major, minors, majors
+    codes = (row * majors + major) * minors + minor
+    end = jnp.iinfo(jnp.int32).max
+    listed = jnp.sort(jnp.where(needed, 2 * codes + whole, end).ravel())
+    listed = jnp.where(listed == end, 2 * codes[0, 0, 0], listed)
+    codes, whole = listed // 2, listed % 2
+    count = jnp.maximum(needed.sum(), 1).astype(jnp.int32)
+    turns, edge = codes[1:] // minors != codes[:-1] // minors, jnp.ones((1,), bool)
+    first = jnp.concatenate([edge, turns])
+    last = jnp.concatenate([turns, edge]) | (jnp.arange(codes.size) == count - 1)
+    return Pairs(codes, first * FIRST + last * LAST + whole * WHOLE, count[None])

@@ -1,0 +1,385 @@
+"""Attention kernels for TPU whose grid is the list of those pairs of blocks that exist.
+
+A block of queries and a block of keys meet only if segments, positions, causality and window let some of their tokens
+see one another. These pairs are found while the program runs, before the kernel starts, and handed to it in its scalar
+memory; the length of its grid is their number. So a document costs what it would cost apart, and keys that came around
+a ring for others cost nothing. Pairs that are visible throughout skip the mask.
+
+The passes over queries (output, gradient of queries) keep a block of queries resident and stream keys; the pass over
+keys (gradients of keys and values) does the reverse, with scores transposed, so that what belongs to the streamed side
+always lies along the lanes and is never turned. After FlashAttention 2 (Dao 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from llmjax.ops.attention import kernel
+from llmjax.ops.attention.full import HIDDEN
+from llmjax.ops.attention.kernel import Cut, Softmax
+from llmjax.ops.attention.mask import Mask, Span, block_spans
+from llmjax.ops.attention.pairs import FIRST, LAST, WHOLE, Pairs, list_pairs
+from llmjax.ops.logits import softcap as cap_scores
+
+LANES = 128
+MOST_PAIRS = 2**15  # in one list: its two arrays lie in the scalar memory, which has 1 MiB
+CONTRACT_LAST = (((1,), (1,)), ((), ()))  # x @ y.T
+
+Arrays = tuple[jax.Array, ...]
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask,
+    *,
+    softcap: float = 0.0,
+    sinks_N: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """out_BTNH, in the dtype of q, equal to `full.attend`, on a TPU; `interpret` runs it anywhere, slowly."""
+    return kernel.attend(PallasTPU(softcap, interpret=interpret), q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasTPU:
+    """The `Kernel` contract on a TPU. Queries are cut to q_BKGTH, keys to kv_2BKSH, T and S filled up to whole blocks.
+
+    rows  queries of a block, over all heads of a group, at most
+    keys  of a block, at most
+    """
+
+    softcap: float = 0.0
+    rows: int = 1024
+    keys: int = 512
+    interpret: bool = False
+
+    def cut_queries(self, x_BTNH: jax.Array, K: int) -> Cut:
+        B, T, N, H = x_BTNH.shape
+        x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, -T % self._q_size(T, N // K)), (0, 0), (0, 0)))
+        return x_BTNH.reshape(B, -1, K, N // K, H).transpose(0, 2, 3, 1, 4)
+
+    def join_queries(self, x_BKGTH: Cut, T: int) -> jax.Array:
+        B, K, G, _, H = x_BKGTH.shape
+        return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, -1, K * G, H)[:, :T]
+
+    def cut_keys(self, k_BSKH: jax.Array, v_BSKH: jax.Array) -> Cut:
+        kv_2BSKH, S = jnp.stack([k_BSKH, v_BSKH]), k_BSKH.shape[1]
+        padding = ((0, 0), (0, 0), (0, -S % self._k_size(S)), (0, 0), (0, 0))
+        return jnp.pad(kv_2BSKH, padding).transpose(0, 1, 3, 2, 4)
+
+    def join_keys(self, kv_2BKSH: Cut, S: int) -> tuple[jax.Array, jax.Array]:
+        k_BSKH, v_BSKH = kv_2BKSH.transpose(0, 1, 3, 2, 4)[:, :, :S]
+        return k_BSKH, v_BSKH
+
+    def forward(self, q: Cut, kv: Cut, mask: Mask, softmax: Softmax) -> Softmax:
+        walk = self._walk(q, kv, mask, by_keys=False)
+        body = functools.partial(_forward_body, mask, self.softcap)
+        scratch = [(walk.rows, q.shape[4]), (walk.rows, LANES), (walk.rows, LANES)]
+        return walk.run(
+            body, {"queries": (q,), "keys": (kv,)}, {"queries": softmax[0], "rows": softmax[1]}, scratch
+        )
+
+    def backward(
+        self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut, dkv: Cut
+    ) -> tuple[Cut, Cut]:
+        inputs, H = {"queries": (q, dout), "keys": (kv,), "rows": (lse, delta)}, q.shape[4]
+        walk = self._walk(q, kv, mask, by_keys=False)
+        body = functools.partial(_backward_body_of_queries, mask, self.softcap)
+        scratch = [(walk.rows, H), (walk.rows, LANES), (walk.rows, LANES)]
+        (dq,) = walk.run(body, inputs, {"queries": dq}, scratch)
+        walk = self._walk(q, kv, mask, by_keys=True)
+        body = functools.partial(_backward_body_of_keys, mask, self.softcap)
+        (dkv,) = walk.run(body, inputs, {"keys": dkv}, [(2, walk.k_size, H)])
+        return dq, dkv
+
+    def _walk(self, q: Cut, kv: Cut, mask: Mask, *, by_keys: bool) -> Walk:
+        G, T, S = *q.shape[2:4], kv.shape[3]
+        return Walk(mask, T, S, G, self._q_size(T, G), self._k_size(S), by_keys, self.interpret)
+
+    def _q_size(self, T: int, G: int) -> int:
+        return _block_size(T, max(LANES, self.rows // G // LANES * LANES))
+
+    def _k_size(self, S: int) -> int:
+        return _block_size(S, self.keys)
+
+
+def _block_size(tokens: int, limit: int) -> int:
+    return min(limit, -(-tokens // LANES) * LANES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """All pairs of blocks, of T queries and S keys filled up to whole blocks, that `mask` lets meet.
+
+    by_keys  key block by key block, instead of query block by query block
+    """
+
+    mask: Mask
+    T: int
+    S: int
+    G: int
+    q_size: int
+    k_size: int
+    by_keys: bool
+    interpret: bool
+
+    @property
+    def rows(self) -> int:
+        """Of a block of queries, over all heads of a group."""
+        return self.G * self.q_size
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Blocks of queries and of keys in a row of the batch."""
+        return self.T // self.q_size, self.S // self.k_size
+
+    def run(
+        self, body: Callable[..., None], inputs: dict[str, Arrays], sums: dict[str, jax.Array],
+        scratch: list[tuple[int, ...]],
+    ) -> Arrays:  # fmt: skip
+        """`sums` after `body` has seen every pair, for each row of the batch and each key/value head.
+
+        inputs, sums  cut arrays, by their kind: `queries` (q_BKGTH), `rows` (lse_BKGT), `keys` (kv_2BKSH)
+        body          gets the pair's flags, references to the blocks of segments and positions of queries and of keys,
+                      of each input and of each sum before and after, and to float32 scratch of the shapes given, before
+                      which comes room for the resident block's segments and positions, each along the sublanes
+        """
+        q_places = _places(self.mask.q_segments_BT, self.mask.q_positions_BT, self.T)
+        k_places = _places(self.mask.k_segments_BS, self.mask.k_positions_BS, self.S)
+        q = block_spans(q_places[:, 0], q_places[:, 1], self.q_size)
+        k = block_spans(k_places[:, 0], k_places[:, 1], self.k_size)
+        inputs = {"q_places": (q_places,), "k_places": (k_places,), **inputs}
+        find = functools.partial(list_pairs, self.mask, counts=self.counts, by_keys=self.by_keys)
+        call = functools.partial(self._call, body, inputs, tuple(sums), scratch)
+        B, (nq, nk) = q_places.shape[0], self.counts
+        if B * nq * nk <= MOST_PAIRS:
+            return call(find(q, k), tuple(sums.values()))
+        gq, gk = (_largest_divisor(n, math.isqrt(MOST_PAIRS)) for n in (nq, nk))
+        groups = B, nq // gq, nk // gk
+
+        def part(i: jax.Array, sums: Arrays) -> Arrays:
+            b, i, j = i // (groups[1] * groups[2]), i // groups[2] % groups[1] * gq, i % groups[2] * gk
+            near_q = Span(*(jax.lax.dynamic_slice(x, (b, i), (1, gq)) for x in q))
+            near_k = Span(*(jax.lax.dynamic_slice(x, (b, j), (1, gk)) for x in k))
+            return call(find(near_q, near_k, start=(b, i, j)), sums)
+
+        return jax.lax.fori_loop(0, math.prod(groups), part, tuple(sums.values()))
+
+    def _call(
+        self, body: Callable[..., None], inputs: dict[str, Arrays], kinds: tuple[str, ...],
+        scratch: list[tuple[int, ...]], pairs: Pairs, sums: Arrays,
+    ) -> Arrays:  # fmt: skip
+        specs = [self._spec(kind, x.shape) for kind, arrays in inputs.items() for x in arrays]
+        sum_specs = [self._spec(kind, x.shape) for kind, x in zip(kinds, sums)]
+        resident = pltpu.VMEM((2, self.k_size if self.by_keys else self.rows, LANES), jnp.int32)
+        arrays = [x for arrays in inputs.values() for x in arrays]
+        K = inputs["keys"][0].shape[2]
+
+        def step(_, flags, *refs):
+            body(flags[pl.program_id(1)], *refs)
+
+        return tuple(pl.pallas_call(
+            step,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(K, pairs.count[0]),
+                in_specs=specs + sum_specs,
+                out_specs=sum_specs,
+                scratch_shapes=[resident, *(pltpu.VMEM(shape, jnp.float32) for shape in scratch)],
+            ),
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums],
+            input_output_aliases={2 + len(arrays) + i: i for i in range(len(sums))},
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            interpret=self.interpret,
+        )(pairs.codes, pairs.flags, *arrays, *sums))  # fmt: skip
+
+    def _spec(self, kind: str, shape: tuple[int, ...]) -> pl.BlockSpec:
+        """The block of an array that a pair needs."""
+        majors, minors = self.counts[::-1] if self.by_keys else self.counts
+
+        def place(p: jax.Array, codes: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+            major, minor = codes[p] // minors, codes[p] % minors
+            b, major = major // majors, major % majors
+            return (b, minor, major) if self.by_keys else (b, major, minor)
+
+        def spec(block: tuple[int, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
+            return pl.BlockSpec(block, lambda h, p, codes, _: index(h, *place(p, codes)))
+
+        G, H = self.G, shape[-1]
+        if kind == "q_places":
+            return spec((None, 2, self.q_size), lambda h, b, i, j: (b, 0, i))
+        if kind == "k_places":
+            return spec((None, 2, self.k_size), lambda h, b, i, j: (b, 0, j))
+        if kind == "rows":
+            return spec((None, None, G, self.q_size), lambda h, b, i, j: (b, h, 0, i))
+        if kind == "queries":
+            return spec((None, None, G, self.q_size, H), lambda h, b, i, j: (b, h, 0, i, 0))
+        return spec((2, None, None, self.k_size, H), lambda h, b, i, j: (0, b, h, j, 0))
+
+
+def _places(segments_BX: jax.Array, positions_BX: jax.Array, tokens: int) -> jax.Array:
+    """[B, 2, tokens], filled up with padding."""
+    places_B2X = jnp.stack([segments_BX, positions_BX], axis=1)
+    return jnp.pad(places_B2X, ((0, 0), (0, 0), (0, tokens - segments_BX.shape[1])))
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+def _forward_body(
+    mask,
+    softcap,
+    flags,
+    q_places,
+    k_places,
+    q,
+    kv,
+    out_before,
+    lse_before,
+    out,
+    lse,
+    places,
+    acc,
+    largest,
+    total,
+):
+    G, size, H = q.shape
+    rows = G * size
+
+    @pl.when(flags & FIRST != 0)
+    def _():
+        acc[...] = out_before[...].reshape(rows, H).astype(jnp.float32)
+        _turn_rows(lse_before, largest)
+        total[...] = jnp.ones_like(total)
+        _turn_places(q_places, places)
+
+    def add(whole):
+        scores = _dot(q[...].reshape(rows, H), kv[0], CONTRACT_LAST) * H**-0.5
+        scores = cap_scores(scores, softcap)
+        if not whole:
+            scores = _hide(mask, scores, places, k_places)
+        new = jnp.maximum(largest[...], jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp(scores - new[:, :1])
+        shrink = jnp.exp(largest[...] - new)
+        total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        acc[...] = acc[...] * shrink[:, :1] + _dot(weights.astype(kv.dtype), kv[1])
+        largest[...] = new
+
+    pl.when(flags & WHOLE != 0)(lambda: add(True))
+    pl.when(flags & WHOLE == 0)(lambda: add(False))
+
+    @pl.when(flags & LAST != 0)
+    def _():
+        out[...] = (acc[...] / total[:, :1]).reshape(G, size, H).astype(out.dtype)
+        column = largest[...] + jnp.log(total[...])
+        for g in range(G):
+            lse[g, :] = column[g * size : (g + 1) * size].T[0]
+
+
+def _backward_body_of_queries(
+    mask, softcap, flags, q_places, k_places, q, dout, kv, lse, delta, dq_before, dq, places, acc, lse_column,
+    delta_column,
+):  # fmt: skip
+    G, size, H = q.shape
+    rows = G * size
+
+    @pl.when(flags & FIRST != 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+        _turn_rows(lse, lse_column)
+        _turn_rows(delta, delta_column)
+        _turn_places(q_places, places)
+
+    def add(whole):
+        scores = capped = cap_scores(_dot(q[...].reshape(rows, H), kv[0], CONTRACT_LAST) * H**-0.5, softcap)
+        if not whole:
+            scores = _hide(mask, capped, places, k_places)
+        weights = jnp.exp(scores - lse_column[:, :1])
+        dscores = weights * (_dot(dout[...].reshape(rows, H), kv[1], CONTRACT_LAST) - delta_column[:, :1])
+        if softcap:
+            dscores *= 1.0 - jnp.square(capped / softcap)
+        acc[...] += _dot(dscores.astype(kv.dtype), kv[0])
+
+    pl.when(flags & WHOLE != 0)(lambda: add(True))
+    pl.when(flags & WHOLE == 0)(lambda: add(False))
+
+    @pl.when(flags & LAST != 0)
+    def _():
+        more = (acc[...] * H**-0.5).reshape(G, size, H)
+        dq[...] = (dq_before[...].astype(jnp.float32) + more).astype(dq.dtype)
+
+
+def _backward_body_of_keys(
+    mask, softcap, flags, q_places, k_places, q, dout, kv, lse, delta, dkv_before, dkv, places, acc
+):
+    G, _, H = q.shape
+
+    @pl.when(flags & FIRST != 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+        _turn_places(k_places, places)
+
+    def add(whole):
+        for g in range(G):
+            scores = capped = cap_scores(_dot(kv[0], q[g], CONTRACT_LAST) * H**-0.5, softcap)
+            if not whole:
+                scores = _hide(mask, capped, places, q_places, transposed=True)
+            weights = jnp.exp(scores - lse[g : g + 1])
+            dscores = weights * (_dot(kv[1], dout[g], CONTRACT_LAST) - delta[g : g + 1])
+            if softcap:
+                dscores *= 1.0 - jnp.square(capped / softcap)
+            acc[0] += _dot(dscores.astype(q.dtype), q[g])
+            acc[1] += _dot(weights.astype(q.dtype), dout[g])
+
+    pl.when(flags & WHOLE != 0)(lambda: add(True))
+    pl.when(flags & WHOLE == 0)(lambda: add(False))
+
+    @pl.when(flags & LAST != 0)
+    def _():
+        dkv[0] = (dkv_before[0].astype(jnp.float32) + acc[0] * H**-0.5).astype(dkv.dtype)
+        dkv[1] = (dkv_before[1].astype(jnp.float32) + acc[1]).astype(dkv.dtype)
+
+
+def _dot(x: jax.Array, y: jax.Array, dimensions: Any = (((1,), (0,)), ((), ()))) -> jax.Array:
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+
+
+def _hide(mask: Mask, scores: jax.Array, resident: Any, streamed: Any, transposed: bool = False) -> jax.Array:
+    """scores with what is not visible hidden: of the resident block along the sublanes, and the streamed along the
+    lanes; `transposed`: the keys are resident."""
+    columns = resident[0][:, :1], resident[1][:, :1]
+    rows = streamed[0:1], streamed[1:2]
+    visible = mask.visible(*rows, *columns) if transposed else mask.visible(*columns, *rows)
+    return jnp.where(visible, scores, HIDDEN)
+
+
+def _turn(row: jax.Array) -> jax.Array:
+    """[n, LANES], each lane a copy of the row [n]."""
+    return jnp.broadcast_to(row[None], (LANES, row.shape[0])).T
+
+
+def _turn_rows(rows: Any, columns: Any) -> None:
+    """Writes the rows [G, n] one under the other, [G n, LANES]."""
+    size = rows.shape[1]
+    for g in range(rows.shape[0]):
+        columns[g * size : (g + 1) * size] = _turn(rows[g])
+
+
+def _turn_places(places: Any, columns: Any) -> None:
+    """Writes segments and positions [2, n] as [2, G n, LANES], once for each head of a group."""
+    size = places.shape[1]
+    for g in range(columns.shape[1] // size):
+        for i in range(2):
+            columns[i, g * size : (g + 1) * size] = _turn(places[i])
