@@ -105,14 +105,13 @@ class Blockwise:
         return jax.lax.map(sequence, (q, q_places, k, v.swapaxes(3, 4), k_places, *softmax))
 
     def backward(
-        self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut, dkv: Cut
-    ) -> tuple[Cut, Cut]:
+        self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut | None, dkv: Cut | None
+    ) -> tuple[Cut | None, Cut | None]:
         q_places, k_places = _places(mask, self.block)
         scale = q.shape[-1] ** -0.5
 
         def sequence(arrays):
-            *of_queries, k_JKsH, k_JKHs, v_JKsH, k_places, dk_JKsH, dv_JKsH = arrays
-            keys = k_JKsH, k_JKHs, v_JKsH, k_places
+            of_queries, keys, dkv = arrays
 
             def rows(dkv, arrays):
                 q_KrH, dout_KrH, lse_Kr, delta_Kr, q_place, dq_KrH = arrays
@@ -120,7 +119,7 @@ class Blockwise:
                 meet = self._scorer(mask, q_KHr, q_place)
 
                 def add(at, carry):
-                    dq_KHr, dk_JKsH, dv_JKsH = carry
+                    dq_KHr, dkv = carry
                     k_KsH, k_KHs, v_KsH, k_place = _take(keys, at)
                     capped_Ksr, scores_Ksr = meet(k_KsH, k_place)
                     weights_Ksr = jnp.exp(scores_Ksr - lse_Kr[:, None])
@@ -128,25 +127,26 @@ class Blockwise:
                     if self.softcap:
                         dscores_Ksr *= 1.0 - jnp.square(capped_Ksr / self.softcap)
                     weights_Ksr, dscores_Ksr = (x.astype(q_KrH.dtype) for x in (weights_Ksr, dscores_Ksr))
-                    dq_KHr += _dot("KHs,Ksr->KHr", k_KHs, dscores_Ksr)
-                    dk_JKsH = _add_at(dk_JKsH, at, _dot("Ksr,KrH->KsH", dscores_Ksr, q_KrH))
-                    dv_JKsH = _add_at(dv_JKsH, at, _dot("Ksr,KrH->KsH", weights_Ksr, dout_KrH))
-                    return dq_KHr, dk_JKsH, dv_JKsH
+                    if dq_KHr is not None:
+                        dq_KHr += _dot("KHs,Ksr->KHr", k_KHs, dscores_Ksr)
+                    if dkv is not None:
+                        dk_JKsH = _add_at(dkv[0], at, _dot("Ksr,KrH->KsH", dscores_Ksr, q_KrH))
+                        dkv = dk_JKsH, _add_at(dkv[1], at, _dot("Ksr,KrH->KsH", weights_Ksr, dout_KrH))
+                    return dq_KHr, dkv
 
-                start = jnp.zeros(q_KHr.shape, jnp.float32), *dkv
-                dq_KHr, *dkv = _over_needed(mask, q_place, k_places, add, start)
-                more_KrH = dq_KHr.swapaxes(1, 2) * scale
-                return tuple(dkv), (dq_KrH.astype(jnp.float32) + more_KrH).astype(dq_KrH.dtype)
+                start = None if dq_KrH is None else jnp.zeros(q_KHr.shape, jnp.float32)
+                dq_KHr, dkv = _over_needed(mask, q_place, keys[-1], add, (start, dkv))
+                return dkv, None if dq_KHr is None else _added(dq_KrH, dq_KHr.swapaxes(1, 2) * scale)
 
-            zeros_JKsH = jnp.zeros(k_JKsH.shape, jnp.float32)
-            sums, dq_IKrH = jax.lax.scan(rows, (zeros_JKsH, zeros_JKsH), tuple(of_queries))
-            added = zip((dk_JKsH, dv_JKsH), sums, (scale, 1.0))
-            return dq_IKrH, *((x.astype(jnp.float32) + y * s).astype(x.dtype) for x, y, s in added)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), dkv)
+            more, dq_IKrH = jax.lax.scan(rows, zeros, of_queries)
+            if dkv is not None:
+                dkv = _added(dkv[0], more[0] * scale), _added(dkv[1], more[1])
+            return dq_IKrH, dkv
 
-        (k, v), (dk, dv) = kv, dkv
-        arrays = q, dout, lse, delta, q_places, dq, k, k.swapaxes(3, 4), v, k_places, dk, dv
-        dq, dk, dv = jax.lax.map(sequence, arrays)
-        return dq, jnp.stack([dk, dv])
+        of_queries, keys = (q, dout, lse, delta, q_places, dq), (kv[0], kv[0].swapaxes(3, 4), kv[1], k_places)
+        dq, dkv = jax.lax.map(sequence, (of_queries, keys, None if dkv is None else (dkv[0], dkv[1])))
+        return dq, None if dkv is None else jnp.stack(dkv)
 
     def _scorer(self, mask: Mask, q_KHr: jax.Array, q_place: _Places) -> Callable[..., Any]:
         """`meet(k_KsH, k_place) -> (capped, scores)`: scores_Ksr with soft-cap, before and after the mask."""
@@ -193,6 +193,10 @@ def _over_needed(mask: Mask, q_place: _Places, k_places: _Places, add: Callable[
         lambda state: (needed_from(state[0] + 1), add(*state)),
         (needed_from(0), carry),
     )[1]
+
+
+def _added(x: jax.Array, y: jax.Array) -> jax.Array:
+    return (x.astype(jnp.float32) + y).astype(x.dtype)
 
 
 def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

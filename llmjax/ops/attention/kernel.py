@@ -46,9 +46,9 @@ class Kernel(Protocol):
         """`softmax` after these keys have joined it. Scores are q k / sqrt(H)."""
 
     def backward(
-        self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut, dkv: Cut
-    ) -> tuple[Cut, Cut]:
-        """`dq` and `dkv` with what comes from these keys added to them.
+        self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut | None, dkv: Cut | None
+    ) -> tuple[Cut | None, Cut | None]:
+        """`dq` and `dkv` with what comes from these keys added to them; None for one that is not asked for.
 
         lse and delta = sum_H(dout * out) are of the whole softmax, of which these keys may be a part.
         """

@@ -91,16 +91,18 @@ class PallasTPU:
         )
 
     def backward(
-        self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut, dkv: Cut
-    ) -> tuple[Cut, Cut]:
+        self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut | None, dkv: Cut | None
+    ) -> tuple[Cut | None, Cut | None]:
         inputs, H = {"queries": (q, dout), "keys": (kv,), "rows": (lse, delta)}, q.shape[4]
-        walk = self._walk(q, kv, mask, by_keys=False)
-        body = functools.partial(_backward_body_of_queries, mask, self.softcap)
-        scratch = [(walk.rows, H), (walk.rows, LANES), (walk.rows, LANES)]
-        (dq,) = walk.run(body, inputs, {"queries": dq}, scratch)
-        walk = self._walk(q, kv, mask, by_keys=True)
-        body = functools.partial(_backward_body_of_keys, mask, self.softcap)
-        (dkv,) = walk.run(body, inputs, {"keys": dkv}, [(2, walk.k_size, H)])
+        if dq is not None:
+            walk = self._walk(q, kv, mask, by_keys=False)
+            body = functools.partial(_backward_body_of_queries, mask, self.softcap)
+            scratch = [(walk.rows, H), (walk.rows, LANES), (walk.rows, LANES)]
+            (dq,) = walk.run(body, inputs, {"queries": dq}, scratch)
+        if dkv is not None:
+            walk = self._walk(q, kv, mask, by_keys=True)
+            body = functools.partial(_backward_body_of_keys, mask, self.softcap)
+            (dkv,) = walk.run(body, inputs, {"keys": dkv}, [(2, walk.k_size, H)])
         return dq, dkv
 
     def _walk(self, q: Cut, kv: Cut, mask: Mask, *, by_keys: bool) -> Walk:

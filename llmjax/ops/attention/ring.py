@@ -34,6 +34,7 @@ from llmjax.ops.attention.mask import Mask, Span, block_spans
 Reach = tuple[int, int]  # how many devices keys travel forwards, and backwards
 Signs = tuple[int, ...]  # directions: 1 forwards, -1 backwards
 Lanes = dict[int, Any]  # what travels, by its direction
+SHORT = 4096  # keys per device up to which sending them on may take longer than attending to them
 SPANS = 32  # pieces of a device's tokens that are looked at apart to decide which hops are needed
 
 
@@ -131,67 +132,101 @@ def needed_reach(ring: Ring, sizes: Sizes, mask: Mask) -> jax.Array:
     return jax.lax.pmax(number, ring.others) if ring.others else number
 
 
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """Between two barriers: a device meets the keys of the devices `step` before it in the directions `meet` (step 0:
+    its own), while those of the directions `hop` travel on, or start out."""
+
+    step: jax.Array | int
+    meet: Signs
+    hop: Signs
+
+
+def moments(reach: Reach, at_once: bool) -> list[Moment]:
+    """The journey of the keys, in both directions at once, or first forwards and then backwards."""
+    far = dict(zip((1, -1), reach))
+    signs = tuple(sign for sign in far if far[sign])
+    trips = [signs] if at_once and signs else [(sign,) for sign in signs]
+    found = [Moment(0, (), ())]
+    for trip in trips:
+        found[-1] = dataclasses.replace(found[-1], hop=trip)
+        for s in range(1, max(far[sign] for sign in trip) + 1):
+            meet, hop = (tuple(sign for sign in trip if far[sign] >= least) for least in (s, s + 1))
+            found.append(Moment(s, meet, hop))
+    return found
+
+
+def _through(journey: list[Moment], turn: Callable[[Moment, Any], Any], carry: Any) -> Any:
+    """`carry = turn(moment, carry)` for each moment; a loop where many are alike but for their step."""
+    for (_, meet, hop), alike in itertools.groupby(journey, lambda m: (m.step < 2, m.meet, m.hop)):
+        first, *more = alike
+        if len(more) < 2:
+            for moment in (first, *more):
+                carry = turn(moment, carry)
+        else:
+            carry = jax.lax.fori_loop(
+                first.step, more[-1].step + 1, lambda s, carry: turn(Moment(s, meet, hop), carry), carry
+            )
+    return carry
+
+
+def is_at_once(sizes: Sizes, reach: Reach) -> bool:
+    """Whether keys travel both ways at once, which takes half the time and twice the memory of one after the other."""
+    return max(reach) < 2 or sizes.S <= SHORT
+
+
 def _forward(
     kernel: Kernel, ring: Ring, sizes: Sizes, reach: Reach, q: Cut, kv: Cut, mask: Mask, softmax: Softmax
 ) -> Softmax:
-    def step(s: jax.Array | int, carry: tuple[Lanes, Softmax], onwards: Signs) -> tuple[Lanes, Softmax]:
+    def turn(now: Moment, carry: tuple[Lanes, Softmax]) -> tuple[Lanes, Softmax]:
         lanes, softmax = carry
-        nexts = {sign: ring.hop(lanes[sign], sign) for sign in onwards}
-        for sign, kv in lanes.items():
-            softmax = kernel.forward(q, kv, _part(ring, sizes, mask, sign * s), softmax)
-        return nexts, softmax
+        nexts = {sign: ring.hop(lanes.get(sign, kv), sign) for sign in now.hop}
+        for sign, keys in lanes.items() if now.meet else [(0, kv)]:
+            softmax = kernel.forward(q, keys, _part(ring, sizes, mask, sign * now.step), softmax)
+        return jax.lax.optimization_barrier((nexts, softmax))
 
-    lanes = {sign: ring.hop(kv, sign) for sign in _onwards(reach, 0)}
-    softmax = kernel.forward(q, kv, _part(ring, sizes, mask, 0), softmax)
-    return _walk(reach, step, (lanes, softmax))[1]
+    journey = moments(reach, is_at_once(sizes, reach))
+    return _through(journey, turn, ({}, softmax))[1]
 
 
 def _backward(
     kernel: Kernel, ring: Ring, sizes: Sizes, reach: Reach,
     q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut,
 ) -> tuple[Cut, Cut]:  # fmt: skip
-    def add(kv: Cut, by: jax.Array | int, dq: Cut, dkv: Cut) -> tuple[Cut, Cut]:
-        return kernel.backward(q, kv, _part(ring, sizes, mask, by), dout, lse, delta, dq, dkv)
+    def add(keys: Cut, by: jax.Array | int, dq: Cut | None, dkv: Cut | None) -> tuple[Cut | None, Cut | None]:
+        part = _part(ring, sizes, mask, by)
+        return kernel.backward(q, keys, part, dout, lse, delta, dq, dkv)
 
-    def step(s: jax.Array | int, carry: tuple[Lanes, Cut, Cut], onwards: Signs) -> tuple[Lanes, Cut, Cut]:
-        lanes, dq, own = carry
-        nexts = {sign: ring.hop(lanes[sign][0], sign) for sign in onwards}
-        for sign, (kv, dkv) in lanes.items():
-            arrived = jnp.zeros_like(kv) if dkv is None else ring.hop(dkv, sign)
-            dq, dkv = add(kv, sign * s, dq, arrived)
-            if sign in onwards:
-                nexts[sign] = nexts[sign], dkv
-            else:
-                own += ring.hop(dkv, -sign * s).astype(jnp.float32)
-        return nexts, dq, own
+    def turn(now: Moment, carry: tuple[Lanes, Lanes, Cut, Cut]) -> tuple[Lanes, Lanes, Cut, Cut]:
+        """In the first half gradients travel while dq is computed, in the second keys while dkv is."""
+        lanes, grads, dq, own = carry
+        arrived = {sign: ring.hop(dkv, sign) for sign, dkv in grads.items() if sign in now.meet}
+        for sign, dkv in grads.items():
+            if sign not in now.meet:
+                own = _add(own, ring.hop(dkv, -sign * reach[sign < 0]))
+        for sign, keys in lanes.items() if now.meet else [(0, kv)]:
+            dq, _ = add(keys, sign * now.step, dq, None)
+        lanes, arrived, dq, own = jax.lax.optimization_barrier((lanes, arrived, dq, own))
+        nexts = {sign: ring.hop(lanes.get(sign, kv), sign) for sign in now.hop}
+        grads = {
+            sign: add(keys, sign * now.step, None, arrived.get(sign, jnp.zeros_like(keys)))[1]
+            for sign, keys in lanes.items()
+        }
+        return jax.lax.optimization_barrier((nexts, grads, dq, own))
 
-    lanes = {sign: (ring.hop(kv, sign), None) for sign in _onwards(reach, 0)}
-    dq, own = (jnp.zeros(x.shape, jnp.float32) for x in (q, kv))
-    dq, own = add(kv, 0, dq, own)
-    _, dq, own = _walk(reach, step, (lanes, dq, own))
-    return dq, own.astype(kv.dtype)
+    kv, dout = jax.lax.optimization_barrier((kv, dout))  # a journey of its own, not that of the forward pass kept
+    start = {}, {}, jnp.zeros(q.shape, jnp.float32), jnp.zeros_like(kv)
+    _, grads, dq, own = _through(moments(reach, is_at_once(sizes, reach)), turn, start)
+    homes = [ring.hop(dkv, -sign * reach[sign < 0]) for sign, dkv in grads.items()]
+    _, own = add(kv, 0, None, own)
+    return dq, functools.reduce(_add, homes, own)
+
+
+def _add(x: Cut, y: Cut) -> Cut:
+    return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
 
 
 def _part(ring: Ring, sizes: Sizes, mask: Mask, by: jax.Array | int) -> Mask:
     """The mask of this device's queries and the keys of the device `by` places before it."""
     me = ring.index()
     return mask.part(me * sizes.T, sizes.T, (me - by) % ring.size * sizes.S, sizes.S)
-
-
-def _onwards(reach: Reach, s: int) -> Signs:
-    """The directions in which keys go on after step s."""
-    return tuple(sign for sign, far in zip((1, -1), reach) if far > s)
-
-
-def _walk(reach: Reach, step: Callable[..., Any], carry: Any) -> Any:
-    """`carry = step(s, carry, onwards)` for each s from 1 to the longer reach; a loop where many steps are alike."""
-    steps = range(1, max(reach) + 1)
-    for (_, onwards), alike in itertools.groupby(steps, lambda s: (s == 1, _onwards(reach, s))):
-        first, *more = alike
-        if len(more) > 1:
-            turn = functools.partial(step, onwards=onwards)
-            carry = jax.lax.fori_loop(first, more[-1] + 1, turn, carry)
-        else:
-            for s in (first, *more):
-                carry = step(s, carry, onwards)
-    return carry
