@@ -34,7 +34,7 @@ from llmjax.ops.attention.mask import Mask, Span, block_spans
 Reach = tuple[int, int]  # how many devices keys travel forwards, and backwards
 Signs = tuple[int, ...]  # directions: 1 forwards, -1 backwards
 Lanes = dict[int, Any]  # what travels, by its direction
-SHORT = 4096  # keys per device up to which sending them on may take longer than attending to them
+SHORT = 4096  # keys per device up to which hops may take longer than kernels: then both ways are gone at once
 SPANS = 32  # pieces of a device's tokens that are looked at apart to decide which hops are needed
 
 
@@ -96,14 +96,18 @@ def _attend_forward(kernel, ring, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask):
     journeys = [functools.partial(_forward, kernel, ring, sizes, reach) for reach in ring.reaches]
     out, lse = jax.lax.switch(needed_reach(ring, sizes, mask), journeys, q, kv, mask, softmax)
     out_BTNH, lse = named(kernel.join_queries(out, sizes.T).astype(q.dtype), lse)
-    return out_BTNH, (q, kv, sinks_N, mask, out_BTNH, lse)
+    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, sinks_N, mask, out_BTNH, lse)
 
 
 def _attend_backward(kernel, ring, sizes, saved, dout_BTNH):
-    q, kv, sinks_N, mask, out_BTNH, lse = saved
+    q_BTNH, k_BSKH, v_BSKH, sinks_N, mask, out_BTNH, lse = saved
+    # A journey of its own: the keys of the forward pass are not kept for it.
+    dout_BTNH, out_BTNH, q_BTNH = jax.lax.optimization_barrier((dout_BTNH, out_BTNH, q_BTNH))
     dout, delta = pulled(kernel, sizes, out_BTNH, dout_BTNH)
+    q = kernel.cut_queries(q_BTNH, sizes.K)
     journeys = [functools.partial(_backward, kernel, ring, sizes, reach) for reach in ring.reaches]
-    dq, dkv = jax.lax.switch(needed_reach(ring, sizes, mask), journeys, q, kv, mask, dout, lse, delta)
+    arrays = q, k_BSKH, v_BSKH, mask, dout, lse, delta
+    dq, dkv = jax.lax.switch(needed_reach(ring, sizes, mask), journeys, *arrays)
     dsinks_N = sinks_gradient(kernel, sizes, sinks_N, lse, delta)
     dq_BTNH = kernel.join_queries(dq.astype(q.dtype), sizes.T)
     return dq_BTNH, *kernel.join_keys(dkv, sizes.S), dsinks_N, None
@@ -170,11 +174,6 @@ def _through(journey: list[Moment], turn: Callable[[Moment, Any], Any], carry: A
     return carry
 
 
-def is_at_once(sizes: Sizes, reach: Reach) -> bool:
-    """Whether keys travel both ways at once, which takes half the time and twice the memory of one after the other."""
-    return max(reach) < 2 or sizes.S <= SHORT
-
-
 def _forward(
     kernel: Kernel, ring: Ring, sizes: Sizes, reach: Reach, q: Cut, kv: Cut, mask: Mask, softmax: Softmax
 ) -> Softmax:
@@ -185,44 +184,58 @@ def _forward(
             softmax = kernel.forward(q, keys, _part(ring, sizes, mask, sign * now.step), softmax)
         return jax.lax.optimization_barrier((nexts, softmax))
 
-    journey = moments(reach, is_at_once(sizes, reach))
-    return _through(journey, turn, ({}, softmax))[1]
+    return _through(moments(reach, at_once=True), turn, ({}, softmax))[1]
 
 
 def _backward(
     kernel: Kernel, ring: Ring, sizes: Sizes, reach: Reach,
-    q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut,
+    q: Cut, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, dout: Cut, lse: Cut, delta: Cut,
 ) -> tuple[Cut, Cut]:  # fmt: skip
+    """dq, float32, and dkv. Every hop has a kernel to hide behind: gradients travel while dq is computed, and keys
+    while dkv is. This device's own keys are cut anew each time they are needed, so as not to be held all the while."""
+
+    def own_keys(after: Cut) -> Cut:
+        k, v, _ = jax.lax.optimization_barrier((k_BSKH, v_BSKH, after))
+        return kernel.cut_keys(k, v)
+
     def add(keys: Cut, by: jax.Array | int, dq: Cut | None, dkv: Cut | None) -> tuple[Cut | None, Cut | None]:
         part = _part(ring, sizes, mask, by)
         return kernel.backward(q, keys, part, dout, lse, delta, dq, dkv)
 
-    def turn(now: Moment, carry: tuple[Lanes, Lanes, Cut, Cut]) -> tuple[Lanes, Lanes, Cut, Cut]:
-        """In the first half gradients travel while dq is computed, in the second keys while dkv is."""
-        lanes, grads, dq, own = carry
-        arrived = {sign: ring.hop(dkv, sign) for sign, dkv in grads.items() if sign in now.meet}
+    def home(own: Cut | None, grads: Lanes) -> Cut | None:
         for sign, dkv in grads.items():
-            if sign not in now.meet:
-                own = _add(own, ring.hop(dkv, -sign * reach[sign < 0]))
-        for sign, keys in lanes.items() if now.meet else [(0, kv)]:
+            back = ring.hop(dkv, -sign * reach[sign < 0])
+            own = back if own is None else _sum(own, back)
+        return own
+
+    def turn(
+        now: Moment, carry: tuple[Lanes, Lanes, Cut, Cut | None]
+    ) -> tuple[Lanes, Lanes, Cut, Cut | None]:
+        lanes, grads, dq, own = carry
+        own = home(own, {sign: dkv for sign, dkv in grads.items() if sign not in now.meet})
+        arrived = {sign: ring.hop(dkv, sign) for sign, dkv in grads.items() if sign in now.meet}
+        for sign, keys in lanes.items():
             dq, _ = add(keys, sign * now.step, dq, None)
         lanes, arrived, dq, own = jax.lax.optimization_barrier((lanes, arrived, dq, own))
-        nexts = {sign: ring.hop(lanes.get(sign, kv), sign) for sign in now.hop}
-        grads = {
-            sign: add(keys, sign * now.step, None, arrived.get(sign, jnp.zeros_like(keys)))[1]
-            for sign, keys in lanes.items()
-        }
+        nexts = {sign: ring.hop(lanes[sign] if sign in lanes else own_keys(dq), sign) for sign in now.hop}
+        grads = {}
+        for sign, keys in lanes.items():
+            dkv = arrived.get(sign, jnp.zeros_like(keys))
+            grads[sign] = add(keys, sign * now.step, None, dkv)[1]
         return jax.lax.optimization_barrier((nexts, grads, dq, own))
 
-    kv, dout = jax.lax.optimization_barrier((kv, dout))  # a journey of its own, not that of the forward pass kept
-    start = {}, {}, jnp.zeros(q.shape, jnp.float32), jnp.zeros_like(kv)
-    _, grads, dq, own = _through(moments(reach, is_at_once(sizes, reach)), turn, start)
-    homes = [ring.hop(dkv, -sign * reach[sign < 0]) for sign, dkv in grads.items()]
-    _, own = add(kv, 0, None, own)
-    return dq, functools.reduce(_add, homes, own)
+    first, *journey = moments(reach, at_once=sizes.S <= SHORT)
+    zero, _ = jax.lax.optimization_barrier((jnp.float32(0), dout))  # not the zeros of the forward pass
+    kv, dq = own_keys(dout), jnp.broadcast_to(zero, q.shape)
+    lanes = {sign: ring.hop(kv, sign) for sign in first.hop}
+    lanes, dq = jax.lax.optimization_barrier((lanes, add(kv, 0, dq, None)[0]))
+    _, grads, dq, own = _through(journey, turn, (lanes, {}, dq, None))
+    back, kv = home(None, grads), own_keys(dq)
+    _, own = add(kv, 0, None, jnp.zeros_like(kv) if own is None else own)
+    return jax.lax.optimization_barrier((dq, own if back is None else _sum(own, back)))
 
 
-def _add(x: Cut, y: Cut) -> Cut:
+def _sum(x: Cut, y: Cut) -> Cut:
     return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
 
 
