@@ -11,6 +11,8 @@ all, is what is cheapest by a model of the ring. A row of one document is a zigz
 
 The documents get an order of their own, that of the devices: hardly a block then spans, in this order, a document that
 lies elsewhere, so that attention by blocks skips about as much as it would in a row that is left as it is.
+
+Work is counted in whole and half numbers, whose sums are exact, so that all hosts of a row come to the same layout.
 """
 
 from __future__ import annotations
@@ -113,7 +115,9 @@ def work_of(cuts: Cuts, shards: int, capacity: int, block: int) -> np.ndarray:
     place -= place[np.searchsorted(cuts.shard, cuts.shard)]
     blocks = (place + size - 1) // block - place // block + 1
     # Two documents share the block in which the one ends and the other begins: it meets itself once.
-    work = np.diag(np.bincount(cuts.shard, blocks * (blocks - 1) / 2.0, minlength=shards) + capacity / block)
+    work = np.diag(
+        np.bincount(cuts.shard, blocks * (blocks - 1) / 2.0, minlength=shards) - (-capacity // block)
+    )
     work = work.reshape(-1)
     count = np.bincount(cuts.document)
     parts = np.flatnonzero(count[cuts.document] > 1)
