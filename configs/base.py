@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
     mesh.fsdp = 1  # batch and parameters
     mesh.seq = 1  # positions of each sequence
     mesh.tensor = 1  # heads, feed-forward, vocabulary
+    mesh.layout = "auto"  # tokens on devices of seq: auto | contiguous | zigzag | striped | documents
 
     c.train = train = ConfigDict()
     train.num_updates = 400  # optimizer updates of the whole run

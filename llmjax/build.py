@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from llmjax.config import Config
+from llmjax.config import Config, row_layout
 from llmjax.data.cache import cached_store, cached_tokenizer
 from llmjax.data.pipeline import Batches, PackedSequences, make_batches
 from llmjax.data.plan import PackingPlan, cached_plan, check_corpus
@@ -241,6 +241,7 @@ class Program:
             batch_size=batch_size,
             local_rows=rows,
             prefetch=self.config.data.prefetch,
+            layout=row_layout(self.config, self.mesh.shape["seq"]),
         )
         return Feed(self, host, batch_size, rows)
 

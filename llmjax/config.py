@@ -12,6 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from llmjax.data.layout import RowLayout
 from llmjax.data.pipeline import DataConfig
 from llmjax.data.tokenizer import TokenizerConfig
 from llmjax.errors import UserError
@@ -116,6 +117,7 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
     model, T = config.model, config.data.seq_len
     if T % seq:
         raise UserError(f"data.seq_len={T} is not divisible by mesh.seq={seq}; change one of them")
+    row_layout(config, seq).check(T)
     for key, size in (
         ("num_heads", model.num_heads),
         ("num_kv_heads", model.num_kv_heads),
@@ -154,6 +156,12 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
             "change one of them"
         )
     return config, batch
+
+
+def row_layout(config: Config, shards: int) -> RowLayout:
+    """Which token of a sequence lies on which of the `shards` devices that share it."""
+    name = "contiguous" if config.mesh.layout == "auto" else config.mesh.layout
+    return RowLayout(name, shards)
 
 
 FREE_ON_RESUME = (

@@ -9,7 +9,9 @@ import pytest
 from configs import base
 from llmjax import config as configs
 from llmjax.build import make_program
+from llmjax.data.layout import LAYOUTS, RowLayout
 from llmjax.types import Batch
+from tests.data.test_pipeline import make_source
 
 V, T, UPDATES = 64, 32, 5
 SIZES = {
@@ -40,12 +42,24 @@ def ragged_batch(rng, size):
     return arrays | {"weights": weights.astype(np.float32)}
 
 
-def trace(program, seed=0):
+def lay_out(batch, layout):
+    """The batch with the columns of each row in the order of `layout`."""
+    out = {name: array.copy() for name, array in batch.items()}
+    for b, segments in enumerate(batch["segments"]):
+        order, segment_of = layout.order(np.bincount(segments)[1:], T)
+        for name in ("tokens", "targets", "weights", "positions"):
+            out[name][b] = batch[name][b, order]
+        out["segments"][b] = segment_of[segments[order]]
+    return out
+
+
+def trace(program, seed=0, layout=RowLayout()):  # noqa: B008
     """Loss per target of each update, on the same 16 sequences an update however they are cut."""
     rng, state, losses, steering = np.random.default_rng(seed), program.init(), [], program.steering
     size = program.batch.micro_batch_size
     for update in range(UPDATES):
         whole = ragged_batch(rng, 16) | {"index": np.arange(16, dtype=np.int32) + 16 * update}
+        whole = lay_out(whole, layout)
         order, sums = steering.decide(steering.start(), update * 16 * T).order, []
         parts = [{k: v[start : start + size] for k, v in whole.items()} for start in range(0, 16, size)]
         lead = ()
@@ -75,6 +89,24 @@ def test_every_mesh_gives_the_same_losses(shape, one_device):
     data, fsdp, seq, tensor = shape
     program = program_for(jax.devices(), mesh__data=data, mesh__fsdp=fsdp, mesh__seq=seq, mesh__tensor=tensor)
     np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_of_the_sequences_gives_the_same_losses(name, one_device):
+    program = program_for(jax.devices(), mesh__data=2, mesh__seq=4, mesh__layout=name)
+    np.testing.assert_allclose(trace(program, layout=RowLayout(name, 4)), one_device, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["auto", *LAYOUTS])
+def test_batches_come_in_the_layout_of_the_mesh(name):
+    program = program_for(jax.devices(), mesh__data=2, mesh__seq=4, mesh__layout=name)
+    source = make_source()  # rows of T
+    with program.batches(source, start=3) as batches:
+        batch = next(batches)
+    layout = RowLayout("contiguous" if name == "auto" else name, 4)
+    expected = source.read(np.arange(3, 3 + program.batch.micro_batch_size), layout)
+    for field, array in expected.items():
+        np.testing.assert_array_equal(getattr(batch, field), array)
 
 
 @pytest.mark.parametrize("gather", ["micro_step", "update"])

@@ -74,6 +74,10 @@ BAD = {
     "evaluate": ({"evaluate__every": -1}, r"evaluate.every=-1"),
     "keep": ({"checkpoint__keep": 0}, r"checkpoint.keep=0"),
     "vocabulary": ({"tokenizer__vocab_size": 100}, r"tokenizer.vocab_size = 100"),
+    "layout": (
+        {"mesh__layout": "zigzig"},
+        r"mesh.layout='zigzig' is not known; use one of auto, contiguous, zigzag",
+    ),
     "z_loss": ({"train__z_loss": -0.1}, r"train.z_loss=-0.1"),
 }
 
@@ -89,6 +93,8 @@ def test_a_wrong_value_is_named(case):
 @pytest.mark.parametrize("changes, pattern", [
     ({"mesh__seq": 3, "mesh__data": -1}, r"mesh .*seq=3.* 8 devices"),
     ({"mesh__seq": 8, "data__seq_len": 516, "train__tokens_per_update": 516 * 16}, r"data.seq_len=516 .* mesh.seq=8"),
+    ({"mesh__seq": 8, "mesh__layout": "zigzag", "data__seq_len": 520, "train__tokens_per_update": 520 * 16},
+     r"data.seq_len=520 is not divisible by 2 x mesh.seq=8, which mesh.layout='zigzag' needs"),
     ({"mesh__tensor": 8}, r"model.num_heads=4 is not divisible by mesh.tensor=8"),
     ({"mesh__data": 4}, r"takes 4 devices but there are 8"),
     ({"mesh__data": -1, "mesh__fsdp": -1}, r"mesh.data=-1 and mesh.fsdp=-1"),
@@ -134,6 +140,7 @@ def test_a_resumed_run_must_mean_the_same():
         {"train__accumulation_steps": 4},
         {"evaluate__every": 7},
         {"model__remat": "full"},
+        {"mesh__layout": "documents"},
     ):
         configs.check_resume(saved, check(**free)[0], "runs/base")
     with pytest.raises(UserError, match=r"model.num_layers \(4 there, 8 here\), seed \(0 there, 1 here\)"):

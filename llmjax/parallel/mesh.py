@@ -17,16 +17,26 @@ from jax.sharding import AxisType, Mesh
 from llmjax.types import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
+# Those of llmjax/data/layout.py, and a choice among them.
+LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "documents")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, which takes all devices that the others leave."""
+    """Sizes of the mesh axes; one of them may be -1, which takes all devices that the others leave.
+
+    `layout`: which tokens of a sequence lie on which device of `seq`.
+    """
 
     data: int = -1
     fsdp: int = 1
     seq: int = 1
     tensor: int = 1
+    layout: str = "auto"
+
+    def __post_init__(self):
+        if self.layout not in LAYOUTS:
+            raise UserError(f"mesh.layout={self.layout!r} is not known; use one of {', '.join(LAYOUTS)}")
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:

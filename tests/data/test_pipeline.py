@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 
+from llmjax.data.layout import LAYOUTS, RowLayout
 from llmjax.data.pipeline import DataConfig, PackedSequences, make_batches
 from llmjax.data.plan import cached_plan, plan_packing
 from llmjax.data.sources import list_sources
@@ -171,6 +172,57 @@ def test_evaluation_sees_every_target_once_whatever_the_batch_size(batch_size):
     assert len(read) == -(-n // batch_size)
     assert {len(batch["tokens"]) for batch in read} == {batch_size}
     assert join(read)["weights"].sum() == source.plan.num_tokens
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_moves_the_columns_of_each_row_and_keeps_what_they_say(source, name, shards):
+    plain = source.read(np.arange(40))
+    batch = source.read(np.arange(40), RowLayout(name, shards, block=2))
+    assert batch.keys() == plain.keys()
+    fields = ("segments", "positions", "tokens", "targets", "weights")
+    for row in range(40):
+        before, after = (np.stack([arrays[field][row] for field in fields]) for arrays in (plain, batch))
+        # Tokens say which document they are of, so that segments may have other numbers.
+        by_token = [
+            part[:, np.lexsort((part[1], part[2]))]
+            for part in (before[:, before[0] > 0], after[:, after[0] > 0])
+        ]
+        np.testing.assert_array_equal(by_token[0][1:], by_token[1][1:])
+        pairs = set(zip(*(part[0].tolist() for part in by_token)))
+        assert len(pairs) == before[0].max() == after[0].max()
+        assert not after[:, after[0] == 0].any()
+    np.testing.assert_array_equal(batch["index"], plain["index"])
+    assert {array.dtype for array in batch.values()} == {array.dtype for array in plain.values()}
+    assert (batch["positions"] != plain["positions"]).any() == (name != "contiguous")
+
+
+def test_rows_of_padding_can_be_laid_out():
+    source = make_source(repeat=False)
+    for name in LAYOUTS:
+        batch = source.read(np.array([0, source.plan.num_rows]), RowLayout(name, 4))
+        assert batch["segments"][0].any() and not batch["segments"][1].any()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_hosts_and_prefetch_do_not_change_laid_out_sequences(source, name):
+    layout = RowLayout(name, 4, block=4)
+    parts = [
+        take(
+            make_batches(
+                source,
+                start=7,
+                batch_size=8,
+                local_rows=np.arange(4) + 4 * host,
+                prefetch=host,
+                layout=layout,
+            ),
+            3,
+        )
+        for host in range(2)
+    ]
+    together = join([part[number] for number in range(3) for part in parts])
+    assert_same(together, source.read(np.arange(7, 7 + 24), layout))
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])

@@ -1,0 +1,133 @@
+"""What ring attention has to do with a row laid out over the devices of `mesh.seq`: counted on the host, not timed.
+
+Attention goes by blocks, of queries and of keys, and leaves out each pair of blocks whose spans say that no query can
+see any key (`Mask.may_see`). What a layout is good for shows in how many pairs that leaves, how many of them were
+needed, how far keys travel, and which device waits for which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from llmjax.data import ring
+
+HIGHEST = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class RingWork:
+    """Pairs of blocks by pairs of devices: [d, e] is queries of device d against keys of device e.
+
+    executed  int64 [n, n], pairs that attention computes
+    needed    int64 [n, n], pairs in which a query sees a key
+    """
+
+    executed: np.ndarray
+    needed: np.ndarray
+
+    @property
+    def executed_over_needed(self) -> float:
+        return float(self.executed.sum() / max(1, self.needed.sum()))
+
+    @property
+    def hops(self) -> int:
+        """Transfers in a ring of two directions, of n - 1 at most: the furthest needed in one and in the other."""
+        return sum(ring.reach(self.executed))
+
+    @property
+    def lockstep_slowdown(self) -> float:
+        """Time over that of a perfect balance, if at each step all devices wait for the slowest."""
+        return self._slowdown(ring.lockstep_time(ring.steps(self.executed)))
+
+    @property
+    def free_running_slowdown(self) -> float:
+        """Time over that of a perfect balance, if each device waits for its keys alone."""
+        return self._slowdown(ring.free_running_time(self.executed))
+
+    @property
+    def one_way_hops(self) -> int:
+        """Transfers in a ring of one direction."""
+        return int(np.flatnonzero(ring.by_distance(self.executed).any(axis=1)).max(initial=0))
+
+    @property
+    def one_way_lockstep_slowdown(self) -> float:
+        """`lockstep_slowdown` of a ring of one direction, of n steps."""
+        return self._slowdown(ring.lockstep_time(ring.by_distance(self.executed)))
+
+    def _slowdown(self, time: float) -> float:
+        return time * len(self.executed) / max(1, int(self.executed.sum()))
+
+
+def ring_work(
+    segments: np.ndarray,
+    positions: np.ndarray,
+    shards: int,
+    block: int,
+    *,
+    causal: bool = True,
+    window: int = 0,
+) -> RingWork:
+    """The work of a laid out row, `segments` and `positions` [T], of which each device has one of `shards` parts."""
+    segments, positions = (np.asarray(x, np.int64).reshape(shards, -1) for x in (segments, positions))
+    size = min(block, segments.shape[1])
+    segments, positions = (
+        np.pad(x, ((0, 0), (0, -x.shape[1] % size))).reshape(-1, size) for x in (segments, positions)
+    )
+    device = np.arange(len(segments)) * shards // len(segments)
+
+    def per_device(pairs: np.ndarray) -> np.ndarray:
+        q, k = np.nonzero(pairs)
+        return np.bincount(device[q] * shards + device[k], minlength=shards**2).reshape(shards, shards)
+
+    return RingWork(
+        per_device(_may_see(segments, positions, causal, window)),
+        per_device(_sees(segments, positions, causal, window)),
+    )
+
+
+def _may_see(segments: np.ndarray, positions: np.ndarray, causal: bool, window: int) -> np.ndarray:
+    """bool [blocks, blocks]: `Mask.may_see` of the spans of blocks [blocks, size]."""
+    first, last = np.where(segments == 0, HIGHEST, segments).min(axis=1), segments.max(axis=1)
+    first_position = np.where(segments == first[:, None], positions, HIGHEST).min(axis=1)
+    last_position = np.where(segments == last[:, None], positions, 0).max(axis=1)
+
+    def up_to(segment, position, end_segment, end_position):
+        return (segment < end_segment) | ((segment == end_segment) & (position <= end_position))
+
+    q, k = (slice(None), None), (None, slice(None))
+    may = (first[q] <= last[k]) & (first[k] <= last[q])
+    if causal:
+        may &= up_to(first[k], first_position[k], last[q], last_position[q])
+    if window:
+        reach = window - 1
+        may &= up_to(first[q], first_position[q] - reach, last[k], last_position[k])
+        if not causal:
+            may &= up_to(first[k], first_position[k], last[q], last_position[q] + reach)
+    return may
+
+
+def _sees(segments: np.ndarray, positions: np.ndarray, causal: bool, window: int) -> np.ndarray:
+    """bool [blocks, blocks]: whether a query of the one sees a key of the other.
+
+    In the order of (segment, position) the keys of a query are a range, and those of a block a union of ranges.
+    """
+    count, size = segments.shape
+    used = np.flatnonzero(segments)
+    order = used[np.lexsort((positions.flat[used], segments.flat[used]))]
+    segment, block, here = segments.flat[order], order // size, np.arange(len(order))
+    start, stop = np.searchsorted(segment, segment, "left"), np.searchsorted(segment, segment, "right")
+    if window:  # positions of a document have no gaps
+        start, stop = np.maximum(start, here - window + 1), np.minimum(stop, here + window)
+    if causal:
+        stop = here + 1
+    sees = np.zeros((count, count), bool)
+    members = np.split(np.argsort(block, kind="stable"), np.searchsorted(np.sort(block), np.arange(1, count)))
+    for q, mine in enumerate(members):
+        if len(mine):
+            low, high = start[mine].min(), stop[mine].max()
+            change = np.bincount(start[mine] - low, minlength=high - low + 1)
+            change -= np.bincount(stop[mine] - low, minlength=high - low + 1)
+            sees[q, block[low:high][np.cumsum(change[:-1]) > 0]] = True
+    return sees

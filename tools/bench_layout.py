@@ -1,0 +1,122 @@
+"""What ring attention has to do with each layout of packed rows, counted in pairs of blocks; and what a layout costs.
+
+    python tools/bench_layout.py --rows web web_mixed --shards 8 32 --block 128 256 512
+
+Lengths are drawn, and packed as the pipeline packs them (`plan_packing`) or, for the rows called mixed, one after the
+other as they are drawn; figures are means over the rows. One JSON object a line.
+
+    executed_over_needed  pairs of blocks that attention computes, over those in which a query sees a key
+    executed_over_whole   over those that it would compute on one device
+    ..._slowdown          time over that of a perfect balance: where all devices wait at each step for the slowest
+                          (lockstep), where each waits for its keys alone (free_running), in a ring of one direction
+    hops                  how far keys travel: in one direction and in the other, added up
+    milliseconds          to make the order of one row
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from llmjax.data.layout import LAYOUTS, RowLayout
+from llmjax.data.plan import plan_packing
+from llmjax.plan.ring_work import ring_work
+
+DOCUMENTS = 100_000
+
+
+def web(rng: np.random.Generator, count: int, sigma: float = 1.1) -> np.ndarray:
+    """Lengths as on the web: lognormal, of median 545."""
+    return np.maximum(1, np.rint(545 * np.exp(sigma * rng.standard_normal(count)))).astype(np.int64)
+
+
+def novels(rng: np.random.Generator) -> np.ndarray:
+    """Long novels and as many tokens of poems."""
+    return np.concatenate([rng.integers(300_000, 900_000, 8), rng.integers(20, 200, 40_000)])
+
+
+def packed(lengths: np.ndarray, seq_len: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    plan = plan_packing(lengths + 1, np.arange(len(lengths)), seq_len, seed=0)
+    rows = rng.choice(plan.num_rows, min(count, plan.num_rows), replace=False)
+    return [plan.lengths[plan.offsets[row] : plan.offsets[row + 1]] for row in rows]
+
+
+def mixed(sigma: float, seq_len: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    rows = []
+    for _ in range(count):
+        ends = np.minimum(np.cumsum(web(rng, seq_len // 50, sigma)), seq_len)
+        lengths = np.diff(ends, prepend=0)
+        rows.append(lengths[lengths > 0])
+    return rows
+
+
+ROWS: dict[str, Callable[..., list[np.ndarray]]] = {
+    "web": lambda T, count, rng: packed(web(rng, DOCUMENTS), T, count, rng),
+    "web_mixed": lambda T, count, rng: mixed(1.1, T, count, rng),
+    "heavy": lambda T, count, rng: packed(web(rng, DOCUMENTS, 1.5), T, count, rng),
+    "heavy_mixed": lambda T, count, rng: mixed(1.5, T, count, rng),
+    "novels": lambda T, count, rng: packed(novels(rng), T, count, rng),
+    "equal_8k": lambda T, count, rng: [np.full(T // 8192, 8192)],
+    "one": lambda T, count, rng: [np.array([T])],
+    "two": lambda T, count, rng: [np.array([T * 11 // 20, T - T * 11 // 20])],
+}
+
+
+def fields(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """segments, positions [T] of a row as it is."""
+    counts = np.append(lengths, seq_len - lengths.sum())
+    segments = np.repeat(np.append(np.arange(1, len(counts)), 0), counts)
+    return segments, np.arange(seq_len) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def measure(rows: list[np.ndarray], layout: RowLayout, seq_len: int) -> dict[str, float]:
+    results = []
+    for lengths in rows:
+        began = time.perf_counter()
+        order, segment_of = layout.order(lengths, seq_len)
+        seconds = time.perf_counter() - began
+        segments, positions = fields(lengths, seq_len)
+        whole = ring_work(segments, positions, 1, layout.block)
+        work = ring_work(segment_of[segments[order]], positions[order], layout.shards, layout.block)
+        results.append(
+            {
+                "executed_over_needed": work.executed_over_needed,
+                "executed_over_whole": work.executed.sum() / whole.executed.sum(),
+                "lockstep_slowdown": work.lockstep_slowdown,
+                "free_running_slowdown": work.free_running_slowdown,
+                "hops": work.hops,
+                "one_way_lockstep_slowdown": work.one_way_lockstep_slowdown,
+                "one_way_hops": work.one_way_hops,
+                "milliseconds": 1e3 * seconds,
+            }
+        )
+    return {name: float(f"{np.mean([r[name] for r in results]):.4g}") for name in results[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", nargs="+", default=["web", "web_mixed"], choices=ROWS)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument("--seq_len", type=int, default=131072)
+    parser.add_argument("--shards", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--block", nargs="+", type=int, default=[256])
+    parser.add_argument("--count", type=int, default=32, help="rows of each kind")
+    args = parser.parse_args()
+    for kind in args.rows:
+        rows = ROWS[kind](args.seq_len, args.count, np.random.default_rng(0))
+        for shards in args.shards:
+            for block in args.block:
+                for name in args.layouts:
+                    layout = RowLayout(name, shards, block)
+                    layout.check(args.seq_len)
+                    found = measure(rows, layout, args.seq_len)
+                    line = {"rows": kind, "shards": shards, "block": block, "layout": name, **found}
+                    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
