@@ -17,11 +17,12 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 class Axis:
     """A horizontal axis from 0 to `high` (in the units of the records), labelled in units of `divisor`."""
 
-    key: str  # updates, tokens or time
+    key: str  # updates, tokens or time, between which the page switches, or what else is the chart's own
     label: str
     high: float
     divisor: float = 1.0
     whole: bool = False  # ticks at whole numbers only
+    marks: tuple[tuple[float, str], ...] = ()  # every point there is and its text, in the place of numbers
 
 
 # --- numbers ---
