@@ -16,6 +16,7 @@ import numpy as np
 
 from llmjax.train.chart_axes import (
     Axis,
+    apart,
     domain,
     format_duration,
     format_number,
@@ -204,9 +205,7 @@ def _grid(axis: Axis, y_marks: list[float], height: Callable[[float], float], ch
         parts.append(f'<text class="y tick" x="-8" y="{at}" dy=".33em">{label}{chart.suffix}</text>')
     high, count = axis.high / axis.divisor, 9 if chart.wide else 5
     x_marks = ticks(0, high, count, axis.whole)
-    labelled = list(zip(x_marks, tick_labels(x_marks), strict=True))
-    if axis.marks:
-        labelled = list(axis.marks[:: -(-len(axis.marks) // (count + 2))])
+    labelled = apart(axis.marks, high / (count + 2)) or list(zip(x_marks, tick_labels(x_marks), strict=True))
     for i, (mark, label) in enumerate(labelled):
         at = f"{100 * mark / high if high else 0:.2f}%"
         spare = " spare" * (i % 2)
