@@ -119,6 +119,8 @@ def get_config() -> ConfigDict:
     c.evaluate = evaluate = ConfigDict()
     evaluate.every = 100  # updates between evaluations on the held-out documents; 0 = only at the end
     evaluate.batch_size = 0  # sequences per step; 0 = the micro-batch size
+    evaluate.probes = ()  # of long context, at the end: position, context, passkey, needle, copy
+    evaluate.probe_lengths = ()  # tokens of their texts, also above seq_len; () = 1, 16, 32, 64, ... seq_len
 
     c.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 100  # updates between checkpoints; 0 = only at the end

@@ -25,6 +25,7 @@ from llmjax.data.sources import list_sources
 from llmjax.data.store import Store
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
+from llmjax.evaluate.scoring import make_token_losses
 from llmjax.models.contract import Model
 from llmjax.models.gpt import GPT
 from llmjax.ops.attention import blockwise, full
@@ -158,6 +159,7 @@ class Program:
     train_step: TrainStep
     eval_step: Callable[[Params, Batch], LossSums]
     statistics: Callable[[Params, Batch], dict]
+    token_losses: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
 
     @property
     def layout(self) -> Layout:
@@ -227,6 +229,21 @@ class Program:
         """How a field of `Batch` lies on the mesh, after leading dimensions that are not split."""
         names = ("batch",) if field == "index" else ("batch", "length")
         return self.layout.sharding(*lead, *names)
+
+    def place(self, arrays: dict[str, np.ndarray]) -> Batch:
+        """A batch on the devices, of which every process has made all rows."""
+        rows = local_batch_rows(self.batch_sharding("tokens"), len(arrays["tokens"]))
+        fields = {}
+        for name, array in arrays.items():
+            fields[name] = make_global(self.batch_sharding(name), array.shape, rows, array[rows])
+        return Batch(**fields)
+
+    def probe_shape(self, length: int) -> tuple[int, int]:
+        """Rows and positions of a batch for texts of `length` tokens: that of an evaluation, or where they do not fit
+        into a sequence longer and fewer rows, of about as many tokens."""
+        T, shards = self.batch.seq_len, batch_shards(self.layout)[0]
+        rows, longer = self.config.evaluate.batch_size or self.batch.micro_batch_size, -(-length // T)
+        return max(rows // longer // shards, 1) * shards, longer * T
 
     def batches(
         self, source: PackedSequences, *, start: int = 0, stop: int | None = None, batch_size: int = 0
@@ -315,6 +332,9 @@ def make_program(
     max_steps = 1 if fused else max(steering.max_steps, 1 + accumulates)
     accumulator = Accumulator(steering.optimizer, max_steps)
     loss = make_task_loss(config, model, model.layout)
+    token_losses = make_token_losses(
+        model, logit_softcap=config.model.logit_softcap, shards=batch_shards(model.layout)
+    )
     param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
     state = abstract_state(model.init, accumulator, param_specs, mesh)
     if fused:
@@ -340,6 +360,7 @@ def make_program(
         ),
         eval_step=jax.jit(make_eval_step(loss)),
         statistics=jax.jit(make_statistics(model, loss)),
+        token_losses=jax.jit(token_losses, out_shardings=Layout(mesh).sharding(None, None)),
     )
 
 
@@ -361,10 +382,13 @@ def make_steering(config: Config, batch: BatchArithmetic, mesh: Mesh) -> Steerin
 
 def make_task_loss(config: Config, model: Model, layout: Layout) -> Callable[..., LossSums]:
     """The loss of the config's task on a model laid out by `layout`."""
-    shards = (layout.axis_size("data") * layout.axis_size("fsdp"), layout.axis_size("seq"))
-    return make_loss(
-        model, logit_softcap=config.model.logit_softcap, z_loss=config.train.z_loss, shards=shards
-    )
+    softcap, z_loss = config.model.logit_softcap, config.train.z_loss
+    return make_loss(model, logit_softcap=softcap, z_loss=z_loss, shards=batch_shards(layout))
+
+
+def batch_shards(layout: Layout) -> tuple[int, int]:
+    """Over how many devices the sequences and the positions of a batch are split."""
+    return layout.axis_size("data") * layout.axis_size("fsdp"), layout.axis_size("seq")
 
 
 def make_model(config: Config, vocab_size: int, layout: Layout) -> Model:

@@ -17,6 +17,7 @@ from llmjax.data.pipeline import DataConfig
 from llmjax.data.tokenizer import TokenizerConfig
 from llmjax.errors import UserError
 from llmjax.evaluate.held_out import EvaluateConfig
+from llmjax.evaluate.probes import PROBES
 from llmjax.generate.generate import GenerateConfig
 from llmjax.nn.config import ModelConfig, resolve
 from llmjax.parallel.mesh import MeshConfig, mesh_shape
@@ -58,6 +59,8 @@ class Config:
         as_dict = dataclasses.asdict(self)
         as_dict["data"]["sources"] = list(self.data.sources)
         as_dict["train"]["batch_points"] = list(self.train.batch_points)
+        as_dict["evaluate"]["probes"] = list(self.evaluate.probes)
+        as_dict["evaluate"]["probe_lengths"] = list(self.evaluate.probe_lengths)
         return as_dict
 
 
@@ -88,16 +91,23 @@ def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _read_value(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type `hint`, or a UserError; an int may stand for a float, one string for a tuple of strings."""
+    """`value` as the type `hint`, or a UserError; an int may stand for a float, one string for a tuple of strings, and
+    strings for whole numbers in a tuple."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if typing.get_origin(hint) is tuple:
+    if hint == tuple[int, ...]:
+        values = value if isinstance(value, list | tuple) else (value,)
+        parts = [part for v in values for part in str(v).split(",") if part]
+        if all(part.lstrip("-").isdecimal() for part in parts):
+            return tuple(map(int, parts))
+    elif typing.get_origin(hint) is tuple:
         value = (value,) if isinstance(value, str) else value
         if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
             return tuple(part for v in value for part in v.split(",") if part)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    name = hint.__name__ if isinstance(hint, type) else "list of strings"
+    lists = {tuple[int, ...]: "list of whole numbers"}
+    name = hint.__name__ if isinstance(hint, type) else lists.get(hint, "list of strings")
     raise UserError(f"{key}={value!r} is of type {type(value).__name__}; give a value of type {name}")
 
 
@@ -150,6 +160,7 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
             f"evaluate.batch_size={config.evaluate.batch_size} is not divisible by the {data * fsdp} shards of "
             "the batch (mesh.data x mesh.fsdp); change one of them"
         )
+    _check_probes(config)
     if not config.tokenizer.path and config.tokenizer.kind != "byte" and config.tokenizer.vocab_size % tensor:
         raise UserError(
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
@@ -162,6 +173,24 @@ def row_layout(config: Config, shards: int) -> RowLayout:
     """Which token of a sequence lies on which of the `shards` devices that share it."""
     name = "contiguous" if config.mesh.layout == "auto" else config.mesh.layout
     return RowLayout(name, shards)
+
+
+def _check_probes(config: Config) -> None:
+    probes, lengths, T = config.evaluate.probes, config.evaluate.probe_lengths, config.data.seq_len
+    for name in probes:
+        if name not in PROBES:
+            hint = did_you_mean(name, PROBES) or f"; use some of {', '.join(PROBES)}"
+            raise UserError(f"evaluate.probes has {name!r}, which is not known{hint}")
+    if probes and not config.data.held_out_fraction:
+        raise UserError(
+            f"evaluate.probes={probes} need held-out documents but data.held_out_fraction=0 leaves none; "
+            "raise it, or set evaluate.probes to ()"
+        )
+    if config.model.position == "learned" and max(lengths, default=0) > T:
+        raise UserError(
+            f"evaluate.probe_lengths has {max(lengths)}, but model.position='learned' has positions for "
+            f"data.seq_len={T} tokens only; use at most {T}"
+        )
 
 
 FREE_ON_RESUME = (

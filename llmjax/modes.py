@@ -1,7 +1,8 @@
 """What each `--mode` does, from a raw config to files and words: the story of a run, told once.
 
 A workdir holds config.json (resolved), metrics.jsonl, tensorboard/, checkpoints/, tokenizer/, samples.md, summary.json
-and report.html; documents/ where text was written out to be looked at, and window/ while a stopped update is open.
+and report.html; probes.json where there were probes, documents/ where text was written out to be looked at, and window/
+while a stopped update is open.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from llmjax.build import Corpus, Program, make_corpus, make_program
 from llmjax.config import Config
 from llmjax.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, load_tokenizer
 from llmjax.errors import UserError
+from llmjax.evaluate import probes
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
+from llmjax.evaluate.scoring import Probe, Text
 from llmjax.generate.generate import make_generator
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
@@ -101,6 +104,7 @@ def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, sta
     """Trains from wherever `workdir` stands to train.num_updates, and writes its report."""
     with StageProgress() as progress:
         corpus = make_corpus(config, batch, progress)
+    asked = make_probes(corpus, config)
     under_way = (workdir / "window").is_dir()
     program = make_program(config, batch, corpus.tokenizer.vocab_size, accumulates=under_way)
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
@@ -127,6 +131,8 @@ def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, sta
                 write_report(workdir)
                 print(f"llmjax: {error}", file=sys.stderr)
             return 1
+    if not result.stopped:
+        probe(program, asked, program.eval_params(result.state), result.position.update, workdir)
     if hosts.is_primary():
         if result.position.window is None:
             shutil.rmtree(workdir / "window", ignore_errors=True)
@@ -140,6 +146,7 @@ def run_evaluate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, 
         corpus = make_corpus(config, batch, progress)
     if corpus.held_out is None:
         raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
+    asked = make_probes(corpus, config)
     program = make_program(config, batch, corpus.tokenizer.vocab_size)
     update, params = load_params(program, workdir, checkpoint)
     results = score_held_out(program, corpus, params)
@@ -149,6 +156,10 @@ def run_evaluate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, 
         f"{corpus.held_out_plan.num_tokens:,} tokens",
     }
     say(format_table(rows | describe_results(results) | describe_compression(corpus)))
+    if asked:
+        probe(program, asked, params, update, workdir)
+        if hosts.is_primary():
+            say(format_table({"report": str(write_report(workdir))}))
     return 0
 
 
@@ -305,6 +316,32 @@ def score_held_out(program: Program, corpus: Corpus, params: Params) -> dict[str
     size = program.config.evaluate.batch_size or program.batch.micro_batch_size
     with program.batches(corpus.held_out, stop=corpus.held_out_plan.num_rows, batch_size=size) as feed:
         return evaluate(program.eval_step, params, feed, corpus.held_out_bytes)
+
+
+def make_probes(corpus: Corpus, config: Config) -> dict[str, Probe]:
+    """The probes that the config asks for."""
+    if corpus.held_out is None:
+        return {}
+    text = Text(corpus.held_out, corpus.held_out_ids, corpus.tokenizer)
+    return probes.make_probes(config.evaluate.probes, config.evaluate.probe_lengths, text)
+
+
+def probe(
+    program: Program, asked: Mapping[str, Probe], params: Params, update: int, workdir: pathlib.Path
+) -> None:
+    """Runs the probes on the parameters of `update`, says what they show and writes it to probes.json."""
+    if not asked:
+        return
+    say(f"\nprobing {', '.join(asked)}")
+    results = probes.run_probes(
+        asked,
+        lambda params, arrays: program.token_losses(params, program.place(arrays)),
+        params,
+        program.probe_shape,
+    )
+    if hosts.is_primary():
+        write_json(workdir / "probes.json", {"update": update, **results})
+    say(format_table(probes.describe(results)))
 
 
 def sample_texts(program: Program, corpus: Corpus, params: Params) -> list[tuple[str, str]]:

@@ -72,6 +72,26 @@ BAD = {
     "temperature": ({"generate__temperature": -1.0}, r"generate.temperature=-1.0"),
     "top_p": ({"generate__top_p": 0.0}, r"generate.top_p=0.0"),
     "evaluate": ({"evaluate__every": -1}, r"evaluate.every=-1"),
+    "probe": (
+        {"evaluate__probes": ("position", "pasky")},
+        r"evaluate.probes has 'pasky', .*did you mean 'passkey'",
+    ),
+    "strange probe": (
+        {"evaluate__probes": ("xyz",)},
+        r"evaluate.probes has 'xyz', .* use some of position, context",
+    ),
+    "probe length": (
+        {"evaluate__probe_lengths": (16, 0)},
+        r"evaluate.probe_lengths=\(16, 0\) has one that is not",
+    ),
+    "long probe": (
+        {"evaluate__probe_lengths": (512, 513), "model__position": "learned"},
+        r"evaluate.probe_lengths has 513, but model.position='learned' .* data.seq_len=512 .*use at most 512",
+    ),
+    "nothing to probe": (
+        {"evaluate__probes": ("copy",), "data__held_out_fraction": 0.0},
+        r"evaluate.probes=\('copy',\) need held-out documents but data.held_out_fraction=0 leaves none",
+    ),
     "keep": ({"checkpoint__keep": 0}, r"checkpoint.keep=0"),
     "vocabulary": ({"tokenizer__vocab_size": 100}, r"tokenizer.vocab_size = 100"),
     "layout": (
@@ -131,6 +151,31 @@ def test_sources_may_be_one_string_or_many():
         raw = load()
         raw["data"]["sources"] = value
         assert configs.read(raw).data.sources == expected
+
+
+def test_lengths_may_be_whole_numbers_or_their_texts():
+    for value, expected in (
+        (64, (64,)),
+        ("64,128", (64, 128)),
+        (("64", "128"), (64, 128)),
+        ((64, 128), (64, 128)),
+        ((), ()),
+    ):
+        raw = load()
+        raw["evaluate"]["probe_lengths"] = value
+        assert configs.read(raw).evaluate.probe_lengths == expected
+    for value in ("64k", 1.5, (True,), None):
+        raw = load()
+        raw["evaluate"]["probe_lengths"] = value
+        with pytest.raises(
+            UserError, match="evaluate.probe_lengths=.* give a value of type list of whole numbers"
+        ):
+            configs.read(raw)
+
+
+def test_lengths_beyond_seq_len_are_allowed_where_positions_have_no_end():
+    for position in ("rope", "sinusoidal"):
+        check(model__position=position, evaluate__probe_lengths=(1024,))
 
 
 def test_a_resumed_run_must_mean_the_same():

@@ -9,6 +9,7 @@ import re
 import shutil
 
 import jax
+import numpy as np
 import pytest
 import tiny_run
 from jax.experimental.compilation_cache import compilation_cache
@@ -193,6 +194,38 @@ def test_evaluation_repeats_what_the_run_measured(which, update, trained, capsys
         assert f"{tiny_run.read_lines(trained)[-1]['loss']:.4f} nats per token" in out
     for label in ("perplexity", "bits per byte", "gzip", "xz"):
         assert re.search(rf"^  {label} ", out, re.M), label
+
+
+def test_probes_are_run_at_the_end_told_written_and_drawn(folder, workdir, capsys):
+    probes = "--config.evaluate.probes=position,context,copy"
+    out = run(capsys, ["llmjax", f"--workdir={workdir}", probes])  # its updates are done
+    for label in ("loss by position", "loss by context", "copy at distance"):
+        assert re.search(rf"^  {label} .*\d: ", out, re.M), label
+    written = json.loads((workdir / "probes.json").read_text())
+    assert list(written) == ["update", "position", "context", "copy"] and written["update"] == 6
+    losses, targets = (np.array(written["position"][key]) for key in ("loss", "targets"))
+    whole = tiny_run.read_lines(workdir)[-1]["loss"]
+    assert (losses * targets).sum() / targets.sum() == pytest.approx(whole, rel=1e-6)
+    assert "Is the long context used?" in (workdir / "report.html").read_text()
+
+
+def test_evaluation_probes_the_checkpoint_that_is_asked_for(workdir, capsys):
+    longer = ("--config.evaluate.probes=needle", "--config.evaluate.probe_lengths=192")
+    out = run(capsys, ["llmjax", f"--workdir={workdir}", "--mode=evaluate", "--checkpoint=4", *longer])
+    assert re.search(r"^  needle, en +192: \d+% chosen \(chance 25%\)", out, re.M)
+    written = json.loads((workdir / "probes.json").read_text())
+    assert written["update"] == 4 and written["needle"][0]["length"] == [192]
+    assert '<h3>Needle</h3><span class="unit">English' in (workdir / "report.html").read_text()
+
+
+def test_probes_that_cannot_be_had_are_refused_before_anything_compiles(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(modes, "make_program", lambda *args, **kwargs: pytest.fail("it went on"))
+    words = command(folder, f"--workdir={tmp_path / 'run'}", evaluate__probes="passkey")
+    assert "evaluate.probes has 'passkey', whose sentences take" in refuse(capsys, words)
+    words = command(folder, f"--workdir={tmp_path / 'run'}", evaluate__probes="postion")
+    assert "did you mean 'position'" in refuse(capsys, words)
 
 
 def test_a_checkpoint_that_is_not_there_is_named(trained, capsys):

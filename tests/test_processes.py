@@ -1,6 +1,7 @@
 """Runs in processes of their own: killed, asked to stop, two at once, and what of all this reaches the terminal."""
 
 import contextlib
+import json
 import os
 import pty
 import re
@@ -143,10 +144,19 @@ def finish_two(words):
         return [finish(process) for process in processes]
 
 
+PROBES = {"evaluate__probes": "position,context,copy"}
+
+
+def probed(workdir):
+    """What the probes showed, curve by curve."""
+    probes = json.loads((workdir / "probes.json").read_text())
+    return [value for name in ("position", "context", "copy") for value in probes[name]["loss"]]
+
+
 @pytest.fixture(scope="module")
 def alone(folder):
     workdir = folder / "alone"
-    finish(start(command(folder, f"--workdir={workdir}")))
+    finish(start(command(folder, f"--workdir={workdir}", **PROBES)))
     return workdir
 
 
@@ -157,12 +167,13 @@ def alone(folder):
 def test_two_processes_train_as_one(axis, engine, alone, tmp_path):
     tiny_run.write_corpus(tmp_path / "corpus", documents=80)  # without a cache: both build it at once
     workdir = tmp_path / "two"
-    settings = {"mesh__data": 1, f"mesh__{axis}": 2, "train__accumulation": engine}
+    settings = {"mesh__data": 1, f"mesh__{axis}": 2, "train__accumulation": engine, **PROBES}
     first, second = finish_two(command(tmp_path, f"--workdir={workdir}", **settings))
     assert f"{axis}=2" in first and strange(second, GLOO) == []
     lines, expected = tiny_run.read_lines(workdir), tiny_run.read_lines(alone)
     assert [(x["kind"], x["update"]) for x in lines] == [(x["kind"], x["update"]) for x in expected]
     assert [x["loss"] for x in lines] == pytest.approx([x["loss"] for x in expected], rel=1e-5)
+    assert probed(workdir) == pytest.approx(probed(alone), rel=1e-5)
     one = ("--config.mesh.data=1", f"--config.mesh.{axis}=1", "--config.train.num_updates=8")
     finish(start(["llmjax", f"--workdir={workdir}", *one]))
     assert len(tiny_run.losses(workdir)) == 8

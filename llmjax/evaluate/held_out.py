@@ -19,17 +19,26 @@ from llmjax.types import Batch, LossSums, Params
 class EvaluateConfig:
     """The `evaluate` section of the config.
 
-    every       updates between evaluations on the held-out documents; 0 = only at the end
-    batch_size  sequences per step; 0 = the micro-batch size of training
+    every          updates between evaluations on the held-out documents; 0 = only at the end
+    batch_size     sequences per step; 0 = the micro-batch size of training
+    probes         whether the long context is used, asked at the end and by --mode=evaluate; names of
+                   `probes.PROBES`
+    probe_lengths  of their texts, in tokens; () = 1, 16, 32, 64, ... up to data.seq_len
     """
 
     every: int
     batch_size: int
+    probes: tuple[str, ...] = ()
+    probe_lengths: tuple[int, ...] = ()
 
     def __post_init__(self):
         for key in ("every", "batch_size"):
             if getattr(self, key) < 0:
                 raise UserError(f"evaluate.{key}={getattr(self, key)} is negative; use 0 for the default")
+        if min(self.probe_lengths, default=1) < 1:
+            raise UserError(
+                f"evaluate.probe_lengths={self.probe_lengths} has one that is not positive; give lengths in tokens"
+            )
 
 
 def evaluate(

@@ -7,6 +7,7 @@ be shorter, but it hides exactly the spikes for which one looks at a loss curve.
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,11 +18,12 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 class Axis:
     """A horizontal axis from 0 to `high` (in the units of the records), labelled in units of `divisor`."""
 
-    key: str  # updates, tokens or time
+    key: str  # updates, tokens or time, between which the page switches, or what else is the chart's own
     label: str
     high: float
     divisor: float = 1.0
     whole: bool = False  # ticks at whole numbers only
+    marks: tuple[tuple[float, str], ...] = ()  # every point there is and its text, in the place of numbers
 
 
 # --- numbers ---
@@ -125,6 +127,15 @@ def ticks(low: float, high: float, count: int, whole: bool = False) -> list[floa
     step = next((s for s in steps if (high - low) / s <= count), steps[-1])
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
+
+
+def apart(marks: Sequence[tuple[float, str]], least: float) -> list[tuple[float, str]]:
+    """The first of the marks, and every further one that is at least so far from the one kept before it."""
+    kept: list[tuple[float, str]] = []
+    for mark in marks:
+        if not kept or mark[0] - kept[-1][0] >= least:
+            kept.append(mark)
+    return kept
 
 
 def tick_labels(marks: list[float]) -> list[str]:

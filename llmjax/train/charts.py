@@ -16,6 +16,7 @@ import numpy as np
 
 from llmjax.train.chart_axes import (
     Axis,
+    apart,
     domain,
     format_duration,
     format_number,
@@ -116,12 +117,13 @@ def _scales(chart: Chart, finite: np.ndarray) -> dict[str, tuple[float, float]]:
     scales = {"linear": domain(finite, chart.floor, chart.ceiling, chart.clip)}
     if chart.scales and finite.min() > 0:
         scales["log"] = _log_domain(finite)
-    late = np.concatenate(
-        [c.values[c.x["updates"] > 0.25 * max(c.x["updates"], default=0)] for c in chart.curves]
-    )
-    late = late[np.isfinite(late)]
-    if chart.scales and len(late) > 2:
-        scales["close"] = domain(late, None, None)
+    if chart.scales:
+        late = np.concatenate(
+            [c.values[c.x["updates"] > 0.25 * max(c.x["updates"], default=0)] for c in chart.curves]
+        )
+        late = late[np.isfinite(late)]
+        if len(late) > 2:
+            scales["close"] = domain(late, None, None)
     return scales
 
 
@@ -201,9 +203,10 @@ def _grid(axis: Axis, y_marks: list[float], height: Callable[[float], float], ch
         at = f"{100 * height(mark):.2f}%"
         parts.append(f'<line class="rule" x2="100%" y1="{at}" y2="{at}"/>')
         parts.append(f'<text class="y tick" x="-8" y="{at}" dy=".33em">{label}{chart.suffix}</text>')
-    high = axis.high / axis.divisor
-    x_marks = ticks(0, high, 9 if chart.wide else 5, axis.whole)
-    for i, (mark, label) in enumerate(zip(x_marks, tick_labels(x_marks), strict=True)):
+    high, count = axis.high / axis.divisor, 9 if chart.wide else 5
+    x_marks = ticks(0, high, count, axis.whole)
+    labelled = apart(axis.marks, high / (count + 2)) or list(zip(x_marks, tick_labels(x_marks), strict=True))
+    for i, (mark, label) in enumerate(labelled):
         at = f"{100 * mark / high if high else 0:.2f}%"
         spare = " spare" * (i % 2)
         parts.append(f'<text class="x tick{spare}" x="{at}" y="100%" dy="1.55em">{label}</text>')
@@ -257,6 +260,8 @@ def _notes(chart: Chart, top: float) -> list[str]:
     for curve in chart.curves:
         if curve.style == "train" and len(chart.curves) > 1:
             continue  # the smoothed line repeats what its raw line says
+        if "updates" not in curve.x:
+            continue
         updates, values = curve.x["updates"], curve.values
         broken = np.flatnonzero(~np.isfinite(values))
         if broken.size:
@@ -293,9 +298,12 @@ def _hover_values(chart: Chart, kept: list[Curve], axes: list[Axis]) -> str:
         "tokens": lambda x: format_number(x, 4),
         "time": format_duration,
     }
+    for axis in axes:
+        if axis.marks:
+            write[axis.key] = dict(axis.marks).__getitem__
     finite = [np.isfinite(curve.values) for curve in kept]
     at = {axis.key: [write[axis.key](x) for x in kept[0].x[axis.key][finite[0]].tolist()] for axis in axes}
-    for point, names in _marked_points(chart, kept[0].x["updates"][finite[0]]).items():
+    for point, names in _marked_points(chart, kept[0], finite[0]).items():
         for texts in at.values():
             texts[point] += f" · {', '.join(names)}"
     values = [
@@ -307,10 +315,11 @@ def _hover_values(chart: Chart, kept: list[Curve], axes: list[Axis]) -> str:
     )
 
 
-def _marked_points(chart: Chart, updates: np.ndarray) -> dict[int, list[str]]:
+def _marked_points(chart: Chart, curve: Curve, shown: np.ndarray) -> dict[int, list[str]]:
     """The names of what happened, by the drawn point nearest to it."""
     names: dict[int, list[str]] = {}
-    for mark in chart.marks if len(updates) else ():
+    for mark in chart.marks if shown.any() else ():
+        updates = curve.x["updates"][shown]
         here = names.setdefault(int(np.argmin(np.abs(updates - mark.x["updates"]))), [])
         if mark.name not in here:
             here.append(mark.name)

@@ -1,5 +1,5 @@
 "use strict";
-// A crosshair in every chart at once, with the values under it in the captions, and buttons that copy a command.
+// A crosshair in every chart of the same axis at once, with the values under it in the captions, and buttons that copy a command.
 // All texts were formatted when the page was written: point i of a curve's path belongs to entry i of its values.
 
 const figures = [...document.querySelectorAll("figure.chart")].filter((f) => f.querySelector(".plot")).map(setUp);
@@ -17,7 +17,7 @@ function setUp(figure) {
     texts: JSON.parse(figure.querySelector("script").textContent) };
   hit.addEventListener("pointermove", (event) => {
     const box = hit.getBoundingClientRect();
-    showAll((event.clientX - box.left) / box.width);
+    showAll((event.clientX - box.left) / box.width, self);
   });
   hit.addEventListener("pointerleave", clearAll);
   hit.addEventListener("blur", clearAll);
@@ -28,7 +28,7 @@ function setUp(figure) {
     event.preventDefault();
     const points = pointsOf(shownPlot(self).querySelector(".curve"));
     const from = self.at === null ? points.length - 1 : nearest(points, self.at);
-    showAll(points[Math.min(Math.max(from + step, 0), points.length - 1)][0]);
+    showAll(points[Math.min(Math.max(from + step, 0), points.length - 1)][0], self);
   });
   return self;
 }
@@ -67,10 +67,13 @@ function element(kind, parent, left, top) {
   return node;
 }
 
+function axisOf(plot) {
+  return plot.classList[1].slice(2);
+}
+
 function show(self, x) {
   const plot = shownPlot(self);
-  if (!plot) return;
-  const axis = plot.classList[1].slice(2);
+  const axis = axisOf(plot);
   self.hit.replaceChildren();
   plot.querySelectorAll(".curve").forEach((path, i) => {
     const points = pointsOf(path);
@@ -89,8 +92,12 @@ function show(self, x) {
   });
 }
 
-function showAll(x) {
-  for (const self of figures) show(self, x);
+function showAll(x, from) {
+  const axis = axisOf(shownPlot(from));
+  for (const self of figures) {
+    const plot = shownPlot(self);
+    if (plot && axisOf(plot) === axis) show(self, x);
+  }
 }
 
 function clearAll() {

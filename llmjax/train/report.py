@@ -14,7 +14,7 @@ import re
 
 import numpy as np
 
-from llmjax.train import chart_axes, charts, curves, markdown, records
+from llmjax.train import chart_axes, charts, curves, markdown, probe_charts, records
 
 CANONICAL = ("loss", "perplexity", "bits per byte")  # results that the last evaluation gives more exactly
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -32,10 +32,11 @@ class Run:
     summary: dict
     samples: list[tuple[str, str]]  # heading and body of each round
     troubles: list[str]  # files that are there but cannot be read
+    probes: dict = dataclasses.field(default_factory=dict)
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
-    """Writes `workdir`/report.html from config.json, metrics.jsonl, summary.json and samples.md.
+    """Writes `workdir`/report.html from config.json, metrics.jsonl, summary.json, probes.json and samples.md.
 
     Files that do not exist leave their section out; files that cannot be read are named on the page. The page
     replaces an older one in one step, so a reader never sees half of it.
@@ -54,10 +55,14 @@ def read_run(workdir: pathlib.Path) -> Run:
     metrics = records.read_metrics(workdir / "metrics.jsonl")
     if metrics.unreadable:
         troubles.append(f"metrics.jsonl: {metrics.unreadable:,} unreadable lines were left out.")
-    config, summary = (_read_dict(workdir / name, troubles) for name in ("config.json", "summary.json"))
+    config, summary, probes = (
+        _read_dict(workdir / name, troubles) for name in ("config.json", "summary.json", "probes.json")
+    )
     samples = workdir / "samples.md"
     text = samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else ""
-    return Run(workdir.resolve().name, config, metrics, summary, markdown.split_samples(text), troubles)
+    return Run(
+        workdir.resolve().name, config, metrics, summary, markdown.split_samples(text), troubles, probes
+    )
 
 
 def _read_dict(path: pathlib.Path, troubles: list[str]) -> dict:
@@ -87,6 +92,7 @@ def make_page(run: Run) -> str:
         _section("Plan", _table(_entries(run.summary.get("plan")))),
         _curves(run),
         _events(run.metrics),
+        _probes(run.probes),
         _evaluations(run),
         _samples(run),
         _commands(_entries(run.summary.get("commands"))),
@@ -292,6 +298,19 @@ def _events(metrics: records.Metrics) -> str:
         table = _figures(["update", "micro-steps", "why"], rows, words=1)
         body += f"<details><summary>Changes of the batch ({len(rows):,})</summary>{table}</details>"
     return _section("Events", body)
+
+
+def _probes(probes: dict) -> str:
+    """What the probes of long context show."""
+    drawn = [charts.draw_chart(chart, [axis]) for chart, axis in probe_charts.curve_charts(probes)]
+    drawn += probe_charts.grid_figures(probes)
+    update = records.number(probes.get("update"))
+    when = f'<p class="note">After update {update:,.0f}.</p>' if drawn and update is not None else ""
+    newline = "\n"
+    return _section(
+        "Is the long context used?",
+        f'<div class="grid">{newline}{newline.join(drawn)}{newline}</div>{when}' if drawn else "",
+    )
 
 
 def _figures(head: list[str], rows: list[list[str]], words: int = 0) -> str:

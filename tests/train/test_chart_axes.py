@@ -86,3 +86,9 @@ def test_a_constant_curve_has_an_axis_with_room():
     for value in (0.0, 4.0, -3.0):
         low, high = chart_axes.domain(np.full(5, value), None, None)
         assert low < value < high
+
+
+def test_labels_keep_their_distance():
+    marks = [(0.0, "1"), (4.0, "16"), (5.0, "32"), (6.0, "64"), (7.0, "128"), (8.0, "256")]
+    assert [label for _, label in chart_axes.apart(marks, 2.0)] == ["1", "16", "64", "256"]
+    assert chart_axes.apart(marks, 0.5) == marks and chart_axes.apart((), 1.0) == []

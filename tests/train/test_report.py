@@ -253,6 +253,50 @@ def test_a_run_without_any_of_these_has_nothing_of_them(full):
     assert not any("layer" in title for title in full.texts["h3"])
 
 
+def _grid(**changes):
+    grid = {"language": "zh", "length": [128, 2048], "depth": [0.0, 1.0], "chance": 0.25, "examples": 8,
+            "choice": [[1.0, 0.25], [0.625, 0.125]], "exact": [[0.5, 0.0], [0.25, 0.0]]}  # fmt: skip
+    return grid | changes
+
+
+def test_probes_have_curves_over_lengths_and_grids_of_depth_by_length(tmp_path):
+    probes = {
+        "update": 1200,
+        "position": {"from": [0, 1, 2, 4], "loss": [6.0, 5.0, 4.5, 4.25], "targets": [9, 9, 9, 9]},
+        "context": {"length": [1, 16, 32], "loss": [6.0, 5.0, None], "targets": 32768, "documents": 12},
+        "copy": {"distance": [8, 16, 1024], "accuracy": [1.0, 0.5, 0.25], "chance": 0.002},
+        "passkey": [_grid(), _grid(language="en", length=[64], choice=[[1.0], [1.0]], exact=[[0.0], [0.0]])],
+        "needle": [_grid(language="<x>")],
+    }  # fmt: skip
+    page = _page(_workdir(tmp_path, [_train(1), _train(2)], probes=probes))
+    assert (
+        page.texts["h2"].count("Is the long context used?") == 1 and "After update 1,200." in page.texts["p"]
+    )
+    paths = {
+        key: re.search(rf'plot x-{key}.*?class="curve [a-z]+" d="([^"]*)"', page.source)[1]
+        for key in ("position", "context", "distance")
+    }
+    assert re.findall(r"[ML](\d+),", paths["position"]) == ["0", "1333", "2667", "4000"]
+    assert re.findall(r"[ML](\d+),", paths["context"]) == ["0", "4000"]  # what is no number is left out
+    assert paths["distance"] == "M0,0L571,500L4000,750"  # in per cent, over the logarithm
+    assert page.count("table", "heat") == 3
+    cells = re.findall(r'<td style="--heat:(\d+)%"><b>(\d+)</b><small>(\d+)</small>', page.source)
+    assert cells[:4] == [("100", "100", "50"), ("0", "25", "0"), ("50", "62", "25"), ("0", "12", "0")]
+    assert "32,768 targets of 12 documents" in page.text("p") and "Guessing: 0.2%." in page.text("p")
+    assert page.texts["span"].count("Chinese") == page.texts["span"].count("English") == 1
+
+
+@pytest.mark.parametrize("probes", [
+    {}, {"update": 3}, {"position": 7, "context": [], "copy": None, "passkey": {}, "needle": [3]},
+    {"position": {"from": [0], "loss": "x"}, "copy": {"distance": [None], "accuracy": [1.0]}},
+    {"passkey": [_grid(choice=[[1.0]])], "needle": [_grid(exact=[["a", 1], [1, 1]]), _grid(chance=None)]},
+    {"passkey": [_grid(length=[]), _grid(depth="all")], "context": {"length": [1], "loss": [math.inf]}},
+])  # fmt: skip
+def test_probes_that_cannot_be_read_are_left_out(tmp_path, probes):
+    page = _page(_workdir(tmp_path, [_train(1)], probes=probes))
+    assert "Is the long context used?" not in page.source
+
+
 def test_kinds_and_fields_that_are_unknown_do_no_harm(tmp_path):
     strange = {"kind": "weather", "update": 2, "rain": [1, {"a": None}]}
     lines = [_train(1) | {"list": [1], "dict": {}, "loss": "5"}, strange, _train(2) | {"tokens": "many"}]
