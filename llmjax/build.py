@@ -35,6 +35,7 @@ from llmjax.tasks.language_model import make_loss
 from llmjax.train.accumulate import Accumulator, Order
 from llmjax.train.batch import BatchArithmetic, make_batch_schedule
 from llmjax.train.fused import MANUAL, make_window
+from llmjax.train.lengths import make_length_schedule
 from llmjax.train.optimizer import make_optimizer
 from llmjax.train.state import TrainState, abstract_state, init_state, resumed_state, saved_state
 from llmjax.train.statistics import make_statistics
@@ -229,10 +230,20 @@ class Program:
         return self.layout.sharding(*lead, *names)
 
     def batches(
-        self, source: PackedSequences, *, start: int = 0, stop: int | None = None, batch_size: int = 0
+        self,
+        source: PackedSequences,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        batch_size: int = 0,
+        length: int = 0,
     ) -> Feed:
-        """Micro-batches on the devices, from sequence number `start` on; this process makes only the rows it needs."""
+        """Micro-batches on the devices, from sequence number `start` on; this process makes only the rows it needs.
+
+        `batch_size` sequences each, 0: a micro-batch; cut into rows of `length`, 0: whole.
+        """
         batch_size = batch_size or self.batch.micro_batch_size
+        pieces = self.batch.seq_len // (length or self.batch.seq_len)
         rows = local_batch_rows(self.batch_sharding("tokens"), batch_size)
         host = make_batches(
             source,
@@ -241,8 +252,11 @@ class Program:
             batch_size=batch_size,
             local_rows=rows,
             prefetch=self.config.data.prefetch,
+            length=length,
         )
-        return Feed(self, host, batch_size, rows)
+        # The pieces of a row follow each other, so they lie on the devices that the row would lie on.
+        rows = (rows[:, None] * pieces + np.arange(pieces)).reshape(-1)
+        return Feed(self, host, batch_size * pieces, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,6 +363,7 @@ def make_steering(config: Config, batch: BatchArithmetic, mesh: Mesh) -> Steerin
         parts = math.prod(mesh.shape[axis] for axis in MANUAL[train.fused_gather])
     return Steering(
         schedule=make_batch_schedule(train.batch_schedule, train.batch_points, batch),
+        lengths=make_length_schedule(config.data.length_points, batch.seq_len, mesh.shape["seq"]),
         optimizer=make_optimizer(config.optimizer, train.num_updates),
         controller=config.controller,
         stability=config.stability,

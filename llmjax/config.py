@@ -23,6 +23,7 @@ from llmjax.train.batch import BatchArithmetic, make_batch_schedule, resolve_bat
 from llmjax.train.checkpoint import CheckpointConfig
 from llmjax.train.config import TrainConfig
 from llmjax.train.controller import ControllerConfig
+from llmjax.train.lengths import make_length_schedule
 from llmjax.train.optimizer import OptimizerConfig
 from llmjax.train.stability import StabilityConfig
 
@@ -56,6 +57,7 @@ class Config:
         """Nested plain values, as JSON would give them back."""
         as_dict = dataclasses.asdict(self)
         as_dict["data"]["sources"] = list(self.data.sources)
+        as_dict["data"]["length_points"] = list(self.data.length_points)
         as_dict["train"]["batch_points"] = list(self.train.batch_points)
         return as_dict
 
@@ -138,6 +140,7 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
         train.tokens_per_update, T, train.micro_batch_size, train.accumulation_steps, data * fsdp
     )
     make_batch_schedule(train.batch_schedule, train.batch_points, batch)
+    make_length_schedule(config.data.length_points, T, seq)
     if config.controller.name != "none" and train.batch_schedule != "constant":
         raise UserError(
             f"controller.name={config.controller.name!r} and train.batch_schedule={train.batch_schedule!r} both decide "
@@ -160,7 +163,7 @@ FREE_ON_RESUME = (
     "mesh", "controller", "stability", "evaluate", "checkpoint", "generate", "plan",
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.micro_batch_size",
     "train.accumulation_steps", "train.accumulation", "train.fused_gather", "train.statistics_every",
-    "data.cache_dir", "data.num_workers", "data.prefetch",
+    "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
     "model.scan_layers", "model.remat", "model.attention",
 )  # fmt: skip
 
@@ -169,7 +172,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
     """UserError where `config` means another run than the one saved in `workdir`, naming the keys.
 
     What only says how the work is cut, how long it goes on, or what is written beside it may change; so may what
-    is there to be changed under way: how the batch grows, and what is done about spikes.
+    is there to be changed under way: how batch and sequences grow, and what is done about spikes.
     """
     old, new = _flatten(saved), _flatten(config.to_dict())
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]

@@ -277,7 +277,7 @@ def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path, checkpoint
         statistics_every=config.train.statistics_every,
         fused=program.fused,
         step=program.train_step,
-        make_batches=lambda cursor: program.batches(corpus.train, start=cursor),
+        make_batches=lambda cursor, length: program.batches(corpus.train, start=cursor, length=length),
         evaluate=None if corpus.held_out is None else held_out,
         sample=sample,
         restore=lambda: restore(program, checkpoints),
@@ -287,7 +287,10 @@ def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path, checkpoint
         saved=program.saved,
         save_window=save_window,
         meta={"config": config.to_dict(), "versions": versions, "data_fingerprint": corpus.fingerprint},
-        flops_per_token=program.model.flops_per_token(corpus.train_plan.attended),
+        flops_per_token={
+            length: program.model.flops_per_token(corpus.train_plan.attended_in(length))
+            for length in program.steering.lengths.lengths
+        },
         peak_flops=peak_flops(list(program.mesh.devices.flat)),
     )
 

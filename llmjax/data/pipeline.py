@@ -18,6 +18,7 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
+from llmjax.data.cut import cut_rows
 from llmjax.data.plan import PackingPlan, permute
 from llmjax.errors import UserError
 
@@ -34,6 +35,7 @@ class DataConfig:
     text_field         where the text is in JSON lines and Parquet rows
     on_bad_text        what invalid UTF-8 does: "error", "skip" the document, or "replace" the bytes
     seq_len            T, positions of a packed sequence
+    length_points      how long the rows are into which it is cut, as tokens are seen; see `train/lengths.py`
     held_out_fraction  of the documents, chosen by hash of their text; 0 = no held-out set
     cache_dir          of tokenizers and token stores; "" = $XDG_CACHE_HOME/llmjax or ~/.cache/llmjax
     num_workers        processes that tokenize; 0 = one per core
@@ -44,6 +46,7 @@ class DataConfig:
     text_field: str
     on_bad_text: str
     seq_len: int
+    length_points: tuple[str, ...]
     held_out_fraction: float
     cache_dir: str
     num_workers: int
@@ -185,6 +188,7 @@ def make_batches(
     local_rows: np.ndarray | None = None,
     stop: int | None = None,
     prefetch: int = 2,
+    length: int = 0,
 ) -> Batches:
     """Micro-batches of `batch_size` sequences from sequence number `start` on, as dicts of numpy arrays.
 
@@ -195,12 +199,13 @@ def make_batches(
       stop: where the sequences end; None = never. The last micro-batch is full, so with a source that
         repeats, batch_size must divide stop - start.
       prefetch: micro-batches made ahead in a background thread; 0 = none.
+      length: of the rows into which the sequences are cut (`cut_rows`); 0 = whole ones.
     """
     num_batches = FOREVER if stop is None else -(-(stop - start) // batch_size)
     if stop is not None and source.repeat and (stop - start) % batch_size:
         raise ValueError(f"{stop - start} sequences are no multiple of the batch size {batch_size}.")
     rows = np.arange(batch_size) if local_rows is None else np.asarray(local_rows)
-    read = functools.partial(_read_batch, source, start, batch_size, rows)
+    read = functools.partial(_read_batch, source, start, batch_size, rows, length or source.plan.seq_len)
     dataset = grain.MapDataset.range(num_batches).map(read)
     # No threads of its own: with the default options reading from a memory map is 9 times slower.
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -208,6 +213,6 @@ def make_batches(
 
 
 def _read_batch(
-    source: PackedSequences, start: int, batch_size: int, rows: np.ndarray, number: int
+    source: PackedSequences, start: int, batch_size: int, rows: np.ndarray, length: int, number: int
 ) -> Arrays:
-    return source.read(start + number * batch_size + rows)
+    return cut_rows(source.read(start + number * batch_size + rows), length)

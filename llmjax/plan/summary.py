@@ -90,6 +90,8 @@ def _describe_batch(program: Program) -> str:
     if steering.schedule.kind != "constant":
         points = " ".join(f"{seen}:{size}" for seen, size in steering.schedule.points)
         text += f"; {steering.schedule.kind} {points}"
+    if steering.lengths.points != ((0, program.batch.seq_len),):
+        text += f"; rows of {steering.lengths.describe()}"
     c = steering.controller
     if c.name != "none":
         text += f"; then {c.k_min} to {c.k_max} micro-steps by {c.name}"
