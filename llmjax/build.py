@@ -37,7 +37,14 @@ from llmjax.train.batch import BatchArithmetic, make_batch_schedule
 from llmjax.train.fused import MANUAL, make_window
 from llmjax.train.lengths import make_length_schedule
 from llmjax.train.optimizer import make_optimizer
-from llmjax.train.state import TrainState, abstract_state, init_state, resumed_state, saved_state
+from llmjax.train.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    resumed_state,
+    saved_state,
+    state_around,
+)
 from llmjax.train.statistics import make_statistics
 from llmjax.train.steering import Steering
 from llmjax.train.step import TrainStep, make_eval_step, make_fused_step, make_train_step
@@ -164,11 +171,12 @@ class Program:
     def layout(self) -> Layout:
         return Layout(self.mesh)
 
-    def init(self) -> TrainState:
-        """A fresh state, every array born in its place on the mesh."""
-        return init_state(
-            self.model.init, self.accumulator, jax.random.key(self.config.seed), self.param_specs, self.mesh
-        )
+    def init(self, params: Params | None = None) -> TrainState:
+        """A fresh state, every array born in its place on the mesh; around `params`, which are donated, if given."""
+        rng = jax.random.key(self.config.seed)
+        if params is not None:
+            return state_around(params, self.accumulator, rng, self.param_specs, self.mesh)
+        return init_state(self.model.init, self.accumulator, rng, self.param_specs, self.mesh)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""

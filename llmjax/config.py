@@ -67,6 +67,13 @@ def read(raw: Mapping[str, Any]) -> Config:
     return _read_section(Config, raw, "")
 
 
+def read_optimizer(raw: Mapping[str, Any]) -> OptimizerConfig:
+    """The optimizer of a saved config; keys that it is older than have their defaults."""
+    return _read_section(
+        OptimizerConfig, dataclasses.asdict(OptimizerConfig()) | raw["optimizer"], "optimizer."
+    )
+
+
 def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in raw:
@@ -160,7 +167,8 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
 
 
 FREE_ON_RESUME = (
-    "mesh", "controller", "stability", "evaluate", "checkpoint", "generate", "plan",
+    "mesh", "controller", "stability", "evaluate", "generate", "plan",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.micro_batch_size",
     "train.accumulation_steps", "train.accumulation", "train.fused_gather", "train.statistics_every",
     "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
@@ -184,6 +192,42 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
         raise UserError(
             f"workdir {workdir} holds a run of another config: {text}; use another --workdir or the old values"
         )
+
+
+FREE_ON_INIT = (
+    "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "logit_softcap", "window", "global_every",
+    "attention_softcap", "dropout", "init_std", "scan_layers", "remat", "attention", "dtype",
+)  # fmt: skip
+
+
+def check_init(saved: Mapping[str, Any], config: Config) -> None:
+    """UserError where a run of `config` cannot begin with the parameters of the run of config `saved`.
+
+    What does not shape the parameters may differ: how positions turn, what attention sees, how it is computed.
+    """
+    source = f"the run in checkpoint.init_from={config.checkpoint.init_from!r}"
+    there, here = saved["model"], dataclasses.asdict(config.model)
+    for key in here:
+        if key not in FREE_ON_INIT and here[key] != there.get(key, getattr(ModelConfig, key)):
+            raise UserError(
+                f"model.{key}={here[key]!r}, but {source} has {there.get(key)!r}; use that value to begin with its "
+                "parameters"
+            )
+    length = saved["data"]["seq_len"]
+    if config.model.position == "learned" and config.data.seq_len != length:
+        raise UserError(
+            f"model.position='learned' knows the {length} positions of {source} and no others, not those of "
+            f"data.seq_len={config.data.seq_len}; keep {length}, or extend a model of model.position=rope"
+        )
+    there, here = saved["tokenizer"], dataclasses.asdict(config.tokenizer)
+    if there["path"] or here["path"]:
+        return
+    for key in here:
+        if here[key] != there.get(key, here[key]):
+            raise UserError(
+                f"tokenizer.{key}={here[key]!r}, but {source} has {there[key]!r}, and its tokenizer is used; "
+                "set the same value"
+            )
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,6 +59,11 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
         "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
     }
     rows |= describe_program(program, train.attended)
+    source = program.config.checkpoint
+    if source.init_from:
+        rows["begins with"] = (
+            f"parameters and tokenizer of {source.init_from}, checkpoint {source.init_checkpoint}"
+        )
     return rows | {"updates": _describe_updates(program, train.num_rows, start), "output": str(workdir)}
 
 
