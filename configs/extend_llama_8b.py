@@ -2,8 +2,8 @@
 
     python -m llmjax.main --config=configs/extend_llama_8b.py --mode=plan
 
-Planned and compiled for a TPU v5p 4x4x4 (48.5 GB per device, as its compiler says), not trained here. One billion tokens
-and few updates, for half a billion to five of them extend a model to this length (Fu et al. 2024, "Data Engineering for
+Planned and compiled for a TPU v5p 4x4x4 (48.5 GB per device, as its compiler says), not trained here. One billion
+tokens, for half a billion to five are enough to extend a model to this length (Fu et al. 2024, "Data Engineering for
 Scaling Language Models to 128K Context"). To train, set data.sources, leave plan.topology empty, and have a run of
 `llama_8b` in runs/llama_8b.
 """
