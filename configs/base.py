@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
     data.text_field = "text"  # of JSON lines and Parquet rows
     data.on_bad_text = "error"  # invalid UTF-8: error | skip | replace
     data.seq_len = 512  # T, tokens per packed sequence
+    data.length_points = ()  # rows cut shorter as tokens are seen: TOKENS_SEEN:LENGTH, ...; the first is 0:...
     data.held_out_fraction = 0.03  # of the documents, by hash of their text
     data.cache_dir = ""  # tokenizers and token stores; "" = $XDG_CACHE_HOME/llmjax or ~/.cache/llmjax
     data.num_workers = 0  # processes that tokenize; 0 = one per core
@@ -126,6 +127,8 @@ def get_config() -> ConfigDict:
     checkpoint.every = 100  # updates between checkpoints; 0 = only at the end
     checkpoint.keep = 2  # the newest checkpoints to keep
     checkpoint.keep_best = True  # and the one with the lowest held-out loss
+    checkpoint.init_from = ""  # workdir of a run whose parameters and tokenizer a new run begins with
+    checkpoint.init_checkpoint = "latest"  # which of its checkpoints: latest | best | the number of an update
 
     c.generate = generate = ConfigDict()
     generate.max_tokens = 200  # new tokens per prompt, at most

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llmjax.config import Config, row_layout
 from llmjax.data.cache import cached_store, cached_tokenizer
+from llmjax.data.layout import RowLayout
 from llmjax.data.pipeline import Batches, PackedSequences, make_batches
 from llmjax.data.plan import PackingPlan, cached_plan, check_corpus
 from llmjax.data.sources import list_sources
@@ -36,8 +37,16 @@ from llmjax.tasks.language_model import make_loss
 from llmjax.train.accumulate import Accumulator, Order
 from llmjax.train.batch import BatchArithmetic, make_batch_schedule
 from llmjax.train.fused import MANUAL, make_window
+from llmjax.train.lengths import make_length_schedule
 from llmjax.train.optimizer import make_optimizer
-from llmjax.train.state import TrainState, abstract_state, init_state, resumed_state, saved_state
+from llmjax.train.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    resumed_state,
+    saved_state,
+    state_around,
+)
 from llmjax.train.statistics import make_statistics
 from llmjax.train.steering import Steering
 from llmjax.train.step import TrainStep, make_eval_step, make_fused_step, make_train_step
@@ -165,11 +174,12 @@ class Program:
     def layout(self) -> Layout:
         return Layout(self.mesh)
 
-    def init(self) -> TrainState:
-        """A fresh state, every array born in its place on the mesh."""
-        return init_state(
-            self.model.init, self.accumulator, jax.random.key(self.config.seed), self.param_specs, self.mesh
-        )
+    def init(self, params: Params | None = None) -> TrainState:
+        """A fresh state, every array born in its place on the mesh; around `params`, which are donated, if given."""
+        rng = jax.random.key(self.config.seed)
+        if params is not None:
+            return state_around(params, self.accumulator, rng, self.param_specs, self.mesh)
+        return init_state(self.model.init, self.accumulator, rng, self.param_specs, self.mesh)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
@@ -213,8 +223,14 @@ class Program:
                 sharding=self.batch_sharding(field.name, *[None] * len(lead)),
             )
             for field in dataclasses.fields(Batch)
+            if field.name != "columns" or self.row_layout.moves
         }
         return Batch(**arrays)
+
+    @property
+    def row_layout(self) -> RowLayout:
+        """Which token of a sequence lies on which device."""
+        return row_layout(self.config, self.mesh.shape["seq"])
 
     def abstract_order(self) -> Order:
         """Shapes and dtypes of what the host decides."""
@@ -246,10 +262,20 @@ class Program:
         return max(rows // longer // shards, 1) * shards, longer * T
 
     def batches(
-        self, source: PackedSequences, *, start: int = 0, stop: int | None = None, batch_size: int = 0
+        self,
+        source: PackedSequences,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        batch_size: int = 0,
+        length: int = 0,
     ) -> Feed:
-        """Micro-batches on the devices, from sequence number `start` on; this process makes only the rows it needs."""
+        """Micro-batches on the devices, from sequence number `start` on; this process makes only the rows it needs.
+
+        `batch_size` sequences each, 0: a micro-batch; cut into rows of `length`, 0: whole.
+        """
         batch_size = batch_size or self.batch.micro_batch_size
+        pieces = self.batch.seq_len // (length or self.batch.seq_len)
         rows = local_batch_rows(self.batch_sharding("tokens"), batch_size)
         host = make_batches(
             source,
@@ -258,9 +284,12 @@ class Program:
             batch_size=batch_size,
             local_rows=rows,
             prefetch=self.config.data.prefetch,
-            layout=row_layout(self.config, self.mesh.shape["seq"]),
+            layout=self.row_layout,
+            length=length,
         )
-        return Feed(self, host, batch_size, rows)
+        # The pieces of a row follow each other, so they lie on the devices that the row would lie on.
+        rows = (rows[:, None] * pieces + np.arange(pieces)).reshape(-1)
+        return Feed(self, host, batch_size * pieces, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,6 +400,7 @@ def make_steering(config: Config, batch: BatchArithmetic, mesh: Mesh) -> Steerin
         parts = math.prod(mesh.shape[axis] for axis in MANUAL[train.fused_gather])
     return Steering(
         schedule=make_batch_schedule(train.batch_schedule, train.batch_points, batch),
+        lengths=make_length_schedule(config.data.length_points, batch.seq_len, mesh.shape["seq"]),
         optimizer=make_optimizer(config.optimizer, train.num_updates),
         controller=config.controller,
         stability=config.stability,

@@ -25,6 +25,7 @@ from llmjax.train.batch import BatchArithmetic, make_batch_schedule, resolve_bat
 from llmjax.train.checkpoint import CheckpointConfig
 from llmjax.train.config import TrainConfig
 from llmjax.train.controller import ControllerConfig
+from llmjax.train.lengths import make_length_schedule
 from llmjax.train.optimizer import OptimizerConfig
 from llmjax.train.stability import StabilityConfig
 
@@ -58,6 +59,7 @@ class Config:
         """Nested plain values, as JSON would give them back."""
         as_dict = dataclasses.asdict(self)
         as_dict["data"]["sources"] = list(self.data.sources)
+        as_dict["data"]["length_points"] = list(self.data.length_points)
         as_dict["train"]["batch_points"] = list(self.train.batch_points)
         as_dict["evaluate"]["probes"] = list(self.evaluate.probes)
         as_dict["evaluate"]["probe_lengths"] = list(self.evaluate.probe_lengths)
@@ -67,6 +69,13 @@ class Config:
 def read(raw: Mapping[str, Any]) -> Config:
     """The Config of nested mappings (a ConfigDict, or the saved config.json); UserError names the first wrong key."""
     return _read_section(Config, raw, "")
+
+
+def read_optimizer(raw: Mapping[str, Any]) -> OptimizerConfig:
+    """The optimizer of a saved config; keys that it is older than have their defaults."""
+    return _read_section(
+        OptimizerConfig, dataclasses.asdict(OptimizerConfig()) | raw["optimizer"], "optimizer."
+    )
 
 
 def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
@@ -150,6 +159,7 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
         train.tokens_per_update, T, train.micro_batch_size, train.accumulation_steps, data * fsdp
     )
     make_batch_schedule(train.batch_schedule, train.batch_points, batch)
+    make_length_schedule(config.data.length_points, T, seq)
     if config.controller.name != "none" and train.batch_schedule != "constant":
         raise UserError(
             f"controller.name={config.controller.name!r} and train.batch_schedule={train.batch_schedule!r} both decide "
@@ -194,10 +204,11 @@ def _check_probes(config: Config) -> None:
 
 
 FREE_ON_RESUME = (
-    "mesh", "controller", "stability", "evaluate", "checkpoint", "generate", "plan",
+    "mesh", "controller", "stability", "evaluate", "generate", "plan",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.micro_batch_size",
     "train.accumulation_steps", "train.accumulation", "train.fused_gather", "train.statistics_every",
-    "data.cache_dir", "data.num_workers", "data.prefetch",
+    "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
     "model.scan_layers", "model.remat", "model.attention",
 )  # fmt: skip
 
@@ -206,7 +217,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
     """UserError where `config` means another run than the one saved in `workdir`, naming the keys.
 
     What only says how the work is cut, how long it goes on, or what is written beside it may change; so may what
-    is there to be changed under way: how the batch grows, and what is done about spikes.
+    is there to be changed under way: how batch and sequences grow, and what is done about spikes.
     """
     old, new = _flatten(saved), _flatten(config.to_dict())
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
@@ -218,6 +229,42 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
         raise UserError(
             f"workdir {workdir} holds a run of another config: {text}; use another --workdir or the old values"
         )
+
+
+FREE_ON_INIT = (
+    "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "logit_softcap", "window", "global_every",
+    "attention_softcap", "dropout", "init_std", "scan_layers", "remat", "attention", "dtype",
+)  # fmt: skip
+
+
+def check_init(saved: Mapping[str, Any], config: Config) -> None:
+    """UserError where a run of `config` cannot begin with the parameters of the run of config `saved`.
+
+    What does not shape the parameters may differ: how positions turn, what attention sees, how it is computed.
+    """
+    source = f"the run in checkpoint.init_from={config.checkpoint.init_from!r}"
+    there, here = saved["model"], dataclasses.asdict(config.model)
+    for key in here:
+        if key not in FREE_ON_INIT and here[key] != there.get(key, getattr(ModelConfig, key)):
+            raise UserError(
+                f"model.{key}={here[key]!r}, but {source} has {there.get(key)!r}; use that value to begin with its "
+                "parameters"
+            )
+    length = saved["data"]["seq_len"]
+    if config.model.position == "learned" and config.data.seq_len != length:
+        raise UserError(
+            f"model.position='learned' knows the {length} positions of {source} and no others, not those of "
+            f"data.seq_len={config.data.seq_len}; keep {length}, or extend a model of model.position=rope"
+        )
+    there, here = saved["tokenizer"], dataclasses.asdict(config.tokenizer)
+    if there["path"] or here["path"]:
+        return
+    for key in here:
+        if here[key] != there.get(key, here[key]):
+            raise UserError(
+                f"tokenizer.{key}={here[key]!r}, but {source} has {there[key]!r}, and its tokenizer is used; "
+                "set the same value"
+            )
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

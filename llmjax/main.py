@@ -1,7 +1,7 @@
 """The command line: `python -m llmjax.main --config=configs/base.py [--mode=...] [--workdir=...] [--config.KEY=VALUE]`.
 
     train     train, or go on training, in --workdir (default: runs/NAME for configs/NAME.py); the default mode
-    evaluate  held-out loss of a checkpoint
+    evaluate  held-out loss of a checkpoint; before there is one, of what --config.checkpoint.init_from names
     generate  continue each --prompt, or each line of --prompt_file
     plan      say what the config means, compile its step for the devices at hand or --config.plan.topology, run nothing
 

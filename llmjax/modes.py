@@ -8,6 +8,7 @@ while a stopped update is open.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 import shutil
 import sys
@@ -29,6 +30,7 @@ from llmjax.evaluate import probes
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.evaluate.scoring import Probe, Text
 from llmjax.generate.generate import make_generator
+from llmjax.initial import check_initial, with_tokenizer
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
 from llmjax.parallel.host_memory import has_accelerator, keep_freed_memory
@@ -64,12 +66,14 @@ def run(
     abroad = mode == "plan" and config.plan.topology
     devices = topology_devices(config.plan.topology) if abroad else jax.devices()
     config, batch = configs.check(config, len(devices))
+    if not abroad:
+        check_initial(config, workdir)
     if mode == "plan":
         return run_plan(config, batch, workdir, devices)
     saved = saved_config(workdir)
     if saved is not None:
         configs.check_resume(saved, config, str(workdir))
-    elif mode != "train":
+    elif mode != "train" and not (mode == "evaluate" and config.checkpoint.init_from):
         raise UserError(f"--workdir={workdir} holds no run; train there first, or give another --workdir")
     if mode == "train":
         return run_train(config, batch, workdir, started)
@@ -85,7 +89,7 @@ def run_plan(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, devi
         rows = describe_program(program, attended=(config.data.seq_len + 1) / 2)
     else:
         with StageProgress() as progress:
-            corpus = make_corpus(config, batch, progress)
+            corpus = make_corpus(with_tokenizer(config, workdir), batch, progress)
         program = make_program(config, batch, corpus.tokenizer.vocab_size)
         rows = describe(corpus, program, workdir)
     say(f"plan\n{format_table(rows)}")
@@ -103,7 +107,7 @@ def planned_vocab_size(config: TokenizerConfig) -> int:
 def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, started: float) -> int:
     """Trains from wherever `workdir` stands to train.num_updates, and writes its report."""
     with StageProgress() as progress:
-        corpus = make_corpus(config, batch, progress)
+        corpus = make_corpus(with_tokenizer(config, workdir), batch, progress)
     asked = make_probes(corpus, config)
     under_way = (workdir / "window").is_dir()
     program = make_program(config, batch, corpus.tokenizer.vocab_size, accumulates=under_way)
@@ -141,14 +145,18 @@ def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, sta
 
 
 def run_evaluate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, checkpoint: str) -> int:
-    """Prints the held-out results of a checkpoint."""
+    """Prints the held-out results of a checkpoint; of what checkpoint.init_from names where there is no run yet."""
     with StageProgress() as progress:
-        corpus = make_corpus(config, batch, progress)
+        corpus = make_corpus(with_tokenizer(config, workdir), batch, progress)
     if corpus.held_out is None:
         raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
     asked = make_probes(corpus, config)
     program = make_program(config, batch, corpus.tokenizer.vocab_size)
-    update, params = load_params(program, workdir, checkpoint)
+    if saved_config(workdir) is None:
+        workdir = pathlib.Path(config.checkpoint.init_from)
+        update, params = initial_params(program)
+    else:
+        update, params = load_params(program, workdir, checkpoint)
     results = score_held_out(program, corpus, params)
     rows = {
         "checkpoint": f"update {update} of {workdir}",
@@ -207,7 +215,13 @@ def resume_or_init(
             windows = stack.enter_context(Checkpoints(workdir / "window", WINDOW))
             metas |= {windows: windows.read_meta()} if windows.latest() is not None else {}
         if not metas:
-            return program.init(), Position()
+            params = None
+            if program.config.checkpoint.init_from:
+                update, params = initial_params(program)
+                say(
+                    f"beginning with the parameters of update {update} of {program.config.checkpoint.init_from}"
+                )
+            return program.init(params), Position()
         newest = max(metas, key=lambda source: metas[source]["cursor"])
         trained_with = workdir / "tokenizer"
         if trained_with.is_dir() and load_tokenizer(trained_with).fingerprint != corpus.tokenizer.fingerprint:
@@ -231,6 +245,19 @@ def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, Pos
     """The latest checkpoint's state, to train on from, and its position."""
     saved, meta = checkpoints.restore(program.abstract_saved())
     return program.resumed(saved), Position.from_meta(meta)
+
+
+def initial_params(program: Program) -> tuple[int, Params]:
+    """Update and parameters of the checkpoint that checkpoint.init_from and checkpoint.init_checkpoint name."""
+    config = program.config
+    source = pathlib.Path(config.checkpoint.init_from)
+    trained_with = configs.read_optimizer(saved_config(source))
+    if trained_with != config.optimizer:  # which may keep the parameters to go on from in its state
+        config = dataclasses.replace(config, optimizer=trained_with)
+        program = make_program(
+            config, program.batch, program.model.vocab_size, list(program.mesh.devices.flat)
+        )
+    return load_params(program, source, config.checkpoint.init_checkpoint)
 
 
 def load_params(program: Program, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
@@ -288,7 +315,7 @@ def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path, checkpoint
         statistics_every=config.train.statistics_every,
         fused=program.fused,
         step=program.train_step,
-        make_batches=lambda cursor: program.batches(corpus.train, start=cursor),
+        make_batches=lambda cursor, length: program.batches(corpus.train, start=cursor, length=length),
         evaluate=None if corpus.held_out is None else held_out,
         sample=sample,
         restore=lambda: restore(program, checkpoints),
@@ -298,7 +325,10 @@ def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path, checkpoint
         saved=program.saved,
         save_window=save_window,
         meta={"config": config.to_dict(), "versions": versions, "data_fingerprint": corpus.fingerprint},
-        flops_per_token=program.model.flops_per_token(corpus.train_plan.attended),
+        flops_per_token={
+            length: program.model.flops_per_token(corpus.train_plan.attended_in(length))
+            for length in program.steering.lengths.lengths
+        },
         peak_flops=peak_flops(list(program.mesh.devices.flat)),
     )
 

@@ -24,6 +24,7 @@ ORDER = [
     "plan",
     "terminal",
     "workdir",
+    "initial",
     "flags",
     "modes",
     "main",

@@ -104,7 +104,7 @@ def test_batches_come_in_the_layout_of_the_mesh(name):
     with program.batches(source, start=3) as batches:
         batch = next(batches)
     layout = RowLayout("contiguous" if name == "auto" else name, 4)
-    expected = source.read(np.arange(3, 3 + program.batch.micro_batch_size), layout)
+    expected = lay_out(source.read(np.arange(3, 3 + program.batch.micro_batch_size)), layout)
     for field, array in expected.items():
         np.testing.assert_array_equal(getattr(batch, field), array)
 

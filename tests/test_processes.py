@@ -179,6 +179,18 @@ def test_two_processes_train_as_one(axis, engine, alone, tmp_path):
     assert len(tiny_run.losses(workdir)) == 8
 
 
+@pytest.mark.parametrize("axis", ["data", "seq"])
+def test_two_processes_cut_rows_and_begin_with_other_parameters_as_one(axis, folder, alone, tmp_path):
+    growing = ("--config.data.length_points=0:8,1024:32", f"--config.checkpoint.init_from={alone}")
+    finish(start(command(folder, f"--workdir={tmp_path / 'one'}", *growing)))
+    settings = {"mesh__data": 1, f"mesh__{axis}": 2}
+    first, _ = finish_two(command(folder, f"--workdir={tmp_path / 'two'}", *growing, **settings))
+    assert f"beginning with the parameters of update 6 of {alone}" in first
+    lines, expected = (tiny_run.read_lines(tmp_path / name) for name in ("two", "one"))
+    assert [x.get("seq_len") for x in lines if x["kind"] == "train"] == [8, 8, 32, 32, 32, 32]
+    assert [x["loss"] for x in lines] == pytest.approx([x["loss"] for x in expected], rel=1e-5)
+
+
 def test_every_line_of_a_run_is_one_of_ours(folder, tmp_path):
     process = start(command(folder, f"--workdir={tmp_path / 'run'}"))
     out, err = process.communicate()

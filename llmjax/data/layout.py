@@ -24,6 +24,8 @@ import numpy as np
 from llmjax.data.spread import spread
 from llmjax.errors import UserError
 
+Arrays = dict[str, np.ndarray]  # the fields of llmjax.types.Batch
+
 BLOCK = 256  # tokens that attention takes at a time, about
 
 
@@ -62,6 +64,25 @@ class RowLayout:
           int32 [pieces + 1]: the segment that each segment of the row becomes, padding (0) included.
         """
         return LAYOUTS[self.name](np.asarray(lengths, np.int64), seq_len, self)
+
+
+def lay_out(arrays: Arrays, layout: RowLayout) -> Arrays:
+    """Packed rows [B, T] with their columns in the order of `layout`; `columns` says which column each one was.
+
+    Segments may be renamed, so that they ascend within a shard. Rows that do not move are given back as they are.
+    """
+    if not layout.moves:
+        return arrays
+    B, T = arrays["tokens"].shape
+    laid = {name: np.empty_like(x) if x.ndim == 2 else x for name, x in arrays.items()}
+    columns = np.empty((B, T), np.int32)
+    for row, segments in enumerate(arrays["segments"]):
+        columns[row], segment_of = layout.order(np.bincount(segments)[1:], T)
+        for name, x in arrays.items():
+            if x.ndim == 2:
+                laid[name][row] = x[row, columns[row]]
+        laid["segments"][row] = segment_of[laid["segments"][row]]
+    return laid | {"columns": columns}
 
 
 def _in_order(columns):

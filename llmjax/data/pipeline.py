@@ -18,11 +18,10 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
-from llmjax.data.layout import RowLayout
+from llmjax.data.cut import cut_rows
+from llmjax.data.layout import Arrays, RowLayout, lay_out
 from llmjax.data.plan import PackingPlan, permute
 from llmjax.errors import UserError
-
-Arrays = dict[str, np.ndarray]  # the fields of llmjax.types.Batch
 
 FOREVER = 2**48  # micro-batches; grain wants a length
 AS_PACKED = RowLayout()
@@ -36,6 +35,7 @@ class DataConfig:
     text_field         where the text is in JSON lines and Parquet rows
     on_bad_text        what invalid UTF-8 does: "error", "skip" the document, or "replace" the bytes
     seq_len            T, positions of a packed sequence
+    length_points      how long the rows are into which it is cut, as tokens are seen; see `train/lengths.py`
     held_out_fraction  of the documents, chosen by hash of their text; 0 = no held-out set
     cache_dir          of tokenizers and token stores; "" = $XDG_CACHE_HOME/llmjax or ~/.cache/llmjax
     num_workers        processes that tokenize; 0 = one per core
@@ -46,6 +46,7 @@ class DataConfig:
     text_field: str
     on_bad_text: str
     seq_len: int
+    length_points: tuple[str, ...]
     held_out_fraction: float
     cache_dir: str
     num_workers: int
@@ -83,13 +84,12 @@ class PackedSequences:
             raise ValueError("The plan is empty: there are no sequences to read.")
         self.store, self.plan, self.seed, self.repeat = store, plan, seed, repeat
 
-    def read(self, indices: np.ndarray, layout: RowLayout = AS_PACKED) -> Arrays:
+    def read(self, indices: np.ndarray) -> Arrays:
         """The sequences numbered `indices` (int [B]): tokens, targets, weights, segments, positions [B, T],
         index [B].
 
         Positions count from 0 in each piece, also where it continues a document that is longer than T.
-        Padding is 0 in all fields. `index` wraps at 2^31. `layout` orders the columns of each row, and its
-        segments.
+        Padding is 0 in all fields. `index` wraps at 2^31.
         """
         indices = np.asarray(indices, np.int64)
         counts, pieces = self._pieces(indices)
@@ -109,8 +109,6 @@ class PackedSequences:
                 segments[at:stop] = segment
                 positions[at:stop] = count_up[:length]
                 at = stop
-        if layout.moves:
-            _lay_out(flat.reshape(4, *shape), np.split(columns[2], np.cumsum(counts)[:-1]), layout)
         tokens, targets, segments, positions = flat.reshape(4, *shape)
         return {
             "tokens": tokens,
@@ -147,15 +145,6 @@ class PackedSequences:
             counts[epochs > 0] = 0
         skipped = first - (np.cumsum(counts) - counts)
         return counts, np.arange(counts.sum()) + np.repeat(skipped, counts)
-
-
-def _lay_out(fields: np.ndarray, lengths: list[np.ndarray], layout: RowLayout) -> None:
-    """Orders tokens, targets, segments and positions, int32 [4, B, T], in place; `lengths` are those of the
-    pieces of each row."""
-    for row, of_row in enumerate(lengths):
-        order, segment_of = layout.order(of_row, fields.shape[2])
-        fields[:, row] = fields[:, row, order]
-        fields[2, row] = segment_of[fields[2, row]]
 
 
 class Batches(Iterator[Arrays]):
@@ -199,6 +188,7 @@ def make_batches(
     local_rows: np.ndarray | None = None,
     stop: int | None = None,
     prefetch: int = 2,
+    length: int = 0,
     layout: RowLayout = AS_PACKED,
 ) -> Batches:
     """Micro-batches of `batch_size` sequences from sequence number `start` on, as dicts of numpy arrays.
@@ -210,13 +200,15 @@ def make_batches(
       stop: where the sequences end; None = never. The last micro-batch is full, so with a source that
         repeats, batch_size must divide stop - start.
       prefetch: micro-batches made ahead in a background thread; 0 = none.
-      layout: which token of a row lies on which device of those that share it.
+      length: of the rows into which the sequences are cut (`cut_rows`); 0 = whole ones.
+      layout: which token of such a row lies on which device of those that share it.
     """
     num_batches = FOREVER if stop is None else -(-(stop - start) // batch_size)
     if stop is not None and source.repeat and (stop - start) % batch_size:
         raise ValueError(f"{stop - start} sequences are no multiple of the batch size {batch_size}.")
     rows = np.arange(batch_size) if local_rows is None else np.asarray(local_rows)
-    read = functools.partial(_read_batch, source, layout, start, batch_size, rows)
+    length = length or source.plan.seq_len
+    read = functools.partial(_read_batch, source, start, batch_size, rows, length, layout)
     dataset = grain.MapDataset.range(num_batches).map(read)
     # No threads of its own: with the default options reading from a memory map is 9 times slower.
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -224,6 +216,12 @@ def make_batches(
 
 
 def _read_batch(
-    source: PackedSequences, layout: RowLayout, start: int, batch_size: int, rows: np.ndarray, number: int
+    source: PackedSequences,
+    start: int,
+    batch_size: int,
+    rows: np.ndarray,
+    length: int,
+    layout: RowLayout,
+    number: int,
 ) -> Arrays:
-    return source.read(start + number * batch_size + rows, layout)
+    return lay_out(cut_rows(source.read(start + number * batch_size + rows), length), layout)

@@ -77,6 +77,17 @@ class PackingPlan:
         """The share of positions that predict something; the rest is padding."""
         return self.num_tokens / max(1, self.num_rows * self.seq_len)
 
+    def attended_in(self, length: int) -> float:
+        """`attended` where the rows are cut into rows of `length`."""
+        first_of_row = np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        stops = np.cumsum(self.lengths, dtype=np.int64)
+        starts = stops - self.lengths
+        starts -= starts[first_of_row]
+        first = np.minimum(self.lengths, length - starts % length)
+        whole, rest = np.divmod(self.lengths - first, length)
+        keys = (first * (first + 1) + rest * (rest + 1)) // 2 + whole * (length * (length + 1) // 2)
+        return float(keys.sum() / max(1, self.num_tokens))
+
     def __reduce__(self):
         """A mapped plan travels to other processes as its folder, not as its arrays."""
         if self.folder:

@@ -18,7 +18,7 @@ from llmjax.nn.stack import Block, decode_stack, init_stack, measure_stack, run_
 from llmjax.ops import rope
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import Mask, self_mask
-from llmjax.ops.dropout import dropout, sequence_keys
+from llmjax.ops.dropout import dropout, token_keys
 from llmjax.ops.logits import softcap
 from llmjax.parallel.rules import Layout
 from llmjax.types import Batch, Params
@@ -103,12 +103,17 @@ class GPT:
         return self.layout.constrain(x_BTD.astype(c.dtype), "batch", "length", None)
 
     def apply(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> jax.Array:
-        keys_B = None if rng is None or self.config.dropout == 0.0 else sequence_keys(rng, batch.index)
+        keys_BT = None
+        if rng is not None and self.config.dropout:
+            columns_BT = batch.columns
+            if columns_BT is None:
+                columns_BT = jax.lax.broadcasted_iota(jnp.int32, batch.tokens.shape, 1)
+            keys_BT = token_keys(rng, batch.index, columns_BT)
         x_BTD = self._embed(params, batch.tokens, batch.positions)
-        x_BTD = dropout(x_BTD, keys_B, self.config.dropout, 0)
+        x_BTD = dropout(x_BTD, keys_BT, self.config.dropout, 0)
         mask = self_mask(batch.segments, batch.positions)
         x_BTD = run_stack(
-            self._block, params["layers"], x_BTD, self._turn(batch.positions), mask, keys_B=keys_B
+            self._block, params["layers"], x_BTD, self._turn(batch.positions), mask, keys_BT=keys_BT
         )
         return self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
 

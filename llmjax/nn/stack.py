@@ -52,7 +52,7 @@ class Block(nn.Module):
         x_BTD: jax.Array,
         turn: KeyValue | None,
         mask: Mask,
-        keys_B: jax.Array | None = None,
+        keys_BT: jax.Array | None = None,
         layer: int | jax.Array = 0,
         cached: KeyValue | None = None,
         slot: jax.Array | None = None,
@@ -61,9 +61,9 @@ class Block(nn.Module):
         norm = functools.partial(Norm, c.norm, c.norm_eps, c.use_bias)
         attention = Attention(c, self.layout, self.attend, name="attention")
         attention_BTD, kv = attention(norm(name="attention_norm")(x_BTD), turn, mask, cached, slot)
-        x_BTD = x_BTD + dropout(attention_BTD, keys_B, c.dropout, 2 * layer + 1)
+        x_BTD = x_BTD + dropout(attention_BTD, keys_BT, c.dropout, 2 * layer + 1)
         mlp_BTD = MLP(c, self.layout, name="mlp")(norm(name="mlp_norm")(x_BTD))
-        x_BTD = x_BTD + dropout(mlp_BTD, keys_B, c.dropout, 2 * layer + 2)
+        x_BTD = x_BTD + dropout(mlp_BTD, keys_BT, c.dropout, 2 * layer + 2)
         return BlockOutput(x_BTD, kv, attention_BTD, mlp_BTD)
 
 
@@ -82,7 +82,7 @@ def run_stack(
     turn: KeyValue | None,
     mask: Mask,
     *,
-    keys_B: jax.Array | None = None,
+    keys_BT: jax.Array | None = None,
 ) -> jax.Array:
     """x after all layers; `params` carries the leading layer dimension. Each layer has `mask` with its own window."""
     c = block.config
@@ -91,7 +91,7 @@ def run_stack(
         near = dataclasses.replace(mask, window=window)
 
         def layer(x_BTD: jax.Array, layer_params: Params, i: int | jax.Array) -> jax.Array:
-            return block.apply({"params": layer_params}, x_BTD, turn, near, keys_B, i).x_BTD
+            return block.apply({"params": layer_params}, x_BTD, turn, near, keys_BT, i).x_BTD
 
         return REMAT[c.remat](layer)(x_BTD, *scanned), None
 

@@ -59,6 +59,11 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
         "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
     }
     rows |= describe_program(program, train.attended)
+    source = program.config.checkpoint
+    if source.init_from:
+        rows["begins with"] = (
+            f"parameters and tokenizer of {source.init_from}, checkpoint {source.init_checkpoint}"
+        )
     return rows | {"updates": _describe_updates(program, train.num_rows, start), "output": str(workdir)}
 
 
@@ -90,6 +95,8 @@ def _describe_batch(program: Program) -> str:
     if steering.schedule.kind != "constant":
         points = " ".join(f"{seen}:{size}" for seen, size in steering.schedule.points)
         text += f"; {steering.schedule.kind} {points}"
+    if steering.lengths.points != ((0, program.batch.seq_len),):
+        text += f"; rows of {steering.lengths.describe()}"
     c = steering.controller
     if c.name != "none":
         text += f"; then {c.k_min} to {c.k_max} micro-steps by {c.name}"

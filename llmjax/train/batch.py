@@ -132,13 +132,9 @@ def make_batch_schedule(kind: str, points: tuple[str, ...], batch: BatchArithmet
                 "set it to piecewise or linear, or leave the points out"
             )
         return BatchSchedule(kind, ((0, batch.tokens_per_update),), micro_tokens)
-    parsed = tuple(_parse_point(point) for point in points)
-    if not parsed or parsed[0][0] != 0:
-        raise UserError(
-            f"train.batch_points={points} does not say how the run begins; let the first be 0:TOKENS_PER_UPDATE"
-        )
+    parsed = parse_points("train.batch_points", "TOKENS_PER_UPDATE", points)
     for (seen, size), (next_seen, next_size) in itertools.pairwise(parsed):
-        if next_seen <= seen or next_size < size:
+        if next_size < size:
             raise UserError(
                 f"train.batch_points goes backwards from {seen}:{size} to {next_seen}:{next_size}; "
                 "order the points so that both tokens seen and tokens per update grow"
@@ -153,11 +149,28 @@ def make_batch_schedule(kind: str, points: tuple[str, ...], batch: BatchArithmet
     return BatchSchedule(kind, parsed, micro_tokens)
 
 
-def _parse_point(point: str) -> tuple[int, int]:
-    seen, _, size = point.partition(":")
+def parse_points(key: str, value_name: str, points: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """The (tokens seen, value) of the config key's `TOKENS_SEEN:VALUE`, the first at 0 and each after the one before.
+
+    `value_name` says in errors what the values are.
+    """
+    parsed = tuple(_parse_point(key, value_name, point) for point in points)
+    if not parsed or parsed[0][0] != 0:
+        raise UserError(f"{key}={points} does not say how the run begins; let the first be 0:{value_name}")
+    for (seen, value), (next_seen, next_value) in itertools.pairwise(parsed):
+        if next_seen <= seen:
+            raise UserError(
+                f"{key} goes backwards from {seen}:{value} to {next_seen}:{next_value}; "
+                "order the points so that tokens seen grow"
+            )
+    return parsed
+
+
+def _parse_point(key: str, value_name: str, point: str) -> tuple[int, int]:
+    seen, _, value = point.partition(":")
     try:
-        return int(seen), int(size)
+        return int(seen), int(value)
     except ValueError:
         raise UserError(
-            f"train.batch_points has {point!r}, which is not TOKENS_SEEN:TOKENS_PER_UPDATE; write for example 0:4096"
+            f"{key} has {point!r}, which is not TOKENS_SEEN:{value_name}; write for example 0:4096"
         ) from None

@@ -32,17 +32,35 @@ DELETED = "deleted"  # a folder beside the checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, in updates, and what to keep: the newest `keep` and, if wanted, the best."""
+    """When to save, in updates, what to keep, and whose parameters to begin with.
+
+    every            updates between checkpoints
+    keep, keep_best  the newest `keep` and, if wanted, the best
+    init_from        workdir of the run with whose parameters this one begins; "" = fresh ones
+    init_checkpoint  which of its checkpoints: latest, best or the number of an update
+    """
 
     every: int = 100
     keep: int = 2
     keep_best: bool = True
+    init_from: str = ""
+    init_checkpoint: str = "latest"
 
     def __post_init__(self):
         if self.every < 0:
             raise UserError(f"checkpoint.every={self.every} is negative; use 0 to save only at the end")
         if self.keep < 1:
             raise UserError(f"checkpoint.keep={self.keep} would delete every checkpoint; keep 1 or more")
+        if self.init_checkpoint not in ("latest", "best") and not self.init_checkpoint.isdecimal():
+            raise UserError(
+                f"checkpoint.init_checkpoint={self.init_checkpoint!r} is neither latest, best nor the number of an "
+                "update"
+            )
+        if self.init_checkpoint != "latest" and not self.init_from:
+            raise UserError(
+                f"checkpoint.init_checkpoint={self.init_checkpoint!r} has no meaning without checkpoint.init_from; "
+                "name a workdir there, or leave it at latest"
+            )
 
 
 class Checkpoints:

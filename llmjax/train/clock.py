@@ -17,10 +17,14 @@ class Clock:
         return time.perf_counter() - self._begin
 
     def lap(self) -> float | None:
-        """Seconds since the last update ended; None for the first after a start, which compiles."""
+        """Seconds since the last update ended; None for the first after a start or `forget`."""
         now, last = time.perf_counter(), self._lap
         self._lap = now
         return None if last is None else now - last
+
+    def forget(self) -> None:
+        """What is compiled now belongs to no update."""
+        self._lap = None
 
     def restart(self) -> None:
         """Ends a pause: what was spent on evaluation and saving belongs to no update."""

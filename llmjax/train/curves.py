@@ -18,6 +18,7 @@ BATCH_KEYS = (
     "noise_scale",
 )  # drawn together, in tokens, where there is more than one k
 COUNTED = ("dropped", "skipped")  # told in words
+VARYING = ("seq_len",)  # drawn only where it changes
 LAYERS_DRAWN = 32  # of more layers, so many are drawn, evenly spaced
 
 
@@ -44,6 +45,7 @@ MEASURES = {
     "accumulation_steps": Measure("Accumulation", "micro-steps/update", floor=0, whole=True),
     "packing_efficiency": Measure("Packing efficiency", "", 100, ceiling=100, suffix="%", noisy=True),
     "data_wait": Measure("Data wait", "ms/update", 1000, floor=0, clip=True, noisy=True),
+    "seq_len": Measure("Sequence length", "tokens", floor=0, whole=True),
     "mfu": Measure("FLOPs utilisation", "of peak", 100, floor=0, suffix="%", noisy=True),
 }
 
@@ -147,7 +149,8 @@ def loss_chart(metrics: Metrics) -> charts.Chart | None:
 def measure_charts(metrics: Metrics) -> tuple[list[charts.Chart], list[charts.Chart]]:
     """The charts of the known measurements, and those of every other number that training lines hold."""
     train_x, batch = positions(metrics).train, batch_chart(metrics)
-    drawn = {*AXIS_KEYS, *COUNTED, "loss", *(BATCH_KEYS if batch else ())}
+    constant = {key for key in VARYING if len({line[key] for line in metrics.train if key in line}) < 2}
+    drawn = {*AXIS_KEYS, *COUNTED, *constant, "loss", *(BATCH_KEYS if batch else ())}
     keys = sorted(
         {key for record in metrics.train for key, value in record.items() if isinstance(value, float)} - drawn
     )

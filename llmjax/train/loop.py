@@ -82,6 +82,7 @@ class _Loop:
         self.clock = Clock(position.seconds)
         self.pending: _Dispatched | None = None
         self.batches: Any = None
+        self.length = 0  # of their rows
         self.batch: Any = None  # the last one dispatched
         self.rewinds = 0  # to the checkpoint that is now the latest
 
@@ -121,8 +122,11 @@ class _Loop:
         # The same history whether or not the last update was recorded already.
         history = self.histories[0 if self.pending is None else 1]
         decision = run.steering.decide(history, position.tokens, 0 if window is None else window.steps)
+        if self.length != decision.length:
+            self.close()
+            self.clock.forget()  # the step compiles
         if self.batches is None:
-            self.batches = run.make_batches(position.cursor)
+            self.batches, self.length = run.make_batches(position.cursor, decision.length), decision.length
         metrics: list[dict[str, jax.Array]] = []
         left, waited, is_open = decision.steps - len(before), 0.0, False
         while left and not is_open:
@@ -292,6 +296,7 @@ class _Loop:
             **mean_metrics(steps),
             "learning_rate": done.decision.learning_rate,
             "accumulation_steps": len(steps),
+            "seq_len": done.decision.length,
             "packing_efficiency": total(steps, "weight") / positions,
             "data_wait": done.data_wait,
         }
@@ -309,7 +314,8 @@ class _Loop:
             trained = len(steps) - len(done.before)
             values["tokens_per_second"] = trained * run.micro_batch_size * run.seq_len / seconds
             if run.peak_flops:
-                values["mfu"] = run.flops_per_token * values["tokens_per_second"] / run.peak_flops
+                flops = run.flops_per_token[done.decision.length]
+                values["mfu"] = flops * values["tokens_per_second"] / run.peak_flops
         return values
 
     def _now(self) -> dict[str, float]:

@@ -6,9 +6,10 @@ One JSON object a line. `{"kind": "train", "update": n, ...}` once per update, w
     seconds               wall time since the run began, added up over resumed parts
     loss                  mean per target token, exact over the update's micro-steps
     learning_rate, grad_norm, accumulation_steps
+    seq_len               of the rows trained on
     packing_efficiency    summed target weights / positions
     data_wait             seconds of this update spent waiting for the next batch
-    tokens_per_second     absent for the first update after a start (it compiles)
+    tokens_per_second     absent where the step compiled: at a start, and before another seq_len
     mfu                   model FLOPs per second / peak; absent where the device's peak is unknown
     noise_scale           of the gradient, in target tokens; absent before it was measured
     reason                why a controller chose this accumulation_steps; absent without one

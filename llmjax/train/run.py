@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -30,8 +30,8 @@ class Run:
     fused               whether one call of `step` is a whole update
     step                (state, batch, order) -> (state, metrics): a micro-step, or with `fused` the micro-steps of
                         an update; metrics as in `step.make_train_step`
-    make_batches        cursor -> an iterator of batches on the devices, from that sequence on, with `close()`; with
-                        `fused` it has `take(k)`, k micro-batches in one
+    make_batches        (cursor, length) -> an iterator of batches on the devices, from that sequence on, cut into rows
+                        of `length`, with `close()`; with `fused` it has `take(k)`, k micro-batches in one
     evaluate            state -> held-out `loss`, `perplexity`, `bits_per_byte` (the same on every process), or None
                         where nothing is held out
     restore             () -> the state and the position of the latest checkpoint
@@ -42,7 +42,7 @@ class Run:
     saved               state -> what a checkpoint holds of it
     save_window         (state, meta) -> None, saves an update under way
     meta                what else goes into each checkpoint: config, versions, data fingerprint
-    flops_per_token     of the model, forward and backward
+    flops_per_token     of the model, forward and backward, for each length of rows; only with `peak_flops`
     peak_flops          per second, of all devices together; 0: unknown
     """
 
@@ -51,7 +51,7 @@ class Run:
     seq_len: int
     evaluate_every: int
     step: Callable[[State, Any, Any], tuple[State, dict[str, jax.Array]]]
-    make_batches: Callable[[int], Iterator[Any]]
+    make_batches: Callable[[int, int], Iterator[Any]]
     evaluate: Callable[[State], Evaluation] | None
     restore: Callable[[], tuple[State, Position]]
     describe_batch: Callable[[int, int], str]
@@ -63,7 +63,7 @@ class Run:
     statistics: Callable[[State, Any], dict[str, Any]] = lambda state, batch: {}
     saved: Callable[[State], State] = lambda state: state
     meta: dict = dataclasses.field(default_factory=dict)
-    flops_per_token: float = 0.0
+    flops_per_token: Mapping[int, float] = dataclasses.field(default_factory=dict)
     peak_flops: float = 0.0
 
 

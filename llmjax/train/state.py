@@ -56,6 +56,18 @@ def init_state(
     return jax.jit(_create(init_params, accumulator), out_shardings=shardings, compiler_options=options)(rng)
 
 
+def state_around(
+    params: Params, accumulator: Accumulator, rng: Array, param_specs: Specs, mesh: Mesh
+) -> TrainState:
+    """The new state that `init_state` gives for the same `rng`, but with these parameters, which are donated."""
+
+    def create(params: Params, rng: Array) -> TrainState:
+        return _begin(params, accumulator, jax.random.split(rng)[1])
+
+    shardings = state_shardings(jax.eval_shape(create, params, rng), param_specs, mesh)
+    return jax.jit(create, donate_argnums=0, out_shardings=shardings)(params, rng)
+
+
 def abstract_state(
     init_params: InitParams, accumulator: Accumulator, param_specs: Specs, mesh: Mesh
 ) -> TrainState:
@@ -110,10 +122,13 @@ def resumed_state(saved: TrainState, accumulator: Accumulator, param_specs: Spec
 def _create(init_params: InitParams, accumulator: Accumulator) -> Callable[[Array], TrainState]:
     def create(rng: Array) -> TrainState:
         init_rng, train_rng = jax.random.split(rng)
-        params = init_params(init_rng)
-        return TrainState(params, accumulator.init(params), jnp.zeros([], jnp.int32), train_rng)
+        return _begin(init_params(init_rng), accumulator, train_rng)
 
     return create
+
+
+def _begin(params: Params, accumulator: Accumulator, rng: Array) -> TrainState:
+    return TrainState(params, accumulator.init(params), jnp.zeros([], jnp.int32), rng)
 
 
 def _matching_spec(

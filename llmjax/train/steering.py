@@ -17,6 +17,7 @@ from llmjax.train import controller, stability
 from llmjax.train.accumulate import Order
 from llmjax.train.batch import BatchSchedule
 from llmjax.train.controller import ControllerConfig, ControllerState, Observation
+from llmjax.train.lengths import LengthSchedule
 from llmjax.train.optimizer import Optimizer
 from llmjax.train.stability import Limits, Spike, StabilityConfig, StabilityState
 
@@ -38,10 +39,11 @@ class History:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """The order of one update, with what the host keeps of it: k, why, and the limits of a spike."""
+    """The order of one update, with what the host keeps of it: k, why, the length of rows, a spike's limits."""
 
     order: Order
     steps: int
+    length: int
     learning_rate: float
     limits: Limits
     reason: str
@@ -77,6 +79,7 @@ class Steering:
     """
 
     schedule: BatchSchedule
+    lengths: LengthSchedule
     optimizer: Optimizer
     controller: ControllerConfig
     stability: StabilityConfig
@@ -118,7 +121,7 @@ class Steering:
             np.float32(on_device.loss),
             np.float32(on_device.grad_norm),
         )
-        return Decision(order, steps, hyper.learning_rate, limits, reason)
+        return Decision(order, steps, self.lengths.length(tokens), hyper.learning_rate, limits, reason)
 
     def observe(
         self, history: History, decision: Decision, measured: Measured

@@ -84,6 +84,21 @@ def test_statistics_count_used_positions_and_attended_keys():
     assert plan.attended == (10 + 3 + 10 + 10) / 14
 
 
+@pytest.mark.parametrize("length", [1, 8, 16, 64])
+def test_attended_keys_of_cut_rows_are_those_of_every_piece_within_them(lengths, length):
+    plan = plan_packing(lengths, np.arange(len(lengths)), T, 0)
+    keys = 0
+    for row in range(plan.num_rows):
+        sizes = plan.lengths[plan.offsets[row] : plan.offsets[row + 1]]
+        owner = np.pad(np.repeat(np.arange(len(sizes)), sizes), (0, T - sizes.sum()), constant_values=-1)
+        for piece in owner.reshape(-1, length):
+            keys += sum(
+                n * (n + 1) // 2 for n in np.unique(piece[piece >= 0], return_counts=True)[1].tolist()
+            )
+    assert plan.attended_in(length) == keys / plan.num_tokens
+    assert plan.attended_in(T) == plan.attended
+
+
 def test_packs_only_the_chosen_documents():
     plan = plan_packing(LENGTHS["short"], np.array([3, 17, 400]), T, 0)
     assert sorted(plan.docs.tolist()) == [3, 17, 400]

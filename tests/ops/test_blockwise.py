@@ -184,34 +184,6 @@ def test_one_document_does_not_move_with_another():
         assert not np.array_equal(x[0, other], y[0, other])
 
 
-def test_keys_may_come_in_parts():
-    """What a ring does: the softmax over all keys from those over each part, and its gradients part by part."""
-    inputs, (segments, positions) = make_inputs(), PACKED
-    q, k, v, sinks, dout = inputs
-    wanted = run(full.attend, inputs, self_mask(*PACKED), softcap=2.0)
-    parts = [slice(0, 24), slice(24, 40)]
-    settings = {"softcap": 2.0, "block": 8}
-
-    @jax.jit
-    def by_parts():
-        def mask(part):
-            return Mask(segments, segments[:, part], positions, positions[:, part])
-
-        outs = [blockwise.forward(q, k[:, p], v[:, p], mask(p), **settings) for p in parts]
-        lse = jnp.logaddexp(outs[0][1], outs[1][1])
-        out = sum(o * jnp.exp(x - lse)[..., None] for o, x in outs)
-        out, lse = blockwise.add_sinks(out, lse, sinks)
-        delta = jnp.sum(dout * out, axis=-1)
-        grads = [
-            blockwise.backward(q, k[:, p], v[:, p], mask(p), dout, lse, delta, **settings) for p in parts
-        ]
-        (dq, dk, dv), (dq_more, dk_more, dv_more) = grads
-        dkv = jnp.concatenate([dk, dk_more], 1), jnp.concatenate([dv, dv_more], 1)
-        return out, dq + dq_more, *dkv, blockwise.sinks_gradient(lse, delta, sinks)
-
-    assert_equal(by_parts(), wanted)
-
-
 def test_memory_grows_with_the_length_and_not_with_its_square():
     def temporaries(T):
         inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in make_inputs(B=1, T=T, S=T)]

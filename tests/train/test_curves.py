@@ -88,6 +88,14 @@ def test_the_batch_is_drawn_with_its_noise_where_it_varies_or_noise_was_measured
     assert noise.values.tolist() == [500, 600] and noise.x["tokens"].tolist() == [200, 300]
 
 
+def test_the_length_of_sequences_is_drawn_where_it_changes():
+    lines = [_train(i, seq_len=8.0 if i < 3 else 32.0) for i in (1, 2, 3)]
+    (chart,), others = curves.measure_charts(Metrics(lines, []))
+    assert (chart.title, others) == ("Sequence length", [])
+    assert chart.curves[0].values.tolist() == [8, 8, 32]
+    assert curves.measure_charts(Metrics(lines[:2], [])) == ([], [])
+
+
 def test_tokens_per_update_are_right_where_lines_are_missing():
     lines = [_train(1, accumulation_steps=2.0), _train(4, accumulation_steps=3.0)]
     assert curves.batch_chart(Metrics(lines, [])).curves[0].values.tolist() == [100, 100]

@@ -25,6 +25,7 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.train.batch import BatchArithmetic, make_batch_schedule
 from llmjax.train.checkpoint import CheckpointConfig, Checkpoints
 from llmjax.train.controller import ControllerConfig
+from llmjax.train.lengths import make_length_schedule
 from llmjax.train.loop import TrainingFailed, train
 from llmjax.train.metrics import TIMING, Recorder, read_metrics
 from llmjax.train.optimizer import OptimizerConfig, make_optimizer
@@ -99,11 +100,12 @@ def micro_step(state, x_BT, order):
     return State(params, opt_state, state.update + ends, state.rng), metrics
 
 
-def make_batches(cursor):
-    """Micro-batches from sequence `cursor` on; sequence i depends on i alone."""
+def make_batches(cursor, length=LENGTH):
+    """Micro-batches from sequence `cursor` on; sequence i depends on i alone, and on the length asked for."""
     while True:
         rows = np.arange(cursor, cursor + SIZE)
-        yield jnp.asarray(np.sin(rows[:, None] * LENGTH + np.arange(LENGTH)[None, :]), jnp.float32)
+        x_BT = np.sin(rows[:, None] * LENGTH + np.arange(LENGTH)[None, :]) * (length / LENGTH)
+        yield jnp.asarray(x_BT, jnp.float32)
         cursor += SIZE
 
 
@@ -112,7 +114,7 @@ def evaluate(state):
     return {"loss": loss, "perplexity": float(np.exp(loss)), "bits_per_byte": loss / 3}
 
 
-def make_steering(num_updates=NUM_UPDATES, points=(), **settings):
+def make_steering(num_updates=NUM_UPDATES, points=(), lengths=(), **settings):
     batch = BatchArithmetic(LENGTH, SIZE, STEPS)
     controlled = {
         k: v for k, v in settings.items() if k in {f.name for f in dataclasses.fields(ControllerConfig)}
@@ -120,6 +122,7 @@ def make_steering(num_updates=NUM_UPDATES, points=(), **settings):
     stable = {k: v for k, v in settings.items() if k not in controlled}
     return Steering(
         schedule=make_batch_schedule("piecewise" if points else "constant", points, batch),
+        lengths=make_length_schedule(lengths, LENGTH),
         optimizer=make_optimizer(
             OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_updates=0), 1
         ),
@@ -310,7 +313,7 @@ def test_the_newest_the_best_and_the_last_are_kept(tmp_path):
 
 
 def poison(update, micro):
-    def batches(cursor):
+    def batches(cursor, length):
         for index, x in enumerate(make_batches(cursor)):
             number = cursor // SIZE + index
             yield x * jnp.float32(jnp.nan) if number == (update - 1) * STEPS + micro else x
@@ -341,7 +344,7 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_counted_and_named(tmp_path
     assert all("dropped" not in line for update, line in by_update.items() if update != 5)
 
 
-def all_poisoned(cursor):
+def all_poisoned(cursor, length):
     for x in make_batches(cursor):
         yield x * jnp.float32(jnp.nan) if cursor >= 4 * STEPS * SIZE else x
         cursor += SIZE
@@ -413,10 +416,60 @@ def test_a_batch_schedule_ends_the_run_at_its_tokens_and_keeps_its_cadences(tmp_
     assert [line["tokens"] for line in record if line["kind"] == "evaluate"] == [128, 288, 384]
 
 
+LENGTHS = (
+    "0:2",
+    "200:8",
+    "448:4",
+)  # updates of 64 tokens: the first that begins at or after each is the fifth, the eighth
+
+
+def test_the_length_follows_from_the_tokens_seen_and_batches_go_on_at_the_cursor(tmp_path):
+    opened = []
+
+    def batches(cursor, length):
+        opened.append((cursor, length))
+        return make_batches(cursor, length)
+
+    run = make_run(num_updates=10, steering={"lengths": LENGTHS}, make_batches=batches)
+    whole = start_or_resume(tmp_path / "whole", run)
+    assert opened == [(0, 2), (4 * STEPS * SIZE, 8), (7 * STEPS * SIZE, 4)]
+    record = [line for line in read_metrics(tmp_path / "whole") if line["kind"] == "train"]
+    assert [line["seq_len"] for line in record] == [2] * 4 + [8] * 3 + [4] * 3
+    assert {line["accumulation_steps"] for line in record} == {STEPS}
+    # The step compiles while the update before is under way: the time of that one would not be its own.
+    untimed = [line["update"] for line in record if "tokens_per_second" not in line]
+    assert untimed == [1, 5, 7]  # before update 5 the loop pauses, so that the compile falls into it
+    for call in (3, 7, 8, 13, 14):  # in mid-update, before and after each change
+        asked = iter(range(100))
+
+        def asking(state, batch, order, asked=asked, call=call):
+            if next(asked) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return run.step(state, batch, order)
+
+        stopped = start_or_resume(tmp_path / f"{call}", dataclasses.replace(run, step=asking))
+        assert stopped.stopped and stopped.position.cursor == (call + 1) * SIZE
+        resumed = start_or_resume(tmp_path / f"{call}", run)
+        assert_same_run(resumed, tmp_path / f"{call}", whole, tmp_path / "whole")
+
+
+def test_a_rewind_goes_back_to_the_length_of_the_tokens_and_on_with_later_data(tmp_path):
+    steering = {"on_spike": "rewind", "warmup_updates": 10, "lengths": ("0:4", "1216:8")}
+    opened = []
+
+    def batches(cursor, length):
+        opened.append((cursor, length))
+        return SPIKE["make_batches"](cursor, length)
+
+    start_or_resume(tmp_path, make_run(**{**SPIKE, "make_batches": batches}, steering=steering), every=6)
+    # The spike is in update 21, of length 8 since update 20; it goes back to update 18, before the change.
+    assert opened == [(0, 4), (19 * STEPS * SIZE, 8), (21 * STEPS * SIZE, 4), (22 * STEPS * SIZE, 8)]
+
+
 def scaled_batches(start, stop, factor):
     """Those of `make_batches` with sequences from `start` to `stop` blown up."""
 
-    def batches(cursor):
+    def batches(cursor, length):
         for x in make_batches(cursor):
             yield x * factor if start <= cursor < stop else x
             cursor += SIZE
@@ -512,7 +565,7 @@ def test_statistics_are_recorded_at_their_cadence(tmp_path):
 
 
 def test_mfu_is_recorded_where_the_peak_is_known(tmp_path):
-    start_or_resume(tmp_path, make_run(num_updates=2, flops_per_token=10.0, peak_flops=100.0))
+    start_or_resume(tmp_path, make_run(num_updates=2, flops_per_token={LENGTH: 10.0}, peak_flops=100.0))
     line = [line for line in read_metrics(tmp_path) if line["kind"] == "train"][1]
     assert line["mfu"] == 10.0 * line["tokens_per_second"] / 100.0
 
@@ -530,7 +583,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
 
         with pytest.raises(RuntimeError, match=r"update 1 did not end after 2 micro-steps"):
             train(make_run(step=endless), make_state(), Position(), recorder, checkpoints)
-        few = make_run(make_batches=lambda cursor: (x for x in [jnp.ones((SIZE, LENGTH))]))
+        few = make_run(make_batches=lambda cursor, length: (x for x in [jnp.ones((SIZE, LENGTH))]))
         with pytest.raises(UserError, match=r"the data ended within update 1"):
             train(few, make_state(), Position(), recorder, checkpoints)
         open_window = Position(window=OpenWindow(4, 2 * SIZE, ({"loss": 1.0},)))
@@ -546,7 +599,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
 def test_batches_are_closed_however_the_loop_ends(tmp_path):
     closed = []
 
-    def batches(cursor):
+    def batches(cursor, length):
         try:
             yield from make_batches(cursor)
         finally:
@@ -622,7 +675,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_update(tmp_p
     np.testing.assert_allclose(result.state.params["w"], whole.state.params["w"], rtol=1e-5)
 
 
-def slow_batches(cursor):
+def slow_batches(cursor, length):
     """The batches, replicated over all processes, at a pace that leaves time for a signal."""
     sharding = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
     for x in make_batches(cursor):

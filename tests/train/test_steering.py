@@ -8,6 +8,7 @@ import pytest
 
 from llmjax.train.batch import BatchArithmetic, make_batch_schedule
 from llmjax.train.controller import ControllerConfig
+from llmjax.train.lengths import make_length_schedule
 from llmjax.train.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.position import OpenWindow, Position
 from llmjax.train.stability import StabilityConfig
@@ -16,10 +17,11 @@ from llmjax.train.steering import History, Measured, Steering
 BATCH = BatchArithmetic(seq_len=16, micro_batch_size=4, accumulation_steps=4)  # 64 tokens a micro-step
 
 
-def make_steering(points=(), name="none", on_spike="warn", num_updates=10, **optimizer):
+def make_steering(points=(), name="none", on_spike="warn", num_updates=10, lengths=(), **optimizer):
     config = OptimizerConfig(**{"learning_rate": 1.0, "warmup_updates": 4, "schedule": "linear", **optimizer})
     return Steering(
         schedule=make_batch_schedule("piecewise" if points else "constant", points, BATCH),
+        lengths=make_length_schedule(lengths, BATCH.seq_len),
         optimizer=make_optimizer(config, num_updates),
         controller=ControllerConfig(name=name, k_min=2, k_max=32, half_life=1000),
         stability=StabilityConfig(on_spike=on_spike, warmup_updates=10),
@@ -63,6 +65,13 @@ def test_schedules_of_batch_and_learning_rate_meet_in_tokens():
     middles = [0.75, 1.25, 1.75, 2.25, 4.5, 8.5]  # in updates of 256 tokens, which end at 1, 2, ...
     expected = [u / 4 if u <= 4 else 1 - 0.9 * (u - 4) / 6 for u in middles]
     np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+def test_the_length_of_rows_follows_the_tokens_like_the_batch():
+    steering = make_steering(points=("0:256", "600:512"), lengths=("0:4", "600:16", "1500:8"))
+    decisions = [steering.decide(steering.start(), tokens) for tokens in (0, 512, 768, 1280, 1792)]
+    assert [(d.steps, d.length) for d in decisions] == [(4, 4), (4, 4), (8, 16), (8, 16), (8, 8)]
+    assert steering.decide(steering.start(), 512, steps=2).length == 4  # of an update under way
 
 
 def test_the_last_update_is_cut_at_the_end_of_the_run():

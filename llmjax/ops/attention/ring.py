@@ -168,9 +168,9 @@ def _through(journey: list[Moment], turn: Callable[[Moment, Any], Any], carry: A
             for moment in (first, *more):
                 carry = turn(moment, carry)
         else:
-            carry = jax.lax.fori_loop(
-                first.step, more[-1].step + 1, lambda s, carry: turn(Moment(s, meet, hop), carry), carry
-            )
+            moment = functools.partial(Moment, meet=meet, hop=hop)
+            again = functools.partial(lambda moment, s, carry: turn(moment(s), carry), moment)
+            carry = jax.lax.fori_loop(first.step, more[-1].step + 1, again, carry)
     return carry
 
 
