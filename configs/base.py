@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     model.init_std = 0.02  # of all matrices; residual outputs get init_std / sqrt(2 x num_layers)
     model.scan_layers = False  # one compiled layer, scanned: quick to compile, slower on CPU
     model.remat = "none"  # what the backward pass recomputes: none | dots | full
-    model.attention = "auto"  # auto | full | blockwise
+    model.attention = "auto"  # the kernel: auto | full | blockwise | pallas
     model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax and loss: float32
 
     c.tokenizer = tokenizer = ConfigDict()
@@ -71,6 +71,8 @@ def get_config() -> ConfigDict:
     mesh.fsdp = 1  # batch and parameters
     mesh.seq = 1  # positions of each sequence
     mesh.tensor = 1  # heads, feed-forward, vocabulary
+    mesh.seq_attention = "auto"  # over seq: auto | gather | ring | ulysses | hybrid
+    mesh.ulysses = 0  # devices that trade heads in hybrid; 0 = as many as there are key/value heads for
     mesh.layout = "auto"  # tokens on devices of seq: auto | contiguous | zigzag | striped | documents
 
     c.train = train = ConfigDict()

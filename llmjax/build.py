@@ -29,7 +29,8 @@ from llmjax.errors import UserError
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.models.contract import Model
 from llmjax.models.gpt import GPT
-from llmjax.ops.attention import blockwise, full
+from llmjax.nn.choice import choose_kernel, choose_spread
+from llmjax.ops.attention.spread import make_attend
 from llmjax.parallel.hosts import local_batch_rows, make_global
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
@@ -53,7 +54,6 @@ from llmjax.train.step import TrainStep, make_eval_step, make_fused_step, make_t
 from llmjax.types import Batch, LossSums, Params
 
 Progress = Callable[[str, int, int], None]  # what is being made, how much of it is done, how much there is
-ATTENTION = {"full": full.attend, "blockwise": blockwise.attend}
 FAMILIES = {"gpt": GPT}
 
 
@@ -230,7 +230,15 @@ class Program:
     @property
     def row_layout(self) -> RowLayout:
         """Which token of a sequence lies on which device."""
-        return row_layout(self.config, self.mesh.shape["seq"])
+        spread, _ = choose_spread(self.config.model, self.config.mesh, self.mesh.shape)
+        return row_layout(self.config, 1 if spread is None else spread.chunks)
+
+    @property
+    def attention(self) -> dict[str, tuple[str, str]]:
+        """What was chosen, and why: the `kernel`, and the algorithm over `mesh.seq`."""
+        spread, why = choose_spread(self.config.model, self.config.mesh, self.mesh.shape)
+        kernel = choose_kernel(self.config.model, self.mesh.devices.flat[0].platform)
+        return {"kernel": kernel, "mesh.seq": ("" if spread is None else spread.describe(), why)}
 
     def abstract_order(self) -> Order:
         """Shapes and dtypes of what the host decides."""
@@ -423,19 +431,7 @@ def batch_shards(layout: Layout) -> tuple[int, int]:
 
 def make_model(config: Config, vocab_size: int, layout: Layout) -> Model:
     """The model of a checked `config`."""
+    kernel, _ = choose_kernel(config.model, layout.mesh.devices.flat[0].platform)
+    spread, _ = choose_spread(config.model, config.mesh, layout.mesh.shape)
     family = FAMILIES[config.model.family]
-    return family(
-        config.model, vocab_size, config.data.seq_len, layout, ATTENTION[attention_name(config, layout)]
-    )
-
-
-def attention_name(config: Config, layout: Layout) -> str:
-    """The algorithm that model.attention asks for; `auto` is blockwise where each device holds whole sequences."""
-    split = layout.axis_size("seq") > 1
-    if config.model.attention == "blockwise" and split:
-        raise UserError(
-            "model.attention='blockwise' needs whole sequences but mesh.seq splits them; use 'full' or 'auto'"
-        )
-    if config.model.attention == "auto":
-        return "full" if split else "blockwise"
-    return config.model.attention
+    return family(config.model, vocab_size, config.data.seq_len, layout, make_attend(kernel, spread))

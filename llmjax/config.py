@@ -19,6 +19,7 @@ from llmjax.errors import UserError
 from llmjax.evaluate.held_out import EvaluateConfig
 from llmjax.evaluate.probes import PROBES
 from llmjax.generate.generate import GenerateConfig
+from llmjax.nn.choice import choose_spread
 from llmjax.nn.config import ModelConfig, resolve
 from llmjax.parallel.mesh import MeshConfig, mesh_shape
 from llmjax.train.batch import BatchArithmetic, make_batch_schedule, resolve_batch
@@ -136,7 +137,6 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
     model, T = config.model, config.data.seq_len
     if T % seq:
         raise UserError(f"data.seq_len={T} is not divisible by mesh.seq={seq}; change one of them")
-    row_layout(config, seq).check(T)
     for key, size in (
         ("num_heads", model.num_heads),
         ("num_kv_heads", model.num_kv_heads),
@@ -146,6 +146,8 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
             raise UserError(
                 f"model.{key}={size} is not divisible by mesh.tensor={tensor}; change one of them"
             )
+    spread, _ = choose_spread(model, config.mesh, {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor})
+    row_layout(config, 1 if spread is None else spread.chunks).check(T)
     if model.model_dim % fsdp:
         raise UserError(
             f"model.model_dim={model.model_dim} is not divisible by mesh.fsdp={fsdp}; change one of them"
@@ -179,10 +181,11 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
     return config, batch
 
 
-def row_layout(config: Config, shards: int) -> RowLayout:
-    """Which token of a sequence lies on which of the `shards` devices that share it."""
-    name = "contiguous" if config.mesh.layout == "auto" else config.mesh.layout
-    return RowLayout(name, shards)
+def row_layout(config: Config, chunks: int) -> RowLayout:
+    """Which token of a sequence lies on which device, if queries and keys meet in so many `chunks` of it."""
+    if chunks == 1:
+        return RowLayout()
+    return RowLayout("documents" if config.mesh.layout == "auto" else config.mesh.layout, chunks)
 
 
 def _check_probes(config: Config) -> None:

@@ -91,19 +91,29 @@ def test_every_mesh_gives_the_same_losses(shape, one_device):
     np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("algorithm", ["gather", "ring", "ulysses", "hybrid"])
+def test_every_way_to_share_sequences_gives_the_same_losses(algorithm, fused, one_device):
+    mesh = {"mesh__data": 2, "mesh__seq": 4, "mesh__seq_attention": algorithm}
+    program = program_for(jax.devices(), train__accumulation="fused" if fused else "multisteps", **mesh)
+    np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_of_the_sequences_gives_the_same_losses(name, one_device):
-    program = program_for(jax.devices(), mesh__data=2, mesh__seq=4, mesh__layout=name)
+    mesh = {"mesh__data": 2, "mesh__seq": 4, "mesh__seq_attention": "ring", "mesh__layout": name}
+    program = program_for(jax.devices(), **mesh)
     np.testing.assert_allclose(trace(program, layout=RowLayout(name, 4)), one_device, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["auto", *LAYOUTS])
 def test_batches_come_in_the_layout_of_the_mesh(name):
-    program = program_for(jax.devices(), mesh__data=2, mesh__seq=4, mesh__layout=name)
+    mesh = {"mesh__data": 2, "mesh__seq": 4, "mesh__seq_attention": "ring", "mesh__layout": name}
+    program = program_for(jax.devices(), **mesh)
     source = make_source()  # rows of T
     with program.batches(source, start=3) as batches:
         batch = next(batches)
-    layout = RowLayout("contiguous" if name == "auto" else name, 4)
+    layout = RowLayout("documents" if name == "auto" else name, 4)
     expected = lay_out(source.read(np.arange(3, 3 + program.batch.micro_batch_size)), layout)
     for field, array in expected.items():
         np.testing.assert_array_equal(getattr(batch, field), array)

@@ -102,6 +102,11 @@ class GPT:
             x_BTD = x_BTD * c.model_dim**0.5 + rope.sinusoid(positions_BT, c.model_dim)
         return self.layout.constrain(x_BTD.astype(c.dtype), "batch", "length", None)
 
+    def _mask(self, batch: Batch) -> Mask:
+        """That of every device's whole rows, brought there once for all layers."""
+        whole = (self.layout.constrain(x, "batch", None) for x in (batch.segments, batch.positions))
+        return self_mask(*whole)
+
     def apply(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> jax.Array:
         keys_BT = None
         if rng is not None and self.config.dropout:
@@ -111,7 +116,7 @@ class GPT:
             keys_BT = token_keys(rng, batch.index, columns_BT)
         x_BTD = self._embed(params, batch.tokens, batch.positions)
         x_BTD = dropout(x_BTD, keys_BT, self.config.dropout, 0)
-        mask = self_mask(batch.segments, batch.positions)
+        mask = self._mask(batch)
         x_BTD = run_stack(
             self._block, params["layers"], x_BTD, self._turn(batch.positions), mask, keys_BT=keys_BT
         )
@@ -119,7 +124,7 @@ class GPT:
 
     def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
-        mask = self_mask(batch.segments, batch.positions)
+        mask = self._mask(batch)
         turn = self._turn(batch.positions)
         return measure_stack(self._block, params["layers"], x_BTD, turn, mask, batch.segments > 0)
 

@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
 
 def _on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable[..., jax.Array]:
-    """`attend` as each device does it for its own rows, queries and heads, against all keys of these rows.
+    """`attend` as each device does it for its own rows, tokens and heads, with the mask of the whole of these rows.
 
     The compiler would split an algorithm's arrays, but not its loops, which differ in length from device to device.
     """
@@ -88,10 +88,10 @@ def _on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callabl
     def split(
         q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, sinks_N: jax.Array | None
     ) -> jax.Array:
-        rows, keys = spec("batch", "length"), spec("batch", None)
-        heads, kv_heads = spec("batch", "length", "heads", None), spec("batch", None, "kv_heads", None)
+        whole = spec("batch", None)
+        heads, kv_heads = (spec("batch", "length", name, None) for name in ("heads", "kv_heads"))
         mask_specs = dataclasses.replace(
-            mask, q_segments_BT=rows, q_positions_BT=rows, k_segments_BS=keys, k_positions_BS=keys
+            mask, q_segments_BT=whole, q_positions_BT=whole, k_segments_BS=whole, k_positions_BS=whole
         )
         return jax.shard_map(
             lambda q, k, v, mask, sinks: attend(q, k, v, mask, sinks_N=sinks),

@@ -14,7 +14,7 @@ CHOICES = {
     "position": ("rope", "learned", "sinusoidal"),
     "rope_scaling": SCALINGS,
     "remat": ("none", "dots", "full"),
-    "attention": ("auto", "full", "blockwise"),
+    "attention": ("auto", "full", "blockwise", "pallas"),
     "dtype": ("float32", "bfloat16"),
 }
 

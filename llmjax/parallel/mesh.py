@@ -19,24 +19,33 @@ from llmjax.types import UserError
 AXES = ("data", "fsdp", "seq", "tensor")
 # Those of llmjax/data/layout.py, and a choice among them.
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "documents")
+SEQ_ATTENTION = ("auto", "gather", "ring", "ulysses", "hybrid")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1, which takes all devices that the others leave.
 
-    `layout`: which tokens of a sequence lie on which device of `seq`.
+    seq_attention  how the devices of `seq` attend to each other's keys
+    ulysses        devices that trade heads in `hybrid`; 0 = as many as there are key/value heads for
+    layout         which tokens of a sequence lie on which device of `seq`
     """
 
     data: int = -1
     fsdp: int = 1
     seq: int = 1
     tensor: int = 1
+    seq_attention: str = "auto"
+    ulysses: int = 0
     layout: str = "auto"
 
     def __post_init__(self):
-        if self.layout not in LAYOUTS:
-            raise UserError(f"mesh.layout={self.layout!r} is not known; use one of {', '.join(LAYOUTS)}")
+        for key, choices in (("seq_attention", SEQ_ATTENTION), ("layout", LAYOUTS)):
+            if getattr(self, key) not in choices:
+                value = getattr(self, key)
+                raise UserError(f"mesh.{key}={value!r} is not known; use one of {', '.join(choices)}")
+        if self.ulysses < 0:
+            raise UserError(f"mesh.ulysses={self.ulysses} must not be negative; use 0 for the default")
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:

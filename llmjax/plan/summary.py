@@ -8,7 +8,7 @@ import pathlib
 import jax
 import numpy as np
 
-from llmjax.build import Corpus, Program, attention_name
+from llmjax.build import Corpus, Program
 from llmjax.data.store import StoreHeader
 from llmjax.data.tokenizer import TokenizerConfig
 
@@ -36,7 +36,7 @@ def activation_bytes(program: Program) -> int:
     queries, keys = (heads * c.head_dim / mesh["tensor"] for heads in (c.num_heads, c.num_kv_heads))
     hidden, gates = c.mlp_dim / mesh["tensor"], 2 if c.activation == "swiglu" else 1
     layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * gates) * hidden
-    if attention_name(program.config, program.layout) == "full":
+    if program.attention["kernel"][0] == "full":
         layer += 2 * batch.seq_len * c.num_heads / mesh["tensor"]
     dots = 2 * c.model_dim + queries + 2 * keys + gates * hidden
     kept = {
@@ -79,13 +79,22 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
     kind = mesh.devices.flat[0].device_kind
     return {
         "model": f"{c.model.family}, {format_count(num_params)} parameters, {format_count(flops)}FLOP per token, "
-        f"{c.model.dtype}, {attention_name(c, program.layout)} attention",
+        f"{c.model.dtype}",
+        "attention": _describe_attention(program),
         "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, {c.optimizer.schedule}",
         "mesh": f"{axes} on {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}",
         "batch": _describe_batch(program),
         "memory": f"about {format_bytes(held + gradients + activations)} per device: state {format_bytes(held)}, "
         f"gradients {format_bytes(gradients)}, activations {format_bytes(activations)}",
     }
+
+
+def _describe_attention(program: Program) -> str:
+    (kernel, why), (spread, why_so) = program.attention["kernel"], program.attention["mesh.seq"]
+    text = f"{kernel} ({why})"
+    if spread:
+        text += f"; over mesh.seq {spread} ({why_so}), layout {program.row_layout.name}"
+    return text
 
 
 def _describe_batch(program: Program) -> str:

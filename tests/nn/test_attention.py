@@ -10,8 +10,9 @@ import pytest
 from llmjax.models.contract import unbox
 from llmjax.nn.attention import Attention
 from llmjax.nn.config import ModelConfig, resolve
-from llmjax.ops.attention import blockwise, full
+from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
+from llmjax.ops.attention.spread import Spread, make_attend
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout
 
@@ -27,7 +28,6 @@ CONFIG = resolve(
         attention_sinks=True,
     )
 )
-BLOCKWISE = functools.partial(blockwise.attend, block=4)
 
 
 def make_inputs():
@@ -45,9 +45,12 @@ def make_params():
     return params | {"sink_bias": jnp.asarray([-1.0, 0.0, 1.0, 2.0])}
 
 
-def compiled(sizes, attend):
+def compiled(sizes, kernel="blockwise", algorithm="ring", ulysses=1):
     """The gradients of everything, compiled for a mesh."""
     layout = Layout(make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))]))
+    others = tuple(axis for axis in ("data", "fsdp") if layout.axis_size(axis) > 1)
+    spread = Spread(algorithm, "seq", sizes[2], ulysses, others)
+    attend = make_attend(kernel, spread if sizes[2] > 1 else None)
     module = Attention(CONFIG, layout, attend)
 
     def loss(params, x_BTD, segments, positions):
@@ -59,15 +62,26 @@ def compiled(sizes, attend):
     return jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=(whole, *inputs))
 
 
-def test_a_mesh_changes_nothing():
-    x_BTD, segments, positions = make_inputs()
-    expected = compiled((1, 1, 1, 1), full.attend)(make_params(), x_BTD, segments, positions)
-    for sizes in ((1, 1, 1, 1), (4, 1, 1, 2), (2, 2, 2, 1), (1, 1, 8, 1)):
-        got = compiled(sizes, BLOCKWISE)(make_params(), x_BTD, segments, positions)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+@pytest.mark.parametrize(
+    "sizes, algorithm, ulysses",
+    [
+        ((1, 1, 1, 1), "ring", 1),
+        ((4, 1, 1, 2), "ring", 1),
+        ((2, 2, 2, 1), "ring", 1),
+        ((1, 1, 8, 1), "ring", 1),
+        ((1, 2, 4, 1), "ulysses", 4),
+        ((2, 1, 4, 1), "hybrid", 2),
+        ((1, 2, 2, 2), "gather", 1),
+    ],
+)
+def test_a_mesh_changes_nothing(sizes, algorithm, ulysses):
+    inputs = make_params(), *make_inputs()
+    expected = compiled((1, 1, 1, 1), "full")(*inputs)
+    got = compiled(sizes, "blockwise", algorithm, ulysses)(*inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 4, 1, 1)])
 def test_no_device_asks_for_the_rows_of_another(sizes):
-    program = compiled(sizes, BLOCKWISE).lower(make_params(), *make_inputs()).compile()
+    program = compiled(sizes).lower(make_params(), *make_inputs()).compile()
     assert not any(name in program.as_text() for name in ("all-gather", "all-to-all", "collective-permute"))
