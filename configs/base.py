@@ -43,7 +43,9 @@ def get_config() -> ConfigDict:
     model.dropout = 0.0  # on embeddings and residual branches; 0 = off
     model.init_std = 0.02  # of all matrices; residual outputs get init_std / sqrt(2 x num_layers)
     model.scan_layers = False  # one compiled layer, scanned: quick to compile, slower on CPU
-    model.remat = "none"  # what the backward pass recomputes: none | dots | full
+    model.remat = "none"  # what the backward pass does again: none | dots | attention (all but it) | full
+    model.offload = ()  # to the host's memory, of what remat keeps: residual (inputs of layers), attention
+    model.tile = 0  # tokens of a device that the token-wise parts of layers take at a time; 0 = all
     model.attention = "auto"  # the kernel: auto | full | blockwise | pallas
     model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax and loss: float32
 

@@ -58,13 +58,13 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as JSON would give them back."""
-        as_dict = dataclasses.asdict(self)
-        as_dict["data"]["sources"] = list(self.data.sources)
-        as_dict["data"]["length_points"] = list(self.data.length_points)
-        as_dict["train"]["batch_points"] = list(self.train.batch_points)
-        as_dict["evaluate"]["probes"] = list(self.evaluate.probes)
-        as_dict["evaluate"]["probe_lengths"] = list(self.evaluate.probe_lengths)
-        return as_dict
+        sections = dataclasses.asdict(self)
+        return {
+            name: {key: list(x) if isinstance(x, tuple) else x for key, x in section.items()}
+            if isinstance(section, dict)
+            else section
+            for name, section in sections.items()
+        }
 
 
 def read(raw: Mapping[str, Any]) -> Config:
@@ -212,7 +212,7 @@ FREE_ON_RESUME = (
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.micro_batch_size",
     "train.accumulation_steps", "train.accumulation", "train.fused_gather", "train.statistics_every",
     "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
-    "model.scan_layers", "model.remat", "model.attention",
+    "model.scan_layers", "model.remat", "model.offload", "model.tile", "model.attention",
 )  # fmt: skip
 
 
@@ -236,7 +236,8 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
 
 FREE_ON_INIT = (
     "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "logit_softcap", "window", "global_every",
-    "attention_softcap", "dropout", "init_std", "scan_layers", "remat", "attention", "dtype",
+    "attention_softcap", "dropout", "init_std", "scan_layers", "remat", "offload", "tile",
+    "attention", "dtype",
 )  # fmt: skip
 
 

@@ -99,6 +99,16 @@ def test_every_way_to_share_sequences_gives_the_same_losses(algorithm, fused, on
     np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_tiles_and_remat_of_split_sequences_give_the_same_losses(fused, one_device):
+    mesh = {"mesh__data": 2, "mesh__seq": 2, "mesh__tensor": 2, "mesh__seq_attention": "ring"}
+    saving = {"model__tile": 4, "model__remat": "attention", "model__offload": ("residual",)}
+    program = program_for(
+        jax.devices(), train__accumulation="fused" if fused else "multisteps", **mesh, **saving
+    )
+    np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_of_the_sequences_gives_the_same_losses(name, one_device):
     mesh = {"mesh__data": 2, "mesh__seq": 4, "mesh__seq_attention": "ring", "mesh__layout": name}
@@ -138,6 +148,10 @@ def test_fused_updates_give_the_same_losses_on_every_mesh(shape, gather, one_dev
     {"train__accumulation_steps": 8},
     {"model__scan_layers": True},
     {"model__remat": "full"},
+    {"model__remat": "attention"},
+    {"model__remat": "attention", "model__offload": ("residual", "attention"), "model__scan_layers": True},
+    {"model__tile": 8, "model__scan_layers": True},
+    {"model__tile": 40, "model__remat": "full", "model__num_kv_heads": 8},
     {"model__attention": "full"},
 ], ids=str)  # fmt: skip
 def test_every_cut_of_the_work_gives_the_same_losses(changes, one_device):

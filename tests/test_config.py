@@ -113,7 +113,8 @@ def test_a_wrong_value_is_named(case):
 @pytest.mark.parametrize("changes, pattern", [
     ({"mesh__seq": 3, "mesh__data": -1}, r"mesh .*seq=3.* 8 devices"),
     ({"mesh__seq": 8, "data__seq_len": 516, "train__tokens_per_update": 516 * 16}, r"data.seq_len=516 .* mesh.seq=8"),
-    ({"mesh__seq": 8, "mesh__seq_attention": "ring", "mesh__layout": "zigzag", "data__seq_len": 520, "train__tokens_per_update": 520 * 16},
+    ({"mesh__seq": 8, "mesh__seq_attention": "ring", "mesh__layout": "zigzag", "data__seq_len": 520,
+      "train__tokens_per_update": 520 * 16},
      r"data.seq_len=520 is not divisible by 2 x mesh.seq=8, which mesh.layout='zigzag' needs"),
     ({"mesh__tensor": 8}, r"model.num_heads=4 is not divisible by mesh.tensor=8"),
     ({"mesh__data": 4}, r"takes 4 devices but there are 8"),

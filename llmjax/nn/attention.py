@@ -1,16 +1,14 @@
-"""Multi-head attention with grouped queries (Ainslie et al. 2023), rotary positions, QK-norm, sinks and a cache."""
+"""Multi-head attention with grouped queries (Ainslie et al. 2023), rotary positions, QK-norm and sinks."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
-from llmjax.nn.cache import write
 from llmjax.nn.config import ModelConfig
 from llmjax.nn.layers import Norm, add_bias, matrix, product, vector
 from llmjax.ops import rope
@@ -21,58 +19,56 @@ KeyValue = tuple[jax.Array, jax.Array]
 
 
 class Attention(nn.Module):
-    """Self-attention of x_BTD under `mask`; `attend` is any algorithm of `ops/attention`."""
+    """The token-wise parts of self-attention, before the tokens meet and after, and its parameters."""
 
     config: ModelConfig
     layout: Layout
-    attend: Callable[..., jax.Array]
 
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        turn: KeyValue | None,
-        mask: Mask,
-        cached: KeyValue | None = None,
-        slot: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValue]:
-        """out_BTD and the keys and values attended to: this call's own, or the cache with them written at `slot`."""
+    def setup(self) -> None:
         c = self.config
         D, N, K, H = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
-        wq_DNH = matrix(self, "wq_DNH", (D, N, H), ("embed", "heads", "head_dim"), std, c.dtype)
-        wk_DKH = matrix(self, "wk_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype)
-        wv_DKH = matrix(self, "wv_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype)
-        wo_DNH = matrix(self, "wo_DNH", (D, N, H), ("embed", "heads", "head_dim"), out_std, c.dtype)
-        B, T, _ = x_BTD.shape
+        self.wq_DNH = matrix(self, "wq_DNH", (D, N, H), ("embed", "heads", "head_dim"), std, c.dtype)
+        self.wk_DKH = matrix(self, "wk_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype)
+        self.wv_DKH = matrix(self, "wv_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype)
+        self.wo_DNH = matrix(self, "wo_DNH", (D, N, H), ("embed", "heads", "head_dim"), out_std, c.dtype)
+        if c.use_bias:
+            self.q_bias = vector(self, "q_bias", (N, H), ("heads", "head_dim"), 0.0)
+            self.k_bias = vector(self, "k_bias", (K, H), ("kv_heads", "head_dim"), 0.0)
+            self.v_bias = vector(self, "v_bias", (K, H), ("kv_heads", "head_dim"), 0.0)
+            self.out_bias = vector(self, "out_bias", (D,), (None,), 0.0)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (Norm("rmsnorm", c.norm_eps) for _ in range(2))
+        self.sink_bias = vector(self, "sink_bias", (N,), ("heads",), 0.0) if c.attention_sinks else None
+
+    def project(self, x_BTD: jax.Array, turn: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q_BTNH, k_BTKH and v_BTKH of x_BTD, queries and keys turned by their positions."""
+        c, (B, T, D) = self.config, x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (
-            product(x_BTD, w.reshape(D, -1), self.layout).reshape(B, T, -1, H)
-            for w in (wq_DNH, wk_DKH, wv_DKH)
+            product(x_BTD, w.reshape(D, -1), self.layout).reshape(B, T, -1, c.head_dim)
+            for w in (self.wq_DNH, self.wk_DKH, self.wv_DKH)
         )
         if c.use_bias:
-            q_BTNH = add_bias(self, "q_bias", q_BTNH, ("heads", "head_dim"))
-            k_BTKH = add_bias(self, "k_bias", k_BTKH, ("kv_heads", "head_dim"))
-            v_BTKH = add_bias(self, "v_bias", v_BTKH, ("kv_heads", "head_dim"))
+            q_BTNH, k_BTKH = add_bias(q_BTNH, self.q_bias), add_bias(k_BTKH, self.k_bias)
+            v_BTKH = add_bias(v_BTKH, self.v_bias)
         if c.qk_norm:
-            q_BTNH = Norm("rmsnorm", c.norm_eps, name="q_norm")(q_BTNH)
-            k_BTKH = Norm("rmsnorm", c.norm_eps, name="k_norm")(k_BTKH)
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if turn is not None:
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, *turn), rope.rotate(k_BTKH, *turn)
         q_BTNH = self.layout.constrain(q_BTNH, "batch", "length", "heads", "head_dim")
-        attend = functools.partial(self.attend, softcap=c.attention_softcap)
-        if cached is not None:
-            k_BTKH, v_BTKH = write(cached[0], k_BTKH, slot), write(cached[1], v_BTKH, slot)
-        else:
-            attend = _on_each_device(attend, self.layout)
-        sinks_N = vector(self, "sink_bias", (N,), ("heads",), 0.0) if c.attention_sinks else None
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask, sinks_N=sinks_N)
-        out_BTD = product(out_BTNH.reshape(B, T, N * H), wo_DNH.reshape(D, N * H).T, self.layout)
-        if c.use_bias:
-            out_BTD = add_bias(self, "out_bias", out_BTD, (None,))
-        return self.layout.constrain(out_BTD, "batch", "length", None), (k_BTKH, v_BTKH)
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def output(self, out_BTNH: jax.Array) -> jax.Array:
+        """out_BTD of what the heads found."""
+        B, T, N, H = out_BTNH.shape
+        wo_DX = self.wo_DNH.reshape(-1, N * H)
+        out_BTD = product(out_BTNH.reshape(B, T, N * H), wo_DX.T, self.layout)
+        if self.config.use_bias:
+            out_BTD = add_bias(out_BTD, self.out_bias)
+        return self.layout.constrain(out_BTD, "batch", "length", None)
 
 
-def _on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable[..., jax.Array]:
+def on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable[..., jax.Array]:
     """`attend` as each device does it for its own rows, tokens and heads, with the mask of the whole of these rows.
 
     The compiler would split an algorithm's arrays, but not its loops, which differ in length from device to device.

@@ -13,10 +13,12 @@ CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
     "position": ("rope", "learned", "sinusoidal"),
     "rope_scaling": SCALINGS,
-    "remat": ("none", "dots", "full"),
+    "remat": ("none", "dots", "attention", "full"),
     "attention": ("auto", "full", "blockwise", "pallas"),
     "dtype": ("float32", "bfloat16"),
 }
+
+OFFLOAD = ("residual", "attention")  # what the backward pass may have from the host's memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,8 @@ class ModelConfig:
     init_std: float = 0.02
     scan_layers: bool = False
     remat: str = "none"
+    offload: tuple[str, ...] = ()
+    tile: int = 0
     attention: str = "auto"
     dtype: str = "float32"
 
@@ -66,7 +70,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
     for key in ("num_kv_heads", "head_dim", "mlp_dim"):
         if getattr(config, key) < 0:
             raise UserError(f"model.{key}={getattr(config, key)} must not be negative; use 0 for the default")
-    for key in ("logit_softcap", "window", "global_every", "attention_softcap", "rope_original_len"):
+    for key in ("logit_softcap", "window", "global_every", "attention_softcap", "rope_original_len", "tile"):
         if getattr(config, key) < 0:
             raise UserError(f"model.{key}={getattr(config, key)} must not be negative; use 0 for none")
     if config.global_every and not config.window:
@@ -75,6 +79,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
             "set model.window or model.global_every=0"
         )
     _check_rope_scaling(config)
+    _check_offload(config)
     for key in ("norm_eps", "init_std", "rope_theta"):
         if not getattr(config, key) > 0:
             raise UserError(f"model.{key}={getattr(config, key)} must be greater than 0")
@@ -129,6 +134,20 @@ def _check_rope_scaling(config: ModelConfig) -> None:
             f"model.rope_scaling={scaling!r} {rule} model.rope_original_len, which is {config.rope_original_len}; "
             f"set it to {'the T that the model was trained at' if rule == 'needs' else '0'}"
         )
+
+
+def _check_offload(config: ModelConfig) -> None:
+    possible = {"attention": ("residual", "attention"), "full": ("residual",)}.get(config.remat, ())
+    for name in config.offload:
+        if name not in OFFLOAD:
+            raise UserError(
+                f"model.offload has {name!r}, which is not known; use some of {', '.join(OFFLOAD)}"
+            )
+        if name not in possible:
+            allowed = "attention" if name == "attention" else "attention or full"
+            raise UserError(
+                f"model.offload has {name!r}, which model.remat={config.remat!r} does not keep; use model.remat={allowed}"
+            )
 
 
 def layer_windows(config: ModelConfig) -> tuple[int, ...]:

@@ -32,9 +32,9 @@ def vector(
     )
 
 
-def add_bias(module: nn.Module, name: str, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """x [B, T, ...] plus a bias of its trailing dimensions, which `axes` name."""
-    return x + vector(module, name, x.shape[2:], axes, 0.0).astype(x.dtype)[None, None]
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [B, T, ...] plus the bias of its trailing dimensions."""
+    return x + bias.astype(x.dtype)[None, None]
 
 
 def product(x_BTX: jax.Array, w_XY: jax.Array, layout: Layout) -> jax.Array:
@@ -86,7 +86,7 @@ class MLP(nn.Module):
         w_down_DF = matrix(self, "w_down_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), out_std, c.dtype)
         up_BTF = product(x_BTD, w_up_DF, self.layout)
         if c.use_bias:
-            up_BTF = add_bias(self, "up_bias", up_BTF, ("mlp",))
+            up_BTF = add_bias(up_BTF, vector(self, "up_bias", (c.mlp_dim,), ("mlp",), 0.0))
         if c.activation == "swiglu":
             w_gate_DF = matrix(self, "w_gate_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
             h_BTF = jax.nn.silu(product(x_BTD, w_gate_DF, self.layout)) * up_BTF
@@ -97,5 +97,5 @@ class MLP(nn.Module):
         h_BTF = self.layout.constrain(h_BTF, "batch", "length", "mlp")
         out_BTD = product(h_BTF, w_down_DF.T, self.layout)
         if c.use_bias:
-            out_BTD = add_bias(self, "down_bias", out_BTD, (None,))
+            out_BTD = add_bias(out_BTD, vector(self, "down_bias", (c.model_dim,), (None,), 0.0))
         return self.layout.constrain(out_BTD, "batch", "length", None)

@@ -14,20 +14,20 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.nn.attention import Attention, KeyValue
+from llmjax.nn.attention import Attention, KeyValue, on_each_device
+from llmjax.nn.cache import write
 from llmjax.nn.config import ModelConfig, layer_windows
 from llmjax.nn.layers import MLP, Norm
+from llmjax.nn.tile import by_tiles, inner_layout
+from llmjax.ops.attention.kernel import SAVED
 from llmjax.ops.attention.mask import Mask
 from llmjax.ops.dropout import dropout
 from llmjax.parallel.rules import Layout
 from llmjax.types import Params
 
-REMAT = {
-    "none": lambda f: f,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "full": jax.checkpoint,
-}
+RESIDUAL = "residual"  # the name of a layer's input, for remat and offload
 
 
 class BlockOutput(NamedTuple):
@@ -40,13 +40,20 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm: Xiong et al. 2020)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm: Xiong et al. 2020).
+
+    `project` and `finish` are token-wise; between them tokens meet, by `attend`, any algorithm of `ops/attention`.
+    """
 
     config: ModelConfig
     layout: Layout
     attend: Callable[..., jax.Array]
 
-    @nn.compact
+    def setup(self) -> None:
+        c = self.config
+        self.attention_norm, self.mlp_norm = (Norm(c.norm, c.norm_eps, c.use_bias) for _ in range(2))
+        self.attention, self.mlp = Attention(c, self.layout), MLP(c, self.layout)
+
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -57,14 +64,34 @@ class Block(nn.Module):
         cached: KeyValue | None = None,
         slot: jax.Array | None = None,
     ) -> BlockOutput:
-        c = self.config
-        norm = functools.partial(Norm, c.norm, c.norm_eps, c.use_bias)
-        attention = Attention(c, self.layout, self.attend, name="attention")
-        attention_BTD, kv = attention(norm(name="attention_norm")(x_BTD), turn, mask, cached, slot)
-        x_BTD = x_BTD + dropout(attention_BTD, keys_BT, c.dropout, 2 * layer + 1)
-        mlp_BTD = MLP(c, self.layout, name="mlp")(norm(name="mlp_norm")(x_BTD))
-        x_BTD = x_BTD + dropout(mlp_BTD, keys_BT, c.dropout, 2 * layer + 2)
-        return BlockOutput(x_BTD, kv, attention_BTD, mlp_BTD)
+        """The layer's output; with `cached` keys and values, this call's own are written into them at `slot`."""
+        q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD, turn)
+        if cached is not None:
+            k_BSKH, v_BSKH = write(cached[0], k_BSKH, slot), write(cached[1], v_BSKH, slot)
+        out_BTNH = self.meet(q_BTNH, k_BSKH, v_BSKH, mask, Layout() if cached is not None else self.layout)
+        out = self.finish(x_BTD, out_BTNH, keys_BT, layer)
+        return BlockOutput(out[0], (k_BSKH, v_BSKH), *out[1:])
+
+    def project(self, x_BTD: jax.Array, turn: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values."""
+        return self.attention.project(self.attention_norm(x_BTD), turn)
+
+    def meet(
+        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, layout: Layout
+    ) -> jax.Array:
+        """What the heads find, on each device of `layout` for its own."""
+        attend = functools.partial(self.attend, softcap=self.config.attention_softcap)
+        return on_each_device(attend, layout)(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N=self.attention.sink_bias)
+
+    def finish(
+        self, x_BTD: jax.Array, out_BTNH: jax.Array, keys_BT: jax.Array | None, layer: int | jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x_BTD after the layer, and what attention and MLP added to it."""
+        rate = self.config.dropout
+        attention_BTD = self.attention.output(out_BTNH)
+        x_BTD = x_BTD + dropout(attention_BTD, keys_BT, rate, 2 * layer + 1)
+        mlp_BTD = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + dropout(mlp_BTD, keys_BT, rate, 2 * layer + 2), attention_BTD, mlp_BTD
 
 
 def unstack(stacked: Any, n: int) -> list[Any]:
@@ -91,9 +118,12 @@ def run_stack(
         near = dataclasses.replace(mask, window=window)
 
         def layer(x_BTD: jax.Array, layer_params: Params, i: int | jax.Array) -> jax.Array:
+            x_BTD = checkpoint_name(x_BTD, RESIDUAL)
+            if c.tile:
+                return _tiled_layer(block, layer_params, x_BTD, turn, near, keys_BT, i)
             return block.apply({"params": layer_params}, x_BTD, turn, near, keys_BT, i).x_BTD
 
-        return REMAT[c.remat](layer)(x_BTD, *scanned), None
+        return remat(layer, c)(x_BTD, *scanned), None
 
     if c.scan_layers:
         return _scan_layers(c, body, x_BTD, (params, jnp.arange(c.num_layers)))[0]
@@ -101,6 +131,52 @@ def run_stack(
     for i, window in enumerate(layer_windows(c)):
         x_BTD, _ = body(x_BTD, (layers[i], i), window)
     return x_BTD
+
+
+def remat(layer: Callable[..., jax.Array], config: ModelConfig) -> Callable[..., jax.Array]:
+    """`layer` whose backward pass does again what `model.remat` does not keep, and has what `model.offload` names
+    from the host's memory."""
+    policies, offload = jax.checkpoint_policies, config.offload
+    if config.remat == "none":
+        return layer
+    if config.remat == "dots":
+        return jax.checkpoint(layer, policy=policies.dots_with_no_batch_dims_saveable)
+    kept = SAVED if config.remat == "attention" else ()
+    if not kept and not offload:
+        return jax.checkpoint(layer)
+    away = {"residual": (RESIDUAL,), "attention": SAVED}
+    moved = [name for key in offload for name in away[key]]
+    policy = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[name for name in kept if name not in moved],
+        names_which_can_be_offloaded=moved,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(layer, policy=policy)
+
+
+def _tiled_layer(
+    block: Block,
+    params: Params,
+    x_BTD: jax.Array,
+    turn: KeyValue | None,
+    mask: Mask,
+    keys_BT: jax.Array | None,
+    layer: int | jax.Array,
+) -> jax.Array:
+    """The layer's output, its token-wise parts tile by tile."""
+    inner, tile = block.clone(layout=inner_layout(block.layout)), block.config.tile
+
+    def project(params: Params, arrays: Any) -> Any:
+        return inner.apply({"params": params}, *arrays, method="project")
+
+    def finish(params: Params, arrays: Any) -> jax.Array:
+        x_BTD, out_BTNH, keys_BT = arrays
+        return inner.apply({"params": params}, x_BTD, out_BTNH, keys_BT, layer, method="finish")[0]
+
+    q, k, v = by_tiles(project, block.layout, tile, params, (x_BTD, turn))
+    out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="meet")
+    return by_tiles(finish, block.layout, tile, params, (x_BTD, out_BTNH, keys_BT))
 
 
 def _scan_layers(

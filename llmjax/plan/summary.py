@@ -28,8 +28,9 @@ def activation_bytes(program: Program) -> int:
 
     Per layer and token that is, without remat: 3 arrays as wide as the model for each norm and its input, queries and
     keys before and after their norm and rotation and once more in the layout of attention, and the hidden layer before,
-    within and after its activation. `dots` keeps the outputs of matrix products alone, `full` the layer's input; then
-    one layer exists in full while it is recomputed. `full` attention holds its scores, too.
+    within and after its activation. `dots` keeps the outputs of matrix products alone, `attention` the layer's input
+    and what its heads found, `full` the input; then one layer exists in full while it is recomputed. `full` attention
+    holds its scores, too.
     """
     c, batch, mesh = program.config.model, program.batch, program.mesh.shape
     tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
@@ -42,8 +43,10 @@ def activation_bytes(program: Program) -> int:
     kept = {
         "none": c.num_layers * layer,
         "dots": c.num_layers * dots + layer,
+        "attention": c.num_layers * (c.model_dim + queries) + layer,
         "full": c.num_layers * c.model_dim + layer,
     }[c.remat]
+    kept -= c.num_layers * sum({"residual": c.model_dim, "attention": queries}[name] for name in c.offload)
     return int(tokens * kept * (2 if c.dtype == "bfloat16" else 4))
 
 

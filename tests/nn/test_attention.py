@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llmjax.models.contract import unbox
-from llmjax.nn.attention import Attention
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.stack import Block
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.spread import Spread, make_attend
@@ -40,9 +40,10 @@ def make_inputs():
 @functools.cache
 def make_params():
     x_BTD, segments, positions = make_inputs()
-    module = Attention(CONFIG, Layout(), full.attend)
+    module = Block(CONFIG, Layout(), full.attend)
     params = unbox(module.init(jax.random.key(0), x_BTD, None, self_mask(segments, positions))["params"])
-    return params | {"sink_bias": jnp.asarray([-1.0, 0.0, 1.0, 2.0])}
+    params["attention"]["sink_bias"] = jnp.asarray([-1.0, 0.0, 1.0, 2.0])
+    return params
 
 
 def compiled(sizes, kernel="blockwise", algorithm="ring", ulysses=1):
@@ -51,11 +52,11 @@ def compiled(sizes, kernel="blockwise", algorithm="ring", ulysses=1):
     others = tuple(axis for axis in ("data", "fsdp") if layout.axis_size(axis) > 1)
     spread = Spread(algorithm, "seq", sizes[2], ulysses, others)
     attend = make_attend(kernel, spread if sizes[2] > 1 else None)
-    module = Attention(CONFIG, layout, attend)
+    module = Block(CONFIG, layout, attend)
 
     def loss(params, x_BTD, segments, positions):
         mask = self_mask(segments, positions, window=6)
-        return jnp.sum(jnp.sin(module.apply({"params": params}, x_BTD, None, mask)[0]))
+        return jnp.sum(jnp.sin(module.apply({"params": params}, x_BTD, None, mask).x_BTD))
 
     rows, whole = layout.sharding("batch", "length"), layout.sharding()
     inputs = layout.sharding("batch", "length", None), rows, rows
