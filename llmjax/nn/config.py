@@ -146,7 +146,8 @@ def _check_offload(config: ModelConfig) -> None:
         if name not in possible:
             allowed = "attention" if name == "attention" else "attention or full"
             raise UserError(
-                f"model.offload has {name!r}, which model.remat={config.remat!r} does not keep; use model.remat={allowed}"
+                f"model.offload has {name!r}, which model.remat={config.remat!r} does not keep; "
+                f"use model.remat={allowed}"
             )
 
 

@@ -46,6 +46,11 @@ def make_params():
     return params
 
 
+def attention(block, x_BTD, mask):
+    """The attention of a block, with its projections."""
+    return block.attention.output(block.meet(*block.attention.project(x_BTD, None), mask, block.layout))
+
+
 def compiled(sizes, kernel="blockwise", algorithm="ring", ulysses=1):
     """The gradients of everything, compiled for a mesh."""
     layout = Layout(make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))]))
@@ -56,7 +61,7 @@ def compiled(sizes, kernel="blockwise", algorithm="ring", ulysses=1):
 
     def loss(params, x_BTD, segments, positions):
         mask = self_mask(segments, positions, window=6)
-        return jnp.sum(jnp.sin(module.apply({"params": params}, x_BTD, None, mask).x_BTD))
+        return jnp.sum(jnp.sin(module.apply({"params": params}, x_BTD, mask, method=attention)))
 
     rows, whole = layout.sharding("batch", "length"), layout.sharding()
     inputs = layout.sharding("batch", "length", None), rows, rows
