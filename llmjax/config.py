@@ -148,9 +148,10 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
             )
     spread, _ = choose_spread(model, config.mesh, {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor})
     row_layout(config, 1 if spread is None else spread.chunks).check(T)
-    if model.model_dim % fsdp:
+    if model.model_dim % (fsdp * seq):
         raise UserError(
-            f"model.model_dim={model.model_dim} is not divisible by mesh.fsdp={fsdp}; change one of them"
+            f"model.model_dim={model.model_dim} is not divisible by mesh.fsdp x mesh.seq={fsdp * seq}, over which "
+            "parameters are split; change one of them"
         )
     if model.window > T:
         raise UserError(

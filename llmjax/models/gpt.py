@@ -93,9 +93,19 @@ class GPT:
         scaling = c.rope_scaling, c.rope_factor, c.rope_original_len
         return rope.rotation(positions_BT, c.head_dim, c.rope_theta, *scaling)
 
+    def _look_up(self, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        """Rows of the table. Devices that share sequences look up all tokens of these, each in the columns that it has
+        of the table, and then trade columns for tokens: left to itself, XLA makes everything whole in between."""
+        layout = self.layout
+        if layout.axis_size("seq") == 1 or layout.manual:
+            return jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
+        table_VD = layout.constrain(table_VD, "vocab", "length")
+        x_BTD = jnp.take(table_VD, layout.constrain(tokens_BT, "batch", None), axis=0, mode="clip")
+        return layout.constrain(x_BTD, "batch", None, "length")
+
     def _embed(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         c, tables = self.config, params["embedding"]
-        x_BTD = jnp.take(tables["embedding_VD"], tokens_BT, axis=0, mode="clip")
+        x_BTD = self._look_up(tables["embedding_VD"], tokens_BT)
         if c.position == "learned":
             x_BTD = x_BTD + jnp.take(tables["positions_TD"], positions_BT, axis=0, mode="clip")
         elif c.position == "sinusoidal":

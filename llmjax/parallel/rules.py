@@ -1,7 +1,8 @@
 """The one table from logical axes to mesh axes, and the `Layout` that applies it.
 
 Models name what a dimension *is* (`batch`, `length`, `mlp`); this table alone says where it lives. Parameters and
-activations share the table, so `embed` is the sharded dimension of a parameter, and activations leave it `None`.
+activations share the table, so `embed` is the sharded dimension of a parameter, and activations leave it `None`. Devices
+that share a sequence share the parameters too, as those of `fsdp` do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from llmjax.types import UserError
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("seq",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "seq"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),

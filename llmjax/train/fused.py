@@ -118,11 +118,12 @@ def _gathered(params: Params, specs: Params, compute_dtype: str) -> Params:
 
 
 def _whole_tables(weights: Params, specs: Params) -> Params:
-    """`weights` with the tables whole over fsdp: XLA fails to partition a lookup in a table cut both ways."""
+    """`weights` with the tables whole over fsdp and seq: XLA fails to partition a lookup in a table cut both ways."""
 
     def whole(path: tuple, x: Array, spec: PartitionSpec) -> Array:
-        is_cut = path[-1].key in TABLES and "fsdp" in spec
-        return jax.lax.with_sharding_constraint(x, without_axes(spec, ("fsdp",))) if is_cut else x
+        wider = without_axes(spec, ("fsdp", "seq"))
+        is_cut = path[-1].key in TABLES and wider != spec
+        return jax.lax.with_sharding_constraint(x, wider) if is_cut else x
 
     return jax.tree_util.tree_map_with_path(whole, weights, specs)
 

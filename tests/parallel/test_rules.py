@@ -18,8 +18,8 @@ def test_the_table_names_only_axes_of_the_mesh():
 @pytest.mark.parametrize("names, spec", [
     (("batch", "length"), PartitionSpec(("data", "fsdp"), "seq")),
     (("batch", "length", None), PartitionSpec(("data", "fsdp"), "seq", None)),
-    (("embed", "heads", "head_dim"), PartitionSpec("fsdp", "tensor", None)),
-    (("layers", "mlp", "embed"), PartitionSpec(None, "tensor", "fsdp")),
+    (("embed", "heads", "head_dim"), PartitionSpec(("fsdp", "seq"), "tensor", None)),
+    (("layers", "mlp", "embed"), PartitionSpec(None, "tensor", ("fsdp", "seq"))),
     ((), PartitionSpec()),
 ])  # fmt: skip
 def test_names_become_mesh_axes(names, spec):
