@@ -170,7 +170,10 @@ def test_dropout_does_not_depend_on_the_cut():
 def test_parameters_are_split_over_the_mesh_and_activations_are_constrained():
     program = program_for(jax.devices(), mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
     state = program.init()
-    for name, spec in (("wq_DNH", (None, ("fsdp", "seq"), "tensor")), ("wo_DNH", (None, ("fsdp", "seq"), "tensor"))):
+    for name, spec in (
+        ("wq_DNH", (None, ("fsdp", "seq"), "tensor")),
+        ("wo_DNH", (None, ("fsdp", "seq"), "tensor")),
+    ):
         array = state.params["layers"]["attention"][name]
         assert array.sharding.spec[: len(spec)] == spec
         assert array.addressable_shards[0].data.size * 8 == array.size

@@ -20,7 +20,7 @@ from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import Mask, self_mask
 from llmjax.ops.dropout import dropout, token_keys
 from llmjax.ops.logits import softcap
-from llmjax.parallel.rules import Layout
+from llmjax.parallel.rules import Layout, partition_spec
 from llmjax.types import Batch, Params
 
 
@@ -127,9 +127,14 @@ class GPT:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
         x_BTD = dropout(x_BTD, keys_BT, self.config.dropout, 0)
         mask = self._mask(batch)
-        x_BTD = run_stack(
-            self._block, params["layers"], x_BTD, self._turn(batch.positions), mask, keys_BT=keys_BT
-        )
+        specs = None
+        if self.config.tile:
+            is_names = lambda x: isinstance(x, tuple)  # noqa: E731
+            specs = jax.tree.map(
+                lambda names: partition_spec(names[1:]), self.axes()["layers"], is_leaf=is_names
+            )
+        turn = self._turn(batch.positions)
+        x_BTD = run_stack(self._block, params["layers"], x_BTD, turn, mask, keys_BT=keys_BT, specs=specs)
         return self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
 
     def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
@@ -139,10 +144,9 @@ class GPT:
         return measure_stack(self._block, params["layers"], x_BTD, turn, mask, batch.segments > 0)
 
     def unembedding(self, params: Params) -> jax.Array:
-        tables = params["embedding"]
-        return tables["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"].astype(
-            self.config.dtype
-        )
+        table_VD = params["embedding"]["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"]
+        # Whole along D before anything loops over it, or it would be brought together in every turn.
+        return self.layout.constrain(table_VD.astype(self.config.dtype), "vocab", None)
 
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
         logits_BTV = jnp.einsum(

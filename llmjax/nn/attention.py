@@ -73,13 +73,14 @@ def on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable
 
     The compiler would split an algorithm's arrays, but not its loops, which differ in length from device to device.
     """
-    axes = () if layout.mesh is None else tuple(a for a in layout.mesh.axis_names if layout.axis_size(a) > 1)
-    if not axes:
+    if layout.mesh is None or all(layout.axis_size(axis) == 1 for axis in layout.mesh.axis_names):
         return attend
-    others = tuple(axis for axis in layout.mesh.axis_names if axis not in axes)
+    axes = {
+        axis for axis in layout.mesh.axis_names if axis not in layout.manual
+    }  # kernels want all to be manual
 
     def spec(*names: str | None) -> PartitionSpec:
-        return without_axes(partition_spec(names), others)
+        return without_axes(partition_spec(names), layout.manual)
 
     def split(
         q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, sinks_N: jax.Array | None
@@ -94,7 +95,7 @@ def on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable
             mesh=None if layout.manual else layout.mesh,
             in_specs=(heads, kv_heads, kv_heads, mask_specs, spec("heads")),
             out_specs=heads,
-            axis_names=set(axes),
+            axis_names=axes,
             check_vma=False,
         )(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
 

@@ -110,8 +110,12 @@ def run_stack(
     mask: Mask,
     *,
     keys_BT: jax.Array | None = None,
+    specs: Any = None,
 ) -> jax.Array:
-    """x after all layers; `params` carries the leading layer dimension. Each layer has `mask` with its own window."""
+    """x after all layers; `params` carries the leading layer dimension. Each layer has `mask` with its own window.
+
+    `specs`, of the parameters of one layer, is asked for where layers are done in tiles.
+    """
     c = block.config
 
     def body(x_BTD: jax.Array, scanned: tuple[Params, jax.Array], window: int) -> tuple[jax.Array, None]:
@@ -120,7 +124,7 @@ def run_stack(
         def layer(x_BTD: jax.Array, layer_params: Params, i: int | jax.Array) -> jax.Array:
             x_BTD = checkpoint_name(x_BTD, RESIDUAL)
             if c.tile:
-                return _tiled_layer(block, layer_params, x_BTD, turn, near, keys_BT, i)
+                return _tiled_layer(block, layer_params, specs, x_BTD, turn, near, keys_BT, i)
             return block.apply({"params": layer_params}, x_BTD, turn, near, keys_BT, i).x_BTD
 
         return remat(layer, c)(x_BTD, *scanned), None
@@ -158,6 +162,7 @@ def remat(layer: Callable[..., jax.Array], config: ModelConfig) -> Callable[...,
 def _tiled_layer(
     block: Block,
     params: Params,
+    specs: Any,
     x_BTD: jax.Array,
     turn: KeyValue | None,
     mask: Mask,
@@ -165,7 +170,7 @@ def _tiled_layer(
     layer: int | jax.Array,
 ) -> jax.Array:
     """The layer's output, its token-wise parts tile by tile."""
-    inner, tile = block.clone(layout=inner_layout(block.layout)), block.config.tile
+    inner, c = block.clone(layout=inner_layout(block.layout)), block.config
 
     def project(params: Params, arrays: Any) -> Any:
         return inner.apply({"params": params}, *arrays, method="project")
@@ -174,9 +179,13 @@ def _tiled_layer(
         x_BTD, out_BTNH, keys_BT = arrays
         return inner.apply({"params": params}, x_BTD, out_BTNH, keys_BT, layer, method="finish")[0]
 
-    q, k, v = by_tiles(project, block.layout, tile, params, (x_BTD, turn))
+    def tiles(fn: Callable[[Params, Any], Any], names: tuple[str, ...], arrays: Any) -> Any:
+        mine, of_mine = ({name: tree[name] for name in names} for tree in (params, specs))
+        return by_tiles(fn, block.layout, c.tile, c.dtype, mine, of_mine, arrays)
+
+    q, k, v = tiles(project, ("attention_norm", "attention"), (x_BTD, turn))
     out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="meet")
-    return by_tiles(finish, block.layout, tile, params, (x_BTD, out_BTNH, keys_BT))
+    return tiles(finish, ("attention", "mlp_norm", "mlp"), (x_BTD, out_BTNH, keys_BT))
 
 
 def _scan_layers(

@@ -8,14 +8,15 @@ are reduced, once. The compiler alone would do both in every tile.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llmjax.parallel.rules import Layout
+from llmjax.parallel.mesh import AXES
+from llmjax.parallel.rules import Layout, without_axes
 from llmjax.types import Params
 
 TOKEN_AXES = ("data", "fsdp", "seq")
@@ -28,15 +29,24 @@ def inner_layout(layout: Layout) -> Layout:
     return dataclasses.replace(layout, manual=tuple({*layout.manual, *TOKEN_AXES}))
 
 
-def by_tiles(fn: Callable[[Params, Any], Any], layout: Layout, tile: int, params: Params, arrays: Any) -> Any:
-    """`fn(params, arrays)`, of float32 params and arrays [B, T, ...], a tree of arrays [B, T, ...].
+def by_tiles(
+    fn: Callable[[Params, Any], Any],
+    layout: Layout,
+    tile: int,
+    dtype: str,
+    params: Params,
+    specs: Any,
+    arrays: Any,
+) -> Any:
+    """`fn(params, arrays)`, of float32 params and arrays [B, T, ...]: a tree of arrays [B, T, ...].
 
-    `fn` is token-wise, and works in `inner_layout`. A tile has at most `tile` tokens on each device.
+    `fn` is token-wise, works in `inner_layout` and casts to `dtype` what `specs` (of the params) split over the mesh.
+    A tile has at most `tile` tokens on each device.
     """
+    axes = tuple(axis for axis in TOKEN_AXES if layout.axis_size(axis) > 1)
 
     def walk(params: Params, arrays: Any) -> Any:
-        # Accumulated over tiles: float32, whatever the dtype in which weights come.
-        params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+        params = jax.tree.map(functools.partial(_whole, axes, dtype), params, specs)
         B, T = jax.tree.leaves(arrays)[0].shape[:2]
         size = max(t for t in range(1, T + 1) if T % t == 0 and B * t <= max(tile, B))
         if size == T:
@@ -45,16 +55,44 @@ def by_tiles(fn: Callable[[Params, Any], Any], layout: Layout, tile: int, params
         outs = jax.lax.map(jax.checkpoint(lambda part: fn(params, part)), cut)
         return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(B, T, *y.shape[3:]), outs)
 
-    axes = tuple(axis for axis in TOKEN_AXES if layout.axis_size(axis) > 1)
     if not axes:
         return walk(params, arrays)
+    elsewhere = tuple({*AXES} - {*axes})
     rows = tuple(axis for axis in axes if axis != "seq") or None
     tokens = PartitionSpec(rows, "seq" if "seq" in axes else None)
     return jax.shard_map(
         walk,
         mesh=None if layout.manual else layout.mesh,
-        in_specs=(PartitionSpec(), tokens),
+        in_specs=(jax.tree.map(lambda spec: without_axes(spec, elsewhere), specs), tokens),
         out_specs=tokens,
         axis_names=set(axes),
         check_vma=False,
     )(params, arrays)
+
+
+def _whole(axes: tuple[str, ...], dtype: str, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The parameter whole along the mesh axes `axes`, which split it as `spec` says."""
+    for dim, entry in enumerate(spec):
+        split = tuple(axis for axis in axes if axis in ((entry,) if isinstance(entry, str) else entry or ()))
+        if split:
+            return _gather(x, split, dim, dtype)
+    return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: jax.Array, axes: tuple[str, ...], dim: int, dtype: str) -> jax.Array:
+    """Travels in `dtype` and arrives as float32, so that its gradient is summed over tiles and devices in float32."""
+    return jax.lax.all_gather(x.astype(dtype), axes, axis=dim, tiled=True).astype(x.dtype)
+
+
+def _gather_forward(x: jax.Array, axes: tuple[str, ...], dim: int, dtype: str) -> tuple[jax.Array, None]:
+    return _gather(x, axes, dim, dtype), None
+
+
+def _gather_backward(
+    axes: tuple[str, ...], dim: int, dtype: str, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

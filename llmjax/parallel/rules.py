@@ -1,8 +1,8 @@
 """The one table from logical axes to mesh axes, and the `Layout` that applies it.
 
 Models name what a dimension *is* (`batch`, `length`, `mlp`); this table alone says where it lives. Parameters and
-activations share the table, so `embed` is the sharded dimension of a parameter, and activations leave it `None`. Devices
-that share a sequence share the parameters too, as those of `fsdp` do.
+activations share the table, so `embed` is the sharded dimension of a parameter, and activations leave it `None`.
+Devices that share a sequence share the parameters too, as those of `fsdp` do.
 """
 
 from __future__ import annotations

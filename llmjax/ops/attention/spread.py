@@ -23,7 +23,7 @@ from llmjax.ops.attention.pallas_tpu import PallasTPU
 
 Attend = Callable[..., jax.Array]  # (q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N) -> out_BTNH
 
-KERNELS: dict[str, Callable[[float], Kernel]] = {"blockwise": Blockwise, "pallas": PallasTPU}
+KERNELS: dict[str, Callable[[float], Kernel]] = {"blockwise": Blockwise, "pallas_tpu": PallasTPU}
 ALGORITHMS = ("gather", "ring", "ulysses", "hybrid")
 
 
