@@ -29,8 +29,8 @@ from llmjax.errors import UserError
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.models.contract import Model
 from llmjax.models.gpt import GPT
-from llmjax.nn.choice import choose_kernel, choose_spread
-from llmjax.ops.attention.spread import make_attend
+from llmjax.nn.choice import choose_kernel, choose_sharing
+from llmjax.ops.attention.share import make_attend
 from llmjax.parallel.hosts import local_batch_rows, make_global
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
@@ -230,15 +230,15 @@ class Program:
     @property
     def row_layout(self) -> RowLayout:
         """Which token of a sequence lies on which device."""
-        spread, _ = choose_spread(self.config.model, self.config.mesh, self.mesh.shape)
-        return row_layout(self.config, 1 if spread is None else spread.chunks)
+        sharing, _ = choose_sharing(self.config.model, self.config.mesh, self.mesh.shape)
+        return row_layout(self.config, 1 if sharing is None else sharing.chunks)
 
     @property
     def attention(self) -> dict[str, tuple[str, str]]:
         """What was chosen, and why: the `kernel`, and the algorithm over `mesh.seq`."""
-        spread, why = choose_spread(self.config.model, self.config.mesh, self.mesh.shape)
+        sharing, why = choose_sharing(self.config.model, self.config.mesh, self.mesh.shape)
         kernel = choose_kernel(self.config.model, self.mesh.devices.flat[0].platform)
-        return {"kernel": kernel, "mesh.seq": ("" if spread is None else spread.describe(), why)}
+        return {"kernel": kernel, "mesh.seq": ("" if sharing is None else sharing.describe(), why)}
 
     def abstract_order(self) -> Order:
         """Shapes and dtypes of what the host decides."""
@@ -432,6 +432,6 @@ def batch_shards(layout: Layout) -> tuple[int, int]:
 def make_model(config: Config, vocab_size: int, layout: Layout) -> Model:
     """The model of a checked `config`."""
     kernel, _ = choose_kernel(config.model, layout.mesh.devices.flat[0].platform)
-    spread, _ = choose_spread(config.model, config.mesh, layout.mesh.shape)
+    sharing, _ = choose_sharing(config.model, config.mesh, layout.mesh.shape)
     family = FAMILIES[config.model.family]
-    return family(config.model, vocab_size, config.data.seq_len, layout, make_attend(kernel, spread))
+    return family(config.model, vocab_size, config.data.seq_len, layout, make_attend(kernel, sharing))

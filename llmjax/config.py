@@ -19,7 +19,7 @@ from llmjax.errors import UserError
 from llmjax.evaluate.held_out import EvaluateConfig
 from llmjax.evaluate.probes import PROBES
 from llmjax.generate.generate import GenerateConfig
-from llmjax.nn.choice import choose_spread
+from llmjax.nn.choice import choose_sharing
 from llmjax.nn.config import ModelConfig, resolve
 from llmjax.parallel.mesh import MeshConfig, mesh_shape
 from llmjax.train.batch import BatchArithmetic, make_batch_schedule, resolve_batch
@@ -146,8 +146,10 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
             raise UserError(
                 f"model.{key}={size} is not divisible by mesh.tensor={tensor}; change one of them"
             )
-    spread, _ = choose_spread(model, config.mesh, {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor})
-    row_layout(config, 1 if spread is None else spread.chunks).check(T)
+    sharing, _ = choose_sharing(
+        model, config.mesh, {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor}
+    )
+    row_layout(config, 1 if sharing is None else sharing.chunks).check(T)
     if model.model_dim % (fsdp * seq):
         raise UserError(
             f"model.model_dim={model.model_dim} is not divisible by mesh.fsdp x mesh.seq={fsdp * seq}, over which "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from llmjax.errors import UserError
 from llmjax.nn.config import ModelConfig
-from llmjax.ops.attention.spread import Spread
+from llmjax.ops.attention.share import Sharing
 from llmjax.parallel.mesh import MeshConfig
 
 
@@ -26,9 +26,9 @@ def choose_kernel(model: ModelConfig, platform: str) -> tuple[str, str]:
     return name, "as model.attention says"
 
 
-def choose_spread(
+def choose_sharing(
     model: ModelConfig, mesh: MeshConfig, sizes: Mapping[str, int]
-) -> tuple[Spread | None, str]:
+) -> tuple[Sharing | None, str]:
     """How the devices of mesh.seq share a sequence, None where each has whole ones, and why; `sizes` of the mesh axes.
 
     `auto`: as much Ulysses as there are key/value heads for every device, since that moves the least and evens out
@@ -61,10 +61,10 @@ def choose_spread(
                 f"mesh.seq_attention='ulysses' cannot deal {N} query heads a device (model.num_heads / mesh.tensor) to "
                 f"mesh.seq={n} devices; use ring or hybrid, or change one of them"
             )
-        return Spread(name, "seq", n, n, others), why
+        return Sharing(name, "seq", n, n, others), why
     if name == "hybrid":
-        return Spread(name, "seq", n, _hybrid_degree(degree, N, dealt, n), others), why
-    return Spread(name, "seq", n, 1, others), why
+        return Sharing(name, "seq", n, _hybrid_degree(degree, N, dealt, n), others), why
+    return Sharing(name, "seq", n, 1, others), why
 
 
 def _hybrid_degree(degree: int, N: int, dealt: int, n: int) -> int:

@@ -93,10 +93,10 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
 
 
 def _describe_attention(program: Program) -> str:
-    (kernel, why), (spread, why_so) = program.attention["kernel"], program.attention["mesh.seq"]
+    (kernel, why), (sharing, why_so) = program.attention["kernel"], program.attention["mesh.seq"]
     text = f"{kernel} ({why})"
-    if spread:
-        text += f"; over mesh.seq {spread} ({why_so}), layout {program.row_layout.name}"
+    if sharing:
+        text += f"; over mesh.seq {sharing} ({why_so}), layout {program.row_layout.name}"
     return text
 
 

@@ -12,7 +12,7 @@ from llmjax.nn.config import ModelConfig, resolve
 from llmjax.nn.stack import Block
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
-from llmjax.ops.attention.spread import Spread, make_attend
+from llmjax.ops.attention.share import Sharing, make_attend
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout
 
@@ -55,8 +55,8 @@ def compiled(sizes, kernel="blockwise", algorithm="ring", ulysses=1):
     """The gradients of everything, compiled for a mesh."""
     layout = Layout(make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))]))
     others = tuple(axis for axis in ("data", "fsdp") if layout.axis_size(axis) > 1)
-    spread = Spread(algorithm, "seq", sizes[2], ulysses, others)
-    attend = make_attend(kernel, spread if sizes[2] > 1 else None)
+    sharing = Sharing(algorithm, "seq", sizes[2], ulysses, others)
+    attend = make_attend(kernel, sharing if sizes[2] > 1 else None)
     module = Block(CONFIG, layout, attend)
 
     def loss(params, x_BTD, segments, positions):

@@ -28,7 +28,7 @@ ALGORITHMS = ("gather", "ring", "ulysses", "hybrid")
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class Sharing:
     """How `size` devices along the manual mesh axis `axis` share a sequence, contiguous parts of it.
 
     ulysses  devices in a group that trades heads: 1 for a ring or gathered keys, `size` for Ulysses alone
@@ -48,18 +48,15 @@ class Spread:
 
     def describe(self) -> str:
         """The algorithm in words."""
-        return (
-            f"{self.algorithm}, {self.chunks} x {self.ulysses}"
-            if self.algorithm == "hybrid"
-            else self.algorithm
-        )
+        hybrid = f"hybrid, a ring of {self.chunks} groups of {self.ulysses}"
+        return hybrid if self.algorithm == "hybrid" else self.algorithm
 
 
-def make_attend(kernel_name: str, spread: Spread | None = None) -> Attend:
+def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
     """`attend(q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N)` of one device, equal to `full.attend` of the whole.
 
     kernel_name  of KERNELS, or `full`, the reference, which no ring can use
-    spread       None: all tokens lie on this device. Otherwise q, k and v are this device's part, within
+    sharing       None: all tokens lie on this device. Otherwise q, k and v are this device's part, within
                  `jax.shard_map`, while `mask` is always that of the whole sequence
     """
     make_kernel = KERNELS.get(kernel_name)
@@ -79,17 +76,17 @@ def make_attend(kernel_name: str, spread: Spread | None = None) -> Attend:
             return kernel.attend(make_kernel(softcap), q, k, v, mask, sinks_N)
 
         arrays = q_BTNH, k_BSKH, v_BSKH, mask, sinks_N
-        if spread is None:
+        if sharing is None:
             return alone(*arrays)
-        if spread.algorithm == "gather":
-            return gather(alone, spread.axis, *arrays)
+        if sharing.algorithm == "gather":
+            return gather(alone, sharing.axis, *arrays)
         inner = alone
-        if spread.chunks > 1:
-            devices = ring.Ring(spread.axis, spread.chunks, spread.ulysses, spread.others)
+        if sharing.chunks > 1:
+            devices = ring.Ring(sharing.axis, sharing.chunks, sharing.ulysses, sharing.others)
             inner = functools.partial(ring.attend, make_kernel(softcap), devices)
-        if spread.ulysses > 1:
+        if sharing.ulysses > 1:
             inner = functools.partial(
-                ulysses.attend, inner, ulysses.Groups(spread.axis, spread.ulysses, spread.chunks)
+                ulysses.attend, inner, ulysses.Groups(sharing.axis, sharing.ulysses, sharing.chunks)
             )
         return inner(*arrays)
 
