@@ -104,6 +104,7 @@ def get_config() -> ConfigDict:
     optimizer.clip_norm = 1.0  # largest gradient norm; adaptive: / weight norm, 0.01 to 0.16; 0 = off
     optimizer.batch_scaling = "none"  # learning rate times this power of the batch: none | sqrt | linear
     optimizer.constant_in = "updates"  # updates | tokens: what betas and weight_decay are constant in
+    optimizer.offload = False  # its state to the host's memory between updates
 
     c.controller = controller = ConfigDict()
     controller.name = "none"  # none | noise_scale | norm_test: what decides accumulation_steps

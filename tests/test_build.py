@@ -152,6 +152,9 @@ def test_fused_updates_give_the_same_losses_on_every_mesh(shape, gather, one_dev
     {"model__remat": "attention", "model__offload": ("residual", "attention"), "model__scan_layers": True},
     {"model__tile": 8, "model__scan_layers": True},
     {"model__tile": 40, "model__remat": "full", "model__num_kv_heads": 8},
+    {"optimizer__offload": True},
+    {"optimizer__offload": True, "train__accumulation_steps": 1, "optimizer__name": "muon"},
+    {"optimizer__offload": True, "train__accumulation": "fused"},
     {"model__attention": "full"},
 ], ids=str)  # fmt: skip
 def test_every_cut_of_the_work_gives_the_same_losses(changes, one_device):

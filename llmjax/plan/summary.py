@@ -30,13 +30,14 @@ def activation_bytes(program: Program) -> int:
     keys before and after their norm and rotation and once more in the layout of attention, and the hidden layer before,
     within and after its activation. `dots` keeps the outputs of matrix products alone, `attention` the layer's input
     and what its heads found, `full` the input; then one layer exists in full while it is recomputed. `full` attention
-    holds its scores, too.
+    holds its scores, too. Tiles hold the hidden layer of one tile at a time.
     """
     c, batch, mesh = program.config.model, program.batch, program.mesh.shape
     tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
     queries, keys = (heads * c.head_dim / mesh["tensor"] for heads in (c.num_heads, c.num_kv_heads))
     hidden, gates = c.mlp_dim / mesh["tensor"], 2 if c.activation == "swiglu" else 1
-    layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * gates) * hidden
+    at_once = min(1.0, c.tile / tokens) if c.tile else 1.0
+    layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * gates) * hidden * at_once
     if program.attention["kernel"][0] == "full":
         layer += 2 * batch.seq_len * c.num_heads / mesh["tensor"]
     dots = 2 * c.model_dim + queries + 2 * keys + gates * hidden

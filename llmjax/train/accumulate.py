@@ -21,6 +21,7 @@ import optax
 
 from llmjax.train.gradients import MAIN, Terms, add_terms, empty_terms, mean_gradient, total_weight
 from llmjax.train.optimizer import Hyperparameters, Optimizer, OptState
+from llmjax.train.stash import fetch, stash
 from llmjax.types import Array, Params
 
 
@@ -79,12 +80,15 @@ def close_window(
     terms: Terms,
     loss: Array,
     order: Order,
+    *,
+    offload: bool = False,
 ) -> tuple[Params, OptState, Closing]:
     """The update of a window from its sums: `loss`, of the main term, and the gradient terms.
 
     `update` is that of the `Optimizer`. An update that is not applied leaves parameters and optimizer state
-    bitwise as they were.
+    bitwise as they were. `offload`: the state comes from the host's memory and goes back there.
     """
+    opt_state = fetch(opt_state) if offload else opt_state
     grads, weight = mean_gradient(terms), total_weight(terms)
     norm = optax.tree.norm(grads)
     main = terms[MAIN]
@@ -94,9 +98,10 @@ def close_window(
     updates, new_state = update(grads, opt_state, params, order.hyper)
     keep = lambda new, old: jnp.where(applied, new, old)  # noqa: E731
     params = jax.tree.map(keep, optax.apply_updates(params, updates), params)
+    opt_state = jax.tree.map(keep, new_state, opt_state)
     return (
         params,
-        jax.tree.map(keep, new_state, opt_state),
+        stash(opt_state) if offload else opt_state,
         Closing(jnp.array(True), applied, mean_loss, norm, square_total),
     )
 
@@ -135,14 +140,16 @@ class Accumulator:
 
     def eval_params(self, state: OptState, params: Params) -> Params:
         """The parameters to evaluate and to generate with."""
-        return self.optimizer.eval_params(self.canonical(state), params)
+        own = self.canonical(state)
+        return self.optimizer.eval_params(fetch(own) if self.optimizer.offload else own, params)
 
     def micro_step(
         self, params: Params, state: OptState, terms: Terms, loss: Array, order: Order
     ) -> tuple[Params, OptState, Closing]:
         """Takes the sums of a micro-batch, finite all of them; on the last micro-step of a window, updates."""
         if self.max_steps == 1:
-            return close_window(self.optimizer.update, params, state, terms, loss, order)
+            update, offload = self.optimizer.update, self.optimizer.offload
+            return close_window(update, params, state, terms, loss, order, offload=offload)
         multi, before = state.multi, state.multi.acc_grads
         steps = jnp.where(multi.mini_step == 0, order.steps, state.steps).astype(jnp.int32)
         sums = {"terms": add_terms(before["terms"], terms), "loss": before["loss"] + loss}
@@ -173,5 +180,6 @@ class Accumulator:
             return updates, multi._replace(acc_grads=None)
 
         sums, start = multi.acc_grads, multi._replace(mini_step=jnp.zeros([], jnp.int32), acc_grads=None)
-        params, multi, closing = close_window(update, params, start, sums["terms"], sums["loss"], order)
+        arrays = params, start, sums["terms"], sums["loss"], order
+        params, multi, closing = close_window(update, *arrays, offload=self.optimizer.offload)
         return params, multi._replace(acc_grads=jax.tree.map(jnp.zeros_like, sums)), closing

@@ -68,6 +68,7 @@ class OptimizerConfig:
                        those of an update of train.tokens_per_update tokens, and an update r times as large has
                        beta ** r (a half-life in tokens: Marek et al. 2025) and r times the decay, learning rate
                        included (Bergsma et al. 2025)
+    offload            the state lies in the memory of the hosts between updates
 
     Raises UserError for a value out of range.
     """
@@ -86,6 +87,7 @@ class OptimizerConfig:
     clip: str = "global"
     batch_scaling: str = "none"
     constant_in: str = "updates"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         for key, choices in (
@@ -146,12 +148,14 @@ class Optimizer:
     eval_params(opt_state, params) -> the parameters to evaluate with; others only for schedule-free
     hyperparameters(done, size) -> those of an update of `size` that begins at `done`, both in tokens divided by
         train.tokens_per_update, so that with a constant batch `done` counts updates and `size` is 1
+    offload: opt_state lies in the memory of the hosts; who calls `update` fetches it and puts it back (`stash`)
     """
 
     init: Callable[[Params], OptState]
     update: Callable[[Params, OptState, Params, Hyperparameters], tuple[Params, OptState]]
     eval_params: Callable[[OptState, Params], Params]
     hyperparameters: Callable[[float, float], Hyperparameters]
+    offload: bool = False
 
 
 def make_schedule(config: OptimizerConfig, num_updates: int) -> Callable[[float], float]:
@@ -204,6 +208,7 @@ def make_optimizer(config: OptimizerConfig, num_updates: int) -> Optimizer:
         lambda grads, opt_state, params, hyper: chain(hyper).update(grads, opt_state, params),
         eval_params,
         hyperparameters,
+        config.offload,
     )
 
 

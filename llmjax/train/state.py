@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.train.accumulate import Accumulator
 from llmjax.train.optimizer import OptState
+from llmjax.train.stash import is_stashed, stashed
 from llmjax.types import Array, Params
 
 InitParams = Callable[[Array], Params]  # rng -> a nested dict of arrays
@@ -64,7 +65,8 @@ def state_around(
     def create(params: Params, rng: Array) -> TrainState:
         return _begin(params, accumulator, jax.random.split(rng)[1])
 
-    shardings = state_shardings(jax.eval_shape(create, params, rng), param_specs, mesh)
+    shapes, offload = jax.eval_shape(create, params, rng), accumulator.optimizer.offload
+    shardings = state_shardings(shapes, param_specs, mesh, offload=offload)
     return jax.jit(create, donate_argnums=0, out_shardings=shardings)(params, rng)
 
 
@@ -73,16 +75,18 @@ def abstract_state(
 ) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: enough to compile a step or restore a checkpoint."""
     state = jax.eval_shape(_create(init_params, accumulator), jax.random.key(0))
-    shardings = state_shardings(state, param_specs, mesh)
+    shardings = state_shardings(state, param_specs, mesh, offload=accumulator.optimizer.offload)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def state_shardings(state: TrainState, param_specs: Specs, mesh: Mesh) -> TrainState:
+def state_shardings(
+    state: TrainState, param_specs: Specs, mesh: Mesh, *, offload: bool = False
+) -> TrainState:
     """A tree of NamedSharding like `state` (arrays or ShapeDtypeStructs), from the specs of its parameters.
 
     An optimizer leaf belongs to the parameter whose path ends its own. Of the same shape, it is sharded the
     same way; with one dimension fewer (Adafactor's factored moments) like the dimensions it kept; else it is
-    replicated.
+    replicated. `offload`: the optimizer's own leaves lie in the memory of the hosts; sums under way do not.
     """
     flat_specs = jax.tree.leaves(param_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     flat_params = jax.tree_util.tree_leaves_with_path(state.params)
@@ -97,9 +101,18 @@ def state_shardings(state: TrainState, param_specs: Specs, mesh: Mesh) -> TrainS
         params=param_specs,
         opt_state=jax.tree_util.tree_map_with_path(spec_of, state.opt_state),
     )
-    return jax.tree.map(
+    shardings = jax.tree.map(
         lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
+    if not offload:
+        return shardings
+
+    def placed(path: tuple[Any, ...], sharding: NamedSharding, leaf: Array) -> NamedSharding:
+        is_sum = any(getattr(key, "name", "") == "acc_grads" for key in path)
+        return stashed(sharding) if is_stashed(leaf) and not is_sum else sharding
+
+    own = jax.tree_util.tree_map_with_path(placed, shardings.opt_state, state.opt_state)
+    return dataclasses.replace(shardings, opt_state=own)
 
 
 def saved_state(state: TrainState, accumulator: Accumulator) -> TrainState:
@@ -115,7 +128,8 @@ def resumed_state(saved: TrainState, accumulator: Accumulator, param_specs: Spec
             saved, opt_state=accumulator.restore(saved.opt_state, saved.params, saved.update)
         )
 
-    shardings = state_shardings(jax.eval_shape(resume, saved), param_specs, mesh)
+    shapes, offload = jax.eval_shape(resume, saved), accumulator.optimizer.offload
+    shardings = state_shardings(shapes, param_specs, mesh, offload=offload)
     return jax.jit(resume, out_shardings=shardings)(saved)
 
 

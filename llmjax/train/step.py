@@ -61,7 +61,13 @@ def make_fused_step(
         rng = jax.random.fold_in(state.rng, state.update)
         terms, sums = window(state.params, batches, order.steps, rng)
         params, opt_state, closing = close_window(
-            optimizer.update, state.params, state.opt_state, terms, jnp.sum(sums["loss"]), order
+            optimizer.update,
+            state.params,
+            state.opt_state,
+            terms,
+            jnp.sum(sums["loss"]),
+            order,
+            offload=optimizer.offload,
         )
         last = jnp.arange(batches.index.shape[0]) == order.steps - 1
         closing_K = {name: jnp.where(last, value, 0.0) for name, value in _as_metrics(closing).items()}

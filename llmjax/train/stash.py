@@ -1,0 +1,35 @@
+"""The optimizer's state in the host's memory, from where an update fetches it and where it puts it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+HOST = "pinned_host"
+
+
+def is_stashed(leaf: Any) -> bool:
+    """Whether this array of an optimizer's state is large enough to be worth the way."""
+    return leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def stashed(sharding: NamedSharding) -> NamedSharding:
+    """The same place, in the memory of the device's host."""
+    return sharding.with_memory_kind(HOST)
+
+
+def fetch(state: Any) -> Any:
+    """`state` in the devices' memory."""
+    return _moved(state, jax.memory.Space.Device)
+
+
+def stash(state: Any) -> Any:
+    """`state` in the memory of their hosts."""
+    return _moved(state, jax.memory.Space.Host)
+
+
+def _moved(state: Any, space: jax.memory.Space) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(x, space) if is_stashed(x) else x, state)
