@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     model.init_std = 0.02  # of all matrices; residual outputs get init_std / sqrt(2 x num_layers)
     model.scan_layers = False  # one compiled layer, scanned: quick to compile, slower on CPU
     model.remat = "none"  # what the backward pass recomputes: none | dots | full
-    model.attention = "auto"  # the kernel: auto | full | blockwise | pallas
+    model.attention = "auto"  # the kernel: auto | full | blockwise | pallas (of a GPU or TPU)
     model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax and loss: float32
 
     c.tokenizer = tokenizer = ConfigDict()
