@@ -174,7 +174,7 @@ def test_the_lists_are_the_blocks_with_anything_visible(kind, by_keys):
         assert set(listed[masked:needed]) == set(np.flatnonzero(whole[row])) and needed == seen[row].sum()
 
 
-def in_a_ring(ours, devices, mask):
+def in_a_ring(ours, devices):
     """`attend` of the queries and keys that `devices` share."""
     n = len(devices)
     mesh = jax.make_mesh((n,), ("seq",), devices=devices, axis_types=(AxisType.Auto,))
@@ -199,7 +199,7 @@ def in_a_ring(ours, devices, mask):
 def test_a_ring_of_devices_equals_full_attention(n, settings):
     inputs, mask = make_inputs(), self_mask(*PACKED, **settings)
     ours = functools.partial(PallasGPU, block=16, interpret=True)
-    got = run(in_a_ring(ours, jax.devices()[:n], mask), inputs, mask)
+    got = run(in_a_ring(ours, jax.devices()[:n]), inputs, mask)
     assert_equal(got, run(full.attend, inputs, mask))
 
 
@@ -287,4 +287,4 @@ def test_a_ring_of_gpus_equals_full_attention(gpus):
         pytest.skip("one GPU is no ring")
     inputs, mask = make_inputs(T=520, S=520, N=8, K=2, H=64), LONG["packed"]
     wanted = run(full.attend, *jax.device_put((inputs, mask), gpus[0]))
-    assert_equal(run(in_a_ring(PallasGPU, gpus[:n], mask), inputs, mask), wanted)
+    assert_equal(run(in_a_ring(PallasGPU, gpus[:n]), inputs, mask), wanted)
