@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     model.remat = "none"  # what the backward pass does again: none | dots | attention (all but it) | full
     model.offload = ()  # to the host's memory, of what remat keeps: residual (inputs of layers), attention
     model.tile = 0  # tokens of a device that the token-wise parts of layers take at a time; 0 = all
-    model.attention = "auto"  # the kernel: auto | full | blockwise | pallas
+    model.attention = "auto"  # the kernel: auto | full | blockwise | pallas (of a GPU or TPU)
     model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax and loss: float32
 
     c.tokenizer = tokenizer = ConfigDict()

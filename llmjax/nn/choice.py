@@ -13,16 +13,15 @@ from llmjax.parallel.mesh import MeshConfig
 
 def choose_kernel(model: ModelConfig, platform: str) -> tuple[str, str]:
     """The kernel that model.attention asks for on `platform` (cpu, gpu, tpu), and why."""
-    name = model.attention
+    name, own = model.attention, {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(platform)
     if name == "auto":
-        own = {"tpu": "pallas_tpu"}.get(platform, "blockwise")
-        return own, f"the kernel for a {platform.upper()}"
+        return own or "blockwise", f"the kernel for a {platform.upper()}"
     if name == "pallas":
-        if platform != "tpu":
+        if own is None:
             raise UserError(
-                f"model.attention='pallas' needs a TPU, not a {platform.upper()}; use auto or blockwise"
+                f"model.attention='pallas' needs a GPU or a TPU, not a {platform.upper()}; use auto or blockwise"
             )
-        name = "pallas_tpu"
+        name = own
     return name, "as model.attention says"
 
 

@@ -7,6 +7,7 @@ import pytest
 from llmjax.errors import UserError
 from llmjax.nn.choice import choose_kernel, choose_sharing
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.ops.attention.share import KERNELS
 from llmjax.parallel.mesh import MeshConfig
 
 
@@ -67,19 +68,22 @@ def test_a_key_of_the_mesh_that_is_not_known_is_named():
 
 @pytest.mark.parametrize("attention, platform, kernel", [
     ("auto", "cpu", "blockwise"),
+    ("auto", "gpu", "pallas_gpu"),
     ("auto", "tpu", "pallas_tpu"),
+    ("pallas", "gpu", "pallas_gpu"),
     ("pallas", "tpu", "pallas_tpu"),
-    ("full", "tpu", "full"),
-    ("blockwise", "tpu", "blockwise"),
+    ("full", "gpu", "full"),
+    ("blockwise", "gpu", "blockwise"),
 ])  # fmt: skip
 def test_the_kernel_is_that_of_the_platform(attention, platform, kernel):
     model = dataclasses.replace(resolve(ModelConfig()), attention=attention)
     assert choose_kernel(model, platform)[0] == kernel
+    assert kernel == "full" or kernel in KERNELS
 
 
 def test_a_kernel_without_its_platform_is_one_sentence():
     model = dataclasses.replace(resolve(ModelConfig()), attention="pallas")
     with pytest.raises(
-        UserError, match="model.attention='pallas' needs a TPU, not a CPU; use auto or blockwise"
+        UserError, match="model.attention='pallas' needs a GPU or a TPU, not a CPU; use auto or"
     ):
         choose_kernel(model, "cpu")

@@ -1,4 +1,4 @@
-"""Which blocks of queries meet which blocks of keys: the list of pairs that a kernel works through.
+"""Which blocks of queries meet which blocks of keys: the lists that kernels work through, of pairs or row by row.
 
 Found while the program runs, from the spans of the blocks, so that packed documents cost what they would cost apart.
 """
@@ -58,3 +58,28 @@ def list_pairs(
     first = jnp.concatenate([edge, turns])
     last = jnp.concatenate([turns, edge]) | (jnp.arange(codes.size) == count - 1)
     return Pairs(codes, first * FIRST + last * LAST + whole * WHOLE, count[None])
+
+
+class Rows(NamedTuple):
+    """blocks int32 [B, majors, minors], counts int32 [B, majors, 2]: what each block of one kind meets of the other.
+
+    Of row [b, major], the first counts[..., 0] blocks need the mask, and those up to counts[..., 1] are visible
+    throughout; what stands behind them is not needed.
+    """
+
+    blocks: jax.Array
+    counts: jax.Array
+
+
+def list_rows(mask: Mask, q: Span, k: Span, *, by_keys: bool) -> Rows:
+    """What each block of queries needs of the blocks of keys, from spans [B, blocks]; `by_keys`: the reverse."""
+    q, k = Span(*(x[:, :, None] for x in q)), Span(*(x[:, None] for x in k))
+    needed, whole = mask.may_see(q, k), mask.sees_all(q, k)
+    if by_keys:
+        needed, whole = needed.swapaxes(1, 2), whole.swapaxes(1, 2)
+    minors = needed.shape[2]
+    rank = jnp.where(needed, whole.astype(jnp.int32), 2)
+    ranked = rank * minors + jax.lax.broadcasted_iota(jnp.int32, needed.shape, 2)
+    ranked = jax.lax.sort(ranked, dimension=2, is_stable=False)
+    counts = jnp.stack([jnp.sum(needed & ~whole, axis=2), jnp.sum(needed, axis=2)], axis=2)
+    return Rows(ranked % minors, counts.astype(jnp.int32))

@@ -19,11 +19,16 @@ from llmjax.ops.attention import full, kernel, ring, ulysses
 from llmjax.ops.attention.blockwise import Blockwise
 from llmjax.ops.attention.kernel import Kernel
 from llmjax.ops.attention.mask import Mask
+from llmjax.ops.attention.pallas_gpu import PallasGPU
 from llmjax.ops.attention.pallas_tpu import PallasTPU
 
 Attend = Callable[..., jax.Array]  # (q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N) -> out_BTNH
 
-KERNELS: dict[str, Callable[[float], Kernel]] = {"blockwise": Blockwise, "pallas_tpu": PallasTPU}
+KERNELS: dict[str, Callable[[float], Kernel]] = {
+    "blockwise": Blockwise,
+    "pallas_gpu": PallasGPU,
+    "pallas_tpu": PallasTPU,
+}
 ALGORITHMS = ("gather", "ring", "ulysses", "hybrid")
 
 
@@ -56,10 +61,10 @@ def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
     """`attend(q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N)` of one device, equal to `full.attend` of the whole.
 
     kernel_name  of KERNELS, or `full`, the reference, which no ring can use
-    sharing       None: all tokens lie on this device. Otherwise q, k and v are this device's part, within
+    sharing      None: all tokens lie on this device. Otherwise q, k and v are this device's part, within
                  `jax.shard_map`, while `mask` is always that of the whole sequence
     """
-    make_kernel = KERNELS.get(kernel_name)
+    make_kernel = None if kernel_name == "full" else KERNELS[kernel_name]
 
     def attend(
         q_BTNH: jax.Array,
