@@ -40,6 +40,7 @@ from llmjax.train.batch import BatchArithmetic, make_batch_schedule
 from llmjax.train.fused import MANUAL, make_window
 from llmjax.train.lengths import make_length_schedule
 from llmjax.train.optimizer import make_optimizer
+from llmjax.train.stash import HOST
 from llmjax.train.state import (
     TrainState,
     abstract_state,
@@ -362,6 +363,7 @@ def make_program(
             f"the tokenizer's {vocab_size} ids are not divisible by mesh.tensor={mesh.shape['tensor']}; "
             "change mesh.tensor"
         )
+    _check_host_memory(config, mesh)
     model = make_model(config, vocab_size, Layout(mesh))
     steering = make_steering(config, batch, mesh)
     fused = config.train.accumulation == "fused"
@@ -399,6 +401,17 @@ def make_program(
         statistics=jax.jit(make_statistics(model, loss)),
         token_losses=jax.jit(token_losses, out_shardings=Layout(mesh).sharding(None, None)),
     )
+
+
+def _check_host_memory(config: Config, mesh: Mesh) -> None:
+    """UserError where something is to lie in a host's memory that its devices cannot reach."""
+    device = mesh.devices.flat[0]
+    key = "optimizer.offload" if config.optimizer.offload else "model.offload" if config.model.offload else ""
+    if key and HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(
+            f"{key} needs memory of the kind {HOST!r}, which {device.platform.upper()} devices do not have here; "
+            f"turn {key} off"
+        )
 
 
 def make_steering(config: Config, batch: BatchArithmetic, mesh: Mesh) -> Steering:
