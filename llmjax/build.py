@@ -434,7 +434,13 @@ def make_steering(config: Config, batch: BatchArithmetic, mesh: Mesh) -> Steerin
 def make_task_loss(config: Config, model: Model, layout: Layout) -> Callable[..., LossSums]:
     """The loss of the config's task on a model laid out by `layout`."""
     softcap, z_loss = config.model.logit_softcap, config.train.z_loss
-    return make_loss(model, logit_softcap=softcap, z_loss=z_loss, shards=batch_shards(layout))
+    return make_loss(
+        model,
+        logit_softcap=softcap,
+        z_loss=z_loss,
+        shards=batch_shards(layout),
+        vocab_shards=layout.axis_size("tensor"),
+    )
 
 
 def batch_shards(layout: Layout) -> tuple[int, int]:

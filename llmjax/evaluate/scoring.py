@@ -107,7 +107,8 @@ def make_token_losses(
     """
 
     def token_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        hidden_BTD, w_VD = model.apply(params, batch), model.unembedding(params)
+        hidden_BTD = model.apply(params, batch)
+        w_VD = model.unembedding(params).astype(hidden_BTD.dtype)
         B, T = batch.targets.shape
         X, Y = math.gcd(shards[0], B), math.gcd(shards[1], T)  # Y counts the shards of T, which stay apart
         length = T // Y

@@ -30,7 +30,8 @@ class Model(Protocol):
         each layer, `attention_rms` and `mlp_rms` of what its branches add to it. Made when called, free when not."""
 
     def unembedding(self, params: Params) -> jax.Array:
-        """w_VD; logits_BTV = hidden_BTD @ w_VD.T, soft-capped where the config says so."""
+        """w_VD; logits_BTV = hidden_BTD @ w_VD.T, soft-capped where the config says so, with w_VD cast to the dtype of
+        hidden_BTD, which is left to the reader. Split over devices along V alone."""
 
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
         """float32 logits_BTV."""

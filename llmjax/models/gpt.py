@@ -143,15 +143,19 @@ class GPT:
         turn = self._turn(batch.positions)
         return measure_stack(self._block, params["layers"], x_BTD, turn, mask, batch.segments > 0)
 
+    def _output_table(self, params: Params) -> jax.Array:
+        return params["embedding"]["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"]
+
     def unembedding(self, params: Params) -> jax.Array:
-        table_VD = params["embedding"]["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"]
-        # Whole along D before anything loops over it, or it would be brought together in every turn.
-        return self.layout.constrain(table_VD.astype(self.config.dtype), "vocab", None)
+        w_VD = self._output_table(params)
+        if self.layout.axis_size("fsdp") * self.layout.axis_size("seq") == 1:
+            return w_VD
+        # Brought together once, or each chunk of the loss would do so; cast, since a copy is made anyway.
+        return self.layout.constrain(w_VD.astype(self.config.dtype), "vocab", None)
 
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-        logits_BTV = jnp.einsum(
-            "BTD,VD->BTV", hidden_BTD, self.unembedding(params), preferred_element_type=jnp.float32
-        )
+        w_VD = self._output_table(params).astype(self.config.dtype)
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
         return softcap(logits_BTV, self.config.logit_softcap)
 
     def make_cache(self, batch: int, slots: int) -> Cache:

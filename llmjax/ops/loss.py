@@ -4,12 +4,20 @@ Logits `[B, T, V]` are the largest array of a training step. Here they exist for
 time, and the gradients are formed while they do, in the forward pass, since the gradient of a sum needs
 nothing from later (Liger Kernel: Hsu et al. 2024; cut cross-entropy: Wijmans et al. 2024). Nothing of size V
 per token is saved or computed twice.
+
+Every chunk reads and writes the whole gradient of the unembedding, so it had better be large, and yet its logits
+take memory. Float32 logits therefore exist for one block of ids at a time, and leave behind the numerators of the
+softmax in the dtype of the hidden states, over the largest logit so far (online softmax: Milakov and Gimelshein
+2018). With the last block the denominator is known, and numerators become gradients where they lie.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +26,33 @@ from llmjax.ops.logits import softcap as cap_logits
 from llmjax.types import LossSums
 
 Gradients = tuple[jax.Array, jax.Array]
+TILE = 16  # ids; on a TPU that many rows of a bfloat16 array lie together
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How to go through the logits, and in what memory; the sums are the same.
+
+    chunk_tokens  tokens of a chunk, of each shard, at most
+    chunk_bytes   what the numerators of a chunk may take; where they would take more, it has fewer tokens
+    block_bytes   what the float32 logits of a block may take
+    ids_first     the layout of arrays over tokens and ids: rows are ids, and blocks of them contiguous; else rows
+                  are tokens
+    cast_once     a copy of the weights is made in the dtype of the hidden states; else they are cast wherever they
+                  are read
+    """
+
+    chunk_tokens: int
+    chunk_bytes: int
+    block_bytes: int
+    ids_first: bool
+    cast_once: bool
+
+
+# At 1024 tokens a matrix product on a TPU takes longer than the traffic it makes, that of float32 weights included.
+TPU = Walk(chunk_tokens=1024, chunk_bytes=2**28, block_bytes=22 * 2**20, ids_first=True, cast_once=False)
+# With rows of tokens XLA on CPU transposes small operands only, and without blocks copies none.
+OTHERS = Walk(chunk_tokens=512, chunk_bytes=2**28, block_bytes=2**28, ids_first=False, cast_once=True)
 
 
 def softmax_cross_entropy(
@@ -28,21 +63,24 @@ def softmax_cross_entropy(
     *,
     softcap: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = 512,
     shards: tuple[int, int] = (1, 1),
+    vocab_shards: int = 1,
+    walk: Walk | None = None,
 ) -> LossSums:
     """Sums over tokens of weight * (lse - logit of the target + z_loss * lse ** 2), lse in float32.
 
+    w_VD      is cast to the dtype of hidden_BTD; its gradient, summed in float32, has the dtype that it came in
     softcap   bounds the logits (`ops.logits.softcap`); 0 is off
     z_loss    pulls lse towards 0 (PaLM: Chowdhery et al. 2022, section 5); 0 is off
-    chunk     tokens, of each shard, whose logits exist at once; 0 is all of them
     shards    over how many devices B and T are split: each walks its own tokens and sums its own gradient of
               w_VD, which is added up once. Wrong figures cost communication, never correctness
+    vocab_shards  the same of V: each walks its own ids; sums over ids are added up once for each chunk
+    walk      None: what suits the platform
 
     The weight is that of all targets; metrics: `accuracy`, the weight of targets that no logit exceeds.
     Gradients reach `hidden_BTD` and `w_VD` through `loss` alone; nothing reaches `weights_BT`.
     """
-    settings = (float(softcap), float(z_loss), int(chunk), tuple(shards))
+    settings = (float(softcap), float(z_loss), (*shards, vocab_shards), walk)
     loss, correct = _sums(settings, hidden_BTD, w_VD, targets_BT, weights_BT)
     return LossSums(loss, jnp.sum(weights_BT), {"accuracy": jax.lax.stop_gradient(correct)})
 
@@ -51,11 +89,11 @@ def softmax_cross_entropy(
 def _sums(
     settings: tuple, hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return _walk(settings, hidden_BTD, w_VD, targets_BT, weights_BT, gradients=False)[0]
+    return _on_platform(settings, False, hidden_BTD, w_VD, targets_BT, weights_BT)[0]
 
 
 def _sums_forward(settings: tuple, *arrays: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Gradients]:
-    return _walk(settings, *arrays, gradients=True)
+    return _on_platform(settings, True, *arrays)
 
 
 def _sums_backward(settings: tuple, gradients: Gradients, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
@@ -65,86 +103,228 @@ def _sums_backward(settings: tuple, gradients: Gradients, cotangents: tuple[jax.
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _walk(
-    settings: tuple,
-    hidden_BTD: jax.Array,
-    w_VD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    *,
-    gradients: bool,
-) -> tuple[tuple[jax.Array, jax.Array], Gradients | None]:
-    """((loss, correct), (gradient of hidden_BTD, gradient of w_VD)), chunk by chunk.
+def _on_platform(settings: tuple, gradients: bool, *arrays: jax.Array) -> tuple:
+    *settings, walk = settings
 
-    Inside, X and Y count the shards of B and T, which stay apart until the end; C, a chunk's tokens.
+    def by(walk: Walk) -> Callable[..., tuple]:
+        return functools.partial(_walk, walk, *settings, gradients)
+
+    if walk is not None:
+        return by(walk)(*arrays)
+    return jax.lax.platform_dependent(*arrays, tpu=by(TPU), default=by(OTHERS))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """How tokens and ids are cut. X, Y and Z count the shards of B, T and V, which stay apart until the end.
+
+    C       tokens of a chunk, and `chunks` of them, of each shard
+    ids     of each shard, `block` of them at a time
+    order   the dimensions of an array over tokens and ids; Z is number z, V the one after it
     """
-    softcap, z_loss, chunk, (X, Y) = settings
-    B, T, D = hidden_BTD.shape
-    X, Y = math.gcd(X, B), math.gcd(Y, T)
-    rows, length = B // X, T // Y
-    step = length if chunk <= 0 else _largest_divisor(length, max(1, chunk // rows))
 
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, X, Y, C, ...]
-        x = x.reshape(X, rows, Y, length // step, step, *x.shape[2:])
-        x = x.transpose(3, 0, 2, 1, 4, *range(5, x.ndim))
-        return x.reshape(length // step, X, Y, rows * step, *x.shape[5:])
+    X: int
+    Y: int
+    Z: int
+    C: int
+    chunks: int
+    ids: int
+    block: int
+    order: str
 
-    def join(x: jax.Array) -> jax.Array:
-        x = x.reshape(length // step, X, Y, rows, step, *x.shape[4:])
-        return x.transpose(1, 3, 2, 0, 4, *range(5, x.ndim)).reshape(B, T, *x.shape[5:])
+    @property
+    def z(self) -> int:
+        return self.order.index("Z")
 
-    def body(sums: tuple, tokens: tuple) -> tuple[tuple, jax.Array | None]:
-        h_XYCD = tokens[0]
-        loss, correct, dlogits_XYCV = _chunk(*tokens, w_VD, softcap, z_loss, gradients)
-        if not gradients:
-            return (sums[0] + loss, sums[1] + correct), None
-        # h^T @ dlogits, transposed once at the end: for dlogits^T @ h XLA on CPU transposes the large operand
-        dw_XYDV = jnp.einsum("XYCD,XYCV->XYDV", h_XYCD, dlogits_XYCV, preferred_element_type=jnp.float32)
-        dh_XYCD = jnp.einsum("XYCV,VD->XYCD", dlogits_XYCV, w_VD)
-        return (sums[0] + loss, sums[1] + correct, sums[2] + dw_XYDV), dh_XYCD
+    @property
+    def states(self) -> str:
+        """The dimensions of an array over tokens and shards of ids."""
+        return self.order.replace("V", "")
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jnp.zeros((X, Y, D, w_VD.shape[0]), jnp.float32)) if gradients else (zero, zero)
-    tokens = tuple(split(x) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
-    if step == length:
-        sums, dh = body(start, tuple(x[0] for x in tokens))
-        dh = None if dh is None else dh[None]
-    else:
-        sums, dh = jax.lax.scan(body, start, tokens)
-    if not gradients:
-        return sums, None
-    return sums[:2], (join(dh), sums[2].sum((0, 1)).T.astype(w_VD.dtype))
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.ids // self.block)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [X, Y, chunks, C, ...]: a chunk is a run of a shard's own tokens."""
+        B, T, *more = x.shape
+        x = x.reshape(self.X, B // self.X, self.Y, T // self.Y, *more).swapaxes(1, 2)
+        return x.reshape(self.X, self.Y, self.chunks, self.C, *more)
+
+    def join(self, x: jax.Array, B: int, T: int) -> jax.Array:
+        x = x.reshape(self.X, self.Y, B // self.X, T // self.Y, *x.shape[4:]).swapaxes(1, 2)
+        return x.reshape(B, T, *x.shape[4:])
+
+    def zeros(self, dims: str, dtype: Any = jnp.float32, **sizes: int) -> jax.Array:
+        return jnp.zeros(self._shape(dims, **sizes), dtype)
+
+    def _shape(self, dims: str, **sizes: int) -> tuple[int, ...]:
+        sizes = {"X": self.X, "Y": self.Y, "Z": self.Z, "C": self.C, "V": self.ids, **sizes}
+        return tuple(sizes[dim] for dim in dims)
+
+    def by_shard(self, x_XYC: jax.Array) -> jax.Array:
+        return jnp.expand_dims(x_XYC, self.z)
+
+    def by_id(self, x: jax.Array) -> jax.Array:
+        return jnp.expand_dims(x, self.z + 1)
+
+    def is_target(self, targets_XYC: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
+        """Which of the ids from `start` on. A sum that has one term thereby takes the place of a lookup, over which
+        XLA's partitioner aborts within shard_map."""
+        shape = self._shape(self.order, V=size)
+        shard, place = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (self.z, self.z + 1))
+        return shard * self.ids + start + place == self.by_id(self.by_shard(targets_XYC))
+
+    def over_blocks(self, body: Callable, carry: tuple) -> tuple:
+        """`body(number of the block, its first id, how many, carry) -> carry`, for one after the other."""
+        count, rest = divmod(self.ids, self.block)
+        if count == 1:
+            carry = body(0, 0, self.block, carry)
+        else:
+            carry = jax.lax.fori_loop(0, count, lambda i, c: body(i, i * self.block, self.block, c), carry)
+        return body(count, count * self.block, rest, carry) if rest else carry
 
 
-def _chunk(
-    h_XYCD: jax.Array,
-    targets_XYC: jax.Array,
-    weights_XYC: jax.Array,
-    w_VD: jax.Array,
-    softcap: float,
-    z_loss: float,
-    gradients: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Sums of one chunk, and the gradient of its loss with respect to its logits before the cap."""
-    raw_XYCV = jnp.einsum("XYCD,VD->XYCV", h_XYCD, w_VD, preferred_element_type=jnp.float32)
-    logits_XYCV = cap_logits(raw_XYCV, softcap)
-    largest_XYC = jax.lax.stop_gradient(jnp.max(logits_XYCV, axis=-1))
-    exp_XYCV = jnp.exp(logits_XYCV - largest_XYC[..., None])
-    sum_XYC = jnp.sum(exp_XYCV, axis=-1)
-    lse_XYC = largest_XYC + jnp.log(sum_XYC)
-    # A sum with one term instead of a lookup, over which XLA's partitioner aborts within shard_map.
-    is_target_XYCV = jax.lax.broadcasted_iota(jnp.int32, exp_XYCV.shape, 3) == targets_XYC[..., None]
-    target_XYC = jnp.sum(jnp.where(is_target_XYCV, logits_XYCV, 0.0), axis=-1)
-    loss = jnp.sum(weights_XYC * (lse_XYC - target_XYC + z_loss * jnp.square(lse_XYC)))
-    correct = jnp.sum(jnp.where(target_XYC >= largest_XYC, weights_XYC, 0.0))
-    if not gradients:
-        return loss, correct, None
-    scale_XYC = weights_XYC * (1.0 + 2.0 * z_loss * lse_XYC) / sum_XYC
-    dlogits_XYCV = exp_XYCV * scale_XYC[..., None] - jnp.where(is_target_XYCV, weights_XYC[..., None], 0.0)
-    if softcap:
-        dlogits_XYCV *= 1.0 - jnp.square(logits_XYCV / softcap)
-    return loss, correct, dlogits_XYCV.astype(h_XYCD.dtype)
+def _cut(walk: Walk, shards: tuple[int, int, int], hidden_BTD: jax.Array, w_VD: jax.Array) -> _Cut:
+    (B, T, _), V = hidden_BTD.shape, w_VD.shape[0]
+    X, Y, Z = (math.gcd(count, size) for count, size in zip(shards, (B, T, V), strict=True))
+    tokens, ids = B * T // (X * Y), V // Z
+    fitting = walk.chunk_bytes // (ids * hidden_BTD.dtype.itemsize)
+    C = _largest_divisor(tokens, max(1, min(walk.chunk_tokens, fitting)))
+    block = max(1, min(walk.block_bytes // (4 * C), ids))
+    if block < ids:  # whole tiles, and all blocks alike where they are more than half as large
+        alike = (n for n in range(TILE, block + 1, TILE) if ids % n == 0 and 2 * n > block)
+        block = max(alike, default=block - block % TILE or block)
+    return _Cut(X, Y, Z, C, tokens // C, ids, block, "ZVXYC" if walk.ids_first else "XYCZV")
 
 
 def _largest_divisor(n: int, limit: int) -> int:
     return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+def _walk(
+    walk: Walk,
+    softcap: float,
+    z_loss: float,
+    shards: tuple[int, int, int],
+    gradients: bool,
+    hidden_BTD: jax.Array,
+    w_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], Gradients | None]:
+    """((loss, correct), (gradient of hidden_BTD, gradient of w_VD)), chunk by chunk."""
+    (B, T, D), dtype = hidden_BTD.shape, hidden_BTD.dtype
+    cut = _cut(walk, shards, hidden_BTD, w_VD)
+    w_ZVD = w_VD.reshape(cut.Z, cut.ids, D)
+    w_ZVD = w_ZVD.astype(dtype) if walk.cast_once else w_ZVD
+    tokens = tuple(cut.split(x) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
+    dw_dims = "XYZVD" if walk.ids_first else "XYDZV"
+
+    def body(i: jax.Array, carry: tuple) -> tuple:
+        loss, correct, *more = carry
+        h_XYCD, targets_XYC, weights_XYC = (jax.lax.dynamic_index_in_dim(x, i, 2, False) for x in tokens)
+        w = w_ZVD if w_ZVD.dtype == dtype else jax.lax.optimization_barrier((w_ZVD, i))[0]
+        chunk = _Chunk(cut, softcap, w, h_XYCD, targets_XYC)
+        largest_XYC, total_XYC, target_XYC, kept = chunk.read(tuple(more[2:]))
+        lse_XYC = largest_XYC + jnp.log(total_XYC)
+        loss += jnp.sum(weights_XYC * (lse_XYC - target_XYC + z_loss * jnp.square(lse_XYC)))
+        correct += jnp.sum(jnp.where(target_XYC >= largest_XYC, weights_XYC, 0.0))
+        if not gradients:
+            return loss, correct
+        scale_XYC = weights_XYC * (1.0 + 2.0 * z_loss * lse_XYC) / total_XYC
+        dtarget_XYC = scale_XYC * jnp.exp(target_XYC - largest_XYC) - weights_XYC
+        if softcap:
+            dtarget_XYC *= 1.0 - jnp.square(target_XYC / softcap)
+        dh, dw = more[:2]
+        dlogits, dw = chunk.add_gradients(kept, largest_XYC, scale_XYC, dtarget_XYC, dw, dw_dims)
+        dh_XYCD = jnp.einsum(f"{cut.order},ZVD->XYCD", dlogits, _cast(w, dtype))
+        return loss, correct, jax.lax.dynamic_update_index_in_dim(dh, dh_XYCD, i, 2), dw, dlogits, kept[1]
+
+    carry = (jnp.zeros([]), jnp.zeros([]))
+    if gradients:
+        numerators, references = cut.zeros(cut.order, dtype), cut.zeros(f"L{cut.states}", L=cut.num_blocks)
+        carry += (jnp.zeros_like(tokens[0]), cut.zeros(dw_dims, D=D), numerators, references)
+    loss, correct, *more = jax.lax.fori_loop(0, cut.chunks, body, carry)
+    if not gradients:
+        return (loss, correct), None
+    dw_ZVD = jnp.einsum(f"{dw_dims}->ZVD", more[1])
+    return (loss, correct), (cut.join(more[0], B, T), dw_ZVD.reshape(w_VD.shape).astype(w_VD.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """The tokens of a chunk and the weights to read them with.
+
+    What is kept of their logits: numerators exp(logit - reference), times the slope of the cap, in the order of `cut`;
+    and the references of each block, tokens and shards of ids.
+    """
+
+    cut: _Cut
+    softcap: float
+    w_ZVD: jax.Array
+    h_XYCD: jax.Array
+    targets_XYC: jax.Array
+
+    def read(self, kept: tuple) -> tuple[jax.Array, jax.Array, jax.Array, tuple]:
+        """Of each token the largest logit, the sum of exp(logit - largest), the target's logit; `kept`, filled."""
+        cut, v = self.cut, self.cut.z + 1
+
+        def block(number: jax.Array | int, start: jax.Array | int, size: int, carry: tuple) -> tuple:
+            largest, total, target, kept = carry
+            w = _cast(jax.lax.dynamic_slice_in_dim(self.w_ZVD, start, size, 1), self.h_XYCD.dtype)
+            raw = jnp.einsum(f"XYCD,ZVD->{cut.order}", self.h_XYCD, w, preferred_element_type=jnp.float32)
+            logits = cap_logits(raw, self.softcap)
+            higher = jnp.maximum(largest, jnp.max(logits, axis=v))
+            exp = jnp.exp(logits - cut.by_id(higher))
+            total = total * jnp.exp(largest - higher) + jnp.sum(exp, axis=v)
+            target += jnp.sum(jnp.where(cut.is_target(self.targets_XYC, start, size), logits, 0.0), axis=v)
+            if kept:
+                exp = exp * (1.0 - jnp.square(logits / self.softcap)) if self.softcap else exp
+                numerators = jax.lax.dynamic_update_slice_in_dim(kept[0], exp.astype(kept[0].dtype), start, v)
+                kept = numerators, jax.lax.dynamic_update_index_in_dim(kept[1], higher, number, 0)
+            return higher, total, target, kept
+
+        zero = cut.zeros(cut.states)
+        start = (zero - jnp.inf, zero, zero, kept)
+        largest, total, target, kept = cut.over_blocks(block, start)
+        largest_XYC = jnp.max(largest, axis=cut.z)
+        total *= jnp.exp(largest - cut.by_shard(largest_XYC))
+        return largest_XYC, jnp.sum(total, axis=cut.z), jnp.sum(target, axis=cut.z), kept
+
+    def add_gradients(
+        self,
+        kept: tuple,
+        largest_XYC: jax.Array,
+        scale_XYC: jax.Array,
+        dtarget_XYC: jax.Array,
+        dw: jax.Array,
+        dw_dims: str,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The gradient of the logits, in the place of the numerators, and `dw` with that of the weights added."""
+        cut, v, dw_v = self.cut, self.cut.z + 1, dw_dims.index("V")
+        numerators, references = kept
+
+        def block(number: jax.Array | int, start: jax.Array | int, size: int, carry: tuple) -> tuple:
+            dlogits, dw = carry
+            scale = cut.by_shard(scale_XYC) * jnp.exp(references[number] - cut.by_shard(largest_XYC))
+            part = jax.lax.dynamic_slice_in_dim(dlogits, start, size, v) * cut.by_id(scale)
+            dtarget = cut.by_id(cut.by_shard(dtarget_XYC))
+            part = jnp.where(cut.is_target(self.targets_XYC, start, size), dtarget, part)
+            part = part.astype(dlogits.dtype)
+            dw_part = jnp.einsum(
+                f"{cut.order},XYCD->{dw_dims}", part, self.h_XYCD, preferred_element_type=jnp.float32
+            )
+            dw_part += jax.lax.dynamic_slice_in_dim(dw, start, size, dw_v)
+            dlogits = jax.lax.dynamic_update_slice_in_dim(dlogits, part, start, v)
+            return dlogits, jax.lax.dynamic_update_slice_in_dim(dw, dw_part, start, dw_v)
+
+        return cut.over_blocks(block, (numerators, dw))
+
+
+def _cast(w: jax.Array, dtype: Any) -> jax.Array:
+    """`w` in `dtype`. Rounded to it first, or else XLA on TPU would cast all weights once and hold the copy."""
+    if w.dtype == dtype:
+        return w
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(w, info.nexp, info.nmant).astype(dtype)

@@ -214,7 +214,10 @@ class _Traffic:
             return min(whole, self._changed(ins))
         if ins.opcode == "fusion" and whole:
             inside = self._inside(ins)
-            return min(whole, inside._read_of(inside._parameter(index)))
+            value = inside._parameter(index)
+            # A fusion within a fusion hands its root on, and one that is a view of the operand has it read there.
+            is_view = self.fused and inside._is_view(inside.computation.root, value)
+            return whole if is_view else min(whole, inside._read_of(value))
         return whole
 
     def written(self, ins: Instruction) -> int:
@@ -246,6 +249,12 @@ class _Traffic:
             else:
                 total += sum(self.read(ins, i) for i, name in enumerate(ins.operands) if name == value.name)
         return total
+
+    def _is_view(self, name: str, value: Instruction) -> bool:
+        """Whether instruction `name` is `value` or another view of it."""
+        while name != value.name and self.computation.instructions[name].opcode == "bitcast":
+            name = self.computation.instructions[name].operands[0]
+        return name == value.name
 
     def _is_in_place(self, operand: Instruction) -> bool:
         """Whether what changes `operand` changes it where it lies: the buffer of the fusion's own parameter."""

@@ -1,5 +1,7 @@
-"""The chunked loss equals the one written out with all logits, gradients included, for any chunk and mesh."""
+"""The chunked loss equals the one written out with all logits, gradients included, for any walk and mesh."""
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -9,9 +11,26 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llmjax.ops.loss import softmax_cross_entropy
+from llmjax.ops.loss import OTHERS, TPU, softmax_cross_entropy
 
 B, T, D, V = 4, 16, 8, 24
+
+
+def walk(chunk, block=V, base=OTHERS):
+    """One of `chunk` tokens and `block` ids at most."""
+    sizes = {"chunk_tokens": chunk, "chunk_bytes": 2**28, "block_bytes": 4 * chunk * block}
+    return dataclasses.replace(base, **sizes)
+
+
+WALKS = {
+    "tokens_first": walk(8),
+    "ids_first": walk(8, base=TPU),
+    "tokens_first_in_blocks": walk(8, 10),
+    "ids_first_in_blocks": walk(8, 6, TPU),
+    "ids_first_in_uneven_blocks": walk(8, 7, TPU),
+}
+ALL = {"softcap": 3.0, "z_loss": 0.01}
+each_walk = pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS.keys())
 
 
 def make_inputs(seed=0, dtype=jnp.float32):
@@ -56,42 +75,78 @@ def assert_equal(got, wanted, tolerance=1e-5):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * float(jnp.max(jnp.abs(y))))
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 8, 12, 64, 1000])
-def test_any_chunk_gives_the_sums_and_gradients_of_all_logits_at_once(chunk):
+@pytest.mark.parametrize("base", [OTHERS, TPU], ids=["others", "tpu"])
+@pytest.mark.parametrize("chunk", [1, 8, 12, 64, 1000])
+def test_any_chunk_gives_the_sums_and_gradients_of_all_logits_at_once(chunk, base):
     inputs = make_inputs()
-    assert_equal(sums_and_gradients(inputs, chunk=chunk), expected(inputs))
+    assert_equal(sums_and_gradients(inputs, walk=walk(chunk, base=base)), expected(inputs))
 
 
+@pytest.mark.parametrize("base", [OTHERS, TPU], ids=["others", "tpu"])
+@pytest.mark.parametrize("block", [1, 5, 12, 23, 24])
+def test_any_block_gives_the_sums_and_gradients_of_all_logits_at_once(block, base):
+    inputs = make_inputs()
+    assert_equal(sums_and_gradients(inputs, walk=walk(16, block, base)), expected(inputs))
+
+
+@each_walk
 @pytest.mark.parametrize("settings", [{"softcap": 2.0}, {"z_loss": 0.1}, {"softcap": 3.0, "z_loss": 0.01}])
-def test_softcap_and_z_loss_and_their_gradients_are_exact(settings):
+def test_softcap_and_z_loss_and_their_gradients_are_exact(settings, walk):
     inputs = make_inputs()
-    assert_equal(sums_and_gradients(inputs, chunk=8, **settings), expected(inputs, **settings))
+    assert_equal(sums_and_gradients(inputs, walk=walk, **settings), expected(inputs, **settings))
 
 
-def test_sums_without_gradients_equal_those_with():
+@each_walk
+def test_sums_without_gradients_equal_those_with(walk):
     inputs = make_inputs()
-    sums = jax.jit(lambda *x: softmax_cross_entropy(*x, chunk=8))(*inputs)
-    assert_equal((sums.loss, sums.weight, sums.metrics["accuracy"]), sums_and_gradients(inputs, chunk=8)[0])
+    sums = jax.jit(lambda *x: softmax_cross_entropy(*x, walk=walk))(*inputs)
+    assert_equal((sums.loss, sums.weight, sums.metrics["accuracy"]), sums_and_gradients(inputs, walk=walk)[0])
 
 
-def test_logits_too_large_for_exp_give_finite_sums_and_gradients():
+@each_walk
+def test_logits_too_large_for_exp_give_finite_sums_and_gradients(walk):
     inputs = make_inputs()
     inputs = (inputs[0] * 1e3, *inputs[1:])
-    got = sums_and_gradients(inputs, chunk=8)
+    got = sums_and_gradients(inputs, walk=walk)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(got))
     assert_equal(got, expected(inputs))
 
 
-def test_targets_of_weight_zero_get_no_gradient():
+@pytest.mark.parametrize("descending", [False, True])
+def test_blocks_whose_logits_lie_far_apart_are_brought_together(descending):
+    """By more than float32's exp can tell apart, in either order."""
+    hidden_BTD, w_VD, *rest = make_inputs()
+    steps_V = jnp.arange(V)[::-1] if descending else jnp.arange(V)
+    w_VD = w_VD.at[:, 0].set(100.0 * (steps_V // 8))
+    inputs = (hidden_BTD.at[..., 0].set(1.0), w_VD, *rest)
+    got = sums_and_gradients(inputs, walk=walk(8, 8, TPU))
+    assert_equal(got, expected(inputs))
+
+
+@each_walk
+def test_targets_of_weight_zero_get_no_gradient(walk):
     inputs = make_inputs()
-    _, (dh_BTD, _) = sums_and_gradients(inputs, chunk=8)
+    _, (dh_BTD, _) = sums_and_gradients(inputs, walk=walk)
     assert float(jnp.max(jnp.abs(dh_BTD[1, 5:]))) == 0.0
     assert float(jnp.max(jnp.abs(dh_BTD[1, :5]))) > 0.0
 
 
-def test_bfloat16_inputs_keep_float32_sums_and_their_own_gradient_dtype():
+@pytest.mark.parametrize("cotangent", [0.0, 1.0, -2.5])
+def test_gradients_are_in_proportion_to_the_cotangent(cotangent):
+    inputs = make_inputs()
+
+    def pulled(loss):
+        _, pull = jax.vjp(lambda h, w: loss(h, w, *inputs[2:]), *inputs[:2])
+        return jax.jit(pull)(jnp.float32(cotangent))
+
+    got = pulled(lambda *x: softmax_cross_entropy(*x, walk=WALKS["ids_first_in_blocks"]).loss)
+    assert_equal(got, pulled(lambda *x: written_out(*x)[0]))
+
+
+@each_walk
+def test_bfloat16_inputs_keep_float32_sums_and_their_own_gradient_dtype(walk):
     inputs = make_inputs(dtype=jnp.bfloat16)
-    (loss, _, _), gradients = sums_and_gradients(inputs, chunk=8)
+    (loss, _, _), gradients = sums_and_gradients(inputs, walk=walk)
     assert loss.dtype == jnp.float32
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.bfloat16]
     wanted_sums, wanted = expected(inputs)
@@ -103,8 +158,28 @@ def test_bfloat16_inputs_keep_float32_sums_and_their_own_gradient_dtype():
     )
 
 
+@each_walk
+def test_float32_weights_are_cast_and_their_gradient_is_not_rounded(walk):
+    hidden_BTD, w_VD, *rest = make_inputs()
+
+    def value_and_gradients(w_VD):
+        return jax.jit(
+            jax.value_and_grad(lambda h, w: softmax_cross_entropy(h, w, *rest, walk=walk).loss, (0, 1))
+        )(hidden_BTD.astype(jnp.bfloat16), w_VD)
+
+    (loss, (dh_BTD, dw_VD)), (wanted_loss, (wanted_dh_BTD, wanted_dw_VD)) = (
+        value_and_gradients(w) for w in (w_VD, w_VD.astype(jnp.bfloat16))
+    )
+    assert (dh_BTD.dtype, dw_VD.dtype, wanted_dw_VD.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+    assert float(loss) == float(wanted_loss)
+    np.testing.assert_array_equal(dh_BTD, wanted_dh_BTD)
+    np.testing.assert_array_equal(dw_VD.astype(jnp.bfloat16), wanted_dw_VD)
+    assert bool(jnp.any(dw_VD != wanted_dw_VD.astype(jnp.float32)))
+
+
+@each_walk
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), (2, 1, 2, 2)])
-def test_sums_and_gradients_do_not_depend_on_the_mesh(shape):
+def test_sums_and_gradients_do_not_depend_on_the_mesh(shape, walk):
     mesh = jax.make_mesh(shape, ("data", "fsdp", "seq", "tensor"), axis_types=(AxisType.Auto,) * 4)
     keys = jax.random.split(jax.random.key(1), 4)
     inputs = (
@@ -117,11 +192,15 @@ def test_sums_and_gradients_do_not_depend_on_the_mesh(shape):
     specs = (P(rows, "seq", None), P("tensor", "fsdp"), P(rows, "seq"), P(rows, "seq"))
     sharded = tuple(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(inputs, specs, strict=True))
     shards = (shape[0] * shape[1], shape[2])
-    assert_equal(sums_and_gradients(sharded, chunk=2, shards=shards), expected(inputs))
-    assert_equal(sums_and_gradients(sharded, chunk=8), expected(inputs))
+    assert_equal(
+        sums_and_gradients(sharded, walk=walk, shards=shards, vocab_shards=shape[3], **ALL),
+        expected(inputs, **ALL),
+    )
+    assert_equal(sums_and_gradients(sharded, walk=walk), expected(inputs))
 
 
-def test_a_sharded_walk_communicates_outside_the_loop_only():
+@pytest.mark.parametrize("name", ["tokens_first", "ids_first_in_blocks"])
+def test_a_sharded_walk_communicates_outside_the_loop_only(name):
     mesh = jax.make_mesh((2, 2, 2, 1), ("data", "fsdp", "seq", "tensor"), axis_types=(AxisType.Auto,) * 4)
     rows = ("data", "fsdp")
     specs = (P(rows, "seq", None), P(), P(rows, "seq"), P(rows, "seq"))
@@ -133,7 +212,7 @@ def test_a_sharded_walk_communicates_outside_the_loop_only():
     ]
 
     def loss(h, w, targets, weights):
-        return softmax_cross_entropy(h, w, targets, weights, chunk=4, shards=(4, 2)).loss
+        return softmax_cross_entropy(h, w, targets, weights, walk=WALKS[name], shards=(4, 2)).loss
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*inputs).compile().as_text()
     computations = text.split("\n\n")
@@ -144,10 +223,31 @@ def test_a_sharded_walk_communicates_outside_the_loop_only():
             assert body.lstrip().startswith("ENTRY"), body[:2000]
 
 
+def largest_arrays(function, *shapes):
+    """The most elements of a float32 and of a bfloat16 array in the program of hidden, w, targets, weights."""
+    dtypes = (jnp.bfloat16, jnp.float32, jnp.int32, jnp.float32)
+    inputs = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+    text = jax.jit(jax.grad(lambda *x: function(*x).loss, (0, 1))).lower(*inputs).as_text()
+    found = {kind: re.findall(rf"tensor<([0-9x]+)x{kind}>", text) for kind in ("f32", "bf16")}
+    return [max(np.prod([int(n) for n in shape.split("x")]) for shape in shapes) for shapes in found.values()]
+
+
 def test_logits_of_all_tokens_never_exist():
     shapes = ((4, 128, 8), (512, 8), (4, 128), (4, 128))
-    dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
-    inputs = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, dtypes, strict=True)]
-    gradients = jax.jit(jax.grad(lambda *x: softmax_cross_entropy(*x, chunk=32).loss, (0, 1)))
-    shapes = re.findall(r"tensor<([0-9x]+)xf32>", gradients.lower(*inputs).as_text())
-    assert max(np.prod([int(n) for n in shape.split("x")]) for shape in shapes) == 32 * 512
+    run = functools.partial(softmax_cross_entropy, walk=walk(32, 512))
+    assert largest_arrays(run, *shapes) == [32 * 512, 32 * 512]
+
+
+def test_logits_of_a_chunk_exist_in_float32_for_a_block_of_ids_only():
+    shapes = ((4, 128, 8), (512, 8), (4, 128), (4, 128))
+    run = functools.partial(softmax_cross_entropy, walk=walk(64, 128, TPU))
+    assert largest_arrays(run, *shapes) == [64 * 128, 64 * 512]
+
+
+def test_a_large_vocabulary_makes_chunks_smaller():
+    shapes = ((4, 128, 8), (512, 8), (4, 128), (4, 128))
+    small = dataclasses.replace(TPU, chunk_bytes=2 * 48 * 512, block_bytes=4 * 32 * 100)
+    assert largest_arrays(functools.partial(softmax_cross_entropy, walk=small), *shapes) == [
+        8 * 512,
+        32 * 512,
+    ]

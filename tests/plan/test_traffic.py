@@ -140,6 +140,32 @@ def test_a_start_and_its_end_touch_memory_once():
     assert bytes_touched(parse(GPU)) == (B + 4 * B) + 2 * (B + B) + (B + B // 8) + (B + B)
 
 
+NESTED = """HloModule jit_f, is_scheduled=true
+
+%view (p: f32[128,256]) -> f32[256,128] {
+  %p = f32[128,256]{1,0:T(8,128)} parameter(0)
+  ROOT %bitcast = f32[256,128]{0,1:T(8,128)} bitcast(%p)
+}
+
+%fused (q: f32[128,256], r: f32[128,128]) -> f32[256,128] {
+  %q = f32[128,256]{1,0:T(8,128)} parameter(0)
+  %r = f32[128,128]{1,0:T(8,128)} parameter(1)
+  %inner = f32[256,128]{0,1:T(8,128)} fusion(%q), kind=kLoop, calls=%view
+  ROOT %convolution = f32[256,128]{1,0:T(8,128)} convolution(%inner, %r), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: f32[128,256], y: f32[128,128]) -> f32[256,128] {
+  %x = f32[128,256]{1,0:T(8,128)} parameter(0)
+  %y = f32[128,128]{1,0:T(8,128)} parameter(1)
+  ROOT %product = f32[256,128]{1,0:T(8,128)} fusion(%x, %y), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_an_operand_is_read_through_a_view_that_a_fusion_makes_of_it_within():
+    assert bytes_touched(parse(NESTED)) == B + B // 2 + B
+
+
 def touched(function, *args, donate=(), trips=NO_TRIPS):
     text = jax.jit(function, donate_argnums=donate).lower(*args).compile().as_text()
     return bytes_touched(parse(text), trips)
