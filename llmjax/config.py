@@ -188,7 +188,8 @@ def row_layout(config: Config, chunks: int) -> RowLayout:
     """Which token of a sequence lies on which device, if queries and keys meet in so many `chunks` of it."""
     if chunks == 1:
         return RowLayout()
-    return RowLayout("documents" if config.mesh.layout == "auto" else config.mesh.layout, chunks)
+    name = "documents" if config.mesh.layout == "auto" else config.mesh.layout
+    return RowLayout(name, chunks, block=512 if config.data.seq_len // chunks >= 8192 else 128)
 
 
 def _check_probes(config: Config) -> None:

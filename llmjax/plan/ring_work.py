@@ -34,7 +34,12 @@ class RingWork:
     @property
     def hops(self) -> int:
         """Transfers in a ring of two directions, of n - 1 at most: the furthest needed in one and in the other."""
-        return sum(ring.reach(self.executed))
+        return sum(self.reach)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How far keys travel upward and downward, in devices."""
+        return ring.reach(self.executed)
 
     @property
     def lockstep_slowdown(self) -> float:

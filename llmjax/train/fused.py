@@ -98,6 +98,7 @@ def make_window(
             start = empty_terms(weights, tuple(name for name in terms if name != MAIN)), rows
             total, rows = jax.lax.fori_loop(0, steps, body, start)
             total = {name: _reduced(term, outer, split) for name, term in total.items()}
+            total = {name: TermSums(constrain(t.grads), t.weight) for name, t in total.items()}
             return total, jax.lax.psum(rows, split)
 
         specs = {name: TermSums(outer, PartitionSpec()) for name in terms}, PartitionSpec()

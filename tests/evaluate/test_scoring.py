@@ -109,9 +109,9 @@ def test_pieces_without_predictions_are_nothing():
 
 @pytest.mark.parametrize("attention", ["full", "blockwise"])
 def test_scores_do_not_depend_on_how_pieces_are_packed(attention):
-    from llmjax.build import ATTENTION
+    from llmjax.ops.attention.share import make_attend
 
-    model = dataclasses.replace(gpt(), attend=ATTENTION[attention])
+    model = dataclasses.replace(gpt(), attend=make_attend(attention))
     params = model.init(jax.random.key(1))
     step = jax.jit(make_token_losses(model, logit_softcap=0.0))
     pieces = list(random_pieces(30, np.random.default_rng(4)))

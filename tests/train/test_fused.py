@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
 from llmjax.ops.attention import blockwise, full
+from llmjax.ops.attention.share import Sharing, make_attend
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
 from llmjax.plan.hlo import loops, parse
@@ -228,6 +229,9 @@ def model_loss(sizes, gather, **shape):
     layout = Layout(mesh_of(sizes), MANUAL[gather]) if gather else Layout()
     config = resolve(ModelConfig(**{**SHAPE, **shape}))
     attend = full.attend if config.attention == "full" else functools.partial(blockwise.attend, block=8)
+    if sizes[2] > 1:
+        others = tuple(axis for axis, size in zip(("data", "fsdp"), sizes) if size > 1)
+        attend = make_attend(config.attention, Sharing("gather", "seq", sizes[2], 1, others))
     model = GPT(config, VOCAB, LENGTH, layout, attend)
     shards = (layout.axis_size("data") * layout.axis_size("fsdp"), layout.axis_size("seq"))
     loss = make_loss(model, logit_softcap=30.0, z_loss=1e-3, shards=shards)

@@ -75,14 +75,19 @@ def norms(tree):
 def test_activations_are_those_of_the_layers_taken_one_by_one(params):
     model, batch = make_model(), make_batch(padding=5)
     c, real = model.config, batch.segments > 0
-    norm, attention = Norm(c.norm, c.norm_eps), Attention(c, Layout(), full.attend)
+    norm = Norm(c.norm, c.norm_eps)
+
+    def attention(layer, x, turn, mask):
+        call = functools.partial(Attention(c, Layout()).apply, {"params": layer["attention"]})
+        out = full.attend(*call(x, turn, method="project"), mask, softcap=c.attention_softcap)
+        return call(out, method="output")
 
     @jax.jit
     def branches(layer, x):
         mask, turn = self_mask(batch.segments, batch.positions), model._turn(batch.positions)
         read = lambda name: norm.apply({"params": layer[f"{name}_norm"]}, x)  # noqa: E731
         return (
-            attention.apply({"params": layer["attention"]}, read("attention"), turn, mask)[0],
+            attention(layer, read("attention"), turn, mask),
             MLP(c, Layout()).apply({"params": layer["mlp"]}, read("mlp")),
         )
 

@@ -88,6 +88,7 @@ def _attend_forward(kernel, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask):
 
 def _attend_backward(kernel, sizes, saved, dout_BTNH):
     q, kv, sinks_N, mask, out_BTNH, lse = saved
+    dout_BTNH, out_BTNH = jax.lax.optimization_barrier((dout_BTNH, out_BTNH))  # kept as it is: not in float32
     dout, delta = pulled(kernel, sizes, out_BTNH, dout_BTNH)
     dq, dkv = kernel.backward(q, kv, mask, dout, lse, delta, jnp.zeros_like(q), jnp.zeros_like(kv))
     dsinks_N = sinks_gradient(kernel, sizes, sinks_N, lse, delta)
