@@ -3,6 +3,7 @@
 Tests compile many small programs and run each a few times, so code is generated without LLVM's optimisations.
 """
 
+import itertools
 import os
 import pathlib
 
@@ -20,6 +21,15 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).parents[1]
+TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Now and then: a process may map 65530 areas of memory, and every compiled program keeps some of them."""
+    yield
+    if next(TESTS) % 50 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
