@@ -1,4 +1,4 @@
-"""The base model with micro-steps of 1,024 tokens, and a batch of three gradient noise scales."""
+"""The base model with micro-steps of 1,024 tokens, and a batch of 3.3 gradient noise scales."""
 
 from ml_collections import ConfigDict
 
@@ -7,7 +7,7 @@ from configs import base
 
 def get_config() -> ConfigDict:
     c = base.get_config()
-    c.train.update(micro_batch_size=2, accumulation_steps=0)
+    c.train.update(micro_batch_size=2, accumulation_steps=0, num_updates=404)  # of 4,096 tokens
     c.optimizer.update(
         learning_rate=8.5e-3,
         schedule="linear",
@@ -15,6 +15,6 @@ def get_config() -> ConfigDict:
         batch_scaling="linear",
         constant_in="tokens",
     )
-    c.controller.update(name="noise_scale", k_min=2, k_max=48, batch_per_noise=3.0)
+    c.controller.update(name="noise_scale", k_min=2, k_max=48, batch_per_noise=3.3)
     c.evaluate.every = c.checkpoint.every = 0
     return c

@@ -17,11 +17,10 @@ ticks = (50, 100, 200, 400, 800)
 rows = list(csv.DictReader((HERE / "results.csv").open()))
 for row in rows:
     kind = "controller" if "controller" in row["run"] else "fixed"
-    marker = "o" if row["tokens"] == "1638400" else "^"
-    left.plot(int(row["updates"]), float(row["bits_per_byte"]), marker, color=COLORS[kind])
-left.set(xscale="log", xlabel="updates", ylabel="held-out bits per byte",
-         title="Fixed batches gray, controller blue;\ntriangles: half the tokens")  # fmt: skip
-left.set_xticks(ticks, ticks)
+    if row["tokens"] != "819200":
+        left.plot(int(row["updates"]), float(row["held_out_loss"]), "o", color=COLORS[kind], markersize=4)
+left.set(xscale="log", xlabel="updates", ylabel="held-out loss", title="Fixed batches gray, controller blue")
+left.set_xticks(ticks[1:], ticks[1:])
 left.minorticks_off()
 for name, group in itertools.groupby(
     csv.DictReader((HERE / "batches.csv").open()), key=lambda row: row["run"]
