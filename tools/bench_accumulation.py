@@ -1,6 +1,6 @@
 """What gradient accumulation costs beside the forward and backward pass: ours against stock `optax.MultiSteps`.
 
-    python tools/bench_accumulation.py --parts time                  # about a minute; on an idle machine
+    python tools/bench_accumulation.py --parts time controller       # about two minutes; on an idle machine
     pip install 'llmjax[tpu]'
     JAX_PLATFORMS=cpu python tools/bench_accumulation.py --parts memory reductions     # about 10 minutes, no TPU
 
@@ -11,6 +11,8 @@ time        milliseconds per micro-step of AdamW with 16.8 M parameters on the C
             take turns; medians over the rounds.
 memory      bytes of main memory per parameter and micro-step, of the programs compiled for one TPU v5e chip with 268 M
             parameters.
+controller  milliseconds per update of `configs/base.py`, in four micro-steps, of all that the noise-scale controller
+            needs: the squared norms of the micro-gradients, which are taken without it too, and the host's decision.
 reductions  gradients that each device gives to reductions in one update, in GB, of a 470 M decoder trained with pure
             data parallelism on a TPU v5e 2x4, compiled. Stock averages the micro-batches' mean losses.
 
@@ -52,12 +54,13 @@ from llmjax.train.accumulate import Accumulator, Order
 from llmjax.train.fused import make_window
 from llmjax.train.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.state import TrainState
+from llmjax.train.steering import Measured
 from llmjax.train.step import make_fused_step, make_train_step
 from llmjax.types import Array, Batch, LossSums, Params
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 8  # micro-steps of a window
-TIME_GOAL, MEMORY_GOAL, REDUCTION_GOAL = 0.1, 17.0, 1.9
+TIME_GOAL, MEMORY_GOAL, REDUCTION_GOAL, CONTROLLER_GOAL = 0.1, 17.0, 1.9, 0.01
 STOCK = "optax.MultiSteps(optax.adamw)"
 OPTIMIZER = OptimizerConfig(name="adamw", clip_norm=0.0)
 DECODER = {  # changes to configs/base.py: 470 M parameters
@@ -290,14 +293,45 @@ def bench_memory() -> None:
         report(name, value, unit, STOCK, rival, MEMORY_GOAL, value <= MEMORY_GOAL, parameters=size)
 
 
-def decoder(steps: int, accumulation: str) -> Program:
-    changes = {**DECODER, "train.accumulation": accumulation, "mesh.data": 8}
-    changes["train.tokens_per_update"] = steps * DECODER["train.micro_batch_size"] * DECODER["data.seq_len"]
+def program_of(changes: dict[str, Any], devices: list[jax.Device]) -> Program:
+    """Of configs/base.py with these changes."""
     raw = runpy.run_path(str(ROOT / "configs" / "base.py"))["get_config"]()
     raw.update_from_flattened_dict(changes)
-    devices = topology_devices("v5e:2x4")
     config, batch = configs.check(configs.read(raw.to_dict()), len(devices))
-    return make_program(config, batch, DECODER["tokenizer.vocab_size"], devices)
+    return make_program(config, batch, config.tokenizer.vocab_size, devices)
+
+
+def bench_controller(rounds: int) -> None:
+    """Its parts one after the other, each round."""
+    changes = {"train.micro_batch_size": 2, "train.accumulation_steps": 0, "controller.name": "noise_scale"}
+    program = program_of(changes, jax.devices()[:1])
+    state, steering = program.init(), program.steering
+    batch = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype, device=x.sharding), program.abstract_batch())
+    grads = jax.tree.map(jnp.copy, state.params)
+    square = jax.jit(functools.partial(optax.tree.norm, squared=True))
+    history, times = steering.start(), []
+    for _ in range(rounds + 1):  # the first compiles
+        decision = steering.decide(history, 0)
+        start = time.perf_counter()
+        for _ in range(decision.steps):
+            state, _ = program.train_step(state, batch, decision.order)
+        jax.block_until_ready(state)
+        update = time.perf_counter()
+        for _ in range(decision.steps):
+            jax.block_until_ready(square(grads))
+        measured = Measured(decision.steps, 2.0**12, 2.0**22, 4.0, 8.0, 1.0, 1.0, True)
+        steering.decide(steering.observe(history, decision, measured)[0], 0)
+        times.append((1e3 * (time.perf_counter() - update), 1e3 * (update - start)))
+    value, rival = (statistics.median(column) for column in zip(*times[1:]))
+    ratio = statistics.median(a / b for a, b in times[1:])
+    report("controller", value, "ms per update", "an update of configs/base.py", rival, CONTROLLER_GOAL,
+           ratio <= CONTROLLER_GOAL, cores=os.cpu_count())  # fmt: skip
+
+
+def decoder(steps: int, accumulation: str) -> Program:
+    tokens = steps * DECODER["train.micro_batch_size"] * DECODER["data.seq_len"]
+    changes = {"train.accumulation": accumulation, "mesh.data": 8, "train.tokens_per_update": tokens}
+    return program_of({**DECODER, **changes}, topology_devices("v5e:2x4"))
 
 
 def reduced(module: Module, steps: int) -> dict[str, float]:
@@ -376,13 +410,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("time", "memory", "reductions")
+    parts = ("time", "controller", "memory", "reductions")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--rounds", type=int, default=15, help="of the times")
     parser.add_argument("--micro-steps", nargs="+", type=int, default=[2, 8, 32], help="of the reductions")
     args = parser.parse_args()
     if "time" in args.parts:
         bench_time(args.rounds)
+    if "controller" in args.parts:
+        bench_controller(args.rounds)
     if "memory" in args.parts:
         bench_memory()
     if "reductions" in args.parts:
