@@ -1,0 +1,221 @@
+"""What long sequences cost on a CPU, beside PyTorch and jax's own attention.
+
+    pip install torch==2.13.0
+    JAX_PLATFORMS=cpu python tools/bench_long_cpu.py                                  # a quarter of an hour
+
+attention   milliseconds of one attention layer, forward and backward, float32, 4 heads of 32: one document of 2048 and
+            of 8192 tokens, and 8192 tokens in documents of 512. Against PyTorch's scaled_dot_product_attention and
+            `jax.nn.dot_product_attention`, which are given the documents as a mask
+step        peak memory of a process that makes two updates of a GPT of 2 layers, 128 wide, on one document of 65536
+            tokens, interpreter and compiler included. Against the scores of full attention, which are not computed
+packed      milliseconds per 1000 tokens of an update of that GPT on rows of 32768 tokens in documents of 512, against
+            as many tokens in rows of 512
+
+Each side has a process of its own, and they take turns; values are medians over the rounds, ratios the medians of the
+rounds' ratios. One JSON object a line. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import resource
+import runpy
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax import config as configs
+from llmjax.build import make_program
+from llmjax.ops.attention.mask import self_mask
+from llmjax.ops.attention.share import make_attend
+from llmjax.parallel.host_memory import keep_freed_memory
+from llmjax.types import Batch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+HEADS, HEAD_DIM, DOCUMENT = 4, 32, 512
+SMALL = {  # changes to configs/base.py
+    "model.num_layers": 2, "train.accumulation_steps": 1, "optimizer.name": "adamw", "model.remat": "attention",
+    "model.tile": 4096, "model.scan_layers": True,
+}  # fmt: skip
+Work = Callable[[], None]
+
+
+def columns(rows: int, length: int, document: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segments and positions of rows filled with documents of one length."""
+    index = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    return index // document + 1, index % document
+
+
+def inputs(length: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((1, length, HEADS, HEAD_DIM), np.float32) for _ in range(4)]
+
+
+def attention_by_jax(length: int, attend: Callable) -> Work:
+    q, k, v, dout = inputs(length)
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> Any:
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(dout)
+
+    return lambda: jax.block_until_ready(run(q, k, v, dout))
+
+
+def attention_ours(length: int, document: int) -> Work:
+    segments, positions = columns(1, length, document)
+    attend = make_attend("blockwise", None)
+    mask = self_mask(segments, positions)
+    return attention_by_jax(length, lambda q, k, v: attend(q, k, v, mask))
+
+
+def attention_stock(length: int, document: int) -> Work:
+    segments, _ = columns(1, length, document)
+    mask = None if document == length else jnp.asarray(segments[:, None, :, None] == segments[:, None, None])
+    attend = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=True)
+    return attention_by_jax(length, attend)
+
+
+def attention_torch(length: int, document: int) -> Work:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v, dout = (torch.from_numpy(x).transpose(1, 2).contiguous() for x in inputs(length))
+    for x in (q, k, v):
+        x.requires_grad_()
+    segments = torch.from_numpy(columns(1, length, document)[0])
+    mask = (segments[:, None, :, None] == segments[:, None, None]).tril()
+    how = {"is_causal": True} if document == length else {"attn_mask": mask}
+
+    def run() -> None:
+        out = scaled_dot_product_attention(q, k, v, **how)
+        torch.autograd.grad(out, (q, k, v), dout)
+
+    return run
+
+
+def update(rows: int, length: int, document: int) -> Work:
+    """Updates of the small GPT."""
+    raw = runpy.run_path(str(ROOT / "configs" / "base.py"))["get_config"]()
+    raw.update_from_flattened_dict(
+        {**SMALL, "data.seq_len": length, "train.tokens_per_update": rows * length}
+    )
+    config, arithmetic = configs.check(configs.read(raw.to_dict()), 1)
+    vocab = config.tokenizer.vocab_size
+    program = make_program(config, arithmetic, vocab)
+    state = program.init()
+    tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1), np.int32)
+    weights, index = np.ones((rows, length), np.float32), np.arange(rows, dtype=np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], weights, *columns(rows, length, document), index)
+    batch = jax.device_put(batch, jax.tree.map(lambda x: x.sharding, program.abstract_batch()))
+    order = program.steering.decide(program.steering.start(), 0).order
+
+    def run() -> None:
+        nonlocal state
+        state, _ = program.train_step(state, batch, order)
+        jax.block_until_ready(state)
+
+    return run
+
+
+def serve(pipe: Connection, make: Callable[[], Work]) -> None:
+    """Warms up, then answers each request with the seconds that the work took, and at the end with its peak memory."""
+    keep_freed_memory()
+    work = make()
+    work()
+    work()
+    pipe.send(None)
+    while pipe.recv():
+        start = time.perf_counter()
+        work()
+        pipe.send(time.perf_counter() - start)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def take_turns(sides: list[Callable[[], Work]], rounds: int) -> tuple[list[list[float]], list[float]]:
+    """Of each side the seconds of each round, and the bytes that its process took at most."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes = []
+    for make in sides:
+        here, there = spawn.Pipe()
+        spawn.Process(target=serve, args=(there, make), daemon=True).start()
+        here.recv()
+        pipes.append(here)
+    times = [[] for _ in pipes]
+    for _ in range(rounds):
+        for pipe, mine in zip(pipes, times):
+            pipe.send(True)
+            mine.append(pipe.recv())
+    for pipe in pipes:
+        pipe.send(False)
+    return times, [pipe.recv() for pipe in pipes]
+
+
+def report(
+    name: str, value: float, unit: str, rival: str, rival_value: float, ratio: float, goal: float
+) -> None:
+    """The goal is one of the ratio."""
+    line = {"name": name, "value": round(value, 3), "unit": unit, "rival": rival}
+    line |= {"rival_value": round(rival_value, 3), "ratio": round(ratio, 4), "goal": round(goal, 4)}
+    print(json.dumps({**line, "met": ratio <= goal, "cores": os.cpu_count()}), flush=True)
+
+
+def attention(rounds: int) -> None:
+    makes = {
+        "ours": attention_ours,
+        "PyTorch scaled_dot_product_attention": attention_torch,
+        "jax.nn.dot_product_attention": attention_stock,
+    }
+    for length, document in ((2048, 2048), (8192, 8192), (8192, DOCUMENT)):
+        times, _ = take_turns([functools.partial(make, length, document) for make in makes.values()], rounds)
+        value, *rivals = (1e3 * statistics.median(side) for side in times)
+        for rival, rival_value, theirs in zip(list(makes)[1:], rivals, times[1:]):
+            ratio = statistics.median(a / b for a, b in zip(times[0], theirs))
+            report(f"attention_{length}_in_{document}", value, "ms", rival, rival_value, ratio, 1.0)
+
+
+def step(rounds: int) -> None:
+    length, GiB = 65536, 2**30
+    _, (peak,) = take_turns([functools.partial(update, 1, length, length)], 0)
+    scores = HEADS * length**2 * 4
+    report(
+        "step", peak / GiB, "GiB", "scores of full attention", scores / GiB, peak / scores, 3 * GiB / scores
+    )
+
+
+def packed(rounds: int) -> None:
+    length = 32768
+    shapes = (1, length, DOCUMENT), (length // DOCUMENT, DOCUMENT, DOCUMENT)
+    times, _ = take_turns([functools.partial(update, *shape) for shape in shapes], rounds)
+    ratio = statistics.median(a / b for a, b in zip(*times))
+    value, rival_value = (1e6 * statistics.median(x) / length for x in times)
+    report("packed", value, "ms per 1000 tokens", f"rows of {DOCUMENT}", rival_value, ratio, 1.3)
+
+
+FIGURES = {"attention": attention, "step": step, "packed": packed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
+    parser.add_argument("--rounds", type=int, default=11)
+    args = parser.parse_args()
+    for name in args.figures:
+        FIGURES[name](args.rounds)
+
+
+if __name__ == "__main__":
+    main()
