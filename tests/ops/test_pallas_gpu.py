@@ -19,6 +19,7 @@ from tests.ops.test_blockwise import (
     MASKS,
     PACKED,
     assert_equal,
+    assert_moves_alone,
     make_inputs,
     packed,
     run,
@@ -54,6 +55,11 @@ def test_soft_cap_and_sinks_equal_full_attention():
     inputs, mask = case("packed")
     got = run(interpreted, inputs, mask, softcap=1.5, block=16)
     assert_equal(got, run(full.attend, inputs, mask, softcap=1.5))
+
+
+def test_one_document_does_not_move_with_another():
+    mask = self_mask(*PACKED)
+    assert_moves_alone(slice(14, 34), lambda x: run(interpreted, x, mask, block=16), make_inputs())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from llmjax.ops.attention import full, kernel, pallas_tpu, ring
 from llmjax.ops.attention.mask import block_spans, cross_mask, self_mask
 from llmjax.ops.attention.pairs import FIRST, LAST, WHOLE, list_pairs
 from llmjax.ops.attention.pallas_tpu import PallasTPU
-from tests.ops.test_blockwise import assert_equal, packed
+from tests.ops.test_blockwise import assert_equal, assert_moves_alone, packed
 
 B, T, N, H = 2, 300, 4, 16
 SEGMENTS, POSITIONS = packed([[140, 1, 139], [300]], T)
@@ -62,6 +62,10 @@ def test_every_mask_equals_full_attention_for_every_grouping(kind, K):
     inputs, mask = make_inputs(K), MASKS[kind]
     expected = run(functools.partial(full.attend, softcap=2.0), inputs, mask)
     assert_equal(run(attend(2.0), inputs, mask), expected)
+
+
+def test_one_document_does_not_move_with_another():
+    assert_moves_alone(slice(141, 280), lambda x: run(attend(), x, MASKS["packed"]), make_inputs(2))
 
 
 def test_long_lists_of_pairs_are_cut(monkeypatch):
