@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 
 from llmjax.errors import UserError
 from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
+from llmjax.plan.compile import topology_devices
 
 
 @pytest.mark.parametrize("free", AXES)
@@ -49,3 +50,14 @@ def test_the_mesh_always_has_all_axes_and_leaves_sharding_to_the_compiler():
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert sorted(d.id for d in mesh.devices.flat) == [d.id for d in jax.devices()]
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("name", ["v5p:4x4x4", "v6e:8x8"])
+def test_any_shape_has_a_place_on_a_torus(name):
+    devices = topology_devices(name)
+    powers = [2**i for i in range(7)]
+    for shape in itertools.product(powers, repeat=4):
+        if math.prod(shape) == len(devices):
+            mesh = make_mesh(MeshConfig(*shape), devices)
+            assert mesh.devices.shape == shape and set(mesh.devices.flat) == set(devices)
