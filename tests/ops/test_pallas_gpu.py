@@ -26,6 +26,9 @@ from tests.ops.test_blockwise import (
     without_sinks,
 )
 
+# by jax 0.12, which still has it
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
 interpreted = functools.partial(pallas_gpu.attend, interpret=True)
 
 
