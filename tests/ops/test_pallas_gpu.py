@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from llmjax.ops.attention import blockwise, full, kernel, pallas_gpu, ring
 from llmjax.ops.attention.mask import Mask, block_spans, cross_mask, self_mask
@@ -218,7 +218,9 @@ def test_a_ring_of_devices_equals_full_attention(n, settings):
 def test_the_kernels_lower_to_triton(kind, H, dtype):
     """What Triton has no rule for, or no shape, fails here; the compiler proper needs a GPU or its plugin."""
     inputs, mask = case(kind, H=H, dtype=jnp.dtype(dtype))
-    text = run.trace(pallas_gpu.attend, inputs, mask, softcap=1.5).lower(lowering_platforms=("cuda",))
+    h100 = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=h100)):
+        text = run.trace(pallas_gpu.attend, inputs, mask, softcap=1.5).lower(lowering_platforms=("cuda",))
     calls = text.as_text().count("__gpu$xla.gpu.triton") + text.as_text().count("triton_kernel_call")
     assert calls == 3
 
