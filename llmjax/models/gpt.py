@@ -97,7 +97,7 @@ class GPT:
         """Rows of the table. Devices that share sequences look up all tokens of these, each in the columns that it has
         of the table, and then trade columns for tokens: left to itself, XLA makes everything whole in between."""
         layout = self.layout
-        if layout.axis_size("seq") > 1 and layout.manual:
+        if layout.axis_size("tensor") > 1 and layout.manual:
             # XLA of jax 0.12 aborts on ids that other devices have, where three axes split the lookup.
             table_VD = layout.constrain(table_VD, None, "mlp")
         if layout.axis_size("seq") == 1 or layout.manual:
