@@ -9,10 +9,10 @@ time        milliseconds per micro-step of AdamW with 16.8 M parameters on the C
             checks and norms, and `MultiSteps.update` with `apply_updates`. Each has a process of its own, ours with the
             memory settings that every run of llmjax has (`parallel/host_memory.py`), stock without and with them. They
             take turns; medians over the rounds.
-memory      bytes of main memory per parameter and micro-step, of the programs compiled for one TPU v5e chip with 268 M
-            parameters.
 controller  milliseconds per update of `configs/base.py`, in four micro-steps, of all that the noise-scale controller
             needs: the squared norms of the micro-gradients, which are taken without it too, and the host's decision.
+memory      bytes of main memory per parameter and micro-step, of the programs compiled for one TPU v5e chip with 268 M
+            parameters.
 reductions  gradients that each device gives to reductions in one update, in GB, of a 470 M decoder trained with pure
             data parallelism on a TPU v5e 2x4, compiled. Stock averages the micro-batches' mean losses.
 
@@ -28,22 +28,19 @@ import argparse
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
-import pathlib
-import runpy
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from bench_train import load_config
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from turns import take_turns
 
-from llmjax import config as configs
 from llmjax.build import Program, make_program, make_task_loss
 from llmjax.parallel.host_memory import keep_freed_memory
 from llmjax.parallel.mesh import MeshConfig, make_mesh
@@ -58,7 +55,6 @@ from llmjax.train.steering import Measured
 from llmjax.train.step import make_fused_step, make_train_step
 from llmjax.types import Array, Batch, LossSums, Params
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 8  # micro-steps of a window
 TIME_GOAL, MEMORY_GOAL, REDUCTION_GOAL, CONTROLLER_GOAL = 0.1, 17.0, 1.9, 0.01
 STOCK = "optax.MultiSteps(optax.adamw)"
@@ -201,7 +197,7 @@ def fused_window(params: Params, grads: Params) -> Callable[[], dict[str, float]
     return window
 
 
-def serve(make_window: Callable, keep: bool, connection: Connection) -> None:
+def make_side(make_window: Callable, keep: bool) -> tuple[Callable[[], dict[str, float]], None]:
     """A process that measures a window whenever it is asked."""
     if keep:
         keep_freed_memory()
@@ -210,34 +206,24 @@ def serve(make_window: Callable, keep: bool, connection: Connection) -> None:
     }
     window = make_window(params, jax.tree.map(lambda p: 1e-3 * p, params))
     window()
-    connection.send(None)
-    while connection.recv():
-        connection.send(window())
+    return window, None
 
 
 def bench_time(rounds: int) -> None:
-    """Windows of each engine in turn, each in a process of its own."""
-    context, workers = multiprocessing.get_context("spawn"), {}
-    for name, make, keep in (
-        ("stock", stock_window, False),
-        ("stock_tuned", stock_window, True),
-        ("multisteps", multisteps_window, True),
-        ("fused", fused_window, True),
-    ):
-        here, there = context.Pipe()
-        process = context.Process(target=serve, args=(make, keep, there), daemon=True)
-        process.start()
-        here.recv()
-        workers[name] = here
-    times = []
-    for _ in range(rounds):
-        row = {}
-        for name, worker in workers.items():
-            worker.send(True)
-            row |= {f"{name}_{what}": value for what, value in worker.recv().items()}
-        times.append(row)
-    for worker in workers.values():
-        worker.send(False)
+    """Windows of each engine in turn."""
+    makes = {
+        "stock": (stock_window, False),
+        "stock_tuned": (stock_window, True),
+        "multisteps": (multisteps_window, True),
+        "fused": (fused_window, True),
+    }
+    sides = take_turns([functools.partial(make_side, *make) for make in makes.values()], rounds)
+    columns = {
+        f"{name}_{what}": [row[what] for row in side.values]
+        for name, side in zip(makes, sides)
+        for what in side.values[0]
+    }
+    times = [dict(zip(columns, row)) for row in zip(*columns.values())]
     median = {name: statistics.median(row[name] for row in times) for name in times[0]}
     for name, value in median.items():
         if name.startswith("stock"):
@@ -295,9 +281,7 @@ def bench_memory() -> None:
 
 def program_of(changes: dict[str, Any], devices: list[jax.Device]) -> Program:
     """Of configs/base.py with these changes."""
-    raw = runpy.run_path(str(ROOT / "configs" / "base.py"))["get_config"]()
-    raw.update_from_flattened_dict(changes)
-    config, batch = configs.check(configs.read(raw.to_dict()), len(devices))
+    config, batch = load_config(changes, len(devices))
     return make_program(config, batch, config.tokenizer.vocab_size, devices)
 
 

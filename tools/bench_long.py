@@ -217,7 +217,7 @@ def ring(window: int = 0) -> None:
     mine, rival = attention_cost(ours("ring", window=window), window), "splash under Ulysses"
     theirs = attention_cost(splash_under_ulysses(window))
     goal = 0.30 if window else 1.41
-    report(f"{name}_sent", round(mine.sent, 2), "GB", rival, theirs.sent, goal, **cell)
+    report(f"{name}_sent", mine.sent, "GB", rival, theirs.sent, goal, **cell)
     report(f"{name}_temporaries", mine.temporaries, "MiB", rival, theirs.temporaries, 900, **cell)
     report(f"{name}_permutes", mine.count, "", rival, theirs.count, 3 if window else 21, **cell)
     report(

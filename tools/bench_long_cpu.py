@@ -20,29 +20,23 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import multiprocessing
 import os
-import pathlib
-import resource
-import runpy
 import statistics
-import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_train import load_config
+from turns import seconds, take_turns
 
-from llmjax import config as configs
 from llmjax.build import make_program
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.share import make_attend
 from llmjax.parallel.host_memory import keep_freed_memory
 from llmjax.types import Batch
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEADS, HEAD_DIM, DOCUMENT = 4, 32, 512
 SMALL = {  # changes to configs/base.py
     "model.num_layers": 2, "train.accumulation_steps": 1, "optimizer.name": "adamw", "model.remat": "attention",
@@ -107,11 +101,8 @@ def attention_torch(length: int, document: int) -> Work:
 
 def update(rows: int, length: int, document: int) -> Work:
     """Updates of the small GPT."""
-    raw = runpy.run_path(str(ROOT / "configs" / "base.py"))["get_config"]()
-    raw.update_from_flattened_dict(
-        {**SMALL, "data.seq_len": length, "train.tokens_per_update": rows * length}
-    )
-    config, arithmetic = configs.check(configs.read(raw.to_dict()), 1)
+    changes = {**SMALL, "data.seq_len": length, "train.tokens_per_update": rows * length}
+    config, arithmetic = load_config(changes)
     vocab = config.tokenizer.vocab_size
     program = make_program(config, arithmetic, vocab)
     state = program.init()
@@ -129,37 +120,18 @@ def update(rows: int, length: int, document: int) -> Work:
     return run
 
 
-def serve(pipe: Connection, make: Callable[[], Work]) -> None:
-    """Warms up, then answers each request with the seconds that the work took, and at the end with its peak memory."""
+def side(make: Callable[..., Work], *shape: int) -> tuple[Callable[[], float], None]:
+    """The seconds that the work takes."""
     keep_freed_memory()
-    work = make()
+    work = make(*shape)
     work()
     work()
-    pipe.send(None)
-    while pipe.recv():
-        start = time.perf_counter()
-        work()
-        pipe.send(time.perf_counter() - start)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return functools.partial(seconds, work), None
 
 
-def take_turns(sides: list[Callable[[], Work]], rounds: int) -> tuple[list[list[float]], list[float]]:
-    """Of each side the seconds of each round, and the bytes that its process took at most."""
-    spawn = multiprocessing.get_context("spawn")
-    pipes = []
-    for make in sides:
-        here, there = spawn.Pipe()
-        spawn.Process(target=serve, args=(there, make), daemon=True).start()
-        here.recv()
-        pipes.append(here)
-    times = [[] for _ in pipes]
-    for _ in range(rounds):
-        for pipe, mine in zip(pipes, times):
-            pipe.send(True)
-            mine.append(pipe.recv())
-    for pipe in pipes:
-        pipe.send(False)
-    return times, [pipe.recv() for pipe in pipes]
+def beside(makes: list[tuple[Any, ...]], rounds: int) -> list[list[float]]:
+    """Seconds of each round, of each maker with its shape."""
+    return [x.values for x in take_turns([functools.partial(side, *make) for make in makes], rounds)]
 
 
 def report(
@@ -178,7 +150,7 @@ def attention(rounds: int) -> None:
         "jax.nn.dot_product_attention": attention_stock,
     }
     for length, document in ((2048, 2048), (8192, 8192), (8192, DOCUMENT)):
-        times, _ = take_turns([functools.partial(make, length, document) for make in makes.values()], rounds)
+        times = beside([(make, length, document) for make in makes.values()], rounds)
         value, *rivals = (1e3 * statistics.median(side) for side in times)
         for rival, rival_value, theirs in zip(list(makes)[1:], rivals, times[1:]):
             ratio = statistics.median(a / b for a, b in zip(times[0], theirs))
@@ -187,7 +159,7 @@ def attention(rounds: int) -> None:
 
 def step(rounds: int) -> None:
     length, GiB = 65536, 2**30
-    _, (peak,) = take_turns([functools.partial(update, 1, length, length)], 0)
+    peak = take_turns([functools.partial(side, update, 1, length, length)], 0)[0].peak
     scores = HEADS * length**2 * 4
     report(
         "step", peak / GiB, "GiB", "scores of full attention", scores / GiB, peak / scores, 3 * GiB / scores
@@ -197,7 +169,7 @@ def step(rounds: int) -> None:
 def packed(rounds: int) -> None:
     length = 32768
     shapes = (1, length, DOCUMENT), (length // DOCUMENT, DOCUMENT, DOCUMENT)
-    times, _ = take_turns([functools.partial(update, *shape) for shape in shapes], rounds)
+    times = beside([(update, *shape) for shape in shapes], rounds)
     ratio = statistics.median(a / b for a, b in zip(*times))
     value, rival_value = (1e6 * statistics.median(x) / length for x in times)
     report("packed", value, "ms per 1000 tokens", f"rows of {DOCUMENT}", rival_value, ratio, 1.3)

@@ -16,17 +16,16 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import runpy
 import statistics
-import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from typing import Any
 
 import jax
 import numpy as np
+from turns import seconds, take_turns
 
 from llmjax import config as configs
 from llmjax.build import make_program
@@ -50,10 +49,11 @@ SHAPES = {  # changes to configs/base.py
 }
 
 
-def load_config(changes: dict[str, int]) -> tuple[configs.Config, BatchArithmetic]:
+def load_config(changes: dict[str, Any], num_devices: int = 1) -> tuple[configs.Config, BatchArithmetic]:
+    """configs/base.py with these changes."""
     raw = runpy.run_path(str(ROOT / "configs" / "base.py"))["get_config"]()
     raw.update_from_flattened_dict(changes)
-    return configs.check(configs.read(raw.to_dict()), 1)
+    return configs.check(configs.read(raw.to_dict()), num_devices)
 
 
 def packed_batch(rng: np.random.Generator, vocab: int, rows: int, length: int, first: int) -> Batch:
@@ -161,8 +161,8 @@ def make_rival(config: configs.Config, batch: BatchArithmetic, compiled: bool) -
     return update, sum(p.numel() for p in model.parameters())
 
 
-def serve(pipe: Connection, side: str, shape: str) -> None:
-    """Answers with the number of parameters and the rival's name, then each request with the seconds of an update."""
+def make_side(side: str, shape: str) -> tuple[Callable[[], float], tuple[int, str]]:
+    """The seconds of an update; the number of parameters and the side's name."""
     config, batch = load_config(SHAPES[shape])
     if side == "ours":
         keep_freed_memory()
@@ -173,45 +173,27 @@ def serve(pipe: Connection, side: str, shape: str) -> None:
         (update, size), name = make_rival(config, batch, side == "compiled"), f"PyTorch {torch.__version__}"
     for _ in range(3):
         update()
-    pipe.send((size, name))
-    while pipe.recv():
-        start = time.perf_counter()
-        update()
-        pipe.send(time.perf_counter() - start)
+    return functools.partial(seconds, update), (size, name)
 
 
 def bench(shape: str, rounds: int, rival: str) -> dict[str, object]:
     """Both sides in turn, `rounds` times."""
-    spawn = multiprocessing.get_context("spawn")
-    pipes, processes, facts = [], [], []
-    for side in ("ours", rival):
-        here, there = spawn.Pipe()
-        processes.append(spawn.Process(target=serve, args=(there, side, shape), daemon=True))
-        processes[-1].start()
-        pipes.append(here)
-        facts.append(here.recv())
-    times = []
-    for _ in range(rounds):
-        for pipe in pipes:
-            pipe.send(True)
-            times.append(pipe.recv())
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send(False)
-        process.join()
-    mine, theirs = times[::2], times[1::2]
+    ours, other = take_turns([functools.partial(make_side, side, shape) for side in ("ours", rival)], rounds)
+    (size, _), (rival_size, rival_name) = ours.facts, other.facts
+    mine, theirs = ours.values, other.values
     batch = load_config(SHAPES[shape])[1]
     ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
     return {
         "name": f"train_{shape}",
         "value": round(batch.tokens_per_update / statistics.median(mine)),
         "unit": "tokens/s",
-        "rival": f"nanoGPT-style {facts[1][1]}, {rival}",
+        "rival": f"nanoGPT-style {rival_name}, {rival}",
         "rival_value": round(batch.tokens_per_update / statistics.median(theirs)),
         "ratio": round(ratio, 3),
         "goal": GOAL,
         "met": ratio >= GOAL,
-        "parameters": facts[0][0],
-        "rival_parameters": facts[1][0],
+        "parameters": size,
+        "rival_parameters": rival_size,
         "batch": batch.describe(),
         "cores": os.cpu_count(),
     }
