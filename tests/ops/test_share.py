@@ -34,10 +34,10 @@ def make_inputs(K):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
 
 
-def over_devices(algorithm, n, degree):
+def over_devices(algorithm, n, degree, kernel="blockwise"):
     """The attention of `n` simulated devices, of which each is given its part."""
     mesh = jax.make_mesh((n,), ("seq",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
-    attend = make_attend("blockwise", Sharing(algorithm, "seq", n, degree or n))
+    attend = make_attend(kernel, Sharing(algorithm, "seq", n, degree or n))
     tokens, whole = PartitionSpec(None, "seq"), PartitionSpec()
 
     def shared(q, k, v, mask, *, softcap, sinks_N):
@@ -63,14 +63,16 @@ def run(attend, inputs, mask, softcap=0.0):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Of 4 tokens, so that a device has several."""
+    """Of 4 tokens, so that a device has several; of the TPU kernel the smallest that there are, interpreted."""
     monkeypatch.setitem(share.KERNELS, "blockwise", functools.partial(share.KERNELS["blockwise"], block=4))
+    pallas = functools.partial(share.KERNELS["pallas_tpu"], rows=128, keys=128, interpret=True)
+    monkeypatch.setitem(share.KERNELS, "pallas_tpu", pallas)
 
 
-def check(kind, K, algorithm, n, degree, softcap=0.0):
+def check(kind, K, algorithm, n, degree, softcap=0.0, kernel="blockwise"):
     inputs = make_inputs(K)
     expected = run(full.attend, inputs, MASKS[kind], softcap)
-    assert_equal(run(over_devices(algorithm, n, degree), inputs, MASKS[kind], softcap), expected)
+    assert_equal(run(over_devices(algorithm, n, degree, kernel), inputs, MASKS[kind], softcap), expected)
 
 
 @pytest.mark.parametrize("kind, K", list(zip(MASKS, [8, 2, 1, 4, 2])))
@@ -88,6 +90,13 @@ def test_any_number_of_devices_equals_one_for_every_mask_and_grouping(algorithm,
     if algorithm == "hybrid" and n % degree:
         pytest.skip("no such groups")
     check(kind, K, algorithm, n, degree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, K", list(zip(MASKS, [8, 2, 1, 1, 2])))
+@pytest.mark.parametrize("algorithm, n, degree", [("ring", 4, 1), ("ring", 8, 1), ("hybrid", 8, 2)])
+def test_rings_of_the_tpu_kernel_equal_one_device(algorithm, n, degree, kind, K):
+    check(kind, K, algorithm, n, degree, kernel="pallas_tpu")
 
 
 @pytest.mark.parametrize("algorithm, degree", WAYS)
