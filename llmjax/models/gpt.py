@@ -97,10 +97,10 @@ class GPT:
         """Rows of the table. Devices that share sequences look up all tokens of these, each in the columns that it has
         of the table, and then trade columns for tokens: left to itself, XLA makes everything whole in between."""
         layout = self.layout
-        if layout.axis_size("tensor") > 1 and layout.manual:
-            # XLA of jax 0.12 aborts on ids that other devices have, where three axes split the lookup.
+        if layout.manual and layout.axis_size("tensor") > 1:
+            # Each looks up all ids in its columns: XLA of jax 0.12 aborts on ids of others where three axes split it.
             table_VD = layout.constrain(table_VD, None, "mlp")
-        if layout.axis_size("seq") == 1 or layout.manual:
+        if layout.manual or layout.axis_size("seq") == 1:
             return jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
         table_VD = layout.constrain(table_VD, "vocab", "length")
         x_BTD = jnp.take(table_VD, layout.constrain(tokens_BT, "batch", None), axis=0, mode="clip")
