@@ -4,7 +4,7 @@
     python -m llmjax.main --config=configs/llama3_8b_long.py --mode=plan --config.model.offload=residual \
         --config.data.seq_len=25165824 --config.train.tokens_per_update=25165824
 
-As the TPU compiler says, the first needs 92.5 GB of a chip's 102.8 GB, the second 60.7 GB and, for the residuals, 103
+As the TPU compiler says, the first needs 92.6 GB of a chip's 102.8 GB, the second 60.7 GB and, for the residuals, 103
 GB of host memory per chip. A chip of a v5e 16x16 (`--config.plan.topology=v5e:16x16 --config.mesh.seq=256`) takes
 6,291,456 tokens in 13.3 GB, and twice as many with offload.
 """
