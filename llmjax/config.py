@@ -2,6 +2,10 @@
 
 Each section of a config file is one dataclass that lives beside its owner, with the same keys, no more and no fewer: a
 key that nobody reads cannot be set. Nothing after this file sees a ConfigDict.
+
+A config file has every key. The config.json of an older run has none of the keys that are newer than the run: there the
+default of the dataclass is taken, so the default of a new key must keep the meaning of the runs that did not know it.
+What new runs do is said by configs/base.py.
 """
 
 from __future__ import annotations
@@ -67,16 +71,65 @@ class Config:
         }
 
 
+# The keys that every version has written: a saved config without one of them is damaged. All others have a default.
+FIRST_KEYS = {
+    "": "seed",
+    "model": "family num_layers model_dim num_heads num_kv_heads head_dim mlp_dim activation norm norm_eps position "
+    "rope_theta qk_norm use_bias tie_embeddings logit_softcap dropout init_std scan_layers remat attention dtype",
+    "tokenizer": "kind path vocab_size train_bytes character_coverage num_reserved",
+    "data": "sources text_field on_bad_text seq_len held_out_fraction cache_dir num_workers prefetch",
+    "mesh": "data fsdp seq tensor",
+    "train": "num_updates tokens_per_update micro_batch_size accumulation_steps z_loss",
+    "optimizer": "name learning_rate schedule warmup_updates final_lr_fraction decay_fraction beta1 beta2 eps "
+    "weight_decay clip_norm",
+    "evaluate": "every batch_size",
+    "checkpoint": "every keep keep_best",
+    "generate": "max_tokens temperature top_k top_p seed",
+    "plan": "topology",
+}
+
+
 def read(raw: Mapping[str, Any]) -> Config:
-    """The Config of nested mappings (a ConfigDict, or the saved config.json); UserError names the first wrong key."""
+    """The Config of nested mappings that have every key; UserError names the first wrong one."""
     return _read_section(Config, raw, "")
 
 
-def read_optimizer(raw: Mapping[str, Any]) -> OptimizerConfig:
-    """The optimizer of a saved config; keys that it is older than have their defaults."""
-    return _read_section(
-        OptimizerConfig, dataclasses.asdict(OptimizerConfig()) | raw["optimizer"], "optimizer."
-    )
+def complete(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
+    """The saved config of the run in `workdir` with the defaults of the keys that are newer than the run.
+
+    UserError where a key is not known here, as in the run of a newer version, and where one is missing that every
+    version has written.
+    """
+    return _complete_section(Config, saved, "", f"{workdir}/config.json")
+
+
+def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[str, Any]:
+    prefix = f"{section}." if section else ""
+    if not isinstance(saved, Mapping):
+        raise UserError(f"{path} has {section}={saved!r}, which is no section of keys; restore the file")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in saved:
+        if key not in fields:
+            raise UserError(
+                f"{path} has the key {prefix}{key}, which this version of llmjax does not know"
+                f"{did_you_mean(key, fields)}; use the version that wrote it"
+            )
+    hints, values = typing.get_type_hints(cls), {}
+    for key, field in fields.items():
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _complete_section(hints[key], saved.get(key, {}), prefix + key, path)
+        elif key in saved:
+            values[key] = saved[key]
+        elif key in FIRST_KEYS.get(section, "").split():
+            raise UserError(f"{path} lacks the key {prefix}{key}, which every run has; restore the file")
+        else:
+            values[key] = list(field.default) if isinstance(field.default, tuple) else field.default
+    return values
+
+
+def read_optimizer(saved: Mapping[str, Any], workdir: Any) -> OptimizerConfig:
+    """The optimizer of the saved config of the run in `workdir`."""
+    return _read_section(OptimizerConfig, complete(saved, workdir)["optimizer"], "optimizer.")
 
 
 def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
@@ -226,13 +279,13 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
     What only says how the work is cut, how long it goes on, or what is written beside it may change; so may what
     is there to be changed under way: how batch and sequences grow, and what is done about spikes.
     """
-    old, new = _flatten(saved), _flatten(config.to_dict())
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    old, new = _flatten(complete(saved, workdir)), _flatten(config.to_dict())
+    changed = [key for key in sorted(new) if old.get(key) != new[key]]
     changed = [
         key for key in changed if key not in FREE_ON_RESUME and key.split(".")[0] not in FREE_ON_RESUME
     ]
     if changed:
-        text = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in changed)
+        text = ", ".join(f"{key} ({old.get(key)!r} there, {new[key]!r} here)" for key in changed)
         raise UserError(
             f"workdir {workdir} holds a run of another config: {text}; use another --workdir or the old values"
         )
@@ -251,11 +304,12 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
     What does not shape the parameters may differ: how positions turn, what attention sees, how it is computed.
     """
     source = f"the run in checkpoint.init_from={config.checkpoint.init_from!r}"
-    there, here = saved["model"], dataclasses.asdict(config.model)
+    saved, new = complete(saved, config.checkpoint.init_from), config.to_dict()
+    there, here = saved["model"], new["model"]
     for key in here:
-        if key not in FREE_ON_INIT and here[key] != there.get(key, getattr(ModelConfig, key)):
+        if key not in FREE_ON_INIT and here[key] != there[key]:
             raise UserError(
-                f"model.{key}={here[key]!r}, but {source} has {there.get(key)!r}; use that value to begin with its "
+                f"model.{key}={here[key]!r}, but {source} has {there[key]!r}; use that value to begin with its "
                 "parameters"
             )
     length = saved["data"]["seq_len"]
@@ -264,11 +318,11 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
             f"model.position='learned' knows the {length} positions of {source} and no others, not those of "
             f"data.seq_len={config.data.seq_len}; keep {length}, or extend a model of model.position=rope"
         )
-    there, here = saved["tokenizer"], dataclasses.asdict(config.tokenizer)
+    there, here = saved["tokenizer"], new["tokenizer"]
     if there["path"] or here["path"]:
         return
     for key in here:
-        if here[key] != there.get(key, here[key]):
+        if here[key] != there[key]:
             raise UserError(
                 f"tokenizer.{key}={here[key]!r}, but {source} has {there[key]!r}, and its tokenizer is used; "
                 "set the same value"

@@ -39,9 +39,18 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
     if len(rest) > 1:
         raise UserError(f"the argument {rest[1]!r} is not a flag; write --name=value")
     config = load_config(values.config, values.workdir)
+    if values.config is None and not overrides.keys() <= set(_keys(config)):
+        config = _complete(config, values.workdir)
     for key, texts in overrides.items():
         set_key(config, key, texts)
-    return values, config
+    return values, _complete(config, values.workdir) if values.config is None else config
+
+
+def _complete(saved: dict[str, Any], workdir: str) -> dict[str, Any]:
+    """A saved config with the keys that are newer than it. Called late, because the dataclasses bring jax along."""
+    from llmjax.config import complete
+
+    return complete(saved, workdir)
 
 
 def load_config(path: str | None, workdir: str | None) -> dict[str, Any]:
@@ -78,9 +87,7 @@ def load_config(path: str | None, workdir: str | None) -> dict[str, Any]:
 
 def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
     """Sets `key`, section.name, to what `texts` mean as a value of its type: the last of them, of a list all."""
-    keys = [*config]
-    for section, values in config.items():
-        keys += [f"{section}.{name}" for name in values] if isinstance(values, dict) else []
+    keys = _keys(config)
     if key not in keys:
         close = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
         close += difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
@@ -93,6 +100,14 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
             f"--config.{key} is a section; set its keys, such as --config.{key}.{next(iter(values[name]))}"
         )
     values[name] = _value(values[name], key, texts)
+
+
+def _keys(config: dict[str, Any]) -> list[str]:
+    """Of every section and key its whole name."""
+    keys = [*config]
+    for section, values in config.items():
+        keys += [f"{section}.{name}" for name in values] if isinstance(values, dict) else []
+    return keys
 
 
 def _value(old: object, key: str, texts: Sequence[str]) -> object:

@@ -251,7 +251,7 @@ def initial_params(program: Program) -> tuple[int, Params]:
     """Update and parameters of the checkpoint that checkpoint.init_from and checkpoint.init_checkpoint name."""
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
-    trained_with = configs.read_optimizer(saved_config(source))
+    trained_with = configs.read_optimizer(saved_config(source), source)
     if trained_with != config.optimizer:  # which may keep the parameters to go on from in its state
         config = dataclasses.replace(config, optimizer=trained_with)
         program = make_program(

@@ -12,6 +12,10 @@ import pytest
 
 from llmjax import config as configs
 from llmjax.errors import UserError
+from llmjax.flags import parse
+from llmjax.train.controller import ControllerConfig
+from llmjax.train.stability import StabilityConfig
+from llmjax.workdir import write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -191,3 +195,88 @@ def test_a_resumed_run_must_mean_the_same():
         configs.check_resume(saved, check(**free)[0], "runs/base")
     with pytest.raises(UserError, match=r"model.num_layers \(4 there, 8 here\), seed \(0 there, 1 here\)"):
         configs.check_resume(saved, check(model__num_layers=8, seed=1)[0], "runs/base")
+
+
+def saved_keys():
+    return [(section, key) for section, keys in load().items() if isinstance(keys, dict) for key in keys]
+
+
+def saved_run(tmp_path, **changes):
+    saved = check(**changes)[0].to_dict()
+    write_json(tmp_path / "config.json", saved)
+    return saved
+
+
+@pytest.mark.parametrize("section, key", [("", "seed"), *saved_keys()])
+def test_an_older_run_that_lacks_a_key_takes_its_default_or_is_named(section, key, tmp_path):
+    saved = saved_run(tmp_path)
+    asked = configs.read(saved)
+    owner = saved[section] if section else saved
+    del owner[key]
+    name = f"{section}.{key}" if section else key
+    write_json(tmp_path / "config.json", saved)
+    words = ["llmjax", f"--workdir={tmp_path}", "--config.generate.seed=3"]
+    if key in configs.FIRST_KEYS.get(section, "").split():
+        with pytest.raises(UserError, match=rf"config.json lacks the key {re.escape(name)}, .*; restore"):
+            parse(words)
+        with pytest.raises(UserError, match=rf"lacks the key {re.escape(name)},"):
+            configs.check_resume(saved, asked, str(tmp_path))
+        return
+    field = typing.get_type_hints(configs.Config)[section].__dataclass_fields__[key]
+    assert field.default is not dataclasses.MISSING, f"{name} is new and has no default for older runs"
+    completed = configs.read(parse(words)[1])
+    default = dataclasses.replace(getattr(asked, section), **{key: field.default})
+    assert getattr(completed, section) == default
+    # The default is compared, not nothing: the same is no other run, and another value is.
+    expected = dataclasses.replace(asked, **{section: default})
+    configs.check_resume(saved, expected, str(tmp_path))
+    configs.check_init(saved, expected)
+
+
+def test_an_older_run_that_lacks_sections_takes_their_defaults(tmp_path):
+    saved = saved_run(tmp_path)
+    for section in ("controller", "stability"):
+        del saved[section]
+    write_json(tmp_path / "config.json", saved)
+    config = configs.read(parse(["llmjax", f"--workdir={tmp_path}", "--config.controller.k_max=9"])[1])
+    assert config.controller == ControllerConfig(k_max=9) and config.stability == StabilityConfig()
+
+
+def test_a_changed_value_of_a_key_that_the_run_is_older_than_is_named_with_its_default(tmp_path):
+    saved = saved_run(tmp_path)
+    del saved["model"]["window"], saved["optimizer"]["clip"]
+    config = check(model__window=8, optimizer__clip="block")[0]
+    with pytest.raises(UserError, match=r"model.window \(0 there, 8 here\), optimizer.clip \('global' there"):
+        configs.check_resume(saved, config, str(tmp_path))
+    del saved["model"]["attention_sinks"]
+    with pytest.raises(UserError, match=r"model.attention_sinks=True, but .* has False"):
+        configs.check_init(saved, check(model__attention_sinks=True)[0])
+
+
+def test_a_run_of_a_newer_version_is_named_by_its_key(tmp_path):
+    saved = saved_run(tmp_path)
+    saved["model"]["experts"] = 8
+    write_json(tmp_path / "config.json", saved)
+    pattern = (
+        "config.json has the key model.experts, which this version of llmjax does not know.*use the version"
+    )
+    with pytest.raises(UserError, match=pattern):
+        parse(["llmjax", f"--workdir={tmp_path}"])
+    for reader in (
+        lambda: configs.check_resume(saved, check()[0], str(tmp_path)),
+        lambda: configs.check_init(saved, check()[0]),
+        lambda: configs.read_optimizer(saved, tmp_path),
+    ):
+        with pytest.raises(UserError, match="has the key model.experts"):
+            reader()
+    for broken in ({"model": 3}, {"model": None}, {"optimizer": [1]}):
+        with pytest.raises(UserError, match=f"{next(iter(broken))}=.* is no section of keys"):
+            configs.complete({**check()[0].to_dict(), **broken}, tmp_path)
+
+
+def test_a_config_file_still_has_every_key(tmp_path):
+    for section, key in saved_keys():
+        raw = load()
+        del raw[section][key]
+        with pytest.raises(UserError, match=rf"{section}.{key} is missing; start from configs/base.py"):
+            configs.read(raw)

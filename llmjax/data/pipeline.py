@@ -46,11 +46,11 @@ class DataConfig:
     text_field: str
     on_bad_text: str
     seq_len: int
-    length_points: tuple[str, ...]
     held_out_fraction: float
     cache_dir: str
     num_workers: int
     prefetch: int
+    length_points: tuple[str, ...] = ()
 
     def __post_init__(self):
         _require(self.sources, self, "sources", "must name at least one file, directory or glob")

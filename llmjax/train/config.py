@@ -34,14 +34,14 @@ class TrainConfig:
 
     num_updates: int
     tokens_per_update: int
-    batch_schedule: str
-    batch_points: tuple[str, ...]
     micro_batch_size: int
     accumulation_steps: int
-    accumulation: str
-    fused_gather: str
     z_loss: float
-    statistics_every: int
+    batch_schedule: str = "constant"
+    batch_points: tuple[str, ...] = ()
+    accumulation: str = "multisteps"
+    fused_gather: str = "micro_step"
+    statistics_every: int = 0
 
     def __post_init__(self):
         if self.num_updates < 0:
