@@ -13,6 +13,11 @@ import functools
 import glob
 import importlib.util
 import os
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -21,6 +26,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from llmjax.errors import UserError
 
 EXPLICIT = ("LLMJAX_COORDINATOR", "LLMJAX_NUM_PROCESSES", "LLMJAX_PROCESS_ID")
+TIMEOUT = "LLMJAX_TIMEOUT"
+# Seconds that processes wait for each other at the start: those that a person starts, and those of a cluster,
+# whose machines may come up minutes apart.
+EXPLICIT_SECONDS, CLUSTER_SECONDS = 60, 300
+# jax ends the whole process when its own time is over, without a sentence; so it gets this much more than we wait.
+GRACE_SECONDS = 60
 
 
 def initialize() -> None:
@@ -28,16 +39,24 @@ def initialize() -> None:
 
     In this order: LLMJAX_COORDINATOR (host:port of process 0) with LLMJAX_NUM_PROCESSES and
     LLMJAX_PROCESS_ID; a SLURM step of several tasks; a TPU host. Anything else is one process, and nothing
-    happens. Raises UserError where the LLMJAX_ variables are incomplete or contradict each other.
+    happens. Raises UserError where the LLMJAX_ variables are incomplete, malformed or contradict each other. Where
+    the others do not come within LLMJAX_TIMEOUT seconds, the process ends with one sentence and exit code 2.
     """
     if jax.distributed.is_initialized():
         return
     if any(name in os.environ for name in EXPLICIT):
         address, count, index = _explicit()
         if count > 1:
-            jax.distributed.initialize(address, count, index)
+            seconds = _timeout(EXPLICIT_SECONDS)
+            with _patience(seconds, lambda: _who_is_missing(address, count, index, seconds)):
+                jax.distributed.initialize(
+                    address, count, index, initialization_timeout=seconds + GRACE_SECONDS
+                )
     elif _is_slurm_step() or _is_tpu_pod():
-        jax.distributed.initialize()
+        seconds = _timeout(CLUSTER_SECONDS)
+        missing = f"not all processes of this cluster had joined after {seconds} s; start every one of them"
+        with _patience(seconds, lambda: missing):
+            jax.distributed.initialize(initialization_timeout=seconds + GRACE_SECONDS)
     elif _has_tpu():
         # The metadata of a TPU machine says how many hosts there are; a single one need not have any.
         with contextlib.suppress(ValueError):
@@ -49,6 +68,12 @@ def _explicit() -> tuple[str, int, int]:
     if missing:
         raise UserError(f"{missing[0]} is not set; several processes need all of {', '.join(EXPLICIT)}")
     address = os.environ[EXPLICIT[0]]
+    match = re.fullmatch(r"([^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", address)
+    if match is None or not 0 < int(match[2]) < 65536:
+        raise UserError(
+            f"LLMJAX_COORDINATOR={address!r} is not host:port of process 0; give for example localhost:1234, or "
+            "[::1]:1234 for an IPv6 address"
+        )
     numbers = []
     for name in EXPLICIT[1:]:
         if not os.environ[name].isdecimal():
@@ -60,8 +85,60 @@ def _explicit() -> tuple[str, int, int]:
     return address, count, index
 
 
+def _timeout(default: int) -> int:
+    text = os.environ.get(TIMEOUT) or str(default)
+    if not text.isdecimal() or not 0 < int(text) <= 86400:
+        raise UserError(f"{TIMEOUT}={text!r} is not a number of seconds from 1 to 86400; give for example 60")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _patience(seconds: int, sentence: Callable[[], str]) -> Iterator[None]:
+    """Ends the process with `sentence()` and exit code 2 if the block takes longer than `seconds`.
+
+    The block waits in C++, where no exception can reach it.
+    """
+
+    def give_up() -> None:
+        print(f"llmjax: {sentence()}; {TIMEOUT}=SECONDS waits longer", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _who_is_missing(address: str, count: int, index: int, seconds: int) -> str:
+    """Why process `index` is still alone, in words."""
+    if index and not _answers(address):
+        return (
+            f"LLMJAX_COORDINATOR={address!r} has not answered for {seconds} s; start process 0 there, or give "
+            "the host:port at which it listens"
+        )
+    return (
+        f"LLMJAX_NUM_PROCESSES={count}, but not all of them had joined at {address} after {seconds} s; start each "
+        f"LLMJAX_PROCESS_ID from 0 to {count - 1} once"
+    )
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
 def _is_slurm_step() -> bool:
-    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "SLURM_STEP_NODELIST" in os.environ and not tasks.isdecimal():
+        raise UserError(f"SLURM_STEP_NUM_TASKS={tasks!r} is not a number; start the processes with srun")
+    return "SLURM_STEP_NODELIST" in os.environ and int(tasks) > 1
 
 
 def _is_tpu_pod() -> bool:

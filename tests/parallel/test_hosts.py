@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -60,10 +61,16 @@ print("primary" if hosts.is_primary() else "secondary")
 
 @pytest.fixture
 def no_cluster(monkeypatch):
-    for name in (*hosts.EXPLICIT, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES"):
+    for name in (
+        *hosts.EXPLICIT,
+        hosts.TIMEOUT,
+        "SLURM_STEP_NODELIST",
+        "SLURM_STEP_NUM_TASKS",
+        "TPU_WORKER_HOSTNAMES",
+    ):
         monkeypatch.delenv(name, raising=False)
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((*args, kwargs)))
     return calls
 
 
@@ -100,7 +107,11 @@ def test_explicit_variables_start_the_processes_they_name(no_cluster, monkeypatc
     for name, value in zip(hosts.EXPLICIT, ("localhost:1", "2", "1")):
         monkeypatch.setenv(name, value)
     hosts.initialize()
-    assert no_cluster == [("localhost:1", 2, 1)]
+    assert no_cluster == [("localhost:1", 2, 1, {"initialization_timeout": 120})]
+    monkeypatch.setenv("LLMJAX_COORDINATOR", "[::1]:65535")
+    monkeypatch.setenv("LLMJAX_TIMEOUT", "7")
+    hosts.initialize()
+    assert no_cluster[1:] == [("[::1]:65535", 2, 1, {"initialization_timeout": 67})]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +120,26 @@ def test_explicit_variables_start_the_processes_they_name(no_cluster, monkeypatc
         (("localhost:1", "2", ""), "LLMJAX_PROCESS_ID is not set; several processes need all of"),
         (("localhost:1", "two", "0"), "LLMJAX_NUM_PROCESSES='two' is not a number"),
         (("localhost:1", "2", "2"), "LLMJAX_PROCESS_ID=2 is not below LLMJAX_NUM_PROCESSES=2"),
+        (("localhost:1", "0", "0"), "LLMJAX_PROCESS_ID=0 is not below LLMJAX_NUM_PROCESSES=0"),
+        (("localhost:1", "2", "-1"), "LLMJAX_PROCESS_ID='-1' is not a number"),
+        *[
+            (
+                (address, "2", "1"),
+                f"LLMJAX_COORDINATOR={re.escape(repr(address))} is not host:port of process 0",
+            )
+            for address in (
+                "localhost",
+                ":1",
+                "localhost:",
+                "localhost:0",
+                "localhost:65536",
+                "localhost:http",
+                "::1:1234",
+                "[::1]",
+                "http://localhost:1",
+                "a b:1",
+            )
+        ],
     ],
 )
 def test_contradicting_variables_are_refused(no_cluster, monkeypatch, values, message):
@@ -129,22 +160,60 @@ def test_a_cluster_is_joined_only_where_it_has_several_processes(no_cluster, mon
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
     hosts.initialize()
-    assert no_cluster == [(), ()]
+    assert no_cluster == [({"initialization_timeout": 360},)] * 2
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "two")
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS='two' is not a number"):
+        hosts.initialize()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon", "1e9"])
+def test_a_time_to_wait_that_is_none_is_refused(no_cluster, monkeypatch, seconds):
+    for name, value in zip((*hosts.EXPLICIT, hosts.TIMEOUT), ("localhost:1", "2", "1", seconds)):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"LLMJAX_TIMEOUT='{seconds}' is not a number of seconds"):
+        hosts.initialize()
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ("1", "LLMJAX_COORDINATOR='localhost:{port}' has not answered for 1 s; start process 0 there"),
+        (
+            "0",
+            "LLMJAX_NUM_PROCESSES=2, but not all of them had joined at localhost:{port} after 1 s; start each",
+        ),
+    ],
+)
+def test_processes_that_do_not_come_are_missed_in_one_sentence(index, sentence):
+    port = free_port()
+    worker = start_worker(
+        "from llmjax.parallel import hosts; hosts.initialize()", port, index, LLMJAX_TIMEOUT="1"
+    )
+    out = worker.communicate(timeout=60)[0]
+    assert worker.returncode == 2 and out.count("\n") == 1, out
+    assert out.startswith("llmjax: " + sentence.format(port=port)) and "LLMJAX_TIMEOUT=SECONDS" in out
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def start_worker(source, port, index, **environment):
+    """Process `index` of two."""
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    env |= {"LLMJAX_COORDINATOR": f"localhost:{port}", "LLMJAX_NUM_PROCESSES": "2"}
+    env |= {"LLMJAX_PROCESS_ID": str(index), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", source], env=env, **pipes)
 
 
 @pytest.mark.slow
 def test_two_processes_assemble_the_batch_of_one():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     source = WORKER.replace("MESHES", repr(MESHES)).replace("SHAPE", repr(SHAPE))
-    workers = []
-    for process in range(2):
-        env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-        env |= {"LLMJAX_COORDINATOR": f"localhost:{port}", "LLMJAX_NUM_PROCESSES": "2"}
-        env |= {"LLMJAX_PROCESS_ID": str(process), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        workers.append(subprocess.Popen([sys.executable, "-c", source], env=env, **pipes))
+    port = free_port()
+    workers = [start_worker(source, port, index) for index in range(2)]
     outputs = [worker.communicate(timeout=120)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
     assert outputs[0].splitlines()[-1] == "primary" and outputs[1].splitlines()[-1] == "secondary"
