@@ -29,6 +29,7 @@ from llmjax.errors import UserError
 from llmjax.evaluate import probes
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.evaluate.scoring import Probe, Text
+from llmjax.files import write_atomically
 from llmjax.generate.generate import make_generator
 from llmjax.initial import check_initial, with_tokenizer
 from llmjax.parallel import hosts
@@ -46,7 +47,7 @@ from llmjax.train.report import write_report
 from llmjax.train.run import Result, Run
 from llmjax.train.state import TrainState
 from llmjax.types import Batch, Params
-from llmjax.workdir import commands, last_sample, saved_config, write_atomically, write_json, write_samples
+from llmjax.workdir import commands, last_sample, saved_config, write_json, write_samples
 
 SAMPLE_PROMPT = 64  # tokens of a held-out document that the samples of a run continue
 COMPRESSED = 8 * 2**20  # bytes of held-out text that gzip and xz are tried on

@@ -4,7 +4,6 @@ go on from them."""
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -12,14 +11,7 @@ import sys
 from typing import Any
 
 from llmjax.errors import UserError
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces `path` in one step: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+from llmjax.files import write_atomically
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

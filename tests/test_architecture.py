@@ -9,6 +9,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "llmjax"
 # From the ground up. A room may import from itself and from rooms before it.
 ORDER = [
     "errors",
+    "files",
     "types",
     "parallel",
     "ops",
@@ -92,6 +93,24 @@ def test_each_library_is_known_in_its_own_place(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_writer_writes_files(path):
+    """Apart from what grows line by line, and what is filled in a folder that the writer made."""
+    where = str(path.relative_to(PACKAGE))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or where == "files.py":
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        assert name not in ("write_text", "write_bytes", "mkstemp", "mkdtemp", "NamedTemporaryFile"), where
+        if name == "open":
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            assert not any(set(mode) <= set("wbt+") and "w" in mode for mode in modes), where
+            assert (
+                not any(set(mode) <= set("xbt+") and "x" in mode for mode in modes)
+                or where == "data/store.py"
+            )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_each_file_says_what_it_is_for(path):
     if path.name != "__init__.py":
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
@@ -101,6 +120,8 @@ def test_only_numerals_and_types_reach_workers():
     """What tokenizing processes import must not drag jax along."""
     for file in (
         "errors.py",
+        "files.py",
+        "data/checksums.py",
         "data/sources.py",
         "data/tokenizer.py",
         "data/store.py",

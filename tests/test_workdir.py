@@ -7,7 +7,8 @@ import shlex
 import pytest
 
 from llmjax.errors import UserError
-from llmjax.workdir import commands, last_sample, saved_config, write_atomically, write_json, write_samples
+from llmjax.files import write_atomically
+from llmjax.workdir import commands, last_sample, saved_config, write_json, write_samples
 
 
 def test_a_file_is_replaced_whole_and_nothing_stays_beside_it(tmp_path):

@@ -25,15 +25,17 @@ import json
 import math
 import os
 import pathlib
-import shutil
-import tempfile
+from collections.abc import Callable
 
 import numpy as np
 
+from llmjax.data.checksums import DamagedError, report_damage, verify, write_checksums
 from llmjax.errors import UserError
+from llmjax.files import new_folder, write_atomically
 
 FORMAT = 1  # of the saved plan and of the algorithm; part of the fingerprint
 ARRAYS = ("docs", "starts", "lengths", "offsets")
+FILES = ("plan.json", *(f"{name}.npy" for name in ARRAYS))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -254,41 +256,58 @@ def _fingerprint(predictions: np.ndarray, doc_ids: np.ndarray, seq_len: int, see
 
 
 def cached_plan(
-    lengths: np.ndarray, doc_ids: np.ndarray, seq_len: int, seed: int, cache_dir: str | os.PathLike
+    lengths: np.ndarray,
+    doc_ids: np.ndarray,
+    seq_len: int,
+    seed: int,
+    cache_dir: str | os.PathLike,
+    report: Callable[[str], None] = report_damage,
 ) -> PackingPlan:
-    """`plan_packing`, from `cache_dir` if it was made before; the arrays are memory-mapped either way."""
+    """`plan_packing`, from `cache_dir` if it was made before; the arrays are memory-mapped either way.
+
+    One that is damaged is made again, which `report` is told.
+    """
     doc_ids = np.asarray(doc_ids, np.int64)
     predictions = np.asarray(lengths, np.int64)[doc_ids] - 1
     folder = pathlib.Path(cache_dir) / f"plan-{_fingerprint(predictions, doc_ids, seq_len, seed)}"
-    if not folder.is_dir():
-        save_plan(plan_packing(lengths, doc_ids, seq_len, seed), folder)
+    if os.path.lexists(folder):
+        try:
+            return load_plan(folder)
+        except DamagedError as error:
+            report(f"{error.reason}; it is made again")
+    save_plan(plan_packing(lengths, doc_ids, seq_len, seed), folder)
     return load_plan(folder)
 
 
 def save_plan(plan: PackingPlan, folder: str | os.PathLike) -> None:
-    """Writes the plan to a new `folder`, which appears whole or not at all; of two writers the first wins."""
-    folder = pathlib.Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
+    """Writes the plan to a new `folder`, which appears whole or not at all; of two writers the first wins.
+
+    What is there but damaged is replaced.
+    """
+    header = {
+        field.name: getattr(plan, field.name)
+        for field in dataclasses.fields(plan)
+        if field.name not in (*ARRAYS, "folder")
+    }
+    with new_folder(folder, _is_whole) as unfinished:
         for name in ARRAYS:
             np.save(unfinished / f"{name}.npy", getattr(plan, name))
-        header = {
-            field.name: getattr(plan, field.name)
-            for field in dataclasses.fields(plan)
-            if field.name not in (*ARRAYS, "folder")
-        }
-        (unfinished / "plan.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if not folder.is_dir():
-            raise
+        write_atomically(unfinished / "plan.json", json.dumps(header, indent=1) + "\n")
+        write_checksums(unfinished, FILES)
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+    try:
+        load_plan(folder)
+    except DamagedError:
+        return False
+    return True
 
 
 def load_plan(folder: str | os.PathLike) -> PackingPlan:
-    """The plan saved in `folder`, its arrays memory-mapped."""
+    """The plan saved in `folder`, its arrays memory-mapped; `DamagedError` where it is not what was saved."""
     folder = pathlib.Path(folder)
+    verify(folder, FILES, "packing plan")
     header = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS}
     return PackingPlan(**arrays, **header, folder=str(folder))

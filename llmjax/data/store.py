@@ -5,9 +5,11 @@
     lengths.bin  starts.bin   int64 a document: its tokens, and where they start, counted over all shards
     num_bytes.bin  hashes.bin int64 UTF-8 bytes, uint64 hash of the text
     names.txt  name_starts.bin   names one after the other, and where each starts; read on demand
+    blocks.bin                uint32 CRC-32 of each 64 KiB of the token shards, in order, and of names.txt
+    checksums.json            CRC-32 of every other file
 
 A store is built beside its place and renamed into it when every byte is on disk: a half-built one is never
-seen.
+seen. The small files are checked at every opening, tokens and names when they are first read.
 """
 
 from __future__ import annotations
@@ -19,26 +21,35 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from llmjax.data.checksums import (
+    BLOCK_BYTES,
+    CheckedArray,
+    DamagedError,
+    block_checksums,
+    map_file,
+    verify,
+    write_checksums,
+)
 from llmjax.data.encode import Encoded, encode_batches, token_dtype
 from llmjax.data.sources import ReadStats, SourceFile, read_documents
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
+from llmjax.files import new_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_BYTES = 1 << 30
 _COLUMNS = {"lengths": "<i8", "starts": "<i8", "num_bytes": "<i8", "hashes": "<u8", "name_starts": "<i8"}
+# The files that are checked at every opening.
+_WHOLE = ("header.json", "blocks.bin", *(f"{name}.bin" for name in _COLUMNS))
 _BATCH_CHARS = 1 << 18  # what a worker gets at once; a longer document goes alone
 _INLINE_BYTES = 2_000_000  # below this, starting processes costs more than they save
-_STALE_SECONDS = 6 * 3600  # a builder that wrote nothing for so long is dead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +59,7 @@ class StoreHeader:
     num_bytes            UTF-8 bytes of the documents' text: the denominator of bits per byte
     content_fingerprint  SHA-256 over every document's length and tokens, in order
     shard_tokens         tokens in each shard
+    name_bytes           bytes of names.txt
     empty, skipped       documents left out for want of text, and for text that is not UTF-8
     replaced             documents in which U+FFFD stands for what was not UTF-8
     """
@@ -61,6 +73,7 @@ class StoreHeader:
     num_tokens: int
     num_bytes: int
     shard_tokens: tuple[int, ...]
+    name_bytes: int
     empty: int
     skipped: int
     replaced: int
@@ -73,23 +86,36 @@ class Store:
     lengths    int64 [documents], memory-mapped: tokens of each document, bos and eos included
     num_bytes  int64 [documents], memory-mapped: UTF-8 bytes of each document's text
     hashes     uint64 [documents], memory-mapped: hash of each document's text
+    remake     None, or what builds the store again in its place when a damaged block is read
     """
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
+        self.remake: Callable[[DamagedError], None] | None = None
+        self._remaking = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
         self.header = _read_header(self.directory)
         columns = {
-            name: _map(self.directory / f"{name}.bin", dtype, self.header.num_documents)
+            name: map_file(self.directory / f"{name}.bin", dtype, self.header.num_documents)
             for name, dtype in _COLUMNS.items()
         }
         self.lengths, self.num_bytes = columns["lengths"], columns["num_bytes"]
         self.hashes = columns["hashes"]
         self._starts, self._name_starts = columns["starts"], columns["name_starts"]
-        self._shards = [
-            _map(self.directory / _shard_name(i), self.header.dtype, count)
-            for i, count in enumerate(self.header.shard_tokens)
-        ]
         self._shard_starts = [0, *itertools.accumulate(self.header.shard_tokens)][:-1]
+        parts = [
+            (_shard_name(i), self.header.dtype, count) for i, count in enumerate(self.header.shard_tokens)
+        ]
+        parts.append(("names.txt", "u1", self.header.name_bytes))
+        sums, checked = np.fromfile(self.directory / "blocks.bin", "<u4"), []
+        for name, dtype, count in parts:
+            blocks = -(-count * np.dtype(dtype).itemsize // BLOCK_BYTES)
+            what = f"store {str(self.directory)!r}"
+            checked.append(CheckedArray(self.directory / name, dtype, count, sums[:blocks], what))
+            sums = sums[blocks:]
+        *self._shards, self._names = checked
 
     def __len__(self) -> int:
         return self.header.num_documents
@@ -103,17 +129,42 @@ class Store:
         first = int(self._starts[document])
         shard = bisect.bisect_right(self._shard_starts, first) - 1
         first -= self._shard_starts[shard]
-        return self._shards[shard][first + start : first + stop]
+        part = self._shards[shard]
+        try:
+            return part.view(first + start, first + stop)
+        except DamagedError as error:
+            self._make_again(error, part)
+        return self.tokens(document, start, stop)
 
     def name(self, document: int) -> str:
         """Where the document came from, for example `json/decoder.py` or `poems.jsonl#17`."""
         document = range(len(self))[document]
-        start = int(self._name_starts[document])
-        stop = int(self._name_starts[document + 1]) if document + 1 < len(self) else None
-        with open(self.directory / "names.txt", "rb") as names:
-            names.seek(start)
-            line = names.read(-1 if stop is None else stop - start)
+        stops = self._name_starts[document + 1 : document + 2].tolist() or [self.header.name_bytes]
+        part = self._names
+        try:
+            line = part.view(int(self._name_starts[document]), stops[0]).tobytes()
+        except DamagedError as error:
+            self._make_again(error, part)
+            return self.name(document)
         return line.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+
+    def check_all(self) -> None:
+        """Raises `DamagedError` where any token or name is not what was written."""
+        for part in (*self._shards, self._names):
+            part.check_all()
+
+    def _make_again(self, error: DamagedError, part: CheckedArray) -> None:
+        """Has the store built again, once, in the middle of a run; its documents must come out the same."""
+        with self._remaking:
+            if not any(part is current for current in (*self._shards, self._names)):
+                return  # another thread read the same damage a moment ago
+            if self.remake is None:
+                raise error
+            remake, self.remake, before = self.remake, None, self.header
+            remake(error)
+            self._open()
+            if self.header != before:
+                raise UserError(f"{error.reason}, and data.sources hold other documents by now: start again.")
 
     def is_held_out(self, held_out_fraction: float) -> np.ndarray:
         """bool [documents]: hash / 2**64 < fraction. Equal texts share a side, and adding text moves none."""
@@ -166,12 +217,10 @@ def build_store(
     kill, `directory` is as it was. Builders of the same directory do not disturb each other.
     """
     directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(directory)
     total = sum(file.size for file in files)
     stats = ReadStats()
-    partial = Path(tempfile.mkdtemp(prefix=f"{directory.name}.building-", dir=directory.parent))
-    try:
+    header: list[StoreHeader] = []
+    with new_folder(directory, lambda there: _is_whole(there, header[0])) as partial:
         with _Writer(partial, token_dtype(tokenizer.vocab_size), shard_bytes) as writer:
             batches = _read_batches(files, text_field, on_bad_text, stats)
             workers = num_workers if total >= _INLINE_BYTES else 1
@@ -184,10 +233,8 @@ def build_store(
                 f"data.sources hold no document with text ({len(files)} files, {stats.empty} "
                 f"documents empty, {stats.skipped} skipped): name sources with text."
             )
-        _write_header(partial, writer.header(tokenizer, stats))
-        _put_in_place(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        header.append(writer.header(tokenizer, stats))
+        _write_header(partial, header[0])
     if progress is not None:
         progress(total, total)
     return open_store(directory, tokenizer)
@@ -216,13 +263,7 @@ class _Writer:
 
     def _create(self, name: str) -> IO[bytes]:
         file = open(self._directory / name, "xb")  # noqa: SIM115 - closed by the exit stack
-
-        def close():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-
-        self._files.callback(close)
+        self._files.callback(file.close)
         return file
 
     def add(self, names: Sequence[str], encoded: Encoded) -> None:
@@ -268,6 +309,7 @@ class _Writer:
             num_tokens=self._num_tokens,
             num_bytes=self._num_bytes,
             shard_tokens=tuple(self._shard_tokens),
+            name_bytes=self._name_bytes,
             empty=stats.empty,
             skipped=stats.skipped,
             replaced=stats.replaced,
@@ -294,80 +336,47 @@ def _read_batches(
 
 
 def _read_header(directory: Path) -> StoreHeader:
-    """The header, after checking that every file it speaks of has its size."""
-    path = directory / "header.json"
+    """The header, after checking that every file it speaks of has its size, and every small one its checksum."""
+    what = f"store {str(directory)!r}"
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads((directory / "header.json").read_bytes())
         version = fields["format_version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"store {str(directory)!r} has no readable header.json: build it again.") from None
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise DamagedError(f"{what} has no readable header.json", "build it again") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"store {str(directory)!r} has format {version}, not {FORMAT_VERSION}: rebuild it.")
+        raise DamagedError(f"{what} has format {version}, not {FORMAT_VERSION}", "rebuild it")
+    verify(directory, ["header.json"], "store")
     header = StoreHeader(**{**fields, "shard_tokens": tuple(fields["shard_tokens"])})
     sizes = {f"{name}.bin": header.num_documents * np.dtype(kind).itemsize for name, kind in _COLUMNS.items()}
     sizes |= {_shard_name(i): n * np.dtype(header.dtype).itemsize for i, n in enumerate(header.shard_tokens)}
+    sizes |= {"names.txt": header.name_bytes}
     for name, size in sizes.items():
-        found = (directory / name).stat().st_size if (directory / name).exists() else 0
+        found = (directory / name).stat().st_size if (directory / name).is_file() else 0
         if found != size:
-            raise UserError(
-                f"store {str(directory)!r} is damaged ({name} has {found} bytes, not {size}): build it again."
-            )
+            raise DamagedError(f"{what} is damaged ({name} has {found} bytes, not {size})", "build it again")
+    verify(directory, _WHOLE, "store")
     return header
 
 
 def _write_header(directory: Path, header: StoreHeader) -> None:
     with open(directory / "header.json", "x") as file:
         json.dump(dataclasses.asdict(header), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_directory(directory)
+    shards = [_shard_name(i) for i in range(len(header.shard_tokens))]
+    blocks = [block_checksums(directory / name) for name in (*shards, "names.txt")]
+    np.concatenate(blocks).tofile(directory / "blocks.bin")
+    write_checksums(directory, _WHOLE)
 
 
-def _put_in_place(partial: Path, directory: Path) -> None:
-    """Renames a finished store into place. What is there is moved aside first, and deleted last."""
-    partial.chmod(0o755)
+def _is_whole(directory: Path, header: StoreHeader) -> bool:
+    """Whether `directory` holds, without any damage, a store with this header."""
     try:
-        os.replace(partial, directory)
-    except OSError:
-        if _is_same(partial, directory):
-            return  # another builder was faster, and may be reading it by now
-        aside = Path(tempfile.mkdtemp(prefix=f"{directory.name}.building-", dir=directory.parent))
-        with contextlib.suppress(FileNotFoundError):  # another builder did the same a moment ago
-            os.replace(directory, aside)
-        with contextlib.suppress(OSError):  # another builder was faster: its store is as good
-            os.replace(partial, directory)
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync_directory(directory.parent)
-
-
-def _is_same(partial: Path, directory: Path) -> bool:
-    """Whether `directory` holds, whole, what was just built beside it."""
-    try:
-        return _read_header(partial) == _read_header(directory)
+        there = Store(directory)
+        there.check_all()
     except UserError:
         return False
-
-
-def _remove_stale(directory: Path) -> None:
-    """Deletes what killed builders left behind, known by nothing having been written for hours."""
-    for partial in directory.parent.glob(f"{directory.name}.building-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - max(p.stat().st_mtime for p in [partial, *partial.iterdir()]) > _STALE_SECONDS:
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    with contextlib.suppress(OSError):  # some filesystems cannot, and some systems have no such handle
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _map(path: Path, dtype: str, count: int) -> np.ndarray:
-    """A read-only array over the file; a plain ndarray, because slicing np.memmap costs microseconds."""
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(count,))).view(np.ndarray)
+    return there.header == header
 
 
 def _shard_name(i: int) -> str:

@@ -27,7 +27,9 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
+from llmjax.data.checksums import DamagedError
 from llmjax.errors import UserError
+from llmjax.files import write_atomically
 
 TRAINER_VERSION = f"1 {sentencepiece.__version__}"  # raise the 1 when the same text would give another model
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
@@ -39,6 +41,8 @@ _MODEL_FILE, _META_FILE = "tokenizer.model", "tokenizer.json"
 _UNIGRAM_BYTES = (
     4_000_000  # its time grows faster than the text: 12 MB take 5 times as long, for no better model
 )
+# What to do about a saved tokenizer that nothing can make again.
+_RESTORE = "restore it from a copy, or name another in tokenizer.path"
 _MIN_LOG_LEVEL = 3  # fatal only
 
 
@@ -174,8 +178,8 @@ class SentencePieceTokenizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         meta = {"kind": "sentencepiece", "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
-        _write(Path(directory), _MODEL_FILE, self._model)
-        _write(Path(directory), _META_FILE, json.dumps(meta, indent=2).encode())
+        write_atomically(Path(directory) / _MODEL_FILE, self._model)
+        write_atomically(Path(directory) / _META_FILE, json.dumps(meta, indent=2))
 
     def __reduce__(self):
         return SentencePieceTokenizer, (self._model,)
@@ -209,8 +213,8 @@ class ByteTokenizer:
         return bytes((i,)) if i >= 0 else b""
 
     def save(self, directory: str | os.PathLike) -> None:
-        meta = {"kind": "byte", "num_reserved": self._num_reserved}
-        _write(Path(directory), _META_FILE, json.dumps(meta, indent=2).encode())
+        meta = {"kind": "byte", "num_reserved": self._num_reserved, "fingerprint": self.fingerprint}
+        write_atomically(Path(directory) / _META_FILE, json.dumps(meta, indent=2))
 
     def __reduce__(self):
         return ByteTokenizer, (self._num_reserved,)
@@ -267,24 +271,49 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Reads a directory written by `save`, or a SentencePiece .model file made by anyone."""
+    """Reads a directory written by `save`, or a SentencePiece .model file made by anyone.
+
+    Raises `DamagedError` where it is neither, or not what was saved.
+    """
     path = Path(path).expanduser()
-    meta = path / _META_FILE
-    if path.is_dir() and meta.is_file():
-        saved = json.loads(meta.read_text())
-        if saved["kind"] == "byte":
-            return ByteTokenizer(saved["num_reserved"])
-    file = path / _MODEL_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(
-            f"tokenizer.path = {str(path)!r} is no tokenizer: name a SentencePiece .model file "
-            "or a directory that holds tokenizer.model."
-        )
+    saved = _read_meta(path / _META_FILE) if os.path.lexists(path / _META_FILE) else {}
+    if saved.get("kind") == "byte":
+        tokenizer: Tokenizer = ByteTokenizer(saved["num_reserved"])
+    else:
+        tokenizer = _read_model(path / _MODEL_FILE if path.is_dir() else path, saved.get("fingerprint"))
+    if saved and saved.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise DamagedError(f"tokenizer {str(path)!r} is damaged (it is not what was saved there)", _RESTORE)
+    return tokenizer
+
+
+def _read_meta(path: Path) -> dict:
+    """What `save` wrote beside the model."""
     try:
-        return SentencePieceTokenizer(file.read_bytes())
-    except (RuntimeError, OSError):
-        raise UserError(
-            f"tokenizer.path = {str(file)!r} cannot be read as a SentencePiece model: name another file."
+        saved = json.loads(path.read_bytes())
+        if saved["kind"] == "sentencepiece" or (
+            saved["kind"] == "byte" and 0 <= saved["num_reserved"] < 1 << 31
+        ):
+            return saved
+    except (IsADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise DamagedError(f"tokenizer {str(path.parent)!r} is damaged (no readable {path.name})", _RESTORE)
+
+
+def _read_model(path: Path, fingerprint: str | None) -> SentencePieceTokenizer:
+    """The model in a file; one that is not what was saved is not even parsed."""
+    if not path.is_file():
+        raise DamagedError(
+            f"tokenizer.path = {str(path)!r} is no tokenizer",
+            "name a SentencePiece .model file or a directory that holds tokenizer.model",
+        )
+    model = path.read_bytes()
+    if fingerprint not in (None, hashlib.sha256(model).hexdigest()):
+        raise DamagedError(f"tokenizer {str(path)!r} is damaged (it is not what was saved there)", _RESTORE)
+    try:
+        return SentencePieceTokenizer(model)
+    except (RuntimeError, ValueError):
+        raise DamagedError(
+            f"tokenizer.path = {str(path)!r} cannot be read as a SentencePiece model", "name another file"
         ) from None
 
 
@@ -417,10 +446,3 @@ def _id_list(ids: Iterable[int], vocab_size: int) -> list[int]:
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         raise IndexError(f"token ids must lie in [0, {vocab_size}): got {ids.min()} to {ids.max()}")
     return ids.tolist()
-
-
-def _write(directory: Path, name: str, data: bytes) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{name}.{os.getpid()}"
-    partial.write_bytes(data)
-    os.replace(partial, directory / name)

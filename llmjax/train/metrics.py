@@ -36,6 +36,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from llmjax.files import write_atomically
 from llmjax.parallel import hosts
 from llmjax.train.progress import Progress
 from llmjax.train.records import read_line
@@ -172,9 +173,4 @@ def truncate(path: Path, update: int, keep_rewinds: bool = False) -> None:
     new = b"".join(line + b"\n" for line, values in parsed if values is not None and stays(values))
     if new == old:
         return
-    temporary = path.with_suffix(".jsonl.tmp")
-    with temporary.open("wb") as file:
-        file.write(new)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, new)

@@ -8,12 +8,12 @@ content security policy forbids the rest. Without JavaScript only the read-out u
 import dataclasses
 import html
 import json
-import os
 import pathlib
 import re
 
 import numpy as np
 
+from llmjax.files import write_atomically
 from llmjax.train import chart_axes, charts, curves, markdown, probe_charts, records
 
 CANONICAL = ("loss", "perplexity", "bits per byte")  # results that the last evaluation gives more exactly
@@ -43,9 +43,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """
     path = pathlib.Path(workdir) / "report.html"
     page = make_page(read_run(pathlib.Path(workdir)))
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, page)
     return path
 
 
