@@ -25,6 +25,7 @@ from llmjax.evaluate.probes import PROBES
 from llmjax.generate.generate import GenerateConfig
 from llmjax.nn.choice import choose_sharing
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.position import POSITIONS
 from llmjax.parallel.mesh import MeshConfig, mesh_shape
 from llmjax.train.batch import BatchArithmetic, make_batch_schedule, resolve_batch
 from llmjax.train.checkpoint import CheckpointConfig
@@ -256,10 +257,10 @@ def _check_probes(config: Config) -> None:
             f"evaluate.probes={probes} need held-out documents but data.held_out_fraction=0 leaves none; "
             "raise it, or set evaluate.probes to ()"
         )
-    if config.model.position == "learned" and max(lengths, default=0) > T:
+    if POSITIONS[config.model.position].table and max(lengths, default=0) > T:
         raise UserError(
-            f"evaluate.probe_lengths has {max(lengths)}, but model.position='learned' has positions for "
-            f"data.seq_len={T} tokens only; use at most {T}"
+            f"evaluate.probe_lengths has {max(lengths)}, but model.position={config.model.position!r} has positions "
+            f"for data.seq_len={T} tokens only; use at most {T}"
         )
 
 
@@ -313,10 +314,10 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
                 "parameters"
             )
     length = saved["data"]["seq_len"]
-    if config.model.position == "learned" and config.data.seq_len != length:
+    if POSITIONS[config.model.position].table and config.data.seq_len != length:
         raise UserError(
-            f"model.position='learned' knows the {length} positions of {source} and no others, not those of "
-            f"data.seq_len={config.data.seq_len}; keep {length}, or extend a model of model.position=rope"
+            f"model.position={config.model.position!r} knows the {length} positions of {source} and no others, not "
+            f"those of data.seq_len={config.data.seq_len}; keep {length}, or extend a model of model.position=rope"
         )
     there, here = saved["tokenizer"], new["tokenizer"]
     if there["path"] or here["path"]:

@@ -32,6 +32,7 @@ from llmjax.evaluate.scoring import Probe, Text
 from llmjax.files import write_atomically
 from llmjax.generate.generate import make_generator
 from llmjax.initial import check_initial, with_tokenizer
+from llmjax.nn.position import POSITIONS
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
 from llmjax.parallel.host_memory import has_accelerator, keep_freed_memory
@@ -391,7 +392,7 @@ def generator(
 ) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list]]:
     """Sampling with the config's settings; ids that stand for no text, other than the end, are never drawn."""
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
-    learned = program.config.model.position == "learned"
+    learned = POSITIONS[program.config.model.position].table
     return make_generator(
         program.model,
         program.config.generate,

@@ -10,12 +10,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llmjax.errors import choose
 from llmjax.models.contract import box_axes, unbox
 from llmjax.nn.cache import Cache, append_tokens, make_cache
 from llmjax.nn.config import ModelConfig, layer_windows
 from llmjax.nn.layers import Norm, matrix
+from llmjax.nn.position import POSITIONS
 from llmjax.nn.stack import Block, decode_stack, init_stack, measure_stack, run_stack
 from llmjax.ops import rope
+from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import Mask, self_mask
 from llmjax.ops.dropout import dropout, token_keys
@@ -35,7 +38,7 @@ class Embedding(nn.Module):
     def __call__(self) -> None:
         c, D = self.config, self.config.model_dim
         matrix(self, "embedding_VD", (self.vocab_size, D), ("vocab", "embed"), c.init_std)
-        if c.position == "learned":
+        if POSITIONS[c.position].table:
             matrix(self, "positions_TD", (self.max_positions, D), (None, "embed"), c.init_std)
         if not c.tie_embeddings:
             matrix(self, "unembedding_VD", (self.vocab_size, D), ("vocab", "embed"), c.init_std)
@@ -88,7 +91,7 @@ class GPT:
 
     def _turn(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         c = self.config
-        if c.position != "rope":
+        if not POSITIONS[c.position].turns:
             return None
         scaling = c.rope_scaling, c.rope_factor, c.rope_original_len
         return rope.rotation(positions_BT, c.head_dim, c.rope_theta, *scaling)
@@ -109,10 +112,8 @@ class GPT:
     def _embed(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         c, tables = self.config, params["embedding"]
         x_BTD = self._look_up(tables["embedding_VD"], tokens_BT)
-        if c.position == "learned":
-            x_BTD = x_BTD + jnp.take(tables["positions_TD"], positions_BT, axis=0, mode="clip")
-        elif c.position == "sinusoidal":
-            x_BTD = x_BTD * c.model_dim**0.5 + rope.sinusoid(positions_BT, c.model_dim)
+        positions = choose(POSITIONS, "model.position", c.position)
+        x_BTD = positions.add(x_BTD, positions_BT, tables["positions_TD"] if positions.table else None)
         return self.layout.constrain(x_BTD.astype(c.dtype), "batch", "length", None)
 
     def _mask(self, batch: Batch) -> Mask:
@@ -191,7 +192,7 @@ class GPT:
         layer has its window at most; lookups are free."""
         c = self.config
         attention = c.model_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-        mlp = c.model_dim * c.mlp_dim * (3 if c.activation == "swiglu" else 2)
+        mlp = c.model_dim * c.mlp_dim * (ACTIVATIONS[c.activation].projections + 1)
         weights = c.num_layers * (attention + mlp) + self.vocab_size * c.model_dim
         keys = sum(min(attended, window or attended) for window in layer_windows(c))
         return 6.0 * weights + 12.0 * c.num_heads * c.head_dim * keys

@@ -5,24 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.nn.config import ModelConfig
-from llmjax.ops.attention.share import Sharing
+from llmjax.ops.attention.share import ATTENTION, Sharing
 from llmjax.parallel.mesh import MeshConfig
 
 
 def choose_kernel(model: ModelConfig, platform: str) -> tuple[str, str]:
     """The kernel that model.attention asks for on `platform` (cpu, gpu, tpu), and why."""
-    name, own = model.attention, {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(platform)
-    if name == "auto":
-        return own or "blockwise", f"the kernel for a {platform.upper()}"
-    if name == "pallas":
-        if own is None:
-            raise UserError(
-                f"model.attention='pallas' needs a GPU or a TPU, not a {platform.upper()}; use auto or blockwise"
-            )
-        name = own
-    return name, "as model.attention says"
+    kernels = choose(ATTENTION, "model.attention", model.attention)
+    kernel = kernels.get(platform, kernels.get(""))
+    if kernel is None:
+        platforms = " or a ".join(name.upper() for name in kernels)
+        others = " or ".join(
+            name for name, of in ATTENTION.items() if (platform in of or "" in of) and name != "full"
+        )
+        raise UserError(
+            f"model.attention={model.attention!r} needs a {platforms}, not a {platform.upper()}; use {others}"
+        )
+    return (
+        kernel,
+        f"the kernel for a {platform.upper()}" if model.attention == "auto" else "as model.attention says",
+    )
 
 
 def choose_sharing(
@@ -54,19 +58,24 @@ def choose_sharing(
             f"model.attention='full' needs all keys at once, which mesh.seq_attention={name!r} brings in parts; use "
             "gather or ulysses, or another model.attention"
         )
-    if name == "ulysses":
-        if N % n:
-            raise UserError(
-                f"mesh.seq_attention='ulysses' cannot deal {N} query heads a device (model.num_heads / mesh.tensor) to "
-                f"mesh.seq={n} devices; use ring or hybrid, or change one of them"
-            )
-        return Sharing(name, "seq", n, n, others), why
-    if name == "hybrid":
-        return Sharing(name, "seq", n, _hybrid_degree(degree, N, dealt, n), others), why
-    return Sharing(name, "seq", n, 1, others), why
+    traded = choose(TRADED, "mesh.seq_attention", name)(degree, N, dealt, n)
+    return Sharing(name, "seq", n, traded, others), why
 
 
-def _hybrid_degree(degree: int, N: int, dealt: int, n: int) -> int:
+def _none(degree: int, N: int, dealt: int, n: int) -> int:
+    return 1
+
+
+def _all(degree: int, N: int, dealt: int, n: int) -> int:
+    if N % n:
+        raise UserError(
+            f"mesh.seq_attention='ulysses' cannot deal {N} query heads a device (model.num_heads / mesh.tensor) to "
+            f"mesh.seq={n} devices; use ring or hybrid, or change one of them"
+        )
+    return n
+
+
+def _some(degree: int, N: int, dealt: int, n: int) -> int:
     possible = [u for u in range(2, n) if n % u == 0 and N % u == 0]
     if not possible or (degree and degree not in possible):
         hint = f"use one of {', '.join(map(str, possible))}" if possible else "use ring or ulysses"
@@ -75,3 +84,8 @@ def _hybrid_degree(degree: int, N: int, dealt: int, n: int) -> int:
             f"(model.num_heads / mesh.tensor) in groups of the mesh.seq={n} devices; {hint}"
         )
     return degree or max((u for u in possible if dealt % u == 0), default=possible[-1])
+
+
+# How many of the n devices trade heads, by the algorithms of `ops.attention.share`: (mesh.ulysses, query heads of a
+# device, how many devices its key/value heads can be dealt to, n).
+TRADED = {"gather": _none, "ring": _none, "ulysses": _all, "hybrid": _some}

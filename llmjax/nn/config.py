@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 
-from llmjax.errors import UserError
-from llmjax.ops.rope import ORIGINAL_LEN, SCALINGS
+from llmjax.errors import UserError, choose
+from llmjax.nn.position import POSITIONS
+from llmjax.nn.remat import OFFLOADS, REMATS
+from llmjax.ops.activation import ACTIVATIONS
+from llmjax.ops.attention.share import ATTENTION
+from llmjax.ops.norm import NORMS
+from llmjax.ops.rope import SCALINGS
 
+# The tables that say what each name means; those of `family` and `dtype` lie with their readers, build.py and jax.
 CHOICES = {
     "family": ("gpt",),
-    "activation": ("swiglu", "gelu", "relu2"),
-    "norm": ("rmsnorm", "layernorm"),
-    "position": ("rope", "learned", "sinusoidal"),
+    "activation": ACTIVATIONS,
+    "norm": NORMS,
+    "position": POSITIONS,
     "rope_scaling": SCALINGS,
-    "remat": ("none", "dots", "attention", "full"),
-    "attention": ("auto", "full", "blockwise", "pallas"),
+    "remat": REMATS,
+    "attention": ATTENTION,
     "dtype": ("float32", "bfloat16"),
 }
-
-OFFLOAD = ("residual", "attention")  # what the backward pass may have from the host's memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +65,7 @@ class ModelConfig:
 def resolve(config: ModelConfig) -> ModelConfig:
     """`config` with derived sizes filled in; UserError where a rule is broken."""
     for key, choices in CHOICES.items():
-        value = getattr(config, key)
-        if value not in choices:
-            raise UserError(f"model.{key}={value!r} is not known; use one of {', '.join(choices)}")
+        choose(dict.fromkeys(choices), f"model.{key}", getattr(config, key))
     for key in ("num_layers", "model_dim", "num_heads"):
         if getattr(config, key) < 1:
             raise UserError(f"model.{key}={getattr(config, key)} must be at least 1")
@@ -97,21 +99,19 @@ def resolve(config: ModelConfig) -> ModelConfig:
             "change one of them or set model.head_dim"
         )
     head_dim = config.head_dim or config.model_dim // config.num_heads
-    if config.position == "rope" and head_dim % 2:
+    mlp_dim = config.mlp_dim or ACTIVATIONS[config.activation].width(config.model_dim)
+    config = dataclasses.replace(config, num_kv_heads=kv_heads, head_dim=head_dim, mlp_dim=mlp_dim)
+    even = POSITIONS[config.position].even
+    if even and getattr(config, even) % 2:
         raise UserError(
-            f"model.head_dim={head_dim} must be even for model.position='rope'; change the head width"
+            f"model.{even}={getattr(config, even)} must be even for model.position={config.position!r}; "
+            f"change it or the position"
         )
-    if config.position == "sinusoidal" and config.model_dim % 2:
-        raise UserError(f"model.model_dim={config.model_dim} must be even for model.position='sinusoidal'")
-    if config.activation == "swiglu":
-        mlp_dim = config.mlp_dim or -(-config.model_dim * 8 // 3 // 64) * 64
-    else:
-        mlp_dim = config.mlp_dim or 4 * config.model_dim
-    return dataclasses.replace(config, num_kv_heads=kv_heads, head_dim=head_dim, mlp_dim=mlp_dim)
+    return config
 
 
 def _check_rope_scaling(config: ModelConfig) -> None:
-    scaling = config.rope_scaling
+    scaling, reads_length = config.rope_scaling, SCALINGS[config.rope_scaling].reads_length
     if scaling == "none":
         for key, default in (("rope_factor", 1.0), ("rope_original_len", 0)):
             if getattr(config, key) != default:
@@ -120,7 +120,7 @@ def _check_rope_scaling(config: ModelConfig) -> None:
                     f"set model.rope_scaling or leave it at {default}"
                 )
         return
-    if config.position != "rope":
+    if not POSITIONS[config.position].turns:
         raise UserError(
             f"model.rope_scaling={scaling!r} needs model.position='rope', not {config.position!r}; change one of them"
         )
@@ -128,8 +128,8 @@ def _check_rope_scaling(config: ModelConfig) -> None:
         raise UserError(
             f"model.rope_factor={config.rope_factor} must be at least 1, new length / original length"
         )
-    if (scaling in ORIGINAL_LEN) != (config.rope_original_len > 0):
-        rule = "needs" if scaling in ORIGINAL_LEN else "does not read"
+    if reads_length != (config.rope_original_len > 0):
+        rule = "needs" if reads_length else "does not read"
         raise UserError(
             f"model.rope_scaling={scaling!r} {rule} model.rope_original_len, which is {config.rope_original_len}; "
             f"set it to {'the T that the model was trained at' if rule == 'needs' else '0'}"
@@ -137,14 +137,13 @@ def _check_rope_scaling(config: ModelConfig) -> None:
 
 
 def _check_offload(config: ModelConfig) -> None:
-    possible = {"attention": ("residual", "attention"), "full": ("residual",)}.get(config.remat, ())
     for name in config.offload:
-        if name not in OFFLOAD:
+        if name not in OFFLOADS:
             raise UserError(
-                f"model.offload has {name!r}, which is not known; use some of {', '.join(OFFLOAD)}"
+                f"model.offload has {name!r}, which is not known; use some of {', '.join(OFFLOADS)}"
             )
-        if name not in possible:
-            allowed = "attention" if name == "attention" else "attention or full"
+        if name not in REMATS[config.remat].offloads:
+            allowed = " or ".join(remat for remat, facts in REMATS.items() if name in facts.offloads)
             raise UserError(
                 f"model.offload has {name!r}, which model.remat={config.remat!r} does not keep; "
                 f"use model.remat={allowed}"

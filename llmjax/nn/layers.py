@@ -6,7 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llmjax.errors import choose
 from llmjax.nn.config import ModelConfig
+from llmjax.ops.activation import ACTIVATIONS
+from llmjax.ops.norm import NORMS
 from llmjax.parallel.rules import Layout
 
 
@@ -49,7 +52,7 @@ def product(x_BTX: jax.Array, w_XY: jax.Array, layout: Layout) -> jax.Array:
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension, computed in float32."""
+    """A normalisation of `ops.norm.NORMS` over the last dimension, computed in float32, and its parameters."""
 
     kind: str
     eps: float
@@ -57,19 +60,17 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        normalize = choose(NORMS, "model.norm", self.kind)
+        y = normalize(x.astype(jnp.float32), self.eps)
         shape = (1,) * (x.ndim - 1) + (x.shape[-1],)
         y = y * vector(self, "scale", shape[-1:], (None,), 1.0).reshape(shape)
-        if self.kind == "layernorm" and self.use_bias:
+        if normalize.has_bias and self.use_bias:
             y = y + vector(self, "bias", shape[-1:], (None,), 0.0).reshape(shape)
         return y.astype(x.dtype)
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward: SwiGLU (Shazeer 2020), GELU, or squared ReLU (So et al. 2021).
+    """Position-wise feed-forward, with an activation of `ops.activation.ACTIVATIONS`.
 
     All weights are stored [D, F], the last one too: of the two operands of its gradient, XLA on CPU then transposes the
     narrow one.
@@ -81,19 +82,18 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
+        activation = choose(ACTIVATIONS, "model.activation", c.activation)
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
         w_up_DF = matrix(self, "w_up_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
         w_down_DF = matrix(self, "w_down_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), out_std, c.dtype)
         up_BTF = product(x_BTD, w_up_DF, self.layout)
         if c.use_bias:
             up_BTF = add_bias(up_BTF, vector(self, "up_bias", (c.mlp_dim,), ("mlp",), 0.0))
-        if c.activation == "swiglu":
+        if activation.gated:
             w_gate_DF = matrix(self, "w_gate_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
-            h_BTF = jax.nn.silu(product(x_BTD, w_gate_DF, self.layout)) * up_BTF
-        elif c.activation == "gelu":
-            h_BTF = jax.nn.gelu(up_BTF)
+            h_BTF = activation.function(product(x_BTD, w_gate_DF, self.layout)) * up_BTF
         else:
-            h_BTF = jnp.square(jax.nn.relu(up_BTF))
+            h_BTF = activation.function(up_BTF)
         h_BTF = self.layout.constrain(h_BTF, "batch", "length", "mlp")
         out_BTD = product(h_BTF, w_down_DF.T, self.layout)
         if c.use_bias:

@@ -20,14 +20,12 @@ from llmjax.nn.attention import Attention, KeyValue, on_each_device
 from llmjax.nn.cache import write
 from llmjax.nn.config import ModelConfig, layer_windows
 from llmjax.nn.layers import MLP, Norm
+from llmjax.nn.remat import RESIDUAL, remat
 from llmjax.nn.tile import by_tiles, inner_layout
-from llmjax.ops.attention.kernel import SAVED
 from llmjax.ops.attention.mask import Mask
 from llmjax.ops.dropout import dropout
 from llmjax.parallel.rules import Layout
 from llmjax.types import Params
-
-RESIDUAL = "residual"  # the name of a layer's input, for remat and offload
 
 
 class BlockOutput(NamedTuple):
@@ -127,7 +125,7 @@ def run_stack(
                 return _tiled_layer(block, layer_params, specs, x_BTD, turn, near, keys_BT, i)
             return block.apply({"params": layer_params}, x_BTD, turn, near, keys_BT, i).x_BTD
 
-        return remat(layer, c)(x_BTD, *scanned), None
+        return remat(layer, c.remat, c.offload)(x_BTD, *scanned), None
 
     if c.scan_layers:
         return _scan_layers(c, body, x_BTD, (params, jnp.arange(c.num_layers)))[0]
@@ -135,28 +133,6 @@ def run_stack(
     for i, window in enumerate(layer_windows(c)):
         x_BTD, _ = body(x_BTD, (layers[i], i), window)
     return x_BTD
-
-
-def remat(layer: Callable[..., jax.Array], config: ModelConfig) -> Callable[..., jax.Array]:
-    """`layer` whose backward pass does again what `model.remat` does not keep, and has what `model.offload` names
-    from the host's memory."""
-    policies, offload = jax.checkpoint_policies, config.offload
-    if config.remat == "none":
-        return layer
-    if config.remat == "dots":
-        return jax.checkpoint(layer, policy=policies.dots_with_no_batch_dims_saveable)
-    kept = SAVED if config.remat == "attention" else ()
-    if not kept and not offload:
-        return jax.checkpoint(layer)
-    away = {"residual": (RESIDUAL,), "attention": SAVED}
-    moved = [name for key in offload for name in away[key]]
-    policy = policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[name for name in kept if name not in moved],
-        names_which_can_be_offloaded=moved,
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
-    return jax.checkpoint(layer, policy=policy)
 
 
 def _tiled_layer(

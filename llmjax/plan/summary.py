@@ -6,11 +6,14 @@ import math
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmjax.build import Corpus, Program
 from llmjax.data.store import StoreHeader
 from llmjax.data.tokenizer import TokenizerConfig
+from llmjax.nn.remat import Widths, kept_width
+from llmjax.ops.activation import ACTIVATIONS
 
 
 def tree_bytes_per_device(tree: object) -> int:
@@ -35,20 +38,14 @@ def activation_bytes(program: Program) -> int:
     c, batch, mesh = program.config.model, program.batch, program.mesh.shape
     tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
     queries, keys = (heads * c.head_dim / mesh["tensor"] for heads in (c.num_heads, c.num_kv_heads))
-    hidden, gates = c.mlp_dim / mesh["tensor"], 2 if c.activation == "swiglu" else 1
+    hidden, projections = c.mlp_dim / mesh["tensor"], ACTIVATIONS[c.activation].projections
     at_once = min(1.0, c.tile / tokens) if c.tile else 1.0
-    layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * gates) * hidden * at_once
+    layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * projections) * hidden * at_once
     if program.attention["kernel"][0] == "full":
         layer += 2 * batch.seq_len * c.num_heads / mesh["tensor"]
-    dots = 2 * c.model_dim + queries + 2 * keys + gates * hidden
-    kept = {
-        "none": c.num_layers * layer,
-        "dots": c.num_layers * dots + layer,
-        "attention": c.num_layers * (c.model_dim + queries) + layer,
-        "full": c.num_layers * c.model_dim + layer,
-    }[c.remat]
-    kept -= c.num_layers * sum({"residual": c.model_dim, "attention": queries}[name] for name in c.offload)
-    return int(tokens * kept * (2 if c.dtype == "bfloat16" else 4))
+    products = 2 * c.model_dim + queries + 2 * keys + projections * hidden
+    widths = Widths(c.model_dim, queries, products, layer)
+    return int(tokens * kept_width(c.remat, c.offload, widths, c.num_layers) * jnp.dtype(c.dtype).itemsize)
 
 
 def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int = 0) -> dict[str, str]:

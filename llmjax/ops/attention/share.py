@@ -9,12 +9,13 @@ hybrid   ulysses among neighbours, a ring of such groups around it (USP: Fang an
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llmjax.errors import choose
 from llmjax.ops.attention import full, kernel, ring, ulysses
 from llmjax.ops.attention.blockwise import Blockwise
 from llmjax.ops.attention.kernel import Kernel
@@ -29,7 +30,14 @@ KERNELS: dict[str, Callable[[float], Kernel]] = {
     "pallas_gpu": PallasGPU,
     "pallas_tpu": PallasTPU,
 }
-ALGORITHMS = ("gather", "ring", "ulysses", "hybrid")
+OWN = {"cpu": "blockwise", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # platform -> the kernel made for it
+# model.attention -> the kernel on each platform; "" stands for every other platform.
+ATTENTION: dict[str, dict[str, str]] = {
+    "auto": OWN,
+    "full": {"": "full"},
+    "blockwise": {"": "blockwise"},
+    "pallas": {platform: name for platform, name in OWN.items() if name.startswith("pallas")},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +61,8 @@ class Sharing:
 
     def describe(self) -> str:
         """The algorithm in words."""
-        hybrid = f"hybrid, a ring of {self.chunks} groups of {self.ulysses}"
-        return hybrid if self.algorithm == "hybrid" else self.algorithm
+        groups = f", a ring of {self.chunks} groups of {self.ulysses}"
+        return self.algorithm + groups * (1 < self.ulysses < self.size)
 
 
 def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
@@ -64,7 +72,9 @@ def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
     sharing      None: all tokens lie on this device. Otherwise q, k and v are this device's part, within
                  `jax.shard_map`, while `mask` is always that of the whole sequence
     """
-    make_kernel = None if kernel_name == "full" else KERNELS[kernel_name]
+    if kernel_name != "full":
+        choose(KERNELS, "kernel", kernel_name)
+    bring = None if sharing is None else choose(ALGORITHMS, "mesh.seq_attention", sharing.algorithm)
 
     def attend(
         q_BTNH: jax.Array,
@@ -76,26 +86,41 @@ def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
         sinks_N: jax.Array | None = None,
     ) -> jax.Array:
         def alone(q, k, v, mask, sinks_N):
-            if make_kernel is None:
+            if kernel_name == "full":
                 return full.attend(q, k, v, mask, softcap=softcap, sinks_N=sinks_N)
-            return kernel.attend(make_kernel(softcap), q, k, v, mask, sinks_N)
+            return kernel.attend(KERNELS[kernel_name](softcap), q, k, v, mask, sinks_N)
+
+        def around(*arrays):
+            devices = ring.Ring(sharing.axis, sharing.chunks, sharing.ulysses, sharing.others)
+            return ring.attend(KERNELS[kernel_name](softcap), devices, *arrays)
 
         arrays = q_BTNH, k_BSKH, v_BSKH, mask, sinks_N
-        if sharing is None:
-            return alone(*arrays)
-        if sharing.algorithm == "gather":
-            return gather(alone, sharing.axis, *arrays)
-        inner = alone
-        if sharing.chunks > 1:
-            devices = ring.Ring(sharing.axis, sharing.chunks, sharing.ulysses, sharing.others)
-            inner = functools.partial(ring.attend, make_kernel(softcap), devices)
-        if sharing.ulysses > 1:
-            inner = functools.partial(
-                ulysses.attend, inner, ulysses.Groups(sharing.axis, sharing.ulysses, sharing.chunks)
-            )
-        return inner(*arrays)
+        return alone(*arrays) if bring is None else bring(sharing, alone, around, *arrays)
 
     return attend
+
+
+# What brings a device's queries to all keys: (sharing, attend where all keys lie here, attend around the ring, arrays).
+Inner = Callable[..., jax.Array]
+
+
+def _gather(sharing: Sharing, alone: Inner, around: Inner, *arrays: Any) -> jax.Array:
+    return gather(alone, sharing.axis, *arrays)
+
+
+def _ring(sharing: Sharing, alone: Inner, around: Inner, *arrays: Any) -> jax.Array:
+    return around(*arrays)
+
+
+def _ulysses(sharing: Sharing, alone: Inner, around: Inner, *arrays: Any) -> jax.Array:
+    return ulysses.attend(alone, ulysses.Groups(sharing.axis, sharing.ulysses, 1), *arrays)
+
+
+def _hybrid(sharing: Sharing, alone: Inner, around: Inner, *arrays: Any) -> jax.Array:
+    return ulysses.attend(around, ulysses.Groups(sharing.axis, sharing.ulysses, sharing.chunks), *arrays)
+
+
+ALGORITHMS = {"gather": _gather, "ring": _ring, "ulysses": _ulysses, "hybrid": _hybrid}
 
 
 def gather(
