@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.errors import choose
+from llmjax.ops.phase import cos_sin
 
 SINUSOID_THETA = 10000.0  # Vaswani et al. 2017
 
@@ -108,12 +109,13 @@ def rotation(
     factor: float = 1.0,
     original_len: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """cos, sin, each float32 [B, T, 1, H/2], of the angles position * frequency. Shared by all layers."""
+    """cos, sin, each float32 [B, T, 1, H/2], of the angles position * frequency. Shared by all layers.
+
+    Exact to float32 at every position below 2^31 (`ops.phase`).
+    """
     per_position, magnitude = frequencies(head_dim, theta, scaling, factor, original_len)
-    angles = (
-        positions_BT[:, :, None, None].astype(jnp.float32) * per_position.astype(np.float32)[None, None, None]
-    )
-    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+    cos, sin = cos_sin(positions_BT[:, :, None], per_position)
+    return cos * magnitude, sin * magnitude
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -124,7 +126,10 @@ def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def sinusoid(positions_BT: jax.Array, dim: int) -> jax.Array:
-    """Fixed sinusoidal positions, float32 [B, T, D] (Vaswani et al. 2017, section 3.5; halves, not interleaved)."""
+    """Fixed sinusoidal positions, float32 [B, T, D] (Vaswani et al. 2017, section 3.5; halves, not interleaved).
+
+    Exact to float32 at every position below 2^31 (`ops.phase`).
+    """
     per_position = Rotary(dim, SINUSOID_THETA, 1.0, 0).frequencies
-    angles = positions_BT[:, :, None].astype(jnp.float32) * per_position.astype(np.float32)[None, None]
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    cos, sin = cos_sin(positions_BT, per_position)
+    return jnp.concatenate([sin, cos], axis=-1)

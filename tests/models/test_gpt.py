@@ -10,6 +10,7 @@ import pytest
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.ops.rope import SCALINGS
 from llmjax.types import Batch
 
 V, T = 61, 24
@@ -142,6 +143,31 @@ def test_cached_decode_equals_the_full_pass(variant):
         tokens = batch.tokens[np.arange(2), at][:, None]
         logits, cache = decode(gpt, params, tokens, cache)
         np.testing.assert_allclose(logits[:, 0], expected[np.arange(2), at], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_logits_depend_on_distances_and_not_on_where_the_text_begins(scaling):
+    """Training, prefill and decoding at 131 thousand, a million, ... positions, up to the last that int32 has."""
+    length = {"rope_original_len": 8} if SCALINGS[scaling].reads_length else {}
+    factor = {"rope_factor": 4.0} if scaling != "none" else {}
+    gpt = make_gpt(dataclasses.replace(TINY, rope_scaling=scaling, window=9, **length, **factor))
+    params, batch = init(gpt), packed_batch([[T]])
+    tokens = jnp.asarray(batch.tokens)
+
+    def at(start):
+        trained = logits_of(
+            gpt, params, dataclasses.replace(batch, positions=batch.positions + np.int32(start))
+        )
+        cache = gpt.make_cache(1, T)
+        cache = dataclasses.replace(cache, next_position_B=cache.next_position_B + np.int32(start))
+        prefilled, cache = decode(gpt, params, tokens[:, :-1], cache)
+        decoded, _ = decode(gpt, params, tokens[:, -1:], cache)
+        return trained, prefilled, decoded
+
+    near = at(0)
+    for start in (131_072, 2**20, 2**22, 2**24, 2**31 - T):
+        for here, there in zip(near, at(start), strict=True):
+            np.testing.assert_allclose(there, here, rtol=2e-5, atol=2e-5)
 
 
 def test_no_gradient_crosses_documents():

@@ -99,3 +99,17 @@ def test_no_order_hides_a_block_that_is_seen(causal, window):
         segments, positions = (x[:, order] for x in packed([13, 1, 20, 9], 48))
         may, do = block_pairs(segments, positions, 4, causal, window)
         assert not (do & ~may).any()
+
+
+@pytest.mark.parametrize("causal, window", KINDS)
+def test_the_mask_is_the_same_at_the_last_positions_there_are(causal, window):
+    """2^31 - 1 is the last position; one more would be the first of all."""
+    masks = []
+    for start in (0, 2**31 - 1 - POSITIONS.max()):
+        positions = jnp.asarray(POSITIONS + start, jnp.int32)
+        mask = self_mask(jnp.asarray(SEGMENTS), positions, causal=causal, window=window)
+        q, k = (span_of(x.reshape(2, *cut), positions.reshape(2, *cut))
+                for x, cut in ((jnp.asarray(SEGMENTS), (4, 1, 2)), (jnp.asarray(SEGMENTS), (1, 4, 2))))  # fmt: skip
+        masks.append((mask.dense_BTS(), mask.may_see(q, k), mask.sees_all(q, k)))
+    for near, far in zip(*masks, strict=True):
+        np.testing.assert_array_equal(near, far)

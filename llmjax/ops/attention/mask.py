@@ -38,6 +38,8 @@ class Mask:
     q_positions_BT, k_positions_BS  int32; position within the document
     causal    keys at later positions are hidden
     window    only keys less than `window` positions off are visible; 0 means no window
+
+    Positions are never added to, only taken from: a sum would overflow close to 2^31.
     """
 
     q_segments_BT: jax.Array
@@ -57,7 +59,7 @@ class Mask:
         if self.window:
             visible &= k_positions > q_positions - self.window
             if not self.causal:
-                visible &= k_positions < q_positions + self.window
+                visible &= k_positions - self.window < q_positions
         return visible
 
     def dense_BTS(self) -> jax.Array:
@@ -78,7 +80,7 @@ class Mask:
             reach = self.window - 1
             may &= _up_to(q.first_segment, q.first_position - reach, k.last_segment, k.last_position)
             if not self.causal:
-                may &= _up_to(k.first_segment, k.first_position, q.last_segment, q.last_position + reach)
+                may &= _up_to(k.first_segment, k.first_position - reach, q.last_segment, q.last_position)
         return may
 
     def sees_all(self, q: Span, k: Span) -> jax.Array:
@@ -90,7 +92,7 @@ class Mask:
         if self.window:
             sees &= k.first_position > q.last_position - self.window
             if not self.causal:
-                sees &= k.last_position < q.first_position + self.window
+                sees &= k.last_position - self.window < q.first_position
         return sees
 
     def part(self, q_start: jax.Array | int, T: int, k_start: jax.Array | int, S: int) -> Mask:
