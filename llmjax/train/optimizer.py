@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -270,6 +271,34 @@ def _scale_by_adam(hyper: Hyperparameters, eps: float) -> optax.GradientTransfor
     return optax.GradientTransformation(init, update)
 
 
+def _follow_decay(
+    inner: optax.GradientTransformation, decay: Array | float, unit: float
+) -> optax.GradientTransformation:
+    """Makes optax's `inner`, which corrects the bias of its moment by 1 - decay ** count, right for a changing decay.
+
+    `decay` belongs to this update and `unit` to an update of train.tokens_per_update tokens; both are 0 or more and
+    below 1. The state keeps as its `count`, float32, which power of `unit` is the product of all decays so far.
+    `inner` is shown which power of `decay` that is. Where the decay never changes, both are exactly the number of
+    updates.
+    """
+
+    def log(x: Array | float) -> Array:
+        # The power of a very large update may round to 0, of which there is no logarithm.
+        return jnp.log(jnp.maximum(jnp.asarray(x, jnp.float32), jnp.finfo(jnp.float32).tiny))
+
+    def init(params: Params) -> OptState:
+        state = inner.init(params)
+        return state._replace(count=jnp.asarray(state.count, jnp.float32))
+
+    def update(grads: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
+        power = jnp.where(jnp.asarray(decay, jnp.float32) == np.float32(unit), 1.0, log(decay) / log(unit))
+        count = state.count + power
+        updates, new_state = inner.update(grads, state._replace(count=count / power - 1.0), params)
+        return updates, new_state._replace(count=count)
+
+    return optax.GradientTransformation(init, update)
+
+
 def _decay_and_scale(hyper: Hyperparameters) -> tuple[optax.GradientTransformation, ...]:
     return (
         optax.add_decayed_weights(hyper.weight_decay, decay_mask),
@@ -319,6 +348,7 @@ def _muon(config: OptimizerConfig, hyper: Hyperparameters) -> optax.GradientTran
         return jax.tree.map(scale, updates, dimensions(updates))
 
     orthogonalize = optax.contrib.scale_by_muon(beta=hyper.momentum, weight_dimension_numbers=dimensions)
+    orthogonalize = _follow_decay(orthogonalize, hyper.momentum, MUON_MOMENTUM)
     matrices = optax.chain(orthogonalize, optax.stateless(match_rms), *_decay_and_scale(hyper))
     return optax.partition({"muon": matrices, "adamw": _adamw(config, hyper)}, labels)
 
@@ -330,6 +360,7 @@ def _schedule_free_adamw(config: OptimizerConfig, hyper: Hyperparameters) -> opt
     lies from x, beta1, never changes: x is computed back from y.
     """
     rms = optax.scale_by_rms(hyper.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
+    rms = _follow_decay(rms, hyper.beta2, config.beta2)
     inner = optax.chain(rms, *_decay_and_scale(hyper))
     # A function, since optax wants its square, which weighs an iterate in the average, in the state's dtype.
     return optax.contrib.schedule_free(inner, lambda count: hyper.learning_rate, b1=config.beta1)

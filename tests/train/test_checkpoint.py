@@ -142,6 +142,19 @@ def test_what_differs_is_refused_by_name(tmp_path):
             checkpoints.save(1, state, {})
 
 
+def test_a_count_of_whole_updates_comes_back_as_the_number_it_was(tmp_path):
+    """Older versions counted the updates of moments in int32, and nothing else is converted."""
+    state = make_state(3)
+    newer = dataclasses.replace(state, opt_state=(state.opt_state[0]._replace(count=jnp.float32(3.0)), ()))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state, {})
+        restored, _ = checkpoints.restore(abstract(newer))
+        assert restored.opt_state[0].count.dtype == jnp.float32 and restored.opt_state[0].count == 3.0
+        checkpoints.save(4, newer, {})
+        with pytest.raises(UserError, match="opt_state/0/count with dtype float32"):
+            checkpoints.restore(abstract(state))
+
+
 def test_nothing_to_restore_is_said(tmp_path):
     with (
         Checkpoints(tmp_path / "none", read_only=True) as checkpoints,

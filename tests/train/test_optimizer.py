@@ -153,18 +153,86 @@ def test_what_is_constant_in_tokens_forgets_as_much_in_one_large_update_as_in_ma
     np.testing.assert_allclose((unit.beta2, unit.weight_decay), (0.95, 0.1), rtol=1e-12)
 
 
-def test_adam_corrects_its_bias_also_where_betas_change():
-    optimizer, params = make_optimizer(config(constant_in="tokens"), 100), {"w_DF": jnp.zeros((2, 2))}
+GROWING = (0.25, 4.0, 1.0, 16.0, 1e4, 1.0)  # sizes of updates, of which betas are powers
+
+
+def hadamard(letters):
+    """A gradient of -3 and 3 whose singular values are all the same: its sign and its direction are one matrix."""
+    two = np.array([[1.0, 1.0], [1.0, -1.0]])
+    return {f"w_{letters}": jnp.asarray(-3.0 * np.kron(two, two), jnp.float32)}
+
+
+def whole_step(hypers):
+    return 1.0
+
+
+def momentum_so_far(hypers):
+    """Adafactor's momentum begins at zero, and as Zhai et al. (2022) use it nothing corrects that."""
+    return 1.0 - math.prod(hyper.beta1 for hyper in hypers)
+
+
+def between_iterate_and_mean(hypers):
+    """Schedule-free's iterate z moves by whole steps; y, which is returned, is 0.9 of the mean of all z and 0.1 z."""
+    z = np.arange(1, len(hypers) + 1)
+    means = np.cumsum(z) / z
+    return 0.9 * np.diff(means, prepend=0.0)[-1] + 0.1
+
+
+STEPS_OF_THEORY = {  # of a constant gradient, in learning rates and in the direction of its sign
+    "adamw": whole_step,
+    "lion": whole_step,
+    "adafactor": momentum_so_far,
+    "muon": whole_step,
+    "schedule_free_adamw": between_iterate_and_mean,
+}
+
+
+@pytest.mark.parametrize("letters", ["DF", "VD"])  # a matrix of the inside, and an embedding
+@pytest.mark.parametrize("name", NAMES)
+def test_a_constant_gradient_gives_the_step_of_theory_also_where_betas_change(name, letters):
+    optimizer, grads = make_optimizer(config(name, constant_in="tokens"), 100), hadamard(letters)
+    params, hypers = jax.tree.map(jnp.zeros_like, grads), []
     state, update = optimizer.init(params), jax.jit(optimizer.update)
-    for size in (
-        0.25,
-        4.0,
-        1.0,
-        16.0,
-    ):  # of a constant gradient both corrected moments are the gradient itself
-        hyper = optimizer.hyperparameters(50.0, size)
-        changes, state = update({"w_DF": jnp.full((2, 2), -3.0)}, state, params, hyper)
-        np.testing.assert_allclose(changes["w_DF"], 0.01, rtol=1e-6)
+    scale = 1.0
+    for size in GROWING:
+        hypers.append(optimizer.hyperparameters(50.0, size))
+        changes, state = update(grads, state, params, hypers[-1])
+        params = optax.apply_updates(params, changes)
+        expected = -0.01 * STEPS_OF_THEORY[name](hypers) * np.sign(grads[f"w_{letters}"])
+        if name == "muon" and letters == "DF":
+            # Newton and Schulz's iteration brings equal singular values near 1, and all to the same number.
+            if len(hypers) == 1:
+                scale = float(jnp.abs(changes["w_DF"]).mean()) / 0.01
+                assert (
+                    0.2 * 0.6 < scale < 0.2 * 1.3
+                )  # an orthogonal matrix here has elements of 1/2, times 0.2 sqrt(4)
+            expected = scale * expected
+        np.testing.assert_allclose(changes[f"w_{letters}"], expected, rtol=1e-5, err_msg=f"size {size}")
+
+
+@pytest.mark.parametrize("constant_in", ["updates", "tokens"])
+def test_muons_direction_weighs_gradients_as_its_betas_say(constant_in):
+    """Nesterov's momentum with the bias corrected (Dozat 2016), the next beta taken to be that of this update."""
+    optimizer = make_optimizer(config("muon", constant_in=constant_in), 100)
+    rng, shape = np.random.default_rng(3), (8, 8)
+    params = {"w_DF": jnp.zeros(shape)}
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    mu, weight = np.zeros(shape), 0.0
+    for size in GROWING:
+        grad, hyper = rng.normal(size=shape), optimizer.hyperparameters(50.0, size)
+        beta = hyper.momentum
+        mu, weight = beta * mu + (1 - beta) * grad, beta * weight + (1 - beta)
+        direction = beta * mu / (beta * weight + 1 - beta) + (1 - beta) * grad / weight
+        changes, state = update({"w_DF": jnp.asarray(grad, jnp.float32)}, state, params, hyper)
+        x = direction / np.linalg.norm(direction)
+        for _ in range(5):
+            square = x @ x.T
+            x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+        expected = -0.01 * 0.2 * math.sqrt(8) * x
+        angle = (
+            np.sum(changes["w_DF"] * expected) / np.linalg.norm(changes["w_DF"]) / np.linalg.norm(expected)
+        )
+        assert angle > math.cos(math.radians(0.05)), (size, math.degrees(math.acos(angle)))
 
 
 @pytest.mark.parametrize("name", NAMES)
