@@ -6,6 +6,9 @@ their leaf, `params/embed/table`, so that a checkpoint depends on names and not 
 restored in part and onto any mesh. Saves are asynchronous: the device is read before `save` returns, so
 donating the state afterwards is safe, but a save that nobody waits for at exit is lost. A process that dies
 in a save, or while it deletes an old checkpoint, leaves only whole ones. This file alone knows orbax.
+
+What is found out about a checkpoint after it was saved, such as its held-out loss, is amended to its meta: see
+`retention.py`, which also says what is kept.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
+from llmjax.train.retention import Facts, best_of, kept, read_amended, write_amended
 from llmjax.types import Params
 
 DELETED = "deleted"  # a folder beside the checkpoints
@@ -77,12 +81,14 @@ class Checkpoints:
         self.directory = str(directory) if "://" in str(directory) else os.path.abspath(directory)
         if absl.logging.get_verbosity() > absl.logging.WARNING:  # at INFO a save prints some seventy lines
             absl.logging.set_verbosity(absl.logging.WARNING)
-        self._losses: dict[int, float] = {}
+        self._facts: dict[int, Facts] = {}
+        self._saved_here: set[int] = set()
+        self._unwritten: dict[int, dict] = {}  # what is to be amended once the checkpoint is written
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
-            preservation_policy=_Preserve(self.config, self._losses),
+            preservation_policy=_Preserve(self.config, self._facts),
             # Deleted where it is, a checkpoint would for a moment be one that lacks files.
             todelete_subdir=None if read_only else DELETED,
         )
@@ -91,7 +97,7 @@ class Checkpoints:
         self._sweep()
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         for update in self.updates():
-            self._remember(update, self.read_meta(update).get("held_out_loss"))
+            self._facts[update] = Facts.of(self.read_meta(update))
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -99,19 +105,32 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, update: int, state: Any, meta: dict, *, held_out_loss: float | None = None) -> bool:
+    def save(
+        self,
+        update: int,
+        state: Any,
+        meta: dict,
+        *,
+        held_out_loss: float | None = None,
+        spare: bool = False,
+    ) -> bool:
         """Starts writing `state` and `meta` (JSON) as the checkpoint of `update`; False if it exists.
 
-        `held_out_loss` ranks it among the others; a checkpoint without one is never the best.
+        `held_out_loss` ranks it among the others; a checkpoint without one is never the best. A `spare` one is
+        kept while it is the newest or the best, until `amend` says that it is no longer spare.
         """
         self.wait()
+        if update in self.updates() and self._finite_loss(update) is False:
+            self._delete(update)
         if update in self.updates():
             return False
         newest = self.latest()
         if newest is not None and update < newest:
             raise ValueError(f"update {update} is older than checkpoint {newest} in {self.directory}")
-        self._remember(update, held_out_loss)
-        meta = {**meta, "held_out_loss": self._losses.get(update)}
+        loss = held_out_loss if held_out_loss is not None and math.isfinite(held_out_loss) else None
+        meta = {**meta, "held_out_loss": loss} | ({"spare": True} if spare else {})
+        self._facts[update] = Facts.of(meta)
+        self._saved_here.add(update)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_to_tree(state)), meta=ocp.args.JsonSave(meta))
         if not self._manager.save(update, args=items, force=True):
             raise RuntimeError(f"the checkpoint of update {update} was not saved in {self.directory}")
@@ -134,21 +153,40 @@ class Checkpoints:
         return params, self.read_meta(update)
 
     def read_meta(self, update: int | None = None) -> dict:
-        """What was saved beside the arrays of `update` (default: the latest)."""
+        """What was saved beside the arrays of `update` (default: the latest), and what was amended since."""
         update = self._existing(update)
-        return self._manager.restore(update, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = self._manager.restore(update, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return meta | read_amended(self.directory, update) | self._unwritten.get(update, {})
+
+    def amend(self, update: int, **values: Any) -> None:
+        """Adds `values`, which JSON holds, to the meta of a checkpoint; nothing happens where there is none.
+
+        They are on disk at once where the checkpoint is, and otherwise when the next `wait` or `close` returns.
+        """
+        if update not in self.updates():
+            return
+        self._facts[update] = self._facts.get(update, Facts()).amended(values)
+        self._unwritten[update] = self._unwritten.get(update, {}) | values
+        if not self._manager.is_saving_in_progress():
+            self._write_amended()
 
     def updates(self) -> list[int]:
         """The updates that have a checkpoint, ascending, with the one being written."""
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The newest checkpoint's update, or None."""
-        return max(self.updates(), default=None)
+        """The newest checkpoint's update, or None; those that are known to give no finite loss do not count."""
+        return max(
+            (update for update in self.updates() if self._finite_loss(update) is not False), default=None
+        )
+
+    def latest_good(self) -> int | None:
+        """The newest update with whose parameters a finite loss has been seen since, or None."""
+        return max((update for update in self.updates() if self._finite_loss(update) is True), default=None)
 
     def best(self) -> int | None:
         """The update with the lowest held-out loss of those that were evaluated, or None."""
-        return _best(self.updates(), self._losses)
+        return best_of(self.updates(), self._facts)
 
     def would_be_best(self, held_out_loss: float) -> bool:
         """Whether a checkpoint with this loss would be the new best, and is to be kept as such."""
@@ -156,16 +194,35 @@ class Checkpoints:
         return (
             self.config.keep_best
             and math.isfinite(held_out_loss)
-            and (best is None or held_out_loss < self._losses[best])
+            and (best is None or held_out_loss < self._facts[best].held_out_loss)
         )
+
+    def give_up_after(self, update: int | None) -> None:
+        """Gives up the checkpoints after `update` (None: all of them), which give no finite loss.
+
+        Those that were saved here are deleted; others stay, but are never the latest or the best again.
+        """
+        self.wait()
+        for later in self.updates():
+            if (update is None or later > update) and self._finite_loss(later) is not True:
+                if later in self._saved_here:
+                    self._delete(later)
+                else:
+                    self.amend(later, finite_loss=False)
+        self._sweep()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more; raises what went wrong in writing."""
         self._manager.wait_until_finished()
+        self._write_amended()
+        if not self._read_only:
+            for update in set(self.updates()) - kept(self.updates(), self._facts, self.config):
+                self._delete(update)
         self._sweep()
 
     def close(self) -> None:
         """Waits and lets go of the directory."""
+        self.wait()
         self._manager.close()
         self._sweep()
 
@@ -178,8 +235,14 @@ class Checkpoints:
         found = self.updates()
         if not found:
             raise UserError(f"there is no checkpoint in {self.directory}; train there first")
-        if update is None:
-            return found[-1]
+        if update is None and self._facts:
+            update = self.latest()
+            if update is None:
+                text = ", ".join(map(str, found))
+                raise UserError(
+                    f"no checkpoint in {self.directory} has shown a finite loss; train again with a lower "
+                    f"optimizer.learning_rate, or name one of {text}"
+                )
         if update not in found:
             text = ", ".join(map(str, found))
             raise UserError(
@@ -187,9 +250,21 @@ class Checkpoints:
             )
         return update
 
-    def _remember(self, update: int, loss: float | None) -> None:
-        if loss is not None and math.isfinite(loss):
-            self._losses[update] = loss
+    def _finite_loss(self, update: int) -> bool | None:
+        return self._facts[update].finite_loss if update in self._facts else None
+
+    def _delete(self, update: int) -> None:
+        self._manager.delete(update)
+        self._facts.pop(update, None)
+
+    def _write_amended(self) -> None:
+        """Writes what is to be amended; not to be called while a checkpoint is being written."""
+        unwritten, self._unwritten = self._unwritten, {}
+        if self._read_only or not hosts.is_primary():
+            return
+        for update, values in unwritten.items():
+            if update in self.updates():
+                write_amended(self.directory, update, values)
 
     def _restore(self, update: int, abstract: Any, only: tuple[str, ...] = ()) -> Any:
         self.wait()  # for the one being written, should it be the one asked for
@@ -213,23 +288,16 @@ class Checkpoints:
 
 
 class _Preserve(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the newest checkpoints and the best; `losses` is shared with `Checkpoints` and grows."""
+    """What orbax is not to delete; `facts` is shared with `Checkpoints` and grows."""
 
-    def __init__(self, config: CheckpointConfig, losses: dict[int, float]):
+    def __init__(self, config: CheckpointConfig, facts: dict[int, Facts]):
         self._config = config
-        self._losses = losses
+        self._facts = facts
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         updates = [checkpoint.step for checkpoint in checkpoints]
-        keep = set(sorted(updates)[-self._config.keep :])
-        if self._config.keep_best:
-            keep.add(_best(updates, self._losses))
-        return [update in keep for update in updates]
-
-
-def _best(updates: list[int], losses: dict[int, float]) -> int | None:
-    """The update of lowest loss, the earliest of equals."""
-    return min((update for update in sorted(updates) if update in losses), key=losses.get, default=None)
+        stay = kept(updates, self._facts, self._config)
+        return [update in stay for update in updates]
 
 
 def _paths(tree: Any) -> list[tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 Everything is dispatched asynchronously. The metrics of an update are fetched only when the next one has been
 dispatched, so the device always has work. The loop drains before it evaluates or saves, so the metrics file
-holds every line that belongs to a checkpoint.
+holds every line that belongs to a checkpoint. What is done between two updates is in `upkeep.py`.
 
 A run is at a `Position`. A loop started from a restored state and its position goes on bit for bit like one
 that never stopped, also in the middle of an update: batches follow from the cursor, randomness from the
@@ -26,16 +26,15 @@ from llmjax.train.clock import Clock
 from llmjax.train.metrics import Recorder
 from llmjax.train.position import OpenWindow, Position
 from llmjax.train.run import Result, Run, State
-from llmjax.train.signals import StopRequest
+from llmjax.train.signals import Stopped, StopRequest
 from llmjax.train.stability import Spike
-from llmjax.train.steering import Decision
+from llmjax.train.steering import Decision, Measured
 from llmjax.train.tally import MicroMetrics, guiltiest, mean_metrics, measure, micro_metrics, total
+from llmjax.train.upkeep import FollowUpFailed, TrainingFailed, Upkeep
+
+__all__ = ["FollowUpFailed", "TrainingFailed", "train"]
 
 MAX_REWINDS = 10  # to one and the same checkpoint
-
-
-class TrainingFailed(UserError):
-    """Updates keep failing, or the held-out loss is not finite: why, and where to go back to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +49,24 @@ class _Dispatched:
     is_open: bool  # stopped before its last micro-step
 
 
-def train(run: Run, state: State, position: Position, recorder: Recorder, checkpoints: Checkpoints) -> Result:
+def train(
+    run: Run,
+    state: State,
+    position: Position,
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+    stop: StopRequest | None = None,
+) -> Result:
     """Trains from `position` to the end of the run, or until SIGTERM or Ctrl-C; saves before it returns.
 
-    `state` is donated. Raises TrainingFailed and saves nothing of what failed.
+    `state` is donated. `stop` is a request that is already being listened to; without one, train listens itself.
+    Raises TrainingFailed and saves nothing of what failed, and FollowUpFailed where all is saved, but an evaluation,
+    samples or statistics failed.
     """
     if int(state.update) != position.update:
         raise ValueError(f"the state is at update {int(state.update)}, the position at {position.update}")
     position.check_window(run.micro_batch_size, run.fused)
-    with StopRequest() as stop:
+    with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
         loop = _Loop(run, state, position, recorder, checkpoints, stop)
         with contextlib.closing(loop):
             return loop.run_to_end()
@@ -80,6 +88,7 @@ class _Loop:
         self.recorder, self.checkpoints, self.stop = recorder, checkpoints, stop
         self.histories = position.histories or (run.steering.start(),) * 2
         self.clock = Clock(position.seconds)
+        self.upkeep = Upkeep(run, position, recorder, checkpoints, stop, self.clock)
         self.pending: _Dispatched | None = None
         self.batches: Any = None
         self.length = 0  # of their rows
@@ -87,24 +96,36 @@ class _Loop:
         self.rewinds = 0  # to the checkpoint that is now the latest
 
     def run_to_end(self) -> Result:
-        self.evaluate_if_due()  # a run stopped just before an evaluation owes it
+        try:
+            self.position = self.upkeep.begin(self.state, self._position_now(), self._last_batch)
+            stopped = self._train()
+        except Stopped:
+            stopped = True
+        self.checkpoints.wait()
+        return Result(self.state, self._position_now(), stopped)
+
+    def _train(self) -> bool:
+        """Update after update; whether it was asked to stop."""
         stopped = False
-        while self.position.tokens < self.run.steering.num_tokens and not stopped:
+        while not self.upkeep.ends(self.position) and not stopped:
             dispatched = self.dispatch()
             if self.settle():
                 continue  # back before what was just dispatched
-            stopped = dispatched.is_open or (self.stop.poll() and not self._ends(dispatched.position))
+            stopped = dispatched.is_open or (self.stop.poll() and not self.upkeep.ends(dispatched.position))
             self.position = dispatched.position
             if dispatched.is_open:
                 self.save_window(dispatched)
                 break
             self.pending = dispatched
-            if not (stopped or self.pauses()) or self.settle():
+            if not (stopped or self.upkeep.pauses(self.position)) or self.settle():
                 stopped = False
                 continue
-            self.pause(stopped)
-        self.checkpoints.wait()
-        return Result(self.state, self._position_now(), stopped)
+            self.position, saved = self.upkeep.pause(
+                self.state, self._position_now(), self._last_batch, stopped
+            )
+            self.rewinds = 0 if saved else self.rewinds
+            self.clock.restart()
+        return stopped
 
     def close(self) -> None:
         """Ends the thread that makes batches."""
@@ -174,58 +195,42 @@ class _Loop:
         for number, step in enumerate(steps):
             if step["dropped"]:
                 self._report("dropped", done, len(steps), number, "was not finite and left out")
+        self._take_note(done, steps, measured, spike)
         went_back = False
         if spike is not None:
             went_back = self._react(spike, done, steps, measured.applied)
         reason = stability.stop_reason(self.run.steering.stability, history.stability)
         if reason is not None and not went_back:
-            raise TrainingFailed(f"{reason}; {self._way_back()}")
+            raise self.upkeep.fail(reason, self.state, self._last_batch)
         return went_back
 
-    def pauses(self) -> bool:
-        """Whether the loop is to drain now, in order to evaluate, to look at the layers or to save."""
-        every = (self.run.evaluate_every, self.run.statistics_every, self.checkpoints.config.every)
-        return self._ends(self.position) or any(map(self._is_due, every))
+    def _take_note(
+        self, done: _Dispatched, steps: list[MicroMetrics], measured: Measured, spike: Spike | None
+    ) -> None:
+        """Tells the upkeep what became of an update."""
+        is_dropped, update = total(steps, "dropped") > 0, done.position.update
+        overflows = not math.isfinite(measured.grad_norm)
+        left_out = not measured.applied and spike is None and (is_dropped or overflows)
+        if left_out and not is_dropped:
+            text = f"update {update} was left out, for the norm of its gradient is {measured.grad_norm}"
+            self.recorder.event(update, "dropped", text)
+        finite = measured.weight > 0 and math.isfinite(measured.mean_loss)
+        position = dataclasses.replace(done.position, histories=self.histories, seconds=self.clock.total())
+        self.upkeep.observe(position, finite=finite, applied=measured.applied, left_out=left_out)
 
-    def pause(self, stopped: bool) -> None:
-        """What is done between two updates, the last of them recorded."""
-        if self._is_due(self.run.statistics_every):
-            values = self.run.statistics(self.state, self.batch)
-            self.recorder.statistics(self.position.update, self._now() | values)
-        if not stopped:
-            self.evaluate_if_due()
-        self.save_if_due(stopped)
-        self.clock.restart()
-
-    def evaluate_if_due(self) -> None:
-        """Evaluates where the position asks for it and has not been."""
-        run, update = self.run, self.position.update
-        due = self._is_due(run.evaluate_every) or self._ends(self.position)
-        if run.evaluate is None or self.position.evaluation is not None or not due:
-            return
-        results = {name: float(value) for name, value in run.evaluate(self.state).items()}
-        self.recorder.evaluate(update, self._now() | results)
-        if not math.isfinite(results["loss"]):
-            raise TrainingFailed(
-                f"the held-out loss after update {update} is {results['loss']}; {self._way_back()}"
-            )
-        run.sample(self.state, update)
-        self.position = dataclasses.replace(self.position, evaluation=results)
-
-    def save_if_due(self, stopped: bool) -> None:
-        """Starts a checkpoint at its cadence, at the end, on a stop, and for a new best held-out loss."""
-        evaluation, update = self.position.evaluation, self.position.update
-        loss = None if evaluation is None else evaluation["loss"]
-        is_best = loss is not None and self.checkpoints.would_be_best(loss)
-        due = self._is_due(self.checkpoints.config.every) or self._ends(self.position)
-        if not (stopped or is_best or due):
-            return
-        if self.histories[1].stability.skipped and not stopped and not self._ends(self.position):
-            return  # parameters that no loss has yet been finite with do not replace those that had one
-        self.recorder.flush()
-        meta = self.run.meta | self._position_now().to_meta()
-        if self.checkpoints.save(update, self.run.saved(self.state), meta, held_out_loss=loss):
-            self.rewinds = 0
+    def _last_batch(self) -> Any:
+        """The batches that the last call of the step took, made anew where the run was stopped since."""
+        if self.batch is None:
+            run, position = self.run, self.position
+            steps = 1
+            if run.fused:
+                trained = position.tokens - position.before
+                steps = max(trained // (run.micro_batch_size * run.seq_len), 1)
+            first = max(position.cursor - steps * run.micro_batch_size, 0)
+            batches = run.make_batches(first, run.steering.lengths.length(position.before))
+            with contextlib.closing(batches):
+                self.batch = batches.take(steps) if run.fused else next(batches)
+        return self.batch
 
     def save_window(self, dispatched: _Dispatched) -> None:
         """Saves an update under way, with its micro-steps' numbers, in the place kept for such."""
@@ -257,13 +262,13 @@ class _Loop:
             return False
         self.rewinds += 1
         if self.rewinds > MAX_REWINDS:
-            raise TrainingFailed(
-                f"{MAX_REWINDS} times in a row a spike came after going back; {self._way_back()}"
-            )
+            reason = f"{MAX_REWINDS} times in a row a spike came after going back"
+            raise self.upkeep.fail(reason, self.state, self._last_batch)
         self.state, position = self.run.restore()
         self.position = dataclasses.replace(position, cursor=done.position.cursor)
         self.histories = position.histories or (self.run.steering.start(),) * 2
         self.close()
+        self.upkeep.went_back()
         self.recorder.rewind(position.update)
         skipped = done.position.cursor - position.cursor
         way = f"back from update {done.position.update} to {position.update}, past {skipped:,} sequences"
@@ -275,10 +280,14 @@ class _Loop:
         """Records what happened in one micro-step of an update, with its documents."""
         size, update = self.run.micro_batch_size, done.position.update
         first = done.position.cursor - (count - number) * size
-        path = self.run.write_documents(f"update-{update}-{event}-{number + 1}", first, size)
+        try:
+            path = self.run.write_documents(f"update-{update}-{event}-{number + 1}", first, size)
+            written = f"written to {path}"
+        except OSError as error:  # a full disk must not end a run for the sake of a message
+            written = f"not written ({error.strerror})"
         documents = self.run.describe_batch(first, size)
         where = f"micro-step {number + 1} of {count} of update {update}"
-        self.recorder.event(update, event, f"{where} {text}; {documents}, written to {path}")
+        self.recorder.event(update, event, f"{where} {text}; {documents}, {written}")
 
     def _fetch(self, done: _Dispatched) -> list[MicroMetrics]:
         fetched = jax.device_get(done.metrics)
@@ -318,26 +327,5 @@ class _Loop:
                 values["mfu"] = flops * values["tokens_per_second"] / run.peak_flops
         return values
 
-    def _now(self) -> dict[str, float]:
-        return {"tokens": self.position.tokens, "seconds": self.clock.total()}
-
     def _position_now(self) -> Position:
         return dataclasses.replace(self.position, seconds=self.clock.total(), histories=self.histories)
-
-    def _is_due(self, every: int) -> bool:
-        """Whether the last update passed a multiple of `every` updates of the usual size."""
-        unit = every * self.run.steering.tokens_per_update
-        return unit > 0 and self.position.tokens // unit > self.position.before // unit
-
-    def _ends(self, position: Position) -> bool:
-        return position.tokens >= self.run.steering.num_tokens
-
-    def _way_back(self) -> str:
-        self.checkpoints.wait()
-        latest = self.checkpoints.latest()
-        if latest is None:
-            return "there is no checkpoint yet; lower optimizer.learning_rate or look at the documents"
-        return (
-            f"the last good checkpoint is of update {latest} in {self.checkpoints.directory}; "
-            "lower optimizer.learning_rate or look at the documents, then resume"
-        )

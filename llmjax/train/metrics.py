@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,13 @@ class Recorder:
             truncate(self._workdir / "metrics.jsonl", update, keep_rewinds=True)
             self._open(update)
 
+    def forget(self, update: int) -> None:
+        """Forgets the evaluation and the statistics of `update`, the last one, for they are made anew."""
+        if self._primary:
+            self._file.close()
+            truncate(self._workdir / "metrics.jsonl", update, keep_rewinds=True, of_update=("train", "event"))
+            self._file = (self._workdir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if self._primary:
@@ -156,10 +164,13 @@ def read_metrics(workdir: str | Path) -> list[dict]:
     return [line for line in lines if line is not None]
 
 
-def truncate(path: Path, update: int, keep_rewinds: bool = False) -> None:
+def truncate(
+    path: Path, update: int, keep_rewinds: bool = False, of_update: Sequence[str] | None = None
+) -> None:
     """Drops from a metrics file, in one step, all lines after `update` and any that is not whole.
 
-    What was recorded of going back to `update` itself happened after it, and goes unless `keep_rewinds`.
+    What was recorded of going back to `update` itself happened after it, and goes unless `keep_rewinds`. Of the
+    lines of `update` itself stay those whose kind is in `of_update`; None: all.
     """
     if not path.exists():
         return
@@ -167,6 +178,8 @@ def truncate(path: Path, update: int, keep_rewinds: bool = False) -> None:
     parsed = ((line, read_line(line)) for line in old.splitlines())
 
     def stays(values: dict) -> bool:
+        if of_update is not None and values["update"] == update and values.get("kind") not in of_update:
+            return False
         rewound_here = values.get("event") == "rewind" and values["update"] == update
         return values["update"] <= update and (keep_rewinds or not rewound_here)
 

@@ -35,6 +35,7 @@ class Position:
     evaluation  the held-out results at this very update, if it was evaluated
     histories   observed up to the last update but one, and up to the last; None at the start
     window      the update that is under way; None between updates
+    owes        whether statistics, evaluation or samples that are due at this update are still to be made
     """
 
     update: int = 0
@@ -45,6 +46,7 @@ class Position:
     evaluation: dict[str, float] | None = None
     histories: tuple[History, History] | None = None
     window: OpenWindow | None = None
+    owes: bool = False
 
     def check_window(self, micro_batch_size: int, fused: bool) -> None:
         """UserError where the update that is under way cannot be gone on with as the run is now configured."""
@@ -72,7 +74,8 @@ class Position:
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> Position:
         """The position that a checkpoint's meta holds."""
-        values = {field.name: meta[field.name] for field in dataclasses.fields(cls)}
+        values = {field.name: meta[field.name] for field in dataclasses.fields(cls) if field.name != "owes"}
+        values["owes"] = meta.get("owes", False)  # a checkpoint of an older version owes nothing
         if values["histories"] is not None:
             values["histories"] = tuple(History.from_dict(saved) for saved in values["histories"])
         if values["window"] is not None:

@@ -36,6 +36,8 @@ class Run:
                         where nothing is held out
     restore             () -> the state and the position of the latest checkpoint
     sample              (state, update) -> None, after each evaluation
+    loss                (state, batch) -> the mean loss of a micro-batch with the parameters as they are now
+    begin               () -> the state with which a new run begins, made anew
     statistics          (state, batch) -> what is recorded of the layers
     describe_batch      (first sequence, count) -> the documents in them, for a message
     write_documents     (name, first sequence, count) -> the file into which their text was written, for a message
@@ -61,6 +63,8 @@ class Run:
     fused: bool = False
     sample: Callable[[State, int], None] = lambda state, update: None
     statistics: Callable[[State, Any], dict[str, Any]] = lambda state, batch: {}
+    loss: Callable[[State, Any], float] | None = None
+    begin: Callable[[], State] | None = None
     saved: Callable[[State], State] = lambda state: state
     meta: dict = dataclasses.field(default_factory=dict)
     flops_per_token: Mapping[int, float] = dataclasses.field(default_factory=dict)
