@@ -270,7 +270,8 @@ FREE_ON_RESUME = (
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.micro_batch_size",
     "train.accumulation_steps", "train.accumulation", "train.fused_gather", "train.statistics_every",
     "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
-    "optimizer.offload", "model.scan_layers", "model.remat", "model.offload", "model.tile", "model.attention",
+    "optimizer.learning_rate", "optimizer.offload",
+    "model.scan_layers", "model.remat", "model.offload", "model.tile", "model.attention",
 )  # fmt: skip
 
 
@@ -278,7 +279,8 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
     """UserError where `config` means another run than the one saved in `workdir`, naming the keys.
 
     What only says how the work is cut, how long it goes on, or what is written beside it may change; so may what
-    is there to be changed under way: how batch and sequences grow, and what is done about spikes.
+    is there to be changed under way: how batch and sequences grow, what is done about spikes, and the learning rate,
+    which is lowered to go on from before a divergence.
     """
     old, new = _flatten(complete(saved, workdir)), _flatten(config.to_dict())
     changed = [key for key in sorted(new) if old.get(key) != new[key]]

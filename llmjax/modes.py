@@ -41,7 +41,7 @@ from llmjax.plan.summary import describe, describe_program
 from llmjax.terminal import StageProgress, format_table, indent, say
 from llmjax.train.batch import BatchArithmetic
 from llmjax.train.checkpoint import CheckpointConfig, Checkpoints
-from llmjax.train.loop import TrainingFailed, train
+from llmjax.train.loop import FollowUpFailed, TrainingFailed, train
 from llmjax.train.metrics import Recorder
 from llmjax.train.position import Position
 from llmjax.train.report import write_report
@@ -132,8 +132,10 @@ def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, sta
         try:
             with recorder:
                 result = train(run, state, position, recorder, checkpoints)
-        except TrainingFailed as error:
+        except (TrainingFailed, FollowUpFailed) as error:
             if hosts.is_primary():
+                if isinstance(error, TrainingFailed):  # the update that was under way is behind the damage
+                    shutil.rmtree(workdir / "window", ignore_errors=True)
                 write_report(workdir)
                 print(f"llmjax: {error}", file=sys.stderr)
             return 1
@@ -307,6 +309,15 @@ def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path, checkpoint
         with Checkpoints(workdir / "window", WINDOW) as windows:
             windows.save(meta["cursor"], state, meta)
 
+    def loss(state: TrainState, batch: Batch) -> float:
+        sums = program.eval_step(program.eval_params(state), one_micro_batch(program, batch))
+        sums = jax.device_get(sums)
+        return float(sums.loss) / max(float(sums.weight), 1.0)
+
+    def begin() -> TrainState:
+        params = initial_params(program)[1] if config.checkpoint.init_from else None
+        return program.init(params)
+
     versions = {"python": sys.version.split()[0], "llmjax": llmjax.__version__}
     versions |= {name: metadata.version(name) for name in PACKAGES}
     return Run(
@@ -320,6 +331,8 @@ def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path, checkpoint
         make_batches=lambda cursor, length: program.batches(corpus.train, start=cursor, length=length),
         evaluate=None if corpus.held_out is None else held_out,
         sample=sample,
+        loss=loss,
+        begin=begin,
         restore=lambda: restore(program, checkpoints),
         statistics=lambda state, batch: layer_statistics(program, state, batch),
         describe_batch=describe_batch,
@@ -335,11 +348,14 @@ def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path, checkpoint
     )
 
 
+def one_micro_batch(program: Program, batch: Batch) -> Batch:
+    """The first micro-batch of what a call of the step takes."""
+    return jax.tree.map(lambda x: x[0], batch) if program.fused else batch
+
+
 def layer_statistics(program: Program, state: TrainState, batch: Batch) -> dict[str, Any]:
     """The statistics of each layer on a micro-batch, as plain numbers."""
-    if program.fused:
-        batch = jax.tree.map(lambda x: x[0], batch)
-    values = jax.device_get(program.statistics(state.params, batch))
+    values = jax.device_get(program.statistics(state.params, one_micro_batch(program, batch)))
     return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), values)
 
 

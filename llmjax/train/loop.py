@@ -201,7 +201,7 @@ class _Loop:
             went_back = self._react(spike, done, steps, measured.applied)
         reason = stability.stop_reason(self.run.steering.stability, history.stability)
         if reason is not None and not went_back:
-            raise self.upkeep.fail(reason, self.state, self._last_batch)
+            raise self.upkeep.fail(reason, self.state, self._position_now())
         return went_back
 
     def _take_note(
@@ -263,7 +263,7 @@ class _Loop:
         self.rewinds += 1
         if self.rewinds > MAX_REWINDS:
             reason = f"{MAX_REWINDS} times in a row a spike came after going back"
-            raise self.upkeep.fail(reason, self.state, self._last_batch)
+            raise self.upkeep.fail(reason, self.state, self._position_now())
         self.state, position = self.run.restore()
         self.position = dataclasses.replace(position, cursor=done.position.cursor)
         self.histories = position.histories or (self.run.steering.start(),) * 2

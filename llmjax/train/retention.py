@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-from etils import epath
+from llmjax.files import write_atomically
 
 AMENDED = "amended.json"  # in the folder of a checkpoint
 
@@ -83,13 +83,11 @@ def kept(updates: Sequence[int], facts: Mapping[int, Facts], config: Keeping) ->
 
 def read_amended(directory: str, update: int) -> dict[str, Any]:
     """What was added to the meta of a checkpoint after it was saved."""
-    path = epath.Path(directory) / str(update) / AMENDED
-    return json.loads(path.read_text()) if path.exists() else {}
+    path = Path(directory) / str(update) / AMENDED
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_amended(directory: str, update: int, values: Mapping[str, Any]) -> None:
     """Adds `values` to what was amended before, in one step."""
-    path = epath.Path(directory) / str(update) / AMENDED
-    unfinished = path.parent / f"{AMENDED}.{os.getpid()}.tmp"
-    unfinished.write_text(json.dumps(read_amended(directory, update) | dict(values)))
-    unfinished.replace(path)
+    path = Path(directory) / str(update) / AMENDED
+    write_atomically(path, json.dumps(read_amended(directory, update) | dict(values)))

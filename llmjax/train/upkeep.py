@@ -11,6 +11,7 @@ finite are left out and change nothing, so the state after them is saved as that
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -118,9 +119,9 @@ class Upkeep:
         """Saves, and then makes what is due at `position`, unless stopped; the position, and whether it saved."""
         if self.left_out and self.ends(position) and not stopped:
             which = "update was" if self.left_out == 1 else f"{self.left_out} updates were"
-            raise self.fail(f"the last {which} not finite and left out", state, batch)
+            raise self.fail(f"the last {which} not finite and left out", state, position)
         if self.left_out and stopped:
-            return position, self._stop_in_damage(state, position, batch)
+            return position, self._stop_in_damage(state, position)
         position = self._with_owed(position)
         saved = self._save_if_due(state, position, stopped)
         if not stopped:
@@ -129,17 +130,18 @@ class Upkeep:
             self.applied = position
         return position, saved
 
-    def fail(
-        self, reason: str, state: State, batch: Callable[[], Any], *, bad: bool = False
-    ) -> TrainingFailed:
+    def fail(self, reason: str, state: State, position: Position, *, bad: bool = False) -> TrainingFailed:
         """The error to raise; keeps a checkpoint from before the damage and gives up those that are worth nothing.
 
-        `bad`: it is known that the parameters give no finite loss.
+        `bad`: it is known that the parameters give no finite loss. Where updates were left out, it is looked into:
+        gradients may overflow while the loss is still a number.
         """
         self._checkpoints.wait()
-        if not bad and self.left_out and self._looks_good(state, batch):
-            self._save_applied(state)
-            self._mark_applied(True)
+        if self.left_out and not bad:
+            good = self._looks_good(state, position, deep=True)
+            if good:
+                self._save_applied(state)
+            self._mark_applied(good)
         self._checkpoints.give_up_after(self._checkpoints.latest_good())
         if self._checkpoints.latest() is None and self._begins and self._seen and self._run.begin is not None:
             first = Position()
@@ -204,30 +206,39 @@ class Upkeep:
         update = jax.device_put(np.int32(applied.update), state.update.sharding)
         return self._save(dataclasses.replace(state, update=update), applied)
 
-    def _stop_in_damage(self, state: State, position: Position, batch: Callable[[], Any]) -> bool:
+    def _stop_in_damage(self, state: State, position: Position) -> bool:
         """Saves what is there after updates that were left out, and then asks whether it is any good."""
         saved = self._save_applied(state)
         if self.applied is not None:
             which = "update was" if self.left_out == 1 else f"{self.left_out} updates were"
             text = f"the last {which} left out, so update {self.applied.update} is what the run goes on from"
             self._recorder.event(position.update, "stop", text)
-            self._mark_applied(self._looks_good(state, batch))
+            self._mark_applied(self._looks_good(state, position))
         return saved
 
     def _mark_applied(self, good: bool | None) -> None:
         if self.applied is not None and good is not None:
             self._checkpoints.amend(self.applied.update, finite_loss=good)
 
-    def _looks_good(self, state: State, batch: Callable[[], Any]) -> bool | None:
-        """Whether the parameters give a finite loss now; None where it cannot be told."""
+    def _looks_good(self, state: State, position: Position, *, deep: bool = False) -> bool | None:
+        """Whether the parameters give a finite loss now, and if `deep` finite gradients; None where it cannot be told.
+
+        They are tried on the first micro-batch of the run, with which better ones gave a finite loss.
+        """
+        run = self._run
         try:
-            if self._run.loss is not None:
-                return math.isfinite(self._run.loss(state, batch()))
-            if self._run.evaluate is not None:
-                return math.isfinite(self._run.evaluate(state)["loss"])
+            if run.loss is None:
+                return math.isfinite(run.evaluate(state)["loss"]) if run.evaluate is not None else None
+            with contextlib.closing(
+                run.make_batches(0, run.steering.lengths.length(position.before))
+            ) as batches:
+                batch = batches.take(1) if run.fused else next(batches)
+            values = [run.loss(state, batch)]
+            if deep:
+                values += jax.tree.leaves(run.statistics(state, batch))
+            return bool(np.isfinite(values).all())
         except (Exception, Stopped):  # it is asked after another failure, or on the way out
             return None
-        return None
 
     # --- what follows a save ---
 
@@ -247,7 +258,7 @@ class Upkeep:
             if results is not position.evaluation:
                 self._run.sample(state, position.update)
             what = "writing its results"
-            return self._settle_debt(state, position, results, batch)
+            return self._settle_debt(state, position, results)
         except TrainingFailed:
             raise
         except Stopped:
@@ -268,7 +279,7 @@ class Upkeep:
         self._recorder.evaluate(position.update, self._now(position) | results)
         if not math.isfinite(results["loss"]):
             reason = f"the held-out loss after update {position.update} is {results['loss']}"
-            raise self.fail(reason, state, lambda: None, bad=True)
+            raise self.fail(reason, state, position, bad=True)
         return results
 
     def _settle_debt(
@@ -276,7 +287,6 @@ class Upkeep:
         state: State,
         position: Position,
         results: dict[str, float] | None,
-        batch: Callable[[], Any],
     ) -> Position:
         """Says beside the checkpoint what was found, and that nothing is owed any more."""
         facts: dict[str, Any] = {"owes": False}
@@ -285,21 +295,14 @@ class Upkeep:
             facts |= {"evaluation": results, "held_out_loss": results["loss"], "finite_loss": True}
             facts |= {"spare": False} if best else {}
         elif self.ends(position) and self._run.evaluate is None:
-            good = self._looks_good(state, batch)
+            good = self._looks_good(state, position)
             if good is False:
-                raise self.fail(
-                    f"the loss with the parameters of update {position.update} is not finite",
-                    state,
-                    batch,
-                    bad=True,
-                )
+                reason = f"the loss with the parameters of update {position.update} is not finite"
+                raise self.fail(reason, state, position, bad=True)
             facts |= {"finite_loss": good}
         self._recorder.flush()
-        if facts.get("finite_loss") and self._unseen is not None:
-            same = position.update if self.applied is None or not self.left_out else self.applied.update
-            if self._unseen == same:
-                self._checkpoints.amend(self._unseen, finite_loss=True)
-                self._unseen = None
+        if facts.get("finite_loss") and self._unseen == position.update:
+            self._unseen = None
         self._checkpoints.amend(position.update, **facts)
         return dataclasses.replace(position, evaluation=results, owes=False)
 
