@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from llmjax.data.layout import RowLayout
 from llmjax.data.pipeline import DataConfig
@@ -27,6 +27,7 @@ from llmjax.nn.choice import choose_sharing
 from llmjax.nn.config import ModelConfig, resolve
 from llmjax.nn.position import POSITIONS
 from llmjax.parallel.mesh import MeshConfig, mesh_shape
+from llmjax.ranges import FOLD, Range, check_ranges, shown
 from llmjax.train.batch import BatchArithmetic, make_batch_schedule, resolve_batch
 from llmjax.train.checkpoint import CheckpointConfig
 from llmjax.train.config import TrainConfig
@@ -47,7 +48,7 @@ class PlanConfig:
 class Config:
     """Everything that decides a run."""
 
-    seed: int
+    seed: Annotated[int, Range(0, FOLD)]
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
@@ -60,6 +61,9 @@ class Config:
     checkpoint: CheckpointConfig
     generate: GenerateConfig
     plan: PlanConfig
+
+    def __post_init__(self) -> None:
+        check_ranges("", self)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as JSON would give them back."""
@@ -107,7 +111,7 @@ def complete(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
 def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[str, Any]:
     prefix = f"{section}." if section else ""
     if not isinstance(saved, Mapping):
-        raise UserError(f"{path} has {section}={saved!r}, which is no section of keys; restore the file")
+        raise UserError(f"{path} has {section}={shown(saved)}, which is no section of keys; restore the file")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in saved:
         if key not in fields:
@@ -147,7 +151,7 @@ def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
     for key, hint in hints.items():
         if dataclasses.is_dataclass(hint):
             if not isinstance(raw[key], Mapping):
-                raise UserError(f"config key {prefix}{key}={raw[key]!r} must be a section of keys")
+                raise UserError(f"config key {prefix}{key}={shown(raw[key])} must be a section of keys")
             values[key] = _read_section(hint, raw[key], f"{prefix}{key}.")
         else:
             values[key] = _read_value(raw[key], hint, prefix + key)
@@ -158,21 +162,47 @@ def _read_value(value: Any, hint: Any, key: str) -> Any:
     """`value` as the type `hint`, or a UserError; an int may stand for a float, one string for a tuple of strings, and
     strings for whole numbers in a tuple."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # no float is so large, and no range either: it stays what it is
+            return value
     if hint == tuple[int, ...]:
         values = value if isinstance(value, list | tuple) else (value,)
-        parts = [part for v in values for part in str(v).split(",") if part]
-        if all(part.lstrip("-").isdecimal() for part in parts):
-            return tuple(map(int, parts))
+        if (numbers := _whole_numbers(values)) is not None:
+            return numbers
     elif typing.get_origin(hint) is tuple:
-        value = (value,) if isinstance(value, str) else value
-        if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-            return tuple(part for v in value for part in v.split(",") if part)
+        values = (value,) if isinstance(value, str) else value
+        if isinstance(values, list | tuple) and all(isinstance(v, str) for v in values):
+            _check_text(value, values, key)
+            return tuple(part for v in values for part in v.split(",") if part)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if isinstance(value, str):
+            _check_text(value, (value,), key)
         return value
     lists = {tuple[int, ...]: "list of whole numbers"}
     name = hint.__name__ if isinstance(hint, type) else lists.get(hint, "list of strings")
-    raise UserError(f"{key}={value!r} is of type {type(value).__name__}; give a value of type {name}")
+    raise UserError(f"{key}={shown(value)} is of type {type(value).__name__}; give a value of type {name}")
+
+
+def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:
+    """The whole numbers in `values`, which may be numbers or texts with commas between them; None for others."""
+    if not all(isinstance(v, int | str) and not isinstance(v, bool) for v in values):
+        return None
+    parts: list[Any] = []
+    for v in values:
+        parts += [part for part in v.split(",") if part] if isinstance(v, str) else [v]
+    try:
+        return tuple(map(int, parts))
+    except ValueError:
+        return None
+
+
+def _check_text(value: Any, texts: Sequence[str], key: str) -> None:
+    """UserError for the character of code 0, which ends a text wherever the operating system reads it."""
+    if any("\0" in text for text in texts):
+        raise UserError(
+            f"{key}={shown(value)} has a character of code 0, which no name can hold; leave it out"
+        )
 
 
 def did_you_mean(word: str, words: typing.Iterable[str]) -> str:
@@ -288,7 +318,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
         key for key in changed if key not in FREE_ON_RESUME and key.split(".")[0] not in FREE_ON_RESUME
     ]
     if changed:
-        text = ", ".join(f"{key} ({old.get(key)!r} there, {new[key]!r} here)" for key in changed)
+        text = ", ".join(f"{key} ({shown(old.get(key))} there, {shown(new[key])} here)" for key in changed)
         raise UserError(
             f"workdir {workdir} holds a run of another config: {text}; use another --workdir or the old values"
         )

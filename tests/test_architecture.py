@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "llmjax"
 ORDER = [
     "errors",
     "files",
+    "ranges",
     "types",
     "parallel",
     "ops",

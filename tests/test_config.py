@@ -86,7 +86,7 @@ BAD = {
     ),
     "probe length": (
         {"evaluate__probe_lengths": (16, 0)},
-        r"evaluate.probe_lengths=\(16, 0\) has one that is not",
+        r"evaluate.probe_lengths=\(16, 0\) has 0, which must be at least 1",
     ),
     "long probe": (
         {"evaluate__probe_lengths": (512, 513), "model__position": "learned"},

@@ -12,7 +12,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import grain
 import numpy as np
@@ -22,6 +22,7 @@ from llmjax.data.cut import cut_rows
 from llmjax.data.layout import Arrays, RowLayout, lay_out
 from llmjax.data.plan import PackingPlan, permute
 from llmjax.errors import UserError
+from llmjax.ranges import Range, check_ranges
 
 FOREVER = 2**48  # micro-batches; grain wants a length
 AS_PACKED = RowLayout()
@@ -45,22 +46,19 @@ class DataConfig:
     sources: tuple[str, ...]
     text_field: str
     on_bad_text: str
-    seq_len: int
-    held_out_fraction: float
+    seq_len: Annotated[int, Range(1, 2**30)]
+    held_out_fraction: Annotated[float, Range(0, 1, below=True)]
     cache_dir: str
-    num_workers: int
-    prefetch: int
+    num_workers: Annotated[int, Range(1, 1024, "one per core")]
+    prefetch: Annotated[int, Range(1, 1024, "none")]
     length_points: tuple[str, ...] = ()
 
     def __post_init__(self):
+        check_ranges("data", self)
         _require(self.sources, self, "sources", "must name at least one file, directory or glob")
         _require(self.text_field, self, "text_field", "must name a field of the JSON lines or Parquet rows")
         choices = ("error", "skip", "replace")
         _require(self.on_bad_text in choices, self, "on_bad_text", f"must be one of {', '.join(choices)}")
-        _require(self.seq_len > 0, self, "seq_len", "must be at least 1")
-        _require(0 <= self.held_out_fraction < 1, self, "held_out_fraction", "must be at least 0 and below 1")
-        _require(self.num_workers >= 0, self, "num_workers", "must not be negative; 0 means one per core")
-        _require(self.prefetch >= 0, self, "prefetch", "must not be negative; 0 turns it off")
 
 
 def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:

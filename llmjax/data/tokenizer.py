@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import sentencepiece
@@ -30,6 +30,7 @@ import sentencepiece
 from llmjax.data.checksums import DamagedError
 from llmjax.errors import UserError
 from llmjax.files import write_atomically
+from llmjax.ranges import Range, check_ranges
 
 TRAINER_VERSION = f"1 {sentencepiece.__version__}"  # raise the 1 when the same text would give another model
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
@@ -61,20 +62,15 @@ class TokenizerConfig:
 
     kind: str = "bpe"
     path: str = ""
-    vocab_size: int = 4096
-    train_bytes: int = 20_000_000
-    character_coverage: float = 0.9995
-    num_reserved: int = 16
+    vocab_size: Annotated[int, Range(1, 2**24)] = 4096
+    train_bytes: Annotated[int, Range(1, 2**40)] = 20_000_000
+    character_coverage: Annotated[float, Range(0, 1, above=True)] = 0.9995
+    num_reserved: Annotated[int, Range(0, 2**20)] = 16
 
     def __post_init__(self):
         if self.kind not in ("bpe", "unigram", "byte"):
             raise UserError(f"tokenizer.kind = {self.kind!r} is not known: use bpe, unigram or byte.")
-        if not 0 < self.character_coverage <= 1:
-            raise UserError(f"tokenizer.character_coverage = {self.character_coverage} must lie in (0, 1].")
-        if self.train_bytes < 1:
-            raise UserError(f"tokenizer.train_bytes = {self.train_bytes} must be at least 1.")
-        if self.num_reserved < 0:
-            raise UserError(f"tokenizer.num_reserved = {self.num_reserved} must not be negative.")
+        check_ranges("tokenizer", self)
         smallest = _smallest_vocabulary(self)
         if self.kind != "byte" and not self.path and self.vocab_size < smallest:
             raise UserError(

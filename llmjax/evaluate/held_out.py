@@ -8,10 +8,12 @@ import gzip
 import lzma
 import math
 from collections.abc import Callable, Iterable
+from typing import Annotated
 
 import jax
 
 from llmjax.errors import UserError
+from llmjax.ranges import COUNT, Range, check_ranges
 from llmjax.types import Batch, LossSums, Params
 
 
@@ -26,19 +28,13 @@ class EvaluateConfig:
     probe_lengths  of their texts, in tokens; () = 1, 16, 32, 64, ... up to data.seq_len
     """
 
-    every: int
-    batch_size: int
+    every: Annotated[int, Range(1, COUNT, "only at the end")]
+    batch_size: Annotated[int, Range(1, 2**24, "the micro-batch size")]
     probes: tuple[str, ...] = ()
-    probe_lengths: tuple[int, ...] = ()
+    probe_lengths: Annotated[tuple[int, ...], Range(1, 2**30)] = ()
 
     def __post_init__(self):
-        for key in ("every", "batch_size"):
-            if getattr(self, key) < 0:
-                raise UserError(f"evaluate.{key}={getattr(self, key)} is negative; use 0 for the default")
-        if min(self.probe_lengths, default=1) < 1:
-            raise UserError(
-                f"evaluate.probe_lengths={self.probe_lengths} has one that is not positive; give lengths in tokens"
-            )
+        check_ranges("evaluate", self)
 
 
 def evaluate(

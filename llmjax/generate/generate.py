@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from llmjax.errors import UserError
 from llmjax.models.contract import Model
 from llmjax.nn.cache import Cache
 from llmjax.ops.logits import sample
+from llmjax.ranges import FOLD, Range, check_ranges
 from llmjax.types import Params
 
 SLOTS = 64  # prompts and caches are rounded up to this, so that few shapes are compiled
@@ -30,21 +32,14 @@ class GenerateConfig:
     seed         of the sampling
     """
 
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
+    max_tokens: Annotated[int, Range(1, 2**20)]
+    temperature: Annotated[float, Range(0, 1e4, "greedy decoding")]
+    top_k: Annotated[int, Range(1, 2**24, "off")]
+    top_p: Annotated[float, Range(0, 1, above=True)]
+    seed: Annotated[int, Range(0, FOLD)]
 
     def __post_init__(self):
-        if self.max_tokens < 1:
-            raise UserError(f"generate.max_tokens={self.max_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"generate.temperature={self.temperature} is negative; use 0 for greedy decoding")
-        if self.top_k < 0:
-            raise UserError(f"generate.top_k={self.top_k} is negative; use 0 to turn it off")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"generate.top_p={self.top_p} must lie in (0, 1]; use 1 to turn it off")
+        check_ranges("generate", self)
 
 
 def round_up(n: int, multiple: int = SLOTS) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from llmjax.errors import UserError, choose
 from llmjax.nn.position import POSITIONS
@@ -11,6 +12,7 @@ from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.attention.share import ATTENTION
 from llmjax.ops.norm import NORMS
 from llmjax.ops.rope import SCALINGS
+from llmjax.ranges import COUNT, Range, check_ranges
 
 # The tables that say what each name means; those of `family` and `dtype` lie with their readers, build.py and jax.
 CHOICES = {
@@ -30,51 +32,45 @@ class ModelConfig:
     """Keys as in `configs/base.py`. After `resolve` no size is 0."""
 
     family: str = "gpt"
-    num_layers: int = 4
-    model_dim: int = 128
-    num_heads: int = 4
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    mlp_dim: int = 0
+    num_layers: Annotated[int, Range(1, 10_000)] = 4
+    model_dim: Annotated[int, Range(1, 2**20)] = 128
+    num_heads: Annotated[int, Range(1, 2**16)] = 4
+    num_kv_heads: Annotated[int, Range(1, 2**16, "num_heads")] = 0
+    head_dim: Annotated[int, Range(1, 2**16, "the default")] = 0
+    mlp_dim: Annotated[int, Range(1, 2**24, "the default")] = 0
     activation: str = "swiglu"
     norm: str = "rmsnorm"
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, Range(1e-30, 1.0)] = 1e-6
     position: str = "rope"
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Range(1, 1e15, above=True)] = 10000.0
     rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    rope_original_len: int = 0
+    rope_factor: Annotated[float, Range(1, 1e6)] = 1.0
+    rope_original_len: Annotated[int, Range(1, COUNT, "none")] = 0
     qk_norm: bool = True
     use_bias: bool = False
     tie_embeddings: bool = True
-    logit_softcap: float = 0.0
-    window: int = 0
-    global_every: int = 0
-    attention_softcap: float = 0.0
+    logit_softcap: Annotated[float, Range(1e-3, 1e6, "none")] = 0.0
+    window: Annotated[int, Range(1, COUNT, "none")] = 0
+    global_every: Annotated[int, Range(1, 10_000, "none")] = 0
+    attention_softcap: Annotated[float, Range(1e-3, 1e6, "none")] = 0.0
     attention_sinks: bool = False
-    dropout: float = 0.0
-    init_std: float = 0.02
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    init_std: Annotated[float, Range(1e-10, 1e3)] = 0.02
     scan_layers: bool = False
     remat: str = "none"
     offload: tuple[str, ...] = ()
-    tile: int = 0
+    tile: Annotated[int, Range(1, COUNT, "none")] = 0
     attention: str = "auto"
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_ranges("model", self)
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
     """`config` with derived sizes filled in; UserError where a rule is broken."""
     for key, choices in CHOICES.items():
         choose(dict.fromkeys(choices), f"model.{key}", getattr(config, key))
-    for key in ("num_layers", "model_dim", "num_heads"):
-        if getattr(config, key) < 1:
-            raise UserError(f"model.{key}={getattr(config, key)} must be at least 1")
-    for key in ("num_kv_heads", "head_dim", "mlp_dim"):
-        if getattr(config, key) < 0:
-            raise UserError(f"model.{key}={getattr(config, key)} must not be negative; use 0 for the default")
-    for key in ("logit_softcap", "window", "global_every", "attention_softcap", "rope_original_len", "tile"):
-        if getattr(config, key) < 0:
-            raise UserError(f"model.{key}={getattr(config, key)} must not be negative; use 0 for none")
     if config.global_every and not config.window:
         raise UserError(
             f"model.global_every={config.global_every} makes layers global that are so without a window; "
@@ -82,11 +78,6 @@ def resolve(config: ModelConfig) -> ModelConfig:
         )
     _check_rope_scaling(config)
     _check_offload(config)
-    for key in ("norm_eps", "init_std", "rope_theta"):
-        if not getattr(config, key) > 0:
-            raise UserError(f"model.{key}={getattr(config, key)} must be greater than 0")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"model.dropout={config.dropout} must lie in [0, 1)")
     kv_heads = config.num_kv_heads or config.num_heads
     if config.num_heads % kv_heads:
         raise UserError(
@@ -107,6 +98,11 @@ def resolve(config: ModelConfig) -> ModelConfig:
             f"model.{even}={getattr(config, even)} must be even for model.position={config.position!r}; "
             f"change it or the position"
         )
+    if config.rope_scaling == "ntk" and head_dim < 4:
+        raise UserError(
+            f"model.head_dim={head_dim} has a single frequency, which model.rope_scaling='ntk' must both keep and "
+            "lower; use wider heads or another scaling"
+        )
     return config
 
 
@@ -123,10 +119,6 @@ def _check_rope_scaling(config: ModelConfig) -> None:
     if not POSITIONS[config.position].turns:
         raise UserError(
             f"model.rope_scaling={scaling!r} needs model.position='rope', not {config.position!r}; change one of them"
-        )
-    if config.rope_factor < 1:
-        raise UserError(
-            f"model.rope_factor={config.rope_factor} must be at least 1, new length / original length"
         )
     if reads_length != (config.rope_original_len > 0):
         rule = "needs" if reads_length else "does not read"

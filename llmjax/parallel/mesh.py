@@ -10,17 +10,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from llmjax.ranges import Range, check_ranges
 from llmjax.types import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
 # Those of llmjax/data/layout.py, and a choice among them.
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "documents")
 SEQ_ATTENTION = ("auto", "gather", "ring", "ulysses", "hybrid")
+
+
+AXIS = Range(1, 2**20, all=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,32 +37,26 @@ class MeshConfig:
     layout         which tokens of a sequence lie on which device of `seq`
     """
 
-    data: int = -1
-    fsdp: int = 1
-    seq: int = 1
-    tensor: int = 1
+    data: Annotated[int, AXIS] = -1
+    fsdp: Annotated[int, AXIS] = 1
+    seq: Annotated[int, AXIS] = 1
+    tensor: Annotated[int, AXIS] = 1
     seq_attention: str = "auto"
-    ulysses: int = 0
+    ulysses: Annotated[int, Range(1, 2**20, "the default")] = 0
     layout: str = "auto"
 
     def __post_init__(self):
+        check_ranges("mesh", self)
         for key, choices in (("seq_attention", SEQ_ATTENTION), ("layout", LAYOUTS)):
             if getattr(self, key) not in choices:
                 value = getattr(self, key)
                 raise UserError(f"mesh.{key}={value!r} is not known; use one of {', '.join(choices)}")
-        if self.ulysses < 0:
-            raise UserError(f"mesh.ulysses={self.ulysses} must not be negative; use 0 for the default")
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
     """The four axis sizes for `num_devices`, with -1 filled in; UserError where the product does not match."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
-    wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
-    if wrong:
-        raise UserError(
-            f"mesh.{wrong[0]}={sizes[wrong[0]]} is not a positive size; use 1 or more, or -1 for all remaining devices"
-        )
     if len(free) > 1:
         raise UserError(
             f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1 leave the mesh open; give all but one of the axes a size"

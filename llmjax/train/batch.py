@@ -9,8 +9,10 @@ import dataclasses
 import itertools
 
 from llmjax.errors import UserError
+from llmjax.ranges import FOLD, Range, shown
 
 SCHEDULES = ("constant", "piecewise", "linear")
+TOKENS = Range(-FOLD, FOLD)  # of a point of a schedule, whose signs the schedules judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,7 @@ def make_batch_schedule(kind: str, points: tuple[str, ...], batch: BatchArithmet
                 "order the points so that both tokens seen and tokens per update grow"
             )
     for seen, size in parsed:
-        if size % micro_tokens or size == 0:
+        if size % micro_tokens or size < 1:
             raise UserError(
                 f"train.batch_points has {seen}:{size}, but {size} is no multiple of the {micro_tokens} tokens of a "
                 f"micro-batch ({batch.micro_batch_size} x {batch.seq_len}); use for example "
@@ -169,8 +171,12 @@ def parse_points(key: str, value_name: str, points: tuple[str, ...]) -> tuple[tu
 def _parse_point(key: str, value_name: str, point: str) -> tuple[int, int]:
     seen, _, value = point.partition(":")
     try:
-        return int(seen), int(value)
+        parsed = int(seen), int(value)
     except ValueError:
         raise UserError(
-            f"{key} has {point!r}, which is not TOKENS_SEEN:{value_name}; write for example 0:4096"
+            f"{key} has {shown(point)}, which is not TOKENS_SEEN:{value_name}; write for example 0:4096"
         ) from None
+    for number in parsed:
+        if not TOKENS.holds(number):
+            raise UserError(f"{key} has {shown(point)}, of which {shown(number)} {TOKENS.rule(number)}")
+    return parsed

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import absl.logging
 import jax
@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
+from llmjax.ranges import COUNT, Range, check_ranges
 from llmjax.train.retention import Facts, best_of, kept, read_amended, write_amended
 from llmjax.types import Params
 
@@ -44,17 +45,14 @@ class CheckpointConfig:
     init_checkpoint  which of its checkpoints: latest, best or the number of an update
     """
 
-    every: int = 100
-    keep: int = 2
+    every: Annotated[int, Range(1, COUNT, "only at the end")] = 100
+    keep: Annotated[int, Range(1, COUNT)] = 2
     keep_best: bool = True
     init_from: str = ""
     init_checkpoint: str = "latest"
 
     def __post_init__(self):
-        if self.every < 0:
-            raise UserError(f"checkpoint.every={self.every} is negative; use 0 to save only at the end")
-        if self.keep < 1:
-            raise UserError(f"checkpoint.keep={self.keep} would delete every checkpoint; keep 1 or more")
+        check_ranges("checkpoint", self)
         if self.init_checkpoint not in ("latest", "best") and not self.init_checkpoint.isdecimal():
             raise UserError(
                 f"checkpoint.init_checkpoint={self.init_checkpoint!r} is neither latest, best nor the number of an "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from llmjax.errors import UserError
+from llmjax.ranges import COUNT, FOLD, Range, check_ranges
 
 ACCUMULATION = ("multisteps", "fused")
 GATHER = ("micro_step", "update")
@@ -32,28 +34,21 @@ class TrainConfig:
     tokens_per_update tokens as one update.
     """
 
-    num_updates: int
-    tokens_per_update: int
-    micro_batch_size: int
-    accumulation_steps: int
-    z_loss: float
+    num_updates: Annotated[int, Range(0, COUNT)]
+    tokens_per_update: Annotated[int, Range(1, FOLD)]
+    micro_batch_size: Annotated[int, Range(1, COUNT, "what follows from accumulation_steps")]
+    accumulation_steps: Annotated[int, Range(1, COUNT, "what follows from micro_batch_size")]
+    z_loss: Annotated[float, Range(0, 1e3)]
     batch_schedule: str = "constant"
     batch_points: tuple[str, ...] = ()
     accumulation: str = "multisteps"
     fused_gather: str = "micro_step"
-    statistics_every: int = 0
+    statistics_every: Annotated[int, Range(1, COUNT, "never")] = 0
 
     def __post_init__(self):
-        if self.num_updates < 0:
-            raise UserError(
-                f"train.num_updates={self.num_updates} is negative; use 0 to evaluate only, or more to train"
-            )
+        check_ranges("train", self)
         for key, choices in (("accumulation", ACCUMULATION), ("fused_gather", GATHER)):
             if getattr(self, key) not in choices:
                 raise UserError(
                     f"train.{key}={getattr(self, key)!r} is unknown; use one of {', '.join(choices)}"
                 )
-        if self.statistics_every < 0:
-            raise UserError(f"train.statistics_every={self.statistics_every} is negative; use 0 for never")
-        if self.z_loss < 0:
-            raise UserError(f"train.z_loss={self.z_loss} is negative; use 0 to turn it off")

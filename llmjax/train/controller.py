@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any
 
 from llmjax.errors import UserError
+from llmjax.ranges import COUNT, FOLD, Range, check_ranges
 
 NAMES = ("none", "noise_scale", "norm_test")
 SPIKE = 3.0  # times the gradient norm that the averages foretell; a norm that noise alone does not reach
@@ -41,30 +42,20 @@ class ControllerConfig:
     """
 
     name: str = "none"
-    k_min: int = 1
-    k_max: int = 64
-    half_life: int = 200_000
-    hysteresis: float = 0.25
-    batch_per_noise: float = 1.0
-    norm_test_theta: float = 0.5
+    k_min: Annotated[int, Range(1, COUNT)] = 1
+    k_max: Annotated[int, Range(1, COUNT)] = 64
+    half_life: Annotated[int, Range(1, FOLD)] = 200_000
+    hysteresis: Annotated[float, Range(0, 1, below=True)] = 0.25
+    batch_per_noise: Annotated[float, Range(1e-9, 1e9)] = 1.0
+    norm_test_theta: Annotated[float, Range(1e-9, 1e9)] = 0.5
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise UserError(f"controller.name={self.name!r} is unknown; use one of {', '.join(NAMES)}")
-        if self.k_min < 1:
-            raise UserError(f"controller.k_min={self.k_min} is less than one micro-step; use 1 or more")
+        check_ranges("controller", self)
         if self.k_min > self.k_max:
             raise UserError(
                 f"controller.k_min={self.k_min} is greater than controller.k_max={self.k_max}; swap or change them"
-            )
-        for key in ("half_life", "batch_per_noise", "norm_test_theta"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise UserError(
-                    f"controller.{key}={getattr(self, key)} is not greater than 0; give it a value that is"
-                )
-        if not 0 <= self.hysteresis < 1:
-            raise UserError(
-                f"controller.hysteresis={self.hysteresis} is not a fraction below 1; use for example 0.25"
             )
 
 

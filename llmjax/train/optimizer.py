@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from llmjax.errors import UserError
+from llmjax.ranges import COUNT, Range, check_ranges
 from llmjax.train.clip import CLIPS, make_clip
 from llmjax.types import Array, Params
 
@@ -32,6 +33,8 @@ OptState = Any
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 BATCH_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # exponent of the batch in the learning rate
 MUON_MOMENTUM = 0.95  # Jordan et al. 2024; Liu et al. 2025
+# A decay per update. In float32, 1 - beta must be more than 0 for the moments to move at all.
+BETA = Range(0, 0.999999)
 MUON_RMS = 0.2  # of an update, the empirical figure of AdamW: Liu et al. 2025, equation 4
 _SIDES = {
     "D": "model",
@@ -75,22 +78,23 @@ class OptimizerConfig:
     """
 
     name: str = "adamw"
-    learning_rate: float = 3e-3
+    learning_rate: Annotated[float, Range(0, 1e4)] = 3e-3
     schedule: str = "cosine"
-    warmup_updates: int = 40
-    final_lr_fraction: float = 0.1
-    decay_fraction: float = 0.2
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    warmup_updates: Annotated[int, Range(0, COUNT)] = 40
+    final_lr_fraction: Annotated[float, Range(0, 1)] = 0.1
+    decay_fraction: Annotated[float, Range(0, 1)] = 0.2
+    beta1: Annotated[float, BETA] = 0.9
+    beta2: Annotated[float, BETA] = 0.95
+    eps: Annotated[float, Range(1e-30, 1e3)] = 1e-8
+    weight_decay: Annotated[float, Range(0, 1e4)] = 0.1
+    clip_norm: Annotated[float, Range(1e-12, 1e12, "off")] = 1.0
     clip: str = "global"
     batch_scaling: str = "none"
     constant_in: str = "updates"
     offload: bool = False
 
     def __post_init__(self) -> None:
+        check_ranges("optimizer", self)
         for key, choices in (
             ("name", tuple(_TRANSFORMS)),
             ("schedule", SCHEDULES),
@@ -101,21 +105,6 @@ class OptimizerConfig:
             if getattr(self, key) not in choices:
                 raise UserError(
                     f"optimizer.{key}={getattr(self, key)!r} is unknown; use one of {', '.join(choices)}"
-                )
-        for key in ("learning_rate", "warmup_updates", "eps", "weight_decay", "clip_norm"):
-            if not getattr(self, key) >= 0:
-                raise UserError(
-                    f"optimizer.{key}={getattr(self, key)} is not 0 or more; give it a non-negative value"
-                )
-        for key in ("final_lr_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(
-                    f"optimizer.{key}={getattr(self, key)} is not a fraction; give it a value from 0 to 1"
-                )
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(
-                    f"optimizer.{key}={getattr(self, key)} is not a decay; give it a value from 0 to below 1"
                 )
         if self.name == "schedule_free_adamw" and self.schedule != "constant":
             raise UserError(

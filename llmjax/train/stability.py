@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from llmjax.errors import UserError
+from llmjax.ranges import COUNT, FOLD, Range, check_ranges
 
 ON_SPIKE = ("none", "warn", "skip", "rewind")
 LEAST_HALF_LIFE = 16  # updates: a deviation needs that many, however many tokens an update has
@@ -47,28 +48,16 @@ class StabilityConfig:
     """
 
     on_spike: str = "warn"
-    threshold: float = 6.0
-    half_life: int = 200_000
-    warmup_updates: int = 50
-    max_skips: int = 20
+    threshold: Annotated[float, Range(1e-3, 1e6)] = 6.0
+    half_life: Annotated[int, Range(1, FOLD)] = 200_000
+    warmup_updates: Annotated[int, Range(10, COUNT)] = 50
+    max_skips: Annotated[int, Range(1, COUNT)] = 20
 
     def __post_init__(self) -> None:
+        check_ranges("stability", self)
         if self.on_spike not in ON_SPIKE:
             raise UserError(
                 f"stability.on_spike={self.on_spike!r} is unknown; use one of {', '.join(ON_SPIKE)}"
-            )
-        for key in ("threshold", "half_life"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise UserError(
-                    f"stability.{key}={getattr(self, key)} is not greater than 0; give it a value that is"
-                )
-        if self.warmup_updates < 10:
-            raise UserError(
-                f"stability.warmup_updates={self.warmup_updates} is too few to know a level from; use 10 or more"
-            )
-        if self.max_skips < 1:
-            raise UserError(
-                f"stability.max_skips={self.max_skips} is less than 1; use 1 to stop at the first"
             )
 
 

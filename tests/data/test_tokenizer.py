@@ -219,9 +219,9 @@ def test_too_little_text_for_any_vocabulary_says_so():
     [
         ({"kind": "wordpiece"}, "tokenizer.kind = 'wordpiece'"),
         ({"vocab_size": 100}, "tokenizer.vocab_size = 100 leaves no room"),
-        ({"train_bytes": 0}, "tokenizer.train_bytes = 0"),
-        ({"character_coverage": 1.5}, "tokenizer.character_coverage = 1.5"),
-        ({"num_reserved": -1}, "tokenizer.num_reserved = -1"),
+        ({"train_bytes": 0}, "tokenizer.train_bytes=0"),
+        ({"character_coverage": 1.5}, "tokenizer.character_coverage=1.5"),
+        ({"num_reserved": -1}, "tokenizer.num_reserved=-1"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):

@@ -52,7 +52,7 @@ def test_no_targets_is_an_error(batches):
 
 @pytest.mark.parametrize("key", ["every", "batch_size"])
 def test_a_negative_setting_is_named(key):
-    with pytest.raises(UserError, match=f"evaluate.{key}=-1 is negative"):
+    with pytest.raises(UserError, match=f"evaluate.{key}=-1 must not be negative; use 0 for"):
         EvaluateConfig(**{"every": 1, "batch_size": 0} | {key: -1})
 
 

@@ -31,8 +31,8 @@ def test_every_accepted_shape_uses_every_device():
 
 
 @pytest.mark.parametrize("sizes, devices, message", [
-    ((0, 1, 1, 1), 8, "mesh.data=0 is not a positive size"),
-    ((1, 1, -2, 1), 8, "mesh.seq=-2 is not a positive size"),
+    ((0, 1, 1, 1), 8, "mesh.data=0 must be at least 1; use -1 for all that is left or a value from 1"),
+    ((1, 1, -2, 1), 8, "mesh.seq=-2 must be at least 1; use -1 for all that is left or"),
     ((-1, 1, 1, -1), 8, "mesh.data=-1 and mesh.tensor=-1 leave the mesh open"),
     ((-1, 3, 1, 1), 8, "leaves 8 devices / 3 for mesh.data, which is no whole number"),
     ((2, 2, 1, 1), 8, "takes 4 devices but there are 8"),

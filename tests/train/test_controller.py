@@ -344,10 +344,10 @@ def test_decisions_replay_from_any_saved_state(name):
     ("changes", "sentence"),
     [
         ({"name": "noise"}, "controller.name='noise' is unknown; use one of none, noise_scale, norm_test"),
-        ({"k_min": 0}, "controller.k_min=0 is less than one"),
+        ({"k_min": 0}, "controller.k_min=0 must be at least 1"),
         ({"k_min": 9, "k_max": 8}, "controller.k_min=9 is greater than controller.k_max=8"),
-        ({"half_life": 0}, "controller.half_life=0 is not greater than 0"),
-        ({"hysteresis": 1.0}, "controller.hysteresis=1.0 is not a fraction"),
+        ({"half_life": 0}, "controller.half_life=0 must be at least 1"),
+        ({"hysteresis": 1.0}, r"controller.hysteresis=1.0 must lie in .0, 1\)"),
         ({"hysteresis": -0.1}, "controller.hysteresis=-0.1"),
         ({"batch_per_noise": 0.0}, "controller.batch_per_noise=0.0"),
         ({"batch_per_noise": math.nan}, "controller.batch_per_noise=nan"),

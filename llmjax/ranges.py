@@ -1,0 +1,104 @@
+"""The range of a number in a config, written beside its key: `top_k: Annotated[int, Range(1, 2**24, "off")]`.
+
+Every number key of a section has one, and `check_ranges`, which each section calls when it is made, enforces them all.
+So what is not a number that means something (infinite, NaN, negative, too large for the arithmetic behind the key) is
+one sentence before anything else looks at it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from typing import Any
+
+from llmjax.errors import UserError
+
+LONGEST = 60  # characters of a value that are shown in a sentence
+COUNT = 2**31 - 1  # what counters of updates, sequences and positions on the devices can hold
+FOLD = 2**63 - 1  # what 64 bits with a sign can hold: seeds, tokens seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers from `least` to `most`.
+
+    zero   what a 0 stands for, as in "0 for none"; where it is set, 0 is allowed though it may be less than `least`
+    all    whether -1 is allowed too, and stands for all that is left
+    above  whether `least` itself is left out
+    below  whether `most` itself is left out
+    """
+
+    least: float
+    most: float
+    zero: str = ""
+    all: bool = False
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is one of them; NaN is in no range."""
+        if (self.zero and value == 0) or (self.all and value == -1):
+            return True
+        enough = value > self.least if self.above else value >= self.least
+        return enough and (value < self.most if self.below else value <= self.most)
+
+    def rule(self, value: float) -> str:
+        """What a `value` outside of the range breaks, and what to do: the end of a sentence that names it."""
+        least, most = _shortest(self.least), _shortest(self.most)
+        if (self.least, self.most) == (0, 1):
+            interval = f"{'(' if self.above else '['}{least}, {most}{')' if self.below else ']'}"
+            return f"must lie in {interval}; use a value of this interval"
+        if value < 0 and (self.zero or self.least == 0):
+            broken = "must not be negative"
+        elif value < self.least or (self.above and value == self.least):
+            broken = f"must be {'greater than' if self.above else 'at least'} {least}"
+        elif value > self.most or (self.below and value == self.most):
+            broken = f"must be {'less than' if self.below else 'at most'} {most}"
+        else:
+            broken = "must be a number"
+        others = [f"0 for {self.zero}"] if self.zero else []
+        others += ["-1 for all that is left"] if self.all else []
+        allowed = f"a value from {least} to {most}"
+        if self.above or self.below:
+            allowed += f", {' and '.join([least] * self.above + [most] * self.below)} excluded"
+        return f"{broken}; use {' or '.join([*others, allowed])}"
+
+
+def check_ranges(section: str, config: Any) -> None:
+    """UserError for the first number of the dataclass `config` that is outside of the range in its annotation.
+
+    `section` is the name of the config's section, "" for keys outside of all sections.
+    """
+    prefix = f"{section}." if section else ""
+    for key, bounds in ranges(type(config)).items():
+        value = getattr(config, key)
+        if isinstance(value, tuple):
+            for each in value:
+                if not bounds.holds(each):
+                    raise UserError(
+                        f"{prefix}{key}={shown(value)} has {shown(each)}, which {bounds.rule(each)}"
+                    )
+        elif not bounds.holds(value):
+            raise UserError(f"{prefix}{key}={shown(value)} {bounds.rule(value)}")
+
+
+@functools.cache
+def ranges(cls: type) -> dict[str, Range]:
+    """The range of each field of a dataclass that has one."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    extras = {key: getattr(hint, "__metadata__", ()) for key, hint in hints.items()}
+    return {key: bounds for key, found in extras.items() for bounds in found if isinstance(bounds, Range)}
+
+
+def shown(value: Any) -> str:
+    """`value` as a sentence shows it: like in Python, with control characters escaped, and cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python spells whole numbers out up to some 4300 digits
+        return f"a {type(value).__name__} of more digits than can be shown"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def _shortest(bound: float) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
