@@ -31,6 +31,7 @@ from llmjax.models.contract import Model
 from llmjax.models.gpt import GPT
 from llmjax.nn.choice import choose_kernel, choose_sharing
 from llmjax.ops.attention.share import make_attend
+from llmjax.ops.seeds import make_key
 from llmjax.parallel.hosts import local_batch_rows, make_global
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
@@ -177,7 +178,7 @@ class Program:
 
     def init(self, params: Params | None = None) -> TrainState:
         """A fresh state, every array born in its place on the mesh; around `params`, which are donated, if given."""
-        rng = jax.random.key(self.config.seed)
+        rng = make_key(self.config.seed)
         if params is not None:
             return state_around(params, self.accumulator, rng, self.param_specs, self.mesh)
         return init_state(self.model.init, self.accumulator, rng, self.param_specs, self.mesh)

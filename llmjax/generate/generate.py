@@ -15,6 +15,7 @@ from llmjax.errors import UserError
 from llmjax.models.contract import Model
 from llmjax.nn.cache import Cache
 from llmjax.ops.logits import sample
+from llmjax.ops.seeds import make_key
 from llmjax.ranges import FOLD, Range, check_ranges
 from llmjax.types import Params
 
@@ -97,9 +98,7 @@ def make_generator(
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        rngs_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(
-            np.arange(len(prompts))
-        )
+        rngs_B = jax.vmap(lambda i: jax.random.fold_in(make_key(config.seed), i))(np.arange(len(prompts)))
         cache = model.make_cache(len(prompts), width + round_up(config.max_tokens))
         next_B, cache = prefill(params, tokens, lengths, cache, rngs_B)
         ended = np.zeros(len(prompts), bool)
