@@ -14,19 +14,45 @@ def softcap(logits: jax.Array, cap: float) -> jax.Array:
 def sample(
     rng: jax.Array, logits_BV: jax.Array, *, temperature: float, top_k: int, top_p: float
 ) -> jax.Array:
-    """Token ids int32 [B]. temperature 0 is greedy; then top-k (Fan et al. 2018; 0 = off); then top-p, the smallest
-    set of most likely tokens whose probability reaches top_p (Holtzman et al. 2020; 1 = off)."""
+    """Token ids int32 [B], drawn from the softmax of logits / temperature.
+
+    temperature  0 is greedy: the likeliest id, the first of equals
+    top_k        only the k likeliest ids, of equals the first (Fan et al. 2018); 0 = off
+    top_p        of these, only the smallest set of the likeliest whose probability reaches top_p, of equals the first
+                 (Holtzman et al. 2020); 1 = off
+
+    A logit that is -inf or NaN is never drawn, unless a row has no other.
+    """
+    logits_BV = jnp.where(jnp.isnan(logits_BV), -jnp.inf, logits_BV.astype(jnp.float32))
     if temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / temperature
-    if top_k:
-        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    # The likeliest has 0, all others less, so that no division by however small a temperature can make them equal.
+    largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    scaled_BV = jnp.where(logits_BV == largest_B1, 0.0, (logits_BV - largest_B1) / temperature)
+    scaled_BV = jnp.where(largest_B1 > -jnp.inf, scaled_BV, -jnp.inf)
+    if top_k or top_p < 1.0:
+        scaled_BV = _keep_first(scaled_BV, _count_likeliest(scaled_BV, top_k, top_p))
+    return jax.random.categorical(rng, scaled_BV, axis=-1).astype(jnp.int32)
+
+
+def _count_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> tuple[jax.Array, jax.Array]:
+    """How many of the likeliest ids `sample` draws from, int32 [B, 1], and the logit of the last, [B, 1]."""
+    V = logits_BV.shape[-1]
+    k = min(top_k or V, V)
+    sorted_Bk = jnp.sort(logits_BV, axis=-1, descending=True)[:, :k]
+    count_B1 = jnp.full((len(logits_BV), 1), k, jnp.int32)
     if top_p < 1.0:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(
-            sorted_BV, axis=-1
-        )
-        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.random.categorical(rng, logits_BV, axis=-1).astype(jnp.int32)
+        sums_Bk = jnp.cumsum(jax.nn.softmax(sorted_Bk, axis=-1), axis=-1)
+        # An id belongs to the set if those before it do not reach top_p yet; the first always does.
+        reached_B1 = jnp.sum(sums_Bk[:, :-1] < top_p, axis=-1, keepdims=True, dtype=jnp.int32)
+        count_B1 = reached_B1 + 1
+    return count_B1, jnp.take_along_axis(sorted_Bk, count_B1 - 1, axis=-1)
+
+
+def _keep_first(logits_BV: jax.Array, count_and_least: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """`logits_BV` with -inf for all but the count largest, of those that equal the least kept the first."""
+    count_B1, least_B1 = count_and_least
+    above_BV, equal_BV = logits_BV > least_B1, logits_BV == least_B1
+    left_B1 = count_B1 - jnp.sum(above_BV, axis=-1, keepdims=True, dtype=jnp.int32)
+    kept_BV = above_BV | (equal_BV & (jnp.cumsum(equal_BV, axis=-1, dtype=jnp.int32) <= left_B1))
+    return jnp.where(kept_BV, logits_BV, -jnp.inf)
