@@ -59,7 +59,8 @@ def make_generator(
     """`generate(params, prompts)`, an iterator over time that yields one new token id per prompt, None once ended.
 
     A prompt's sample depends on the seed and its own number only, not on the prompts beside it. `banned_ids` (pad,
-    mask, reserved) are never sampled. `max_positions` > 0 is the most tokens that the model's positions can hold.
+    mask, reserved) are never sampled. `max_positions` > 0 is the most tokens that the model's positions can hold; each
+    prompt is continued until it has them, and one more that is predicted from the last of them.
     """
     pick = functools.partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
 
@@ -83,16 +84,18 @@ def make_generator(
         return choose(logits_BTV[:, 0], rngs_B, step), cache
 
     def generate(params: Params, prompts: Sequence[Sequence[int]]) -> Iterator[list[int | None]]:
+        if not prompts:
+            return
         lengths = np.array([len(p) for p in prompts], np.int32)
         if not lengths.all():
             raise UserError("an empty prompt has nothing to continue; begin it with the bos token")
-        limit = config.max_tokens
+        limits = np.full(len(prompts), config.max_tokens)
         if max_positions:
-            limit = min(limit, max_positions - int(lengths.max()))
-            if limit < 1:
+            limits = np.minimum(limits, max_positions - lengths + 1)
+            if limits.min() < 1:
                 raise UserError(
-                    f"the prompt has {lengths.max()} tokens but the model holds {max_positions} positions; "
-                    "shorten the prompt"
+                    f"the longest prompt has {lengths.max()} tokens but the model holds {max_positions} positions; "
+                    "shorten it"
                 )
         width = round_up(int(lengths.max()))
         tokens = np.zeros((len(prompts), width), np.int32)
@@ -102,11 +105,12 @@ def make_generator(
         cache = model.make_cache(len(prompts), width + round_up(config.max_tokens))
         next_B, cache = prefill(params, tokens, lengths, cache, rngs_B)
         ended = np.zeros(len(prompts), bool)
-        for step in range(1, limit + 1):
+        for step in range(1, limits.max() + 1):
             ids = np.asarray(next_B)
             ended |= ids == eos_id
             yield [None if done else int(i) for done, i in zip(ended, ids, strict=True)]
-            if ended.all() or step == limit:
+            ended |= step >= limits
+            if ended.all():
                 return
             next_B, cache = extend(params, next_B, cache, rngs_B, np.int32(step))
 

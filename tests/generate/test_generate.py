@@ -74,7 +74,10 @@ def test_banned_ids_are_never_drawn(params):
 
 
 def test_positions_bound_the_length(params):
-    assert len(list(generate(GREEDY, V, (), 10)(params, [[1, 2, 3]]))) == 7
+    assert (
+        len(list(generate(GREEDY, V, (), 10)(params, [[1, 2, 3]]))) == 8
+    )  # the last is predicted, and not read
+    assert len(list(generate(GREEDY, V, (), 10)(params, [[1] * 10]))) == 1
     with pytest.raises(UserError, match="prompt has 70 tokens but the model holds 10"):
         list(generate(GREEDY, V, (), 10)(params, PROMPTS))
 
@@ -89,3 +92,44 @@ def test_self_mask_is_causal_by_default():
     np.testing.assert_array_equal(
         self_mask(index * 0 + 1, index).dense_BTS()[0], np.tril(np.ones((3, 3), bool))
     )
+
+
+def rows_of(columns, count):
+    """What each of `count` prompts is given, without what comes after its end."""
+    columns = list(columns)
+    return [[column[row] for column in columns if column[row] is not None] for row in range(count)]
+
+
+LEARNED = GPT(
+    resolve(ModelConfig(num_layers=2, model_dim=16, num_heads=2, init_std=0.5, position="learned")), V, 24
+)
+
+
+@functools.cache
+def generate_learned(config, eos_id=V):
+    return make_generator(LEARNED, config, eos_id=eos_id, max_positions=24)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 5, 24, 40])
+def test_each_prompt_has_the_limit_that_it_has_alone(max_tokens):
+    params = jax.jit(LEARNED.init)(jax.random.key(2))
+    config = GenerateConfig(max_tokens=max_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+    prompts = [[1, 5, 9, 3, 8], [2], [7] * 24, [4] * 23, [6, 5] * 6]
+    together = rows_of(generate_learned(config)(params, prompts), len(prompts))
+    alone = [rows_of(generate_learned(config)(params, [prompt]), 1)[0] for prompt in prompts]
+    assert together == alone
+    assert [len(row) for row in together] == [min(max_tokens, 24 - len(p) + 1) for p in prompts]
+
+
+def test_an_end_counts_for_its_own_prompt_beside_limits_of_others():
+    params = jax.jit(LEARNED.init)(jax.random.key(2))
+    prompts = [[1, 5, 9, 3, 8], [7] * 24, [2, 3]]
+    free = rows_of(generate_learned(GREEDY)(params, prompts), 3)
+    stopped = rows_of(generate_learned(GREEDY, free[0][2])(params, prompts), 3)
+    for row, whole in zip(stopped, free, strict=True):
+        end = whole.index(free[0][2]) if free[0][2] in whole else len(whole)
+        assert row == whole[:end]
+
+
+def test_no_prompts_give_nothing(params):
+    assert list(generate(GREEDY)(params, [])) == []
