@@ -151,7 +151,9 @@ def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
     for key, hint in hints.items():
         if dataclasses.is_dataclass(hint):
             if not isinstance(raw[key], Mapping):
-                raise UserError(f"config key {prefix}{key}={shown(raw[key])} must be a section of keys")
+                raise UserError(
+                    f"config key {prefix}{key}={shown(raw[key])} must be a section of keys; start from configs/base.py"
+                )
             values[key] = _read_section(hint, raw[key], f"{prefix}{key}.")
         else:
             values[key] = _read_value(raw[key], hint, prefix + key)

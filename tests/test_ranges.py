@@ -12,7 +12,9 @@ from llmjax.ranges import LONGEST, Range, check_ranges, ranges, shown
 
 NUMBERS = (int, float, tuple[int, ...])
 SECTIONS = {
-    name: hint for name, hint in typing.get_type_hints(configs.Config).items() if dataclasses.is_dataclass(hint)
+    name: hint
+    for name, hint in typing.get_type_hints(configs.Config).items()
+    if dataclasses.is_dataclass(hint)
 }
 
 
@@ -51,7 +53,14 @@ def base():
 
 def test_a_range_holds_what_it_says():
     plain, half = Range(1, 10), Range(0, 1, below=True)
-    assert [plain.holds(n) for n in (0, 1, 10, 11, math.nan, math.inf)] == [False, True, True, False, False, False]
+    assert [plain.holds(n) for n in (0, 1, 10, 11, math.nan, math.inf)] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert [half.holds(n) for n in (0, 0.5, 1, -0.1)] == [True, True, False, False]
     assert Range(2, 3, "off").holds(0) and not Range(2, 3, "off").holds(1)
     assert Range(1, 3, all=True).holds(-1) and not Range(1, 3, all=True).holds(0)

@@ -56,7 +56,7 @@ class CheckpointConfig:
         if self.init_checkpoint not in ("latest", "best") and not self.init_checkpoint.isdecimal():
             raise UserError(
                 f"checkpoint.init_checkpoint={self.init_checkpoint!r} is neither latest, best nor the number of an "
-                "update"
+                "update; use one of these"
             )
         if self.init_checkpoint != "latest" and not self.init_from:
             raise UserError(
