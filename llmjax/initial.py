@@ -13,6 +13,7 @@ from llmjax.config import Config, check_init
 from llmjax.data.tokenizer import load_tokenizer
 from llmjax.errors import UserError
 from llmjax.train.checkpoint import Checkpoints
+from llmjax.train.which import named_update
 from llmjax.workdir import saved_config
 
 SECTIONS = {"model", "data", "tokenizer", "optimizer"}  # of a saved config, that are compared
@@ -37,7 +38,7 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
         )
     which = config.checkpoint.init_checkpoint
     with Checkpoints(source / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
-        checkpoints.read_meta(int(which) if which.isdecimal() else None)
+        checkpoints.read_meta(named_update(checkpoints, "checkpoint.init_checkpoint", which))
 
 
 def with_tokenizer(config: Config, workdir: pathlib.Path) -> Config:

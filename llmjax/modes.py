@@ -47,6 +47,7 @@ from llmjax.train.position import Position
 from llmjax.train.report import write_report
 from llmjax.train.run import Result, Run
 from llmjax.train.state import TrainState
+from llmjax.train.which import check_name, named_update
 from llmjax.types import Batch, Params
 from llmjax.workdir import commands, last_sample, saved_config, write_json, write_samples
 
@@ -61,6 +62,7 @@ def run(
 ) -> int:
     """Runs `mode`; the exit code."""
     started = time.perf_counter()
+    check_name("--checkpoint", checkpoint)
     config = configs.read(raw)
     if not has_accelerator():
         keep_freed_memory()
@@ -261,19 +263,20 @@ def initial_params(program: Program) -> tuple[int, Params]:
         program = make_program(
             config, program.batch, program.model.vocab_size, list(program.mesh.devices.flat)
         )
-    return load_params(program, source, config.checkpoint.init_checkpoint)
+    return load_params(program, source, config.checkpoint.init_checkpoint, "checkpoint.init_checkpoint")
 
 
-def load_params(program: Program, workdir: pathlib.Path, checkpoint: str) -> tuple[int, Params]:
-    """Update and parameters of the checkpoint `latest`, `best` or a number, fit to evaluate and generate with."""
+def load_params(
+    program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
+) -> tuple[int, Params]:
+    """Update and parameters of the checkpoint `latest`, `best` or a number, fit to evaluate and generate with.
+
+    `key` is where the name was given, for errors.
+    """
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no checkpoints; train there first, or give another --workdir")
     with Checkpoints(workdir / "checkpoints", program.config.checkpoint, read_only=True) as checkpoints:
-        if checkpoint not in ("latest", "best") and not checkpoint.isdecimal():
-            raise UserError(f"--checkpoint={checkpoint} is neither latest, best nor the number of an update")
-        update = int(checkpoint) if checkpoint.isdecimal() else None
-        if checkpoint == "best":
-            update = checkpoints.best()
+        update = named_update(checkpoints, key, checkpoint)
         if update is None:
             update = checkpoints.latest()
         if program.averages:

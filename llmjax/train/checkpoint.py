@@ -30,6 +30,7 @@ from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.ranges import COUNT, Range, check_ranges
 from llmjax.train.retention import Facts, best_of, kept, read_amended, write_amended
+from llmjax.train.which import check_name
 from llmjax.types import Params
 
 DELETED = "deleted"  # a folder beside the checkpoints
@@ -53,11 +54,7 @@ class CheckpointConfig:
 
     def __post_init__(self):
         check_ranges("checkpoint", self)
-        if self.init_checkpoint not in ("latest", "best") and not self.init_checkpoint.isdecimal():
-            raise UserError(
-                f"checkpoint.init_checkpoint={self.init_checkpoint!r} is neither latest, best nor the number of an "
-                "update; use one of these"
-            )
+        check_name("checkpoint.init_checkpoint", self.init_checkpoint)
         if self.init_checkpoint != "latest" and not self.init_from:
             raise UserError(
                 f"checkpoint.init_checkpoint={self.init_checkpoint!r} has no meaning without checkpoint.init_from; "

@@ -195,7 +195,9 @@ def test_a_death_while_an_old_checkpoint_is_deleted_leaves_only_whole_ones(tmp_p
 
 
 def test_a_policy_that_deletes_everything_is_refused():
-    with pytest.raises(UserError, match=r"checkpoint.keep=0 would delete"):
+    with pytest.raises(UserError, match=r"checkpoint.keep=0 must be at least 1"):
         CheckpointConfig(keep=0)
-    with pytest.raises(UserError, match=r"checkpoint.every=-1 is negative"):
+    with pytest.raises(
+        UserError, match=r"checkpoint.every=-1 must not be negative; use 0 for only at the end"
+    ):
         CheckpointConfig(every=-1)
