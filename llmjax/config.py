@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from llmjax.data.layout import RowLayout
 from llmjax.data.pipeline import DataConfig
-from llmjax.data.tokenizer import TokenizerConfig
+from llmjax.data.tokenizer import KINDS, TokenizerConfig
 from llmjax.errors import UserError
 from llmjax.evaluate.held_out import EvaluateConfig
 from llmjax.evaluate.probes import PROBES
@@ -31,7 +31,7 @@ from llmjax.ranges import FOLD, Range, check_ranges, shown
 from llmjax.train.batch import BatchArithmetic, make_batch_schedule, resolve_batch
 from llmjax.train.checkpoint import CheckpointConfig
 from llmjax.train.config import TrainConfig
-from llmjax.train.controller import ControllerConfig
+from llmjax.train.controller import RULES, ControllerConfig
 from llmjax.train.lengths import make_length_schedule
 from llmjax.train.optimizer import OptimizerConfig
 from llmjax.train.stability import StabilityConfig
@@ -251,7 +251,7 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
     )
     make_batch_schedule(train.batch_schedule, train.batch_points, batch)
     make_length_schedule(config.data.length_points, T, seq)
-    if config.controller.name != "none" and train.batch_schedule != "constant":
+    if RULES[config.controller.name].decides and train.batch_schedule != "constant":
         raise UserError(
             f"controller.name={config.controller.name!r} and train.batch_schedule={train.batch_schedule!r} both decide "
             "the batch size; set controller.name=none or train.batch_schedule=constant"
@@ -262,7 +262,11 @@ def check(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
             "the batch (mesh.data x mesh.fsdp); change one of them"
         )
     _check_probes(config)
-    if not config.tokenizer.path and config.tokenizer.kind != "byte" and config.tokenizer.vocab_size % tensor:
+    if (
+        not config.tokenizer.path
+        and KINDS[config.tokenizer.kind].trained
+        and config.tokenizer.vocab_size % tensor
+    ):
         raise UserError(
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
             "change one of them"

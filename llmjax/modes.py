@@ -24,12 +24,19 @@ import llmjax
 from llmjax import config as configs
 from llmjax.build import Corpus, Program, make_corpus, make_program
 from llmjax.config import Config
-from llmjax.data.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, TokenizerConfig, load_tokenizer
+from llmjax.data.tokenizer import (
+    KINDS,
+    StreamDecoder,
+    Tokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+)
 from llmjax.errors import UserError
 from llmjax.evaluate import probes
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.evaluate.scoring import Probe, Text
 from llmjax.files import write_atomically
+from llmjax.flags import MODES
 from llmjax.generate.generate import make_generator
 from llmjax.initial import check_initial, with_tokenizer
 from llmjax.nn.position import POSITIONS
@@ -83,7 +90,9 @@ def run(
         return run_train(config, batch, workdir, started)
     if mode == "evaluate":
         return run_evaluate(config, batch, workdir, checkpoint)
-    return run_generate(config, batch, workdir, checkpoint, prompts)
+    if mode == "generate":
+        return run_generate(config, batch, workdir, checkpoint, prompts)
+    raise UserError(f"--mode={mode} is not known; use one of {', '.join(MODES)}")
 
 
 def run_plan(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, devices: list[jax.Device]) -> int:
@@ -105,7 +114,8 @@ def planned_vocab_size(config: TokenizerConfig) -> int:
     """How many ids the tokenizer will have, without the corpus that it may be trained on."""
     if config.path:
         return load_tokenizer(config.path).vocab_size
-    return ByteTokenizer(config.num_reserved).vocab_size if config.kind == "byte" else config.vocab_size
+    fixed = KINDS[config.kind].fixed
+    return config.vocab_size if fixed is None else fixed(config.num_reserved).vocab_size
 
 
 def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, started: float) -> int:

@@ -121,7 +121,7 @@ def test_layers_are_looked_at_when_asked(folder, capsys):
         ),
         (
             {"train__accumulation": "scan"},
-            "train.accumulation='scan' is unknown; use one of multisteps, fused",
+            "train.accumulation='scan' is not known; use one of multisteps, fused",
         ),
         ({"train__batch_schedule": "piecewise", "train__batch_points": "0:512,100:256"}, "goes backwards"),
         (
@@ -132,8 +132,8 @@ def test_layers_are_looked_at_when_asked(folder, capsys):
             },
             "both decide the batch size",
         ),
-        ({"stability__on_spike": "stop"}, "stability.on_spike='stop' is unknown"),
-        ({"optimizer__clip": "layer"}, "optimizer.clip='layer' is unknown"),
+        ({"stability__on_spike": "stop"}, "stability.on_spike='stop' is not known"),
+        ({"optimizer__clip": "layer"}, "optimizer.clip='layer' is not known"),
     ],
 )
 def test_what_cannot_be_steered_is_one_sentence(folder, capsys, settings, sentence):

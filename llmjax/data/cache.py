@@ -15,8 +15,8 @@ from llmjax.data.checksums import DamagedError, report_damage
 from llmjax.data.sources import SourceFile, corpus_fingerprint, read_documents
 from llmjax.data.store import FORMAT_VERSION, Store, build_store, open_store
 from llmjax.data.tokenizer import (
+    KINDS,
     TRAINER_VERSION,
-    ByteTokenizer,
     Tokenizer,
     TokenizerConfig,
     load_tokenizer,
@@ -43,8 +43,9 @@ def cached_tokenizer(
     """
     if config.path:
         return load_tokenizer(config.path)
-    if config.kind == "byte":
-        return ByteTokenizer(config.num_reserved)
+    fixed = KINDS[config.kind].fixed
+    if fixed is not None:
+        return fixed(config.num_reserved)
     settings = [
         config.kind,
         config.vocab_size,

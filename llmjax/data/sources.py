@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 
 STDLIB = "stdlib"
 _COMPRESSED = (".gz", ".zst")
@@ -82,7 +82,8 @@ _TEXT = {
     ".cfg",
 }
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-_BAD_TEXT = ("error", "skip", "replace")
+# What becomes of a text that cannot be read: kept with U+FFFD, or left out. "error" has raised before it comes to that.
+_BAD_TEXT = {"error": None, "skip": False, "replace": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +143,7 @@ def read_documents(
     `UserError` with file, line and byte offset, `skip` leaves the document out, `replace` puts U+FFFD. Rows
     are named `file.jsonl#17`, counted from 1.
     """
-    if on_bad_text not in _BAD_TEXT:
-        raise UserError(f"data.on_bad_text = {on_bad_text!r} is not known: use error, skip or replace.")
+    choose(_BAD_TEXT, "data.on_bad_text", on_bad_text)
     stats = ReadStats() if stats is None else stats
     before = stats.bytes_read
     reader = {"parquet": _read_parquet, "rows": _read_rows, "text": _read_text}[_format(file.path)]
@@ -331,7 +331,7 @@ def _decode(data: bytes, on_bad_text: str, stats: ReadStats, where: str, offset:
                 f"data.on_bad_text = 'error' and {where} is not UTF-8 at byte "
                 f"{offset + error.start}: correct it, or set skip or replace."
             ) from None
-    if on_bad_text == "skip":
+    if not _BAD_TEXT[on_bad_text]:
         return None
     stats.replaced += 1
     return data.decode("utf-8", "replace")
@@ -348,7 +348,7 @@ def _without_surrogates(text: str, on_bad_text: str, stats: ReadStats, where: st
                 f"data.on_bad_text = 'error' and line {where} has a lone surrogate at character "
                 f"{error.start} of its text: correct it, or set skip or replace."
             ) from None
-    if on_bad_text == "skip":
+    if not _BAD_TEXT[on_bad_text]:
         return None
     stats.replaced += 1
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -18,9 +18,10 @@ import hashlib
 import heapq
 import io
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -28,7 +29,7 @@ import numpy as np
 import sentencepiece
 
 from llmjax.data.checksums import DamagedError
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.files import write_atomically
 from llmjax.ranges import Range, check_ranges
 
@@ -45,6 +46,31 @@ _UNIGRAM_BYTES = (
 # What to do about a saved tokenizer that nothing can make again.
 _RESTORE = "restore it from a copy, or name another in tokenizer.path"
 _MIN_LOG_LEVEL = 3  # fatal only
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One value of `tokenizer.kind`: a kind of model that SentencePiece trains under the same name, or a fixed one.
+
+    words       its name in words
+    most_bytes  of text to train on
+    fixed       (num_reserved) -> the tokenizer, where nothing is trained
+    """
+
+    words: str
+    most_bytes: float = math.inf
+    fixed: Callable[[int], Tokenizer] | None = None
+
+    @property
+    def trained(self) -> bool:
+        return self.fixed is None
+
+
+KINDS = {
+    "bpe": Kind("SentencePiece BPE"),
+    "unigram": Kind("SentencePiece unigram", most_bytes=_UNIGRAM_BYTES),
+    "byte": Kind("bytes", fixed=lambda num_reserved: ByteTokenizer(num_reserved)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +94,10 @@ class TokenizerConfig:
     num_reserved: Annotated[int, Range(0, 2**20)] = 16
 
     def __post_init__(self):
-        if self.kind not in ("bpe", "unigram", "byte"):
-            raise UserError(f"tokenizer.kind = {self.kind!r} is not known: use bpe, unigram or byte.")
+        choose(KINDS, "tokenizer.kind", self.kind)
         check_ranges("tokenizer", self)
         smallest = _smallest_vocabulary(self)
-        if self.kind != "byte" and not self.path and self.vocab_size < smallest:
+        if KINDS[self.kind].trained and not self.path and self.vocab_size < smallest:
             raise UserError(
                 f"tokenizer.vocab_size = {self.vocab_size} leaves no room beside the special and "
                 f"byte pieces: use at least {smallest}."
@@ -246,10 +271,10 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     too few for the vocabulary, and names the largest that works. `config.path` is not looked at: see
     `load_tokenizer`.
     """
-    if config.kind == "byte":
-        return ByteTokenizer(config.num_reserved)
-    limit = config.train_bytes if config.kind == "bpe" else min(config.train_bytes, _UNIGRAM_BYTES)
-    sample = _sample_passages(texts, limit)
+    kind = KINDS[config.kind]
+    if kind.fixed is not None:
+        return kind.fixed(config.num_reserved)
+    sample = _sample_passages(texts, min(config.train_bytes, kind.most_bytes))
     if not sample:
         raise UserError("data.sources hold no text to train the tokenizer on: name sources with text.")
     model, fitting = _train_model(config, sample)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from llmjax.errors import choose
 from llmjax.evaluate.context import make_context
 from llmjax.evaluate.copying import make_copy
 from llmjax.evaluate.position import make_position
@@ -50,23 +51,45 @@ def run_probes(
 
 
 def describe(results: Mapping[str, Any]) -> dict[str, str]:
-    """A line for each curve and grid."""
+    """A line for each curve and grid; a probe that found nothing has none."""
     rows = {}
-    if of := results.get("position"):
-        rows["loss by position"] = _series(of["from"], of["loss"], "{:.3f}")
-    if of := results.get("context"):
-        rows["loss by context"] = _series(of["length"], of["loss"], "{:.3f}")
-    for name in ("passkey", "needle"):
-        for of in results.get(name, ()):
-            means = [sum(column) / len(column) for column in zip(*of["choice"])]
-            exact = [sum(column) / len(column) for column in zip(*of["exact"])]
-            chance = f"chance {of['chance']:.0%}"
-            rows[f"{name}, {of['language']}"] = f"{_series(of['length'], means, '{:.0%}')} chosen ({chance})"
-            rows[f"{name}, {of['language']}, exact"] = _series(of["length"], exact, "{:.0%}")
-    if of := results.get("copy"):
-        rows["copy at distance"] = f"{_series(of['distance'], of['accuracy'], '{:.1%}')} right"
+    for name, of in results.items():
+        rows |= choose(WORDS, "probe", name)(name, of) if of else {}
     return rows
+
+
+def _position_words(name: str, of: Any) -> dict[str, str]:
+    return {"loss by position": _series(of["from"], of["loss"], "{:.3f}")}
+
+
+def _context_words(name: str, of: Any) -> dict[str, str]:
+    return {"loss by context": _series(of["length"], of["loss"], "{:.3f}")}
+
+
+def _retrieval_words(name: str, grids: Any) -> dict[str, str]:
+    rows = {}
+    for of in grids:
+        means = [sum(column) / len(column) for column in zip(*of["choice"])]
+        exact = [sum(column) / len(column) for column in zip(*of["exact"])]
+        chance = f"chance {of['chance']:.0%}"
+        rows[f"{name}, {of['language']}"] = f"{_series(of['length'], means, '{:.0%}')} chosen ({chance})"
+        rows[f"{name}, {of['language']}, exact"] = _series(of["length"], exact, "{:.0%}")
+    return rows
+
+
+def _copy_words(name: str, of: Any) -> dict[str, str]:
+    return {"copy at distance": f"{_series(of['distance'], of['accuracy'], '{:.1%}')} right"}
 
 
 def _series(x: Sequence[int], values: Sequence[float | None], form: str) -> str:
     return "  ".join(f"{a:,}: {'–' if v is None else form.format(v)}" for a, v in zip(x, values, strict=True))
+
+
+# What the figures of a probe say: (its name, its figures) -> label -> line.
+WORDS: dict[str, Callable[[str, Any], dict[str, str]]] = {
+    "position": _position_words,
+    "context": _context_words,
+    "passkey": _retrieval_words,
+    "needle": _retrieval_words,
+    "copy": _copy_words,
+}

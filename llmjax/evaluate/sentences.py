@@ -34,13 +34,8 @@ def pass_key(language: str, number: int) -> Fact:
         key = 10 ** (KEY_DIGITS - 1) + int(value) % span
         if key not in keys:
             keys.append(key)
-    answers = map(str, keys[:ANSWERS])
-    if language == "zh":
-        digits = str.maketrans("0123456789", CHINESE_DIGITS)
-        chinese = tuple(answer.translate(digits) for answer in answers)
-        return Fact("什么是通行密钥？", "通行密钥是", "。请记住它。{}就是通行密钥。", chinese)
-    english = tuple(f" {answer}" for answer in answers)
-    return Fact("What is the pass key?", "The pass key is", ". Remember it.{} is the pass key.", english)
+    spell, question, lead, rest = PASS_KEYS[language]
+    return Fact(question, lead, rest, tuple(spell(str(key)) for key in keys[:ANSWERS]))
 
 
 def fact(language: str, number: int) -> Fact:
@@ -49,6 +44,16 @@ def fact(language: str, number: int) -> Fact:
     return facts[number % len(facts)]
 
 
+# How a key is spelled, the question, what comes before the key and what after it.
+PASS_KEYS = {
+    "en": (" {}".format, "What is the pass key?", "The pass key is", ". Remember it.{} is the pass key."),
+    "zh": (
+        lambda key: key.translate(str.maketrans("0123456789", CHINESE_DIGITS)),
+        "什么是通行密钥？",
+        "通行密钥是",
+        "。请记住它。{}就是通行密钥。",
+    ),
+}
 FACTS = {
     "en": (
         Fact(

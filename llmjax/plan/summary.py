@@ -11,9 +11,10 @@ import numpy as np
 
 from llmjax.build import Corpus, Program
 from llmjax.data.store import StoreHeader
-from llmjax.data.tokenizer import TokenizerConfig
+from llmjax.data.tokenizer import KINDS, TokenizerConfig
 from llmjax.nn.remat import Widths, kept_width
 from llmjax.ops.activation import ACTIVATIONS
+from llmjax.train.controller import RULES
 
 
 def tree_bytes_per_device(tree: object) -> int:
@@ -108,7 +109,7 @@ def _describe_batch(program: Program) -> str:
     if steering.lengths.points != ((0, program.batch.seq_len),):
         text += f"; rows of {steering.lengths.describe()}"
     c = steering.controller
-    if c.name != "none":
+    if RULES[c.name].decides:
         text += f"; then {c.k_min} to {c.k_max} micro-steps by {c.name}"
     return text
 
@@ -124,8 +125,7 @@ def _describe_left_out(header: StoreHeader) -> str:
 def _describe_tokenizer(config: TokenizerConfig, vocab_size: int) -> str:
     if config.path:
         return f"{config.path}, {vocab_size:,} ids"
-    name = {"bpe": "SentencePiece BPE", "unigram": "SentencePiece unigram", "byte": "bytes"}[config.kind]
-    return f"{name}, {vocab_size:,} ids"
+    return f"{KINDS[config.kind].words}, {vocab_size:,} ids"
 
 
 def _describe_updates(program: Program, num_rows: int, start: int) -> str:

@@ -9,10 +9,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 from llmjax.plan.hlo import NO_TRIPS, Computation, Instruction, Module, Site, Trips, walk
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of collective: by how much the bytes that a device of a group of n gets exceed those that it puts in, and
+    what share of those it sends."""
+
+    grows: Callable[[int], float]
+    sends: Callable[[int], float]
+
+
+KINDS = {
+    "all-reduce": Kind(lambda n: 1, lambda n: 2 * (n - 1) / n),
+    "all-gather": Kind(lambda n: n, lambda n: n - 1),
+    "reduce-scatter": Kind(lambda n: 1 / n, lambda n: (n - 1) / n),
+    "collective-permute": Kind(lambda n: 1, lambda n: min(n, 1)),
+    "all-to-all": Kind(lambda n: 1, lambda n: (n - 1) / n),
+}
 NAMES = {
     "parameter",
     "constant",
@@ -49,8 +66,7 @@ class Collective(Site):
     @property
     def result_bytes(self) -> int:
         """What each device gets out, in the type of the operands."""
-        scale = {"all-gather": self.group_size, "reduce-scatter": 1 / self.group_size}.get(self.kind, 1)
-        return round(self.operand_bytes * scale)
+        return round(self.operand_bytes * KINDS[self.kind].grows(self.group_size))
 
     @property
     def sent_bytes(self) -> int:
@@ -59,11 +75,7 @@ class Collective(Site):
         All-gather around a ring: (n - 1) b. Reduce-scatter around a ring: (n - 1) / n b. All-reduce, one after the
         other (Patarasuk and Yuan 2009): 2 (n - 1) / n b. All-to-all: (n - 1) / n b. Permutation: b.
         """
-        b, n = self.operand_bytes, self.group_size
-        if self.kind == "collective-permute":
-            return b if n else 0
-        share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(self.kind, (n - 1) / n)
-        return round(b * share)
+        return round(self.operand_bytes * KINDS[self.kind].sends(self.group_size))
 
 
 def collectives(module: Module) -> list[Collective]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.ranges import FOLD, Range, shown
 
-SCHEDULES = ("constant", "piecewise", "linear")
 TOKENS = Range(-FOLD, FOLD)  # of a point of a schedule, whose signs the schedules judge
 
 
@@ -89,6 +88,24 @@ def resolve_batch(
     return BatchArithmetic(seq_len, size, steps)
 
 
+Points = tuple[tuple[int, int], ...]  # (tokens seen, tokens per update)
+
+
+def _hold(points: Points, tokens_seen: int) -> float:
+    return float(points[0][1])
+
+
+def _interpolate(points: Points, tokens_seen: int) -> float:
+    if len(points) == 1:
+        return _hold(points, tokens_seen)
+    (x0, y0), (x1, y1) = points
+    return y0 + (y1 - y0) * (tokens_seen - x0) / (x1 - x0)
+
+
+# Of the last point that is reached and the next, if there is one, the tokens of an update.
+SCHEDULES = {"constant": _hold, "piecewise": _hold, "linear": _interpolate}
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchSchedule:
     """Tokens per update as a function of tokens seen, through points (tokens seen, tokens per update).
@@ -100,17 +117,14 @@ class BatchSchedule:
     """
 
     kind: str
-    points: tuple[tuple[int, int], ...]
+    points: Points
     micro_tokens: int
 
     def accumulation_steps(self, tokens_seen: int) -> int:
         """k of the update that begins after `tokens_seen` tokens, 1 or more."""
         seen = [start for start, _ in self.points]
         last = max(i for i, start in enumerate(seen) if start <= tokens_seen)
-        size = float(self.points[last][1])
-        if self.kind == "linear" and last + 1 < len(self.points):
-            (x0, y0), (x1, y1) = self.points[last : last + 2]
-            size = y0 + (y1 - y0) * (tokens_seen - x0) / (x1 - x0)
+        size = SCHEDULES[self.kind](self.points[last : last + 2], tokens_seen)
         return max(round(size / self.micro_tokens), 1)
 
     @property
@@ -125,8 +139,7 @@ def make_batch_schedule(kind: str, points: tuple[str, ...], batch: BatchArithmet
     UserError for points that cannot be read, go backwards, or are no whole number of micro-batches.
     """
     micro_tokens = batch.micro_batch_size * batch.seq_len
-    if kind not in SCHEDULES:
-        raise UserError(f"train.batch_schedule={kind!r} is unknown; use one of {', '.join(SCHEDULES)}")
+    choose(SCHEDULES, "train.batch_schedule", kind)
     if kind == "constant":
         if points:
             raise UserError(

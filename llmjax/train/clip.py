@@ -29,7 +29,7 @@ _INPUTS = {"wo": "NH", "w_down": "F"}  # these write to the residual stream; all
 
 def make_clip(kind: str, threshold: float, eps: float = EPS) -> optax.GradientTransformation:
     """Clips by one of `CLIPS`, without state; threshold 0 changes nothing. `adaptive` wants `params` in its update."""
-    return _CLIPS[kind](threshold, eps) if threshold > 0 else optax.identity()
+    return CLIPS[kind](threshold, eps) if threshold > 0 else optax.identity()
 
 
 def _global(threshold: float, eps: float) -> optax.GradientTransformation:
@@ -77,9 +77,8 @@ def _input_axes(name: str, lead: int, ndim: int) -> tuple[int, ...]:
     return tuple(lead + letters.index(letter) for letter in inputs)
 
 
-_CLIPS: dict[str, Callable[[float, float], optax.GradientTransformation]] = {
+CLIPS: dict[str, Callable[[float, float], optax.GradientTransformation]] = {
     "global": _global,
     "block": _block,
     "adaptive": _adaptive,
 }
-CLIPS = tuple(_CLIPS)

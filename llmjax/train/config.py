@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from llmjax.errors import UserError
+from llmjax.errors import choose
 from llmjax.ranges import COUNT, FOLD, Range, check_ranges
+from llmjax.train.fused import MANUAL
 
 ACCUMULATION = ("multisteps", "fused")
-GATHER = ("micro_step", "update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,5 @@ class TrainConfig:
 
     def __post_init__(self):
         check_ranges("train", self)
-        for key, choices in (("accumulation", ACCUMULATION), ("fused_gather", GATHER)):
-            if getattr(self, key) not in choices:
-                raise UserError(
-                    f"train.{key}={getattr(self, key)!r} is unknown; use one of {', '.join(choices)}"
-                )
+        choose(dict.fromkeys(ACCUMULATION), "train.accumulation", self.accumulation)
+        choose(MANUAL, "train.fused_gather", self.fused_gather)

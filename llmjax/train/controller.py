@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.ranges import COUNT, FOLD, Range, check_ranges
 
-NAMES = ("none", "noise_scale", "norm_test")
 SPIKE = 3.0  # times the gradient norm that the averages foretell; a norm that noise alone does not reach
 LEAST_PAIRS = 1e-6  # of W^2: below this all weight is in one part, and rounding decides
 
@@ -50,13 +50,37 @@ class ControllerConfig:
     norm_test_theta: Annotated[float, Range(1e-9, 1e9)] = 0.5
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise UserError(f"controller.name={self.name!r} is unknown; use one of {', '.join(NAMES)}")
+        choose(RULES, "controller.name", self.name)
         check_ranges("controller", self)
         if self.k_min > self.k_max:
             raise UserError(
                 f"controller.k_min={self.k_min} is greater than controller.k_max={self.k_max}; swap or change them"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One value of `controller.name`.
+
+    wanted      (config, noise scale in micro-steps) -> the wanted k, not yet a whole number; None: k is not decided on
+    rounded     of a k within bounds
+    only_grows  k never shrinks
+    """
+
+    wanted: Callable[[ControllerConfig, float], float] | None = None
+    rounded: Callable[[float], int] = round
+    only_grows: bool = False
+
+    @property
+    def decides(self) -> bool:
+        return self.wanted is not None
+
+
+RULES = {
+    "none": Rule(),
+    "noise_scale": Rule(lambda config, steps: config.batch_per_noise * steps),
+    "norm_test": Rule(lambda config, steps: steps / config.norm_test_theta**2, math.ceil, only_grows=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +153,7 @@ class ControllerState:
 
 def initial_state(config: ControllerConfig, k: int) -> ControllerState:
     """The state of a run that begins with `k` micro-steps per update, or the nearest number allowed."""
-    if config.name == "none":
+    if not RULES[config.name].decides:
         return ControllerState(k)
     return ControllerState(min(max(k, config.k_min), config.k_max))
 
@@ -163,7 +187,7 @@ def observe(
     """
     k = state.k
     if estimate(observation) is None:
-        if config.name != "none" and observation.num_parts < 2 and k < min(2, config.k_max):
+        if RULES[config.name].decides and observation.num_parts < 2 and k < min(2, config.k_max):
             return dataclasses.replace(state, k=2, reason=f"one part shows no noise: {k} -> 2")
         return dataclasses.replace(state, reason=f"nothing to measure: k = {k} stays")
     norm = math.sqrt(observation.square_total) / observation.weight
@@ -172,7 +196,7 @@ def observe(
         reason = f"gradient norm {norm:.3g} spikes over the expected {expected:.3g}: k = {k} stays"
         return dataclasses.replace(state, rejected=state.rejected + observation.tokens, reason=reason)
     state = _fold(config, state, observation)
-    if config.name == "none":
+    if not RULES[config.name].decides:
         return dataclasses.replace(state, reason=f"controller.name=none: k = {k} stays")
     parts_per_micro_step = observation.num_parts * tokens_per_micro_step / observation.tokens
     # Noise does not show in one part: on one device, k = 1 would be blind for ever.
@@ -215,19 +239,16 @@ def _decide(
     k, scale = state.k, state.noise_scale
     # The noise scale counts loss weight, a micro-step positions.
     steps = scale / (tokens_per_micro_step * state.weight / state.tokens)
-    if config.name == "noise_scale":
-        wanted = config.batch_per_noise * steps
-        goal = round(min(max(wanted, least), config.k_max))
-    else:
-        wanted = steps / config.norm_test_theta**2
-        goal = math.ceil(min(max(wanted, k, least), config.k_max))
+    rule = RULES[config.name]
+    wanted = rule.wanted(config, steps)
+    goal = rule.rounded(min(max(wanted, k if rule.only_grows else least, least), config.k_max))
     why = f"noise scale {scale:,.0f} tokens wants k = {wanted:,.1f}"
     if scale == math.inf:
         why = f"gradient drowns in its noise (|G|^2 = {state.gradient_square:.2g})"
     bound = ""
     if wanted > config.k_max:
         bound = f", held by k_max = {config.k_max}"
-    elif config.name == "norm_test" and wanted <= k:
+    elif rule.only_grows and wanted <= k:
         bound = ", which passes the norm test"
     elif wanted < least:
         bound = f", held by k >= {least}"

@@ -27,7 +27,7 @@ from llmjax.train.metrics import Recorder
 from llmjax.train.position import OpenWindow, Position
 from llmjax.train.run import Result, Run, State
 from llmjax.train.signals import Stopped, StopRequest
-from llmjax.train.stability import Spike
+from llmjax.train.stability import ON_SPIKE, Spike
 from llmjax.train.steering import Decision, Measured
 from llmjax.train.tally import MicroMetrics, guiltiest, mean_metrics, measure, micro_metrics, total
 from llmjax.train.upkeep import FollowUpFailed, TrainingFailed, Upkeep
@@ -242,15 +242,10 @@ class _Loop:
         self.run.save_window(self.state, self.run.meta | self._position_now().to_meta())
 
     def _react(self, spike: Spike, done: _Dispatched, steps: list[MicroMetrics], applied: bool) -> bool:
-        on_spike = self.run.steering.stability.on_spike
-        what = {
-            "warn": "trained on",
-            "skip": "trained on" if applied else "update skipped",
-            "rewind": "going back",
-        }
-        text = f"{spike.sentence}; {what[on_spike]}"
+        reaction = ON_SPIKE[self.run.steering.stability.on_spike]
+        text = f"{spike.sentence}; {reaction.words[not applied]}"
         self._report("spike", done, len(steps), guiltiest(steps, spike.kind), f"stands out: {text}")
-        return on_spike == "rewind" and self._rewind(done, spike)
+        return reaction.rewinds and self._rewind(done, spike)
 
     def _rewind(self, done: _Dispatched, spike: Spike) -> bool:
         """Back to the latest checkpoint, but on with the data after the spike."""

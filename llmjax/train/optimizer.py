@@ -23,15 +23,16 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.ranges import COUNT, Range, check_ranges
 from llmjax.train.clip import CLIPS, make_clip
 from llmjax.types import Array, Params
 
 OptState = Any
 
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
 BATCH_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # exponent of the batch in the learning rate
+# (size of the update, factor on its learning rate) -> the power of the betas and the factor on weight_decay
+CONSTANT_IN = {"updates": lambda size, scale: (1.0, 1.0), "tokens": lambda size, scale: (size, size / scale)}
 MUON_MOMENTUM = 0.95  # Jordan et al. 2024; Liu et al. 2025
 # A decay per update. In float32, 1 - beta must be more than 0 for the moments to move at all.
 BETA = Range(0, 0.999999)
@@ -96,16 +97,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_ranges("optimizer", self)
         for key, choices in (
-            ("name", tuple(_TRANSFORMS)),
+            ("name", _TRANSFORMS),
             ("schedule", SCHEDULES),
             ("clip", CLIPS),
-            ("batch_scaling", tuple(BATCH_SCALING)),
-            ("constant_in", ("updates", "tokens")),
+            ("batch_scaling", BATCH_SCALING),
+            ("constant_in", CONSTANT_IN),
         ):
-            if getattr(self, key) not in choices:
-                raise UserError(
-                    f"optimizer.{key}={getattr(self, key)!r} is unknown; use one of {', '.join(choices)}"
-                )
+            choose(choices, f"optimizer.{key}", getattr(self, key))
         if self.name == "schedule_free_adamw" and self.schedule != "constant":
             raise UserError(
                 f"optimizer.schedule={self.schedule!r} decays what schedule_free_adamw averages instead; "
@@ -148,6 +146,29 @@ class Optimizer:
     offload: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """One value of `optimizer.schedule`.
+
+    decay_updates  (config, updates of the run, of the warmup) -> how many updates the decay takes, up to the last
+    shape          how far the rate has come down when a fraction of the decay is done, both from 0 to 1
+    """
+
+    decay_updates: Callable[[OptimizerConfig, int, int], int]
+    shape: Callable[[float], float] = lambda progress: progress
+
+
+SCHEDULES = {
+    "cosine": Schedule(
+        lambda config, updates, warmup: updates - warmup,
+        lambda progress: 0.5 - 0.5 * math.cos(math.pi * progress),
+    ),
+    "linear": Schedule(lambda config, updates, warmup: updates - warmup),
+    "constant": Schedule(lambda config, updates, warmup: 0),
+    "wsd": Schedule(lambda config, updates, warmup: round(config.decay_fraction * updates)),
+}
+
+
 def make_schedule(config: OptimizerConfig, num_updates: int) -> Callable[[float], float]:
     """The learning rate of the update that ends at u = 1 ... num_updates, or anywhere between.
 
@@ -155,20 +176,14 @@ def make_schedule(config: OptimizerConfig, num_updates: int) -> Callable[[float]
     stays there. Where a decay begins before the warmup ends the lower of the two counts.
     """
     peak, final, warmup = config.learning_rate, config.final_lr_fraction, max(config.warmup_updates, 1)
-    decay_updates = {
-        "cosine": num_updates - warmup,
-        "linear": num_updates - warmup,
-        "wsd": round(config.decay_fraction * num_updates),
-        "constant": 0,
-    }[config.schedule]
+    chosen = SCHEDULES[config.schedule]
+    decay_updates = chosen.decay_updates(config, num_updates, warmup)
 
     def schedule(u: float) -> float:
         rise = min(u / warmup, 1.0)
         if decay_updates <= 0:
             return peak * rise
-        progress = min(max(1.0 - (num_updates - u) / decay_updates, 0.0), 1.0)
-        if config.schedule == "cosine":
-            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+        progress = chosen.shape(min(max(1.0 - (num_updates - u) / decay_updates, 0.0), 1.0))
         return peak * min(rise, 1.0 - (1.0 - final) * progress)
 
     return schedule
@@ -179,8 +194,9 @@ def make_optimizer(config: OptimizerConfig, num_updates: int) -> Optimizer:
     schedule, scaling = make_schedule(config, num_updates), BATCH_SCALING[config.batch_scaling]
 
     def hyperparameters(done: float, size: float) -> Hyperparameters:
-        r, scale = (size if config.constant_in == "tokens" else 1.0), size**scaling
-        decay = config.weight_decay * (r / scale if config.constant_in == "tokens" else 1.0)
+        scale = size**scaling
+        r, decayed = CONSTANT_IN[config.constant_in](size, scale)
+        decay = config.weight_decay * decayed
         betas = (beta**r for beta in (config.beta1, config.beta2, MUON_MOMENTUM))
         # In the middle of the updates of size 1 that it stands for, the first of which ends at done + 1.
         return Hyperparameters(scale * schedule(done + (size + 1) / 2), decay, *betas)

@@ -21,8 +21,7 @@ Drawn = tuple[charts.Chart, chart_axes.Axis]
 
 def curve_charts(probes: dict) -> list[Drawn]:
     """Loss by position and by context, accuracy of copying by distance, as far as they were measured."""
-    makers = {"position": _position, "context": _context, "copy": _copy}
-    return [drawn for name, make in makers.items() if (drawn := make(probes.get(name)))]
+    return [drawn for name, make in CURVES.items() if (drawn := make(probes.get(name)))]
 
 
 def _position(of: object) -> Drawn | None:
@@ -85,6 +84,9 @@ def _over_log2(
     curve = charts.Curve(name, style, {key: at}, values, markers=True)
     chart = charts.Chart(title, unit, (curve,), floor=floor, ceiling=ceiling, suffix=suffix, note=note)
     return chart, chart_axes.Axis(key, label, marks[-1][0], marks=marks)
+
+
+CURVES = {"position": _position, "context": _context, "copy": _copy}
 
 
 def grid_figures(probes: dict) -> list[str]:

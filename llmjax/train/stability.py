@@ -22,14 +22,37 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from llmjax.errors import UserError
+from llmjax.errors import choose
 from llmjax.ranges import COUNT, FOLD, Range, check_ranges
 
-ON_SPIKE = ("none", "warn", "skip", "rewind")
 LEAST_HALF_LIFE = 16  # updates: a deviation needs that many, however many tokens an update has
 LEAST_DEVIATION = 0.01  # of a logarithm: where nothing scatters, a rise of a few percent is no spike yet
 PER_ABSOLUTE = math.sqrt(math.pi / 2)  # a normal distribution's standard deviation / mean absolute deviation
 LOG_FLOAT32_MAX = 88.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reaction:
+    """One value of `stability.on_spike`.
+
+    words    what is said to have been done about a spike: of an update that was applied, and of one that was not
+    looks    there are limits, so that there are spikes
+    skips    the device does not apply an update beyond them
+    rewinds  the run goes back to the last checkpoint
+    """
+
+    words: tuple[str, str]
+    looks: bool = True
+    skips: bool = False
+    rewinds: bool = False
+
+
+ON_SPIKE = {
+    "none": Reaction(("trained on", "trained on"), looks=False),
+    "warn": Reaction(("trained on", "trained on")),
+    "skip": Reaction(("trained on", "update skipped"), skips=True),
+    "rewind": Reaction(("going back", "going back"), rewinds=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +78,7 @@ class StabilityConfig:
 
     def __post_init__(self) -> None:
         check_ranges("stability", self)
-        if self.on_spike not in ON_SPIKE:
-            raise UserError(
-                f"stability.on_spike={self.on_spike!r} is unknown; use one of {', '.join(ON_SPIKE)}"
-            )
+        choose(ON_SPIKE, "stability.on_spike", self.on_spike)
 
 
 class Limits(NamedTuple):
@@ -135,14 +155,14 @@ class StabilityState:
 
 def limits(config: StabilityConfig, state: StabilityState) -> Limits:
     """Those of the next update to be ordered; infinite while warming up and where nobody looks."""
-    if config.on_spike == "none":
+    if not ON_SPIKE[config.on_spike].looks:
         return OFF
     return Limits(state.loss.limit(config), state.grad_norm.limit(config))
 
 
 def device_limits(config: StabilityConfig, limits: Limits) -> Limits:
     """What the compiled step skips by: `limits` where it is to skip, infinite otherwise."""
-    return limits if config.on_spike == "skip" else OFF
+    return limits if ON_SPIKE[config.on_spike].skips else OFF
 
 
 def is_spike(limits: Limits, loss: Any, grad_norm: Any) -> Any:

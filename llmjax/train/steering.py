@@ -16,7 +16,7 @@ import numpy as np
 from llmjax.train import controller, stability
 from llmjax.train.accumulate import Order
 from llmjax.train.batch import BatchSchedule
-from llmjax.train.controller import ControllerConfig, ControllerState, Observation
+from llmjax.train.controller import RULES, ControllerConfig, ControllerState, Observation
 from llmjax.train.lengths import LengthSchedule
 from llmjax.train.optimizer import Optimizer
 from llmjax.train.stability import Limits, Spike, StabilityConfig, StabilityState
@@ -90,7 +90,7 @@ class Steering:
     @property
     def max_steps(self) -> int:
         """The largest k that any decision can have."""
-        chosen = self.controller.name != "none"
+        chosen = RULES[self.controller.name].decides
         return self.controller.k_max if chosen else self.schedule.max_steps
 
     def start(self) -> History:
@@ -100,10 +100,10 @@ class Steering:
 
     def decide(self, history: History, tokens: int, steps: int = 0) -> Decision:
         """The update that begins after `tokens`; `steps` is given where it has begun already."""
-        if self.controller.name == "none":
-            wanted, reason = self.schedule.accumulation_steps(tokens), ""
-        else:
+        if RULES[self.controller.name].decides:
             wanted, reason = history.controller.k, history.controller.reason
+        else:
+            wanted, reason = self.schedule.accumulation_steps(tokens), ""
         left = max(math.ceil((self.num_tokens - tokens) / self.schedule.micro_tokens), 1)
         steps = steps or min(wanted, left)
         if reason and steps < wanted:

@@ -226,7 +226,9 @@ def test_sources_that_hold_nothing_are_errors(tmp_path):
     with pytest.raises(UserError, match="list of sources"):
         list_sources("stdlib")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match=r"data\.on_bad_text = 'ignore'"):
+    with pytest.raises(
+        UserError, match=r"data\.on_bad_text='ignore' is not known; use one of error, skip, replace"
+    ):
         texts(tmp_path / "a.txt", on_bad_text="ignore")
 
 

@@ -217,7 +217,7 @@ def test_too_little_text_for_any_vocabulary_says_so():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"kind": "wordpiece"}, "tokenizer.kind = 'wordpiece'"),
+        ({"kind": "wordpiece"}, "tokenizer.kind='wordpiece' is not known; use one of bpe"),
         ({"vocab_size": 100}, "tokenizer.vocab_size = 100 leaves no room"),
         ({"train_bytes": 0}, "tokenizer.train_bytes=0"),
         ({"character_coverage": 1.5}, "tokenizer.character_coverage=1.5"),

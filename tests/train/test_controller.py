@@ -343,7 +343,7 @@ def test_decisions_replay_from_any_saved_state(name):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"name": "noise"}, "controller.name='noise' is unknown; use one of none, noise_scale, norm_test"),
+        ({"name": "noise"}, "controller.name='noise' is not known; use one of none, noise_scale, norm_test"),
         ({"k_min": 0}, "controller.k_min=0 must be at least 1"),
         ({"k_min": 9, "k_max": 8}, "controller.k_min=9 is greater than controller.k_max=8"),
         ({"half_life": 0}, "controller.half_life=0 must be at least 1"),

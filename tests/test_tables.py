@@ -1,0 +1,203 @@
+"""Every choice is a table: a name that is in none raises, and a name that is added to one is what is computed with."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax import build, flags, modes
+from llmjax.data import layout, sources, tokenizer
+from llmjax.errors import UserError
+from llmjax.evaluate import probes, sentences
+from llmjax.models.gpt import GPT
+from llmjax.nn import choice, config, position, remat
+from llmjax.nn.config import ModelConfig
+from llmjax.nn.layers import MLP, Norm
+from llmjax.ops import activation, norm, rope
+from llmjax.ops.attention import share
+from llmjax.parallel import mesh
+from llmjax.parallel.rules import Layout
+from llmjax.plan import traffic
+from llmjax.train import batch, clip, controller, fused, optimizer, probe_charts, stability
+
+BTD = jnp.zeros((1, 2, 8))
+TINY = config.resolve(ModelConfig(num_layers=1, model_dim=8, num_heads=2))
+
+
+class Reached(Exception):
+    """What an added entry raises when it is used."""
+
+
+def reach(*args, **settings):
+    raise Reached
+
+
+class Reaching:
+    """An entry whose every attribute says that it was asked."""
+
+    def __getattr__(self, name):
+        raise Reached
+
+
+def model(**changes):
+    return GPT(dataclasses.replace(TINY, **changes), 16, 4)
+
+
+def kernel_call(name):
+    share.make_attend(name)(*(jnp.zeros((1, 2, 2, 4)),) * 3, None)
+
+
+def bring(name):
+    attend = share.make_attend("blockwise", share.Sharing(name, "seq", 2))
+    attend(*(jnp.zeros((1, 2, 2, 4)),) * 3, None)
+
+
+def flops(name):
+    return model(activation=name).flops_per_token(1.0)
+
+
+def kept(name):
+    return remat.kept_width(name, (), remat.Widths(1, 2, 3, 4), 2)
+
+
+def spike_limits(name):
+    settings = dataclasses.replace(stability.StabilityConfig())
+    object.__setattr__(settings, "on_spike", name)
+    return stability.limits(settings, stability.StabilityState())
+
+
+def wanted(name):
+    settings = controller.ControllerConfig()
+    object.__setattr__(settings, "name", name)
+    return controller.initial_state(settings, 2)
+
+
+def optimizer_with(**changes):
+    settings = optimizer.OptimizerConfig()
+    for key, value in changes.items():
+        object.__setattr__(settings, key, value)
+    made = optimizer.make_optimizer(settings, 100)
+    made.hyperparameters(10.0, 1.0)
+    made.init({"w_DF": jnp.zeros((2, 2))})
+
+
+def decode_badly(name):
+    if sources._decode(b"\xff", name, sources.ReadStats(), "a.txt", 0) is not None:
+        raise Reached
+
+
+# What is asked for -> (table, an entry to add, who looks a name up in it).
+TABLES = {
+    "activation": (activation.ACTIVATIONS, activation.Activation(reach),
+                   lambda name: MLP(dataclasses.replace(TINY, activation=name), Layout()).init(jax.random.key(0), BTD)),
+    "activation, FLOPs": (activation.ACTIVATIONS, Reaching(), flops),
+    "norm": (norm.NORMS, reach, lambda name: Norm(name, 1e-6).init(jax.random.key(0), BTD)),
+    "position": (position.POSITIONS, Reaching(), lambda name: model(position=name)._turn(jnp.zeros((1, 2), jnp.int32))),
+    "rope_scaling": (rope.SCALINGS, Reaching(), lambda name: rope.frequencies(8, 1e4, name)),
+    "remat": (remat.REMATS, Reaching(), lambda name: remat.remat(lambda x: x, name, ())),
+    "remat, plan": (remat.REMATS, Reaching(), kept),
+    "offload": (remat.OFFLOADS, Reaching(), lambda name: remat.remat(lambda x: x, "full", (name,))),
+    "attention": (share.ATTENTION, Reaching(),
+                  lambda name: choice.choose_kernel(dataclasses.replace(TINY, attention=name), "cpu")),
+    "kernel": (share.KERNELS, reach, kernel_call),
+    "seq_attention": (share.ALGORITHMS, reach, bring),
+    "layout": (layout.LAYOUTS, reach, lambda name: layout.RowLayout(name, 2).order(np.array([4]), 4)),
+    "batch_schedule": (batch.SCHEDULES, reach,
+                       lambda name: batch.BatchSchedule(name, ((0, 8),), 4).accumulation_steps(3)),
+    "controller": (controller.RULES, Reaching(), wanted),
+    "on_spike": (stability.ON_SPIKE, Reaching(), spike_limits),
+    "optimizer": (optimizer._TRANSFORMS, reach, lambda name: optimizer_with(name=name)),
+    "schedule": (optimizer.SCHEDULES, Reaching(), lambda name: optimizer_with(schedule=name)),
+    "constant_in": (optimizer.CONSTANT_IN, reach, lambda name: optimizer_with(constant_in=name)),
+    "clip": (clip.CLIPS, reach, lambda name: clip.make_clip(name, 1.0)),
+    "fused_gather": (fused.MANUAL, (), lambda name: fused.MANUAL[name]),
+    "tokenizer kind": (tokenizer.KINDS, Reaching(),
+                       lambda name: tokenizer.train_tokenizer(forced(tokenizer.TokenizerConfig(), kind=name), ["a"])),
+    "on_bad_text": (sources._BAD_TEXT, True, decode_badly),
+    "language of a pass key": (sentences.PASS_KEYS, (reach, "", "", ""), lambda name: sentences.pass_key(name, 0)),
+    "probe, words": (probes.WORDS, reach, lambda name: probes.describe({name: [1]})),
+    "collective": (traffic.KINDS, Reaching(), lambda name: collective(name).sent_bytes),
+    "collective, result": (traffic.KINDS, Reaching(), lambda name: collective(name).result_bytes),
+}  # fmt: skip
+
+
+def forced(settings, **changes):
+    """Settings past their own check, as a caller would have them that forgot it."""
+    for key, value in changes.items():
+        object.__setattr__(settings, key, value)
+    return settings
+
+
+def collective(kind):
+    names = [field.name for field in dataclasses.fields(traffic.Collective)]
+    return traffic.Collective(**dict.fromkeys(names) | {"kind": kind, "operand_bytes": 8, "group_size": 2})
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_a_name_in_no_table_raises(case):
+    _, _, use = TABLES[case]
+    with pytest.raises((UserError, KeyError), match="never_heard_of"):
+        use("never_heard_of")
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_a_name_that_is_added_is_what_is_computed_with(case, monkeypatch):
+    table, entry, use = TABLES[case]
+    monkeypatch.setitem(table, "never_heard_of", entry)
+    if case == "fused_gather":
+        assert use("never_heard_of") is entry
+        return
+    with pytest.raises(Reached):
+        use("never_heard_of")
+
+
+@pytest.mark.parametrize("key", config.CHOICES)
+def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
+    """A name that is only allowed, as an activation once was that trained as another."""
+    monkeypatch.setitem(config.CHOICES, key, (*config.CHOICES[key], "never_heard_of"))
+
+    def make_and_apply():
+        changed = config.resolve(dataclasses.replace(TINY, mlp_dim=0, **{key: "never_heard_of"}))
+        share.make_attend(choice.choose_kernel(changed, "cpu")[0])
+        gpt = build.FAMILIES[changed.family](changed, 16, 4)
+        params = gpt.init(jax.random.key(0))
+        gpt.decode(params, jnp.zeros((1, 2), jnp.int32), gpt.make_cache(1, 4))
+        remat.remat(lambda x: x, changed.remat, ())
+
+    with pytest.raises((UserError, KeyError, TypeError), match="never_heard_of"):
+        jax.eval_shape(make_and_apply)
+
+
+def test_tables_of_one_noun_hold_the_same_names():
+    """Where two rooms know a noun, one of which may not import the other."""
+    assert tuple(build.FAMILIES) == config.CHOICES["family"]
+    assert ("auto", *share.ALGORITHMS) == mesh.SEQ_ATTENTION
+    assert ("auto", *layout.LAYOUTS) == mesh.LAYOUTS
+    assert choice.TRADED.keys() == share.ALGORITHMS.keys()
+    assert {name for kernels in share.ATTENTION.values() for name in kernels.values()} == {
+        "full",
+        *share.KERNELS,
+    }
+    assert (
+        probes.WORDS.keys() == probes.PROBES.keys() == probe_charts.CURVES.keys() | probe_charts.GRIDS.keys()
+    )
+    assert sentences.PASS_KEYS.keys() == sentences.FACTS.keys() == probe_charts.LANGUAGES.keys()
+
+
+def test_every_mode_of_the_command_line_is_run_and_no_other(monkeypatch, tmp_path):
+    for name in ("read", "check", "check_resume"):
+        monkeypatch.setattr(modes.configs, name, lambda *args: (TINY, None))
+    for name in ("keep_freed_memory", "check_initial"):
+        monkeypatch.setattr(modes, name, lambda *args: None)
+    monkeypatch.setattr(modes.hosts, "initialize", lambda: None)
+    monkeypatch.setattr(modes, "saved_config", lambda workdir: {})
+    for mode in flags.MODES:
+        monkeypatch.setattr(modes, f"run_{mode}", lambda *args, mode=mode: mode)
+    ran = [modes.run(mode, {}, tmp_path, prompts=(), checkpoint="") for mode in flags.MODES if mode != "plan"]
+    assert ran == [mode for mode in flags.MODES if mode != "plan"]
+    with pytest.raises(
+        UserError, match="--mode=sing is not known; use one of train, evaluate, generate, plan"
+    ):
+        modes.run("sing", {}, tmp_path, prompts=(), checkpoint="")
