@@ -71,13 +71,13 @@ class Attention(nn.Module):
 def on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable[..., jax.Array]:
     """`attend` as each device does it for its own rows, tokens and heads, with the mask of the whole of these rows.
 
-    The compiler would split an algorithm's arrays, but not its loops, which differ in length from device to device.
+    All axes of the mesh are manual around `attend`, those of size 1 too: a kernel cannot be split by the compiler, is
+    refused where an axis is left to it, and learns here which kind of device it is compiled for. The compiler would
+    split an algorithm's arrays, but not its loops, which differ in length from device to device.
     """
-    if layout.mesh is None or all(layout.axis_size(axis) == 1 for axis in layout.mesh.axis_names):
+    axes = () if layout.mesh is None else {*layout.mesh.axis_names} - {*layout.manual}
+    if not axes:
         return attend
-    axes = {
-        axis for axis in layout.mesh.axis_names if axis not in layout.manual
-    }  # kernels want all to be manual
 
     def spec(*names: str | None) -> PartitionSpec:
         return without_axes(partition_spec(names), layout.manual)

@@ -1,20 +1,25 @@
 """Attention laid out over a mesh equals attention on one device, and needs no more than each device's own rows."""
 
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from llmjax.models.contract import unbox
+from llmjax.nn.attention import on_each_device
 from llmjax.nn.config import ModelConfig, resolve
 from llmjax.nn.stack import Block
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.share import Sharing, make_attend
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout
+from llmjax.train.fused import MANUAL
 
 B, T, D = 8, 16, 16
 CONFIG = resolve(
@@ -91,3 +96,28 @@ def test_a_mesh_changes_nothing(sizes, algorithm, ulysses):
 def test_no_device_asks_for_the_rows_of_another(sizes):
     program = compiled(sizes).lower(make_params(), *make_inputs()).compile()
     assert not any(name in program.as_text() for name in ("all-gather", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("manual", [(), *MANUAL.values(), AXES])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), *set(itertools.permutations((8, 1, 1, 1))), (2, 2, 2, 1)])
+def test_around_a_kernel_every_axis_of_the_mesh_is_manual(sizes, manual):
+    """Whatever part of the mesh the caller has split already: no kernel can be split by the compiler."""
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+    seen = []
+
+    def kernel(q, k, v, mask, *, sinks_N):
+        seen.append(jax.sharding.get_abstract_mesh())
+        return q
+
+    def split(q, segments):
+        attend = on_each_device(kernel, Layout(mesh, manual))
+        return attend(q, q, q, self_mask(segments, segments), sinks_N=None)
+
+    arrays = (jnp.zeros((8, 8, 8, 2)), jnp.zeros((8, 8), jnp.int32))
+    if manual:
+        split = jax.shard_map(
+            split, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), axis_names={*manual},
+            check_vma=False,
+        )  # fmt: skip
+    jax.eval_shape(split, *arrays)
+    assert [{*found.manual_axes} for found in seen] == [{*AXES}]
