@@ -39,7 +39,7 @@ from llmjax.train.stability import StabilityConfig
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """The `plan` section: `topology` names a TPU to compile for (`v5p:4x4x4`); "" means the devices at hand."""
+    """The `plan` section: `topology` names a TPU to compile for (see plan/topology); "" means the devices at hand."""
 
     topology: str
 

@@ -43,8 +43,9 @@ from llmjax.nn.position import POSITIONS
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
 from llmjax.parallel.host_memory import has_accelerator, keep_freed_memory
-from llmjax.plan.compile import compile_step, topology_devices
+from llmjax.plan.compile import compile_step
 from llmjax.plan.summary import describe, describe_program
+from llmjax.plan.topology import topology_devices
 from llmjax.terminal import StageProgress, format_table, indent, say
 from llmjax.train.batch import BatchArithmetic
 from llmjax.train.checkpoint import CheckpointConfig, Checkpoints

@@ -44,8 +44,8 @@ from turns import take_turns
 from llmjax.build import Program, make_program, make_task_loss
 from llmjax.parallel.host_memory import keep_freed_memory
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.plan.compile import topology_devices
 from llmjax.plan.hlo import NO_TRIPS, Module, Trips, loops, parse
+from llmjax.plan.topology import topology_devices
 from llmjax.plan.traffic import bytes_touched, collectives
 from llmjax.train.accumulate import Accumulator, Order
 from llmjax.train.fused import make_window

@@ -45,10 +45,11 @@ from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.ring import Ring
 from llmjax.ops.attention.share import Sharing, make_attend
 from llmjax.ops.loss import softmax_cross_entropy
-from llmjax.plan.compile import measure, topology_devices
+from llmjax.plan.compile import measure
 from llmjax.plan.flops import product_flops
 from llmjax.plan.hlo import Instruction, Module, parse
 from llmjax.plan.ring_work import ring_work
+from llmjax.plan.topology import topology_devices
 from llmjax.plan.traffic import bytes_touched, collectives
 
 MIB = 2**20

@@ -81,13 +81,36 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all of them), laid out to follow the physical topology.
 
-    Each axis gets whole dimensions of a TPU's torus where that is possible, and parts of them where it is not.
+    Each axis gets whole dimensions of a TPU's torus where that is possible, and parts of them where it is not. Slices
+    of a TPU are joined by a slower network, which the axis that communicates least lies across (`across_slices`).
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))
     types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1:
+        across = across_slices(shape, slices)
+        within = tuple(size // n for size, n in zip(shape, across))
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     except NotImplementedError:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=types)
+
+
+def across_slices(shape: tuple[int, int, int, int], slices: int) -> tuple[int, int, int, int]:
+    """The sizes of the four axes over `slices` slices: all on `data` where it can be, or else on `fsdp`.
+
+    UserError where neither is a multiple of `slices`: sequences and tensors are not split over a slow network.
+    """
+    data, fsdp, _, _ = shape
+    if data % slices == 0:
+        return slices, 1, 1, 1
+    if fsdp % slices == 0:
+        return 1, slices, 1, 1
+    raise UserError(
+        f"mesh.data={data} and mesh.fsdp={fsdp} are no multiples of the {slices} slices, which one of them lies "
+        f"across; make mesh.data or mesh.fsdp a multiple of {slices}"
+    )

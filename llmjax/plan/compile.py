@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +18,6 @@ from llmjax.build import Program, make_program
 from llmjax.errors import UserError
 from llmjax.plan.summary import format_bytes, tree_bytes_per_device
 
-TPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}  # fmt: skip
 ATTEMPTS = 4  # compiles of other micro-batches; each takes as long as the first
 
 
@@ -41,22 +36,6 @@ class Need:
     @property
     def fits(self) -> bool:
         return not self.available or self.total <= self.available
-
-
-def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a TPU by name, `v5e:4x4`, `v5p:4x4x4`, `v6e:8x8`, `tpu7x:4x4x4`, for compiling only."""
-    from jax.experimental import topologies
-
-    for key, value in TPU_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    try:
-        return list(topologies.get_topology_desc(topology_name=name, platform="tpu").devices)
-    except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"plan.topology={name!r} cannot be compiled for ({text}); use a name such as v5p:4x4x4, with "
-            "pip install 'llmjax[tpu]'"
-        ) from None
 
 
 def compile_step(program: Program, progress: Callable[[str], None] = lambda line: None) -> dict[str, str]:

@@ -146,7 +146,7 @@ def test_a_list_is_never_empty():
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
 def test_it_compiles_for_a_tpu_and_hides_every_hop_of_a_ring(topology):
     from llmjax.plan import hlo, traffic
-    from llmjax.plan.compile import topology_devices
+    from llmjax.plan.topology import topology_devices
 
     mesh = Mesh(topology_devices(topology), "seq")
     tokens, whole = PartitionSpec(None, "seq"), PartitionSpec()

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import AxisType
 
 from llmjax.errors import UserError
-from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
-from llmjax.plan.compile import topology_devices
+from llmjax.parallel.mesh import AXES, MeshConfig, across_slices, make_mesh, mesh_shape
+from llmjax.plan.topology import topology_devices
 
 
 @pytest.mark.parametrize("free", AXES)
@@ -50,6 +50,32 @@ def test_the_mesh_always_has_all_axes_and_leaves_sharding_to_the_compiler():
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert sorted(d.id for d in mesh.devices.flat) == [d.id for d in jax.devices()]
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize("shape, slices, across", [
+    ((8, 1, 1, 1), 2, (2, 1, 1, 1)), ((4, 2, 1, 1), 4, (4, 1, 1, 1)), ((1, 8, 2, 1), 4, (1, 4, 1, 1)),
+    ((3, 2, 2, 1), 2, (1, 2, 1, 1)),
+])  # fmt: skip
+def test_slices_lie_along_the_axis_that_communicates_least(shape, slices, across):
+    assert across_slices(shape, slices) == across
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 1), (1, 1, 2, 4), (3, 3, 2, 1)])
+def test_sequences_and_tensors_are_not_split_over_slices(shape):
+    with pytest.raises(UserError, match="make mesh.data or mesh.fsdp a multiple of 2") as error:
+        across_slices(shape, 2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    "sizes", [{"data": -1}, {"data": 1, "fsdp": -1}, {"data": 2, "fsdp": 2, "tensor": 2}]
+)
+def test_a_mesh_over_slices_keeps_each_slice_together(sizes):
+    devices = topology_devices("v5e:2x2*2")
+    mesh = make_mesh(MeshConfig(**sizes), devices)
+    assert set(mesh.devices.flat) == set(devices)
+    assert all(len({d.slice_index for d in half.flat}) == 1 for half in mesh.devices.reshape(2, 4))
 
 
 @pytest.mark.tpu_aot

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from llmjax.plan.compile import topology_devices
 from llmjax.plan.flops import product_flops
 from llmjax.plan.hlo import loops, parse
+from llmjax.plan.topology import topology_devices
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 tpu_aot = [

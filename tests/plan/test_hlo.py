@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llmjax.plan.compile import topology_devices
 from llmjax.plan.hlo import Array, loops, parse, walk
+from llmjax.plan.topology import topology_devices
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 tpu_aot = [

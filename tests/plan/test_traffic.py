@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llmjax.plan.compile import topology_devices
 from llmjax.plan.hlo import NO_TRIPS, loops, parse
+from llmjax.plan.topology import topology_devices
 from llmjax.plan.traffic import bytes_touched, collectives
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None

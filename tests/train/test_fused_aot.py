@@ -13,8 +13,8 @@ from llmjax.nn.config import ModelConfig, resolve
 from llmjax.ops.attention import blockwise
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
-from llmjax.plan.compile import topology_devices
 from llmjax.plan.hlo import parse
+from llmjax.plan.topology import topology_devices
 from llmjax.plan.traffic import collectives
 from llmjax.tasks.language_model import make_loss
 from llmjax.train.fused import MANUAL, make_window

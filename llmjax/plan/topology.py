@@ -1,0 +1,130 @@
+"""TPUs that are not there, by name: `v5e:4x4`, `v5p:4x4x4`, `v6e:1x1`, and `v5e:4x4*2` for two slices of that shape.
+
+A name has a generation, a colon and the chips along each dimension of the torus; a last `*N` asks for N such slices,
+joined by the network of the data centre. The real TPU compiler, which comes with the `tpu` extra, makes programs for
+their devices on any machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import re
+
+import jax
+
+from llmjax.errors import UserError
+
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A kind of TPU chip.
+
+    dimensions  of the torus that its chips form
+    most_chips  in one slice (cloud.google.com/tpu/docs)
+    example     a name of this generation, for error messages
+    config      how its cores are joined to devices, by the compiler's name for that; "" where there is one way only
+    """
+
+    dimensions: int
+    most_chips: int
+    example: str
+    config: str = ""
+
+
+GENERATIONS = {
+    "v4": Generation(3, 4096, "v4:4x4x4", "megacore"),
+    "v5e": Generation(2, 256, "v5e:4x4"),
+    "v5p": Generation(3, 6144, "v5p:4x4x4"),
+    "v6e": Generation(2, 256, "v6e:4x4"),
+    "tpu7x": Generation(3, 9216, "tpu7x:4x4x4"),
+}
+# What the generations are called elsewhere.
+ALIASES = {"v7x": "tpu7x", "v5litepod": "v5e", "v5lite": "v5e"}
+# A bound on what is asked of the compiler; a pod of slices is far smaller.
+MOST_SLICES = 256
+# Chips of one host, along the first two dimensions.
+HOST = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A parsed name: the generation, the chips along three dimensions, and the number of slices."""
+
+    generation: str
+    shape: tuple[int, int, int]
+    slices: int
+
+
+def parse_topology(name: str) -> Topology:
+    """The parts of `plan.topology`; UserError where no TPU has that name."""
+    found = re.fullmatch(r"([a-z0-9]+):([0-9]+(?:x[0-9]+)*)(?:\*([0-9]+))?", name.strip().lower())
+    word = re.split(r"[^a-z0-9]", name.strip().lower())[0]
+    word = ALIASES.get(word, word)
+    example = GENERATIONS[word if word in GENERATIONS else "v5p"].example
+    if word not in GENERATIONS:
+        close = difflib.get_close_matches(word, [*GENERATIONS, *ALIASES], n=1, cutoff=0.5)
+        hint = f"did you mean {ALIASES.get(close[0], close[0])!r}, or use" if close else "use"
+        raise _refused(name, f"{word!r} is none of the generations {', '.join(GENERATIONS)}", hint, example)
+    if not found:
+        rule = "a name is GENERATION:SHAPE, or GENERATION:SHAPE*SLICES for several slices"
+        raise _refused(name, rule, "use", example)
+    generation, slices = GENERATIONS[word], int(found[3] or 1)
+    shape = tuple(map(int, found[2].split("x")))
+    dimensions = len(shape) - 1 if len(shape) == 3 and shape[2] == 1 else len(shape)
+    if not 2 <= dimensions <= generation.dimensions:
+        raise _refused(name, f"a {word} has {generation.dimensions} dimensions", "use", example)
+    x, y, z = (*shape, 1)[:3]
+    if 0 in (x, y, z, slices):
+        raise _refused(name, "no dimension and no number of slices can be 0", "use", example)
+    if slices > MOST_SLICES:
+        raise _refused(
+            name, f"there can be at most {MOST_SLICES} slices, not {slices}", "use", f"{example}*2"
+        )
+    if any(size > 1 and size % HOST for size in (x, y)):
+        rule = f"a host has {HOST}x{HOST} chips, so that the first two dimensions are 1 or even"
+        raise _refused(name, rule, "use", example)
+    if x * y * z > generation.most_chips:
+        rule = f"a slice of {word} has at most {generation.most_chips} chips, not {x * y * z}"
+        raise _refused(name, rule, "use fewer, or several slices by a last *SLICES,", example)
+    return Topology(word, (x, y, z), slices)
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """The devices of the TPU called `name`, for compiling only; UserError where no compiler knows it."""
+    topology = parse_topology(name)
+    generation = GENERATIONS[topology.generation]
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"plan.topology={name!r} needs the TPU compiler, which is not installed; pip install 'llmjax[tpu]'"
+        )
+    for key, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    settings = {"chip_config_name": generation.config} if generation.config else {}
+    settings |= {"num_slices": topology.slices} if topology.slices > 1 else {}
+    settings["chips_per_host_bounds"] = [*(math.gcd(size, HOST) for size in topology.shape[:2]), 1]
+    shape = "x".join(map(str, topology.shape[: generation.dimensions]))
+    try:
+        found = topologies.get_topology_desc(
+            topology_name=f"{topology.generation}:{shape}", platform="tpu", **settings
+        )
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise _refused(name, text, "use", generation.example) from None
+    return list(found.devices)
+
+
+def _refused(name: str, rule: str, remedy: str, example: str) -> UserError:
+    return UserError(
+        f"plan.topology={name!r} cannot be compiled for ({rule}); {remedy} a name such as {example}"
+    )
