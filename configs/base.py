@@ -143,6 +143,6 @@ def get_config() -> ConfigDict:
     generate.seed = 0  # of the sampling
 
     c.plan = plan = ConfigDict()
-    plan.topology = ""  # compile for this TPU (v5p:4x4x4, v6e:1x1; v5e:16x16*2 = two slices), not the devices at hand
+    plan.topology = ""  # compile for this TPU (v5p:4x4x4; v5e:4x4*2 = two slices), not the devices at hand
 
     return c.lock()
