@@ -84,3 +84,15 @@ def test_the_commands_can_be_pasted_into_a_shell(tmp_path):
     assert shlex.split(texts["report"])[-1] == str(workdir / "report.html")
     assert shlex.split(texts["generate"])[-1] == "--prompt=it's"
     assert json.dumps(texts)
+
+
+def test_samples_that_others_damaged_stop_nothing_and_stay(tmp_path):
+    path = tmp_path / "samples.md"
+    write_samples(path, 2, [("a", "b")])
+    damage = b"\xff\xfe bytes\r\n<!-- update " + b"9" * 5000 + b" -->\n\0\n````\n"
+    path.write_bytes(path.read_bytes() + damage)
+    write_samples(path, 4, [("c", "d\udcff")])
+    assert damage in path.read_bytes() and b"<!-- update 4 -->" in path.read_bytes()
+    assert last_sample(path) == ("c", "d?")
+    path.write_bytes(b"\xff```text\n\xff\n```\n")
+    assert last_sample(path) is None

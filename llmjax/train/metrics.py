@@ -21,8 +21,8 @@ text, `{"kind": "statistics", "update", "tokens", "seconds", ...}` of the layers
 `{"kind": "event", "update", "event", "text"}` for what a person should know. Numbers that JSON cannot hold are
 written "nan", "inf", "-inf".
 
-A resumed run continues the file where its checkpoint stood: later lines, and a torn last one, are cut first.
-So the file has neither gaps nor duplicates, and, apart from `TIMING` fields, equals that of a run that never
+A resumed run continues the file where its checkpoint stood: later lines, and a torn last one, are cut first; other
+lines that cannot be read are moved to metrics.unreadable.jsonl. So the file has neither gaps nor duplicates, and, apart from `TIMING` fields, equals that of a run that never
 stopped.
 """
 
@@ -42,6 +42,7 @@ from llmjax.parallel import hosts
 from llmjax.train.progress import Progress
 from llmjax.train.records import read_line
 
+UNREADABLE = "metrics.unreadable.jsonl"  # beside metrics.jsonl
 TIMING = ("seconds", "tokens_per_second", "data_wait", "mfu")
 
 
@@ -59,9 +60,14 @@ class Recorder:
             return
         self._workdir, self._opened = Path(workdir), 0
         self._workdir.mkdir(parents=True, exist_ok=True)
-        truncate(self._workdir / "metrics.jsonl", resume_update)
+        unreadable = truncate(self._workdir / "metrics.jsonl", resume_update)
         self._open(resume_update)
         self._progress = Progress(num_tokens, tokens_per_update)
+        if unreadable:
+            self._progress.say(
+                f"metrics.jsonl: lines that cannot be read ({unreadable:,}) were moved to {UNREADABLE}; the record "
+                "goes on without them"
+            )
 
     def _open(self, update: int) -> None:
         self._opened += 1
@@ -166,16 +172,25 @@ def read_metrics(workdir: str | Path) -> list[dict]:
 
 def truncate(
     path: Path, update: int, keep_rewinds: bool = False, of_update: Sequence[str] | None = None
-) -> None:
-    """Drops from a metrics file, in one step, all lines after `update` and any that is not whole.
+) -> int:
+    """Drops from a metrics file, in one step, all lines after `update` and a torn last one.
+
+    Other lines that cannot be read are moved to a file beside it, to whose end they are added. Returns how many.
 
     What was recorded of going back to `update` itself happened after it, and goes unless `keep_rewinds`. Of the
     lines of `update` itself stay those whose kind is in `of_update`; None: all.
     """
     if not path.exists():
-        return
+        return 0
     old = path.read_bytes()
-    parsed = ((line, read_line(line)) for line in old.splitlines())
+    parsed = [(line, read_line(line)) for line in old.splitlines()]
+    last_is_torn = bool(parsed) and parsed[-1][1] is None and not old.endswith(b"\n")
+    unreadable = [line for line, values in parsed if values is None and line.strip()]
+    unreadable = unreadable[:-1] if last_is_torn else unreadable
+    if unreadable:
+        aside = path.with_name(UNREADABLE)
+        before = aside.read_bytes() if aside.exists() else b""
+        write_atomically(aside, before + b"".join(line + b"\n" for line in unreadable))
 
     def stays(values: dict) -> bool:
         if of_update is not None and values["update"] == update and values.get("kind") not in of_update:
@@ -184,6 +199,6 @@ def truncate(
         return values["update"] <= update and (keep_rewinds or not rewound_here)
 
     new = b"".join(line + b"\n" for line, values in parsed if values is not None and stays(values))
-    if new == old:
-        return
-    write_atomically(path, new)
+    if new != old:
+        write_atomically(path, new)
+    return len(unreadable)

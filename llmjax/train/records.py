@@ -12,6 +12,7 @@ import pathlib
 
 import numpy as np
 
+LARGEST = 2**53  # update: up to here floats hold every whole number
 SPELLED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # numbers that JSON cannot hold
 
 
@@ -37,7 +38,7 @@ def read_metrics(path: pathlib.Path) -> Metrics:
     events: dict[tuple, dict] = {}
     unreadable, pending = 0, 0
     if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with path.open("rb") as lines:
             for line in lines:
                 if not line.strip():
                     continue
@@ -58,16 +59,20 @@ def read_metrics(path: pathlib.Path) -> Metrics:
 
 
 def read_line(line: str | bytes) -> dict | None:
-    """One line with its numbers as floats, or None where it is torn or is no record at an update."""
+    """One line with its numbers as floats, or None where it is torn or is no record of something at an update."""
     try:
         record = json.loads(line)
-    except ValueError:
+        if not isinstance(record, dict):
+            return None
+        record = {key: _floats(value) for key, value in record.items()}
+    except (
+        ValueError,
+        RecursionError,
+    ):  # no JSON, bytes that are no text, a number too long, lists without end
         return None
-    if not isinstance(record, dict):
-        return None
-    record = {key: _floats(value) for key, value in record.items()}
-    update = record.get("update")
-    return record if isinstance(update, float) and math.isfinite(update) else None
+    update, texts = record.get("update"), (record.get(key, "") for key in ("kind", "event", "text"))
+    whole = isinstance(update, float) and update.is_integer() and 0 <= update <= LARGEST
+    return record if whole and all(isinstance(text, str) for text in texts) else None
 
 
 def _floats(value: object) -> object:
@@ -81,14 +86,23 @@ def _floats(value: object) -> object:
 
 
 def _plain(record: dict) -> dict:
-    return {key: value for key, value in record.items() if isinstance(value, float) or key == "reason"}
+    return {
+        key: value
+        for key, value in record.items()
+        if isinstance(value, float) or (key == "reason" and isinstance(value, str))
+    }
 
 
 def number(value: object) -> float | None:
     """The value as a float where it is a number or the text of one that is not finite; None for all else."""
     if isinstance(value, str):
         return SPELLED.get(value.lower())
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def column(records: list[dict], key: str) -> np.ndarray:

@@ -10,6 +10,7 @@ import html
 import json
 import pathlib
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def _read_dict(path: pathlib.Path, troubles: list[str]) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         troubles.append(f"{path.name} cannot be read: {error}")
         return {}
     if isinstance(content, dict):
@@ -84,18 +85,9 @@ def make_page(run: Run) -> str:
     """The whole page as one string."""
     here = pathlib.Path(__file__)
     style, script = (here.with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    title = str(run.summary.get("title") or run.name)
-    sections = [
-        _tiles(run),
-        _section("Plan", _table(_entries(run.summary.get("plan")))),
-        _curves(run),
-        _events(run.metrics),
-        _probes(run.probes),
-        _evaluations(run),
-        _samples(run),
-        _commands(_entries(run.summary.get("commands"))),
-        _configuration(run.config),
-    ]
+    title = _title(run)
+    sections = [_drawn(source, draw, run) for draw, source in SECTIONS.items()]
+    subtitle = _drawn("metrics.jsonl", _subtitle, run)
     troubles = "".join(f'<p class="trouble">{html.escape(trouble)}</p>' for trouble in run.troubles)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -103,10 +95,24 @@ def make_page(run: Run) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{html.escape(title)}</h1><p>{html.escape(_subtitle(run))}</p>{troubles}</header>\n"
+        f"<header><h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p>{troubles}</header>\n"
         + "\n".join(filter(None, sections))
         + f"\n</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
     )
+
+
+def _title(run: Run) -> str:
+    title = run.summary.get("title")
+    return title if isinstance(title, str) and title else run.name
+
+
+def _drawn(source: str, draw: Callable[[Run], str], run: Run) -> str:
+    """What `draw` makes of a run, or nothing, and a word about `source`, where the file holds what nobody can draw."""
+    try:
+        return draw(run)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        run.troubles.append(f"{source} holds values that cannot be shown ({type(error).__name__}).")
+        return ""
 
 
 def _section(title: str, body: str) -> str:
@@ -382,3 +388,17 @@ def _flat(section: dict, prefix: str = "") -> dict[str, str]:
                 value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
             )
     return flat
+
+
+# Each section of the page, in order, and the file that it shows.
+SECTIONS: dict[Callable[[Run], str], str] = {
+    _tiles: "summary.json",
+    lambda run: _section("Plan", _table(_entries(run.summary.get("plan")))): "summary.json",
+    _curves: "metrics.jsonl",
+    lambda run: _events(run.metrics): "metrics.jsonl",
+    lambda run: _probes(run.probes): "probes.json",
+    _evaluations: "metrics.jsonl",
+    _samples: "samples.md",
+    lambda run: _commands(_entries(run.summary.get("commands"))): "summary.json",
+    lambda run: _configuration(run.config): "config.json",
+}

@@ -7,6 +7,7 @@ import types
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from test_records import GARBAGE
 
 from llmjax.train import progress
 from llmjax.train.metrics import Recorder, read_metrics, truncate
@@ -124,3 +125,34 @@ def test_on_a_terminal_evaluations_stand_above_the_bar(tmp_path, capfd, monkeypa
 def test_counts_and_times_are_readable():
     assert [format_count(x) for x in (7, 12345, 1.2e6, 3e9)] == ["7", "12.3k", "1.2M", "3G"]
     assert [format_seconds(x) for x in (5, 75.4, 3661)] == ["0:05", "1:15", "1:01:01"]
+
+
+def test_lines_that_cannot_be_read_are_kept_aside_and_said_and_stop_no_resume(tmp_path, capsys):
+    record(tmp_path / "whole", 1, 9, 0)
+    record(tmp_path / "parts", 1, 7, 0)
+    path = tmp_path / "parts" / "metrics.jsonl"
+    good = path.read_bytes().splitlines(keepends=True)
+    bad = [line + b"\n" for line in GARBAGE.values()]
+    path.write_bytes(b"".join(bad[:3] + good[:4] + bad[3:] + good[4:]) + b'{"kind": "train", "upd')
+    capsys.readouterr()
+    record(tmp_path / "parts", 5, 9, 4)
+    assert (
+        f"lines that cannot be read ({len(bad)}) were moved to metrics.unreadable.jsonl"
+        in capsys.readouterr().out
+    )
+    assert path.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    aside = path.with_name("metrics.unreadable.jsonl")
+    assert aside.read_bytes() == b"".join(bad)
+    with path.open("ab") as file:
+        file.write(b"[3]\n")
+    record(tmp_path / "parts", 10, 9, 9)
+    assert aside.read_bytes() == b"".join(bad) + b"[3]\n"
+
+
+def test_a_record_without_damage_has_nothing_aside(tmp_path, capsys):
+    record(tmp_path, 1, 3, 0)
+    record(tmp_path, 3, 4, 2)
+    assert (
+        not (tmp_path / "metrics.unreadable.jsonl").exists()
+        and "cannot be read" not in capsys.readouterr().out
+    )

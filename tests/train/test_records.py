@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pytest
 
 from llmjax.train import records
 
@@ -88,3 +89,43 @@ def test_a_line_is_read_whole_or_not_at_all():
     assert [
         records.read_line(bad) for bad in (line[:-1], b"[3]", b'{"kind": "train"}', b'{"update": "nan"}')
     ] == [None] * 4
+
+
+GARBAGE = {
+    "a number of 400 digits": b'{"kind": "train", "update": 1' + b"0" * 400 + b"}",
+    "a number of 5,000 digits": b'{"kind": "train", "update": 1' + b"0" * 5000 + b"}",
+    "a list": b"[1, 2]",
+    "a list as update": b'{"kind": "train", "update": [1]}',
+    "a list as kind": b'{"kind": ["train"], "update": 1}',
+    "a list as event": b'{"kind": "event", "update": 1, "event": ["spike"], "text": {}}',
+    "a text as update": b'{"kind": "train", "update": "one"}',
+    "a table as update": b'{"kind": "train", "update": {"a": 1}}',
+    "an update that is no number": b'{"kind": "train", "update": NaN}',
+    "an endless update": b'{"kind": "train", "update": Infinity}',
+    "half an update": b'{"kind": "train", "update": 1.5}',
+    "an update below 0": b'{"kind": "train", "update": -1}',
+    "a truth as update": b'{"kind": "train", "update": true}',
+    "bytes that are no text": b'{"kind": "train", "update": 1, "\xff\xfe": 2}',
+    "lists without end": b'{"kind": "train", "update": 1, "loss": ' + b"[" * 100_000,
+    "tables without end": b'{"a":' * 100_000,
+    "nothing": b"null",
+    "zeros of a torn disk": b"\0" * 64,
+    "half a line": b'{"kind": "train", "upd',
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_a_line_that_is_no_record_is_none_and_is_counted(name, tmp_path):
+    assert records.read_line(GARBAGE[name]) is None
+    good = json.dumps(_train(1)).encode()
+    (tmp_path / "m").write_bytes(
+        good + b"\n" + GARBAGE[name] + b"\n" + json.dumps(_train(2)).encode() + b"\n"
+    )
+    metrics = records.read_metrics(tmp_path / "m")
+    assert [line["update"] for line in metrics.train] == [1, 2] and metrics.unreadable == 1
+
+
+def test_a_number_beyond_floats_is_infinite():
+    digits = "9" * 400
+    read = records.read_line(f'{{"kind": "train", "update": 1, "loss": {digits}, "tokens": -{digits}}}')
+    assert (read["loss"], read["tokens"]) == (math.inf, -math.inf)

@@ -312,3 +312,42 @@ def test_kinds_and_fields_that_are_unknown_do_no_harm(tmp_path):
 def test_the_report_needs_no_jax():
     code = "import sys, llmjax.train.report; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+GARBAGE = [
+    [], [1], None, 3, "text", {}, {"a": [{}]}, {"title": [1], "plan": [2], "results": 3, "commands": {"a": [1]}},
+    {"update": 10**400, "position": 1, "context": [], "passkey": {}, "needle": [1], "copy": "x"},
+    {"position": {"from": [1, 2], "loss": ["a"]}, "passkey": [{"length": 1}], "copy": {"distance": [1], "accuracy": []}},
+    {"passkey": [{"language": 1, "length": [1], "depth": [1], "choice": [[]], "exact": 1, "chance": "x"}]},
+    {"train": {"num_updates": 10**400}, "model": [1], "seed": {"a": {}}},
+]  # fmt: skip
+BROKEN = [
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b"1" * 5000,
+    b"\0" * 10,
+    b'{"update": ' + b"9" * 5000 + b"}",
+]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "summary.json", "probes.json", "metrics.jsonl", "samples.md"]
+)
+def test_whatever_a_file_of_the_run_holds_there_is_a_page(name, tmp_path):
+    line = '{"kind": "evaluate", "update": 1, "tokens": 10, "loss": 2.0, "perplexity": "inf", "bits_per_byte": null}'
+    for garbage in [*(json.dumps(value).encode() for value in GARBAGE), *BROKEN]:
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        (tmp_path / name).write_bytes(garbage + b"\n" + b"{}" * (name == "metrics.jsonl"))
+        page = report.write_report(tmp_path).read_text(encoding="utf-8")
+        assert page.rstrip().endswith("</html>")
+        if garbage in BROKEN[1:] and name.endswith(".json"):
+            assert f"{name} cannot be read" in page
+
+
+def test_what_cannot_be_drawn_is_named_and_the_rest_is(tmp_path):
+    (tmp_path / "probes.json").write_text(json.dumps({"copy": {"distance": [1], "accuracy": "x"}}))
+    (tmp_path / "summary.json").write_text(json.dumps({"plan": {"model": "gpt of 3 parameters"}}))
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "probes.json holds values that cannot be shown" in page and "gpt of 3 parameters" in page
