@@ -22,8 +22,8 @@ text, `{"kind": "statistics", "update", "tokens", "seconds", ...}` of the layers
 written "nan", "inf", "-inf".
 
 A resumed run continues the file where its checkpoint stood: later lines, and a torn last one, are cut first; other
-lines that cannot be read are moved to metrics.unreadable.jsonl. So the file has neither gaps nor duplicates, and, apart from `TIMING` fields, equals that of a run that never
-stopped.
+lines that cannot be read are moved to metrics.unreadable.jsonl. So the file has neither gaps nor duplicates, and, apart
+from `TIMING` fields, equals that of a run that never stopped.
 """
 
 from __future__ import annotations

@@ -317,7 +317,7 @@ def test_the_report_needs_no_jax():
 GARBAGE = [
     [], [1], None, 3, "text", {}, {"a": [{}]}, {"title": [1], "plan": [2], "results": 3, "commands": {"a": [1]}},
     {"update": 10**400, "position": 1, "context": [], "passkey": {}, "needle": [1], "copy": "x"},
-    {"position": {"from": [1, 2], "loss": ["a"]}, "passkey": [{"length": 1}], "copy": {"distance": [1], "accuracy": []}},
+    {"position": {"from": [1, 2], "loss": ["a"]}, "passkey": [{"length": 1}], "copy": {"distance": [1]}},
     {"passkey": [{"language": 1, "length": [1], "depth": [1], "choice": [[]], "exact": 1, "chance": "x"}]},
     {"train": {"num_updates": 10**400}, "model": [1], "seed": {"a": {}}},
 ]  # fmt: skip
@@ -346,8 +346,11 @@ def test_whatever_a_file_of_the_run_holds_there_is_a_page(name, tmp_path):
             assert f"{name} cannot be read" in page
 
 
-def test_what_cannot_be_drawn_is_named_and_the_rest_is(tmp_path):
-    (tmp_path / "probes.json").write_text(json.dumps({"copy": {"distance": [1], "accuracy": "x"}}))
+def test_what_cannot_be_drawn_is_named_and_the_rest_is(tmp_path, monkeypatch):
+    (tmp_path / "probes.json").write_text(json.dumps({"copy": {"distance": [1], "accuracy": [1.0]}}))
     (tmp_path / "summary.json").write_text(json.dumps({"plan": {"model": "gpt of 3 parameters"}}))
+    monkeypatch.setattr(report.probe_charts, "curve_charts", lambda probes: probes["copy"]["loss"])
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
-    assert "probes.json holds values that cannot be shown" in page and "gpt of 3 parameters" in page
+    assert (
+        "probes.json holds values that cannot be shown (KeyError)" in page and "gpt of 3 parameters" in page
+    )
