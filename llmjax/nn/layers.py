@@ -36,8 +36,12 @@ def vector(
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [B, T, ...] plus the bias of its trailing dimensions."""
-    return x + bias.astype(x.dtype)[None, None]
+    """x [B, T, ...] plus the float32 bias of its trailing dimensions; in the dtype of x.
+
+    The bias is cast behind the broadcast: the gradient, whose steps go the other way, is then summed over the tokens in
+    float32, and not in bfloat16, where 256 + 1 is 256.
+    """
+    return x + jnp.broadcast_to(bias[None, None], x.shape).astype(x.dtype)
 
 
 def product(x_BTX: jax.Array, w_XY: jax.Array, layout: Layout) -> jax.Array:
