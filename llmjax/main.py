@@ -21,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax is imported: XL
 import absl.logging
 
 from llmjax.errors import UserError
+from llmjax.escapes import one_line, show
 from llmjax.flags import name_of, parse, read_prompts
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs one mode; the exit code."""
     absl.logging.set_verbosity(absl.logging.ERROR)
     if any(word in ("-h", "--help", "-help") for word in argv):
-        print(__doc__.strip())
+        show(__doc__.strip())
         return 0
     try:
         values, config = parse(argv)
@@ -40,15 +41,14 @@ def main(argv: Sequence[str]) -> int:
 
         return modes.run(values.mode, config, workdir, prompts=prompts, checkpoint=values.checkpoint)
     except UserError as error:
-        print(f"llmjax: {error}", file=sys.stderr)
+        show(one_line(f"llmjax: {error}"), file=sys.stderr)
         return 2
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        print(
-            f"llmjax: {error.filename} cannot be used ({error.strerror}); give another path", file=sys.stderr
-        )
+        sentence = f"llmjax: {error.filename} cannot be used ({error.strerror}); give another path"
+        show(one_line(sentence), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nllmjax: interrupted", file=sys.stderr)
+        show("\nllmjax: interrupted", file=sys.stderr)
         return 130
 
 

@@ -32,6 +32,7 @@ from llmjax.data.tokenizer import (
     load_tokenizer,
 )
 from llmjax.errors import UserError
+from llmjax.escapes import show
 from llmjax.evaluate import probes
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.evaluate.scoring import Probe, Text
@@ -150,7 +151,7 @@ def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, sta
                 if isinstance(error, TrainingFailed):  # the update that was under way is behind the damage
                     shutil.rmtree(workdir / "window", ignore_errors=True)
                 write_report(workdir)
-                print(f"llmjax: {error}", file=sys.stderr)
+                show(f"llmjax: {error}", file=sys.stderr)
             return 1
     if not result.stopped:
         probe(program, asked, program.eval_params(result.state), result.position.update, workdir)
@@ -203,19 +204,19 @@ def run_generate(
     texts = list(prompts)
     streams = len(prompts) == 1 and hosts.is_primary()
     if streams:
-        print(prompts[0], end="", flush=True)
+        show(prompts[0], end="")
     for new in generator(program, tokenizer)(params, ids):
         for row, token in enumerate(new):
             if token is not None:
                 text = decoders[row].push(token)
                 texts[row] += text
                 if streams:
-                    print(text, end="", flush=True)
+                    show(text, end="")
     for row, decoder in enumerate(decoders):
         rest = decoder.flush()
         texts[row] += rest
         if streams:
-            print(rest, flush=True)
+            show(rest)
     if not streams:
         for number, text in enumerate(texts, 1):
             say(f"--- {number}\n{text}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 
 from tqdm import tqdm
 
+from llmjax.escapes import show
 from llmjax.parallel import hosts
 
 
 def say(text: str = "") -> None:
     """Prints `text`, once for all processes."""
     if hosts.is_primary():
-        print(text, flush=True)
+        show(text)
 
 
 def format_table(rows: dict[str, str]) -> str:
@@ -24,7 +24,7 @@ def format_table(rows: dict[str, str]) -> str:
 
 def indent(text: str) -> str:
     """`text` behind a bar, every line of it."""
-    return textwrap.indent(text, "  | ", lambda _: True)
+    return "\n".join(f"  | {line}" for line in text.split("\n"))
 
 
 class StageProgress:

@@ -11,6 +11,7 @@ ORDER = [
     "errors",
     "files",
     "ranges",
+    "escapes",
     "types",
     "parallel",
     "ops",
@@ -121,6 +122,8 @@ def test_only_numerals_and_types_reach_workers():
     """What tokenizing processes import must not drag jax along."""
     for file in (
         "errors.py",
+        "escapes.py",
+        "ranges.py",
         "files.py",
         "data/checksums.py",
         "data/sources.py",

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from llmjax.errors import UserError
+from llmjax.escapes import show
 from llmjax.files import write_atomically
 
 # What one first read of a document costs at most beside the document itself.
@@ -40,7 +41,7 @@ class DamagedError(UserError):
 
 def report_damage(text: str) -> None:
     """Says on stderr what was found damaged and what is done about it."""
-    print(f"llmjax: {text}", file=sys.stderr, flush=True)
+    show(f"llmjax: {text}", file=sys.stderr)
 
 
 def write_checksums(folder: Path, names: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from llmjax.errors import UserError
+from llmjax.escapes import show
 
 EXPLICIT = ("LLMJAX_COORDINATOR", "LLMJAX_NUM_PROCESSES", "LLMJAX_PROCESS_ID")
 TIMEOUT = "LLMJAX_TIMEOUT"
@@ -100,7 +101,7 @@ def _patience(seconds: int, sentence: Callable[[], str]) -> Iterator[None]:
     """
 
     def give_up() -> None:
-        print(f"llmjax: {sentence()}; {TIMEOUT}=SECONDS waits longer", file=sys.stderr, flush=True)
+        show(f"llmjax: {sentence()}; {TIMEOUT}=SECONDS waits longer", file=sys.stderr)
         os._exit(2)
 
     timer = threading.Timer(seconds, give_up)

@@ -12,6 +12,8 @@ import time
 
 from tqdm import tqdm
 
+from llmjax.escapes import show
+
 PLAIN_SECONDS = 10.0
 SMOOTHING = 0.9  # of tokens/s over updates, for the eye; the recorded figures are exact
 
@@ -46,7 +48,7 @@ class Progress:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(values["tokens"] // self._unit - self._bar.n)
         elif self._is_due(values["tokens"]):
-            print(f"{self._where(update, values)}  {text}", flush=True)
+            show(f"{self._where(update, values)}  {text}")
 
     def evaluate(self, update: int, values: dict[str, float]) -> None:
         """Shows the result of an evaluation on a line of its own."""
@@ -63,9 +65,10 @@ class Progress:
     def say(self, text: str) -> None:
         """Prints `text` above the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            with self._bar.external_write_mode(file=sys.stdout):
+                show(text)
         else:
-            print(text, flush=True)
+            show(text)
 
     def close(self) -> None:
         """Leaves the bar as it is and gives the terminal back."""
