@@ -84,7 +84,9 @@ def get_config() -> ConfigDict:
     train.batch_points = ()  # of the schedule: TOKENS_SEEN:TOKENS_PER_UPDATE, ...; the first is 0:...
     train.micro_batch_size = 0  # sequences per micro-step, all devices; 0: from accumulation_steps
     train.accumulation_steps = 2  # micro-steps per update; 0 = follows from micro_batch_size
-    train.accumulation = "multisteps"  # multisteps | fused: a call per micro-step, or one per update
+    train.accumulation = (
+        "in_place"  # in_place | multisteps (optax, the reference) | fused (a call per update)
+    )
     train.fused_gather = "micro_step"  # micro_step | update: how often fused gathers weights over mesh.fsdp
     train.z_loss = 0.0  # weight of log(Z)^2
     train.statistics_every = 0  # updates between per-layer statistics of gradients and activations; 0 = off

@@ -38,6 +38,7 @@ from llmjax.parallel.rules import Layout, partition_spec
 from llmjax.tasks.language_model import make_loss
 from llmjax.train.accumulate import Accumulator, Order
 from llmjax.train.batch import BatchArithmetic, make_batch_schedule
+from llmjax.train.engines import ENGINES
 from llmjax.train.fused import MANUAL, make_window
 from llmjax.train.lengths import make_length_schedule
 from llmjax.train.optimizer import make_optimizer
@@ -189,8 +190,8 @@ class Program:
 
     def abstract_saved(self) -> TrainState:
         """The same of what a checkpoint holds."""
-        single = dataclasses.replace(self.accumulator, max_steps=1)
-        return abstract_state(self.model.init, single, self.param_specs, self.mesh)
+        own = Accumulator(self.accumulator.optimizer)
+        return abstract_state(self.model.init, own, self.param_specs, self.mesh)
 
     def saved(self, state: TrainState) -> TrainState:
         """What a checkpoint holds of `state`."""
@@ -368,9 +369,8 @@ def make_program(
     model = make_model(config, vocab_size, Layout(mesh))
     steering = make_steering(config, batch, mesh)
     fused = config.train.accumulation == "fused"
-    # A fused update has no state between its micro-steps.
-    max_steps = 1 if fused else max(steering.max_steps, 1 + accumulates)
-    accumulator = Accumulator(steering.optimizer, max_steps)
+    engine = ENGINES[config.train.accumulation]
+    accumulator = engine(steering.optimizer, max(steering.max_steps, 1 + accumulates))
     loss = make_task_loss(config, model, model.layout)
     token_losses = make_token_losses(
         model, logit_softcap=config.model.logit_softcap, shards=batch_shards(model.layout)

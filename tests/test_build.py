@@ -10,6 +10,7 @@ from configs import base
 from llmjax import config as configs
 from llmjax.build import make_program
 from llmjax.data.layout import LAYOUTS, RowLayout
+from llmjax.train.engines import ENGINES
 from llmjax.types import Batch
 from tests.data.test_pipeline import make_source
 
@@ -91,21 +92,19 @@ def test_every_mesh_gives_the_same_losses(shape, one_device):
     np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("algorithm", ["gather", "ring", "ulysses", "hybrid"])
-def test_every_way_to_share_sequences_gives_the_same_losses(algorithm, fused, one_device):
+def test_every_way_to_share_sequences_gives_the_same_losses(algorithm, engine, one_device):
     mesh = {"mesh__data": 2, "mesh__seq": 4, "mesh__seq_attention": algorithm}
-    program = program_for(jax.devices(), train__accumulation="fused" if fused else "multisteps", **mesh)
+    program = program_for(jax.devices(), train__accumulation=engine, **mesh)
     np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_tiles_and_remat_of_split_sequences_give_the_same_losses(fused, one_device):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tiles_and_remat_of_split_sequences_give_the_same_losses(engine, one_device):
     mesh = {"mesh__data": 2, "mesh__seq": 2, "mesh__tensor": 2, "mesh__seq_attention": "ring"}
     saving = {"model__tile": 4, "model__remat": "attention", "model__offload": ("residual",)}
-    program = program_for(
-        jax.devices(), train__accumulation="fused" if fused else "multisteps", **mesh, **saving
-    )
+    program = program_for(jax.devices(), train__accumulation=engine, **mesh, **saving)
     np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
 
 

@@ -162,7 +162,7 @@ def alone(folder):
 
 @pytest.mark.parametrize(
     ("axis", "engine"),
-    [("data", "multisteps"), ("fsdp", "multisteps"), ("seq", "multisteps"), ("data", "fused")],
+    [("data", "in_place"), ("fsdp", "multisteps"), ("seq", "in_place"), ("data", "fused")],
 )
 def test_two_processes_train_as_one(axis, engine, alone, tmp_path):
     tiny_run.write_corpus(tmp_path / "corpus", documents=80)  # without a cache: both build it at once

@@ -79,7 +79,7 @@ def test_a_run_stopped_in_its_first_update_goes_on_there_whatever_is_asked_for_n
     assert "stopped after update 0 and 2 of 4 micro-steps of the next and saved" in out
     monkeypatch.undo()
     fused = command(folder, f"--workdir={parts}", points, **settings, train__accumulation="fused")
-    assert "resume with train.accumulation=multisteps" in refuse(capsys, fused)
+    assert "resume with train.accumulation=in_place" in refuse(capsys, fused)
     another = command(folder, f"--workdir={parts}", points, **settings, train__accumulation_steps=4)
     assert "resume with train.micro_batch_size=8" in refuse(
         capsys, [*another, "--config.mesh.data=4", "--config.mesh.seq=2"]
@@ -121,7 +121,7 @@ def test_layers_are_looked_at_when_asked(folder, capsys):
         ),
         (
             {"train__accumulation": "scan"},
-            "train.accumulation='scan' is not known; use one of multisteps, fused",
+            "train.accumulation='scan' is not known; use one of in_place, multisteps, fused",
         ),
         ({"train__batch_schedule": "piecewise", "train__batch_points": "0:512,100:256"}, "goes backwards"),
         (

@@ -47,8 +47,9 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.plan.hlo import NO_TRIPS, Module, Trips, loops, parse
 from llmjax.plan.topology import topology_devices
 from llmjax.plan.traffic import bytes_touched, collectives
-from llmjax.train.accumulate import Accumulator, Order
+from llmjax.train.accumulate import Order
 from llmjax.train.fused import make_window
+from llmjax.train.in_place import InPlace
 from llmjax.train.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.state import TrainState
 from llmjax.train.steering import Measured
@@ -106,7 +107,7 @@ class Engines:
         return Batch(ones, ones, rows, ones, ones, index)
 
     def state(self, max_steps: int) -> TrainState:
-        accumulator = Accumulator(make_optimizer(OPTIMIZER, 100), max_steps)
+        accumulator = InPlace(make_optimizer(OPTIMIZER, 100), max_steps)
         params = jax.tree.map(jnp.copy, self.params)
         return TrainState(params, accumulator.init(params), jnp.zeros([], jnp.int32), jax.random.key(0))
 
@@ -114,7 +115,7 @@ class Engines:
         def loss(params: Params, batch: Batch, rng: Array) -> LossSums:
             return LossSums(given(params, grads), jnp.sum(batch.weights), {})
 
-        return make_train_step(loss, Accumulator(make_optimizer(OPTIMIZER, 100), STEPS))(state, batch, order)
+        return make_train_step(loss, InPlace(make_optimizer(OPTIMIZER, 100), STEPS))(state, batch, order)
 
     def fused(self, state: TrainState, batch: Batch, order: Order) -> TrainState:
         def loss(params: Params, batch: Batch, rng: Array) -> LossSums:
@@ -330,7 +331,7 @@ def reduced(module: Module, steps: int) -> dict[str, float]:
 
 def stock_reductions() -> dict[str, float]:
     """GB of a micro-step of `optax.MultiSteps`, and of an update with a scan over STEPS micro-steps."""
-    program = decoder(STEPS, "multisteps")
+    program = decoder(STEPS, "in_place")
     loss = make_task_loss(program.config, program.model, program.layout)
     multi = Engines.stock()
     sharding = NamedSharding(program.mesh, PartitionSpec())

@@ -1,25 +1,25 @@
-"""Gradient accumulation by `optax.MultiSteps`, made exact and cheap; known here only.
+"""What the engines of gradient accumulation share: an update's numbers, the state within it, and its arithmetic.
 
 A mean of micro-batch means weighs a target in a nearly empty micro-batch more than one in a full micro-batch.
-So what is accumulated here are gradients of loss *sums*, together with their weights, in float32; one division
-by the total weight follows, before clipping and everything else, and k micro-steps give the update of one big
-batch. `fused.py` does the same with all micro-steps in one compiled call; both end in `close_window`.
+So an update accumulates the gradients of loss *sums*, together with their weights, in float32. One division by
+the total weight follows, before clipping and everything else, and k micro-steps give the update of one big batch.
 
-k may change from window to window without recompiling, never within one: the window's k is part of the state.
-The optimizer runs on the last micro-step only: `optax.MultiSteps` alone would run it on every one and throw
-the result away.
+There are three engines. `multisteps.py` is the plain reference: `optax.MultiSteps` does the accumulating.
+`in_place.py` does the same arithmetic with less memory traffic. `fused.py` runs all micro-steps of an update in one
+compiled call. All of them end in `update_from_sums`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from llmjax.train.gradients import MAIN, Terms, add_terms, empty_terms, mean_gradient, total_weight
+from llmjax.train.gradients import MAIN, Terms, empty_terms, mean_gradient, total_weight
 from llmjax.train.optimizer import Hyperparameters, Optimizer, OptState
 from llmjax.train.stash import fetch, stash
 from llmjax.types import Array, Params
@@ -63,32 +63,31 @@ class Closing:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The accumulator's state within a run of several micro-steps per update.
+    """An update under way. Both engines that sum over several calls keep it in the state of `optax.MultiSteps`, so
+    that either goes on with an update that the other began.
 
-    steps  int32 [], k of the window under way
-    multi  mini_step counts its micro-steps, gradient_step updates; acc_grads holds the sums so far
+    steps  int32 [], k of the update under way: k may change from update to update, never within one
+    multi  mini_step counts micro-steps, gradient_step updates; acc_grads holds the sums so far, {"terms", "loss"}
     """
 
     steps: Array
     multi: optax.MultiStepsState
 
 
-def close_window(
+def update_from_sums(
     update: Callable[..., tuple[Params, OptState]],
     params: Params,
     opt_state: OptState,
     terms: Terms,
     loss: Array,
     order: Order,
-    *,
-    offload: bool = False,
 ) -> tuple[Params, OptState, Closing]:
-    """The update of a window from its sums: `loss`, of the main term, and the gradient terms.
+    """What a finished update changes: the amounts to add to `params`, the new optimizer state, and how it closed.
 
-    `update` is that of the `Optimizer`. An update that is not applied leaves parameters and optimizer state
-    bitwise as they were. `offload`: the state comes from the host's memory and goes back there.
+    `update` is the `Optimizer`'s. `terms` are the gradient sums and `loss` is the loss sum of the main term. Where the
+    update is not applied, the optimizer state comes back bitwise as it was and the amounts mean nothing: `applied_to`
+    leaves them out.
     """
-    opt_state = fetch(opt_state) if offload else opt_state
     grads, weight = mean_gradient(terms), total_weight(terms)
     norm = optax.tree.norm(grads)
     main = terms[MAIN]
@@ -96,37 +95,58 @@ def close_window(
     square_total = (norm * weight) ** 2 if len(terms) == 1 else optax.tree.norm(main.grads, squared=True)
     applied = (weight > 0) & (mean_loss <= order.loss_limit) & (norm <= order.norm_limit)
     updates, new_state = update(grads, opt_state, params, order.hyper)
-    keep = lambda new, old: jnp.where(applied, new, old)  # noqa: E731
-    params = jax.tree.map(keep, optax.apply_updates(params, updates), params)
-    opt_state = jax.tree.map(keep, new_state, opt_state)
-    return (
-        params,
-        stash(opt_state) if offload else opt_state,
-        Closing(jnp.array(True), applied, mean_loss, norm, square_total),
-    )
+    opt_state = select(applied, new_state, opt_state)
+    return updates, opt_state, Closing(jnp.array(True), applied, mean_loss, norm, square_total)
+
+
+def applied_to(params: Params, updates: Params, applied: Array) -> Params:
+    """`params` with `updates` added, or bitwise as they were where `applied` is false."""
+    return select(applied, optax.apply_updates(params, updates), params)
+
+
+def select(condition: Array, new: Any, old: Any) -> Any:
+    """The tree `new` where the bool [] `condition` holds, the tree `old` elsewhere."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
+
+
+def close_update(
+    optimizer: Optimizer, params: Params, opt_state: OptState, terms: Terms, loss: Array, order: Order
+) -> tuple[Params, OptState, Closing]:
+    """The new parameters and optimizer state of a finished update, and how it closed, see `update_from_sums`."""
+    opt_state = fetch(opt_state) if optimizer.offload else opt_state
+    arrays = params, opt_state, terms, loss, order
+    updates, opt_state, closing = update_from_sums(optimizer.update, *arrays)
+    params = applied_to(params, updates, closing.applied)
+    return params, stash(opt_state) if optimizer.offload else opt_state, closing
 
 
 @dataclasses.dataclass(frozen=True)
 class Accumulator:
-    """An optimizer that takes gradient sums, up to `max_steps` of them to an update.
+    """The state of an engine that takes gradient sums, up to `max_steps` of them to an update.
 
-    Its state is the optimizer's own for `max_steps` == 1 and a `Window` around it otherwise. Between updates only
-    the optimizer's own means anything: `canonical` gives it, and `restore` takes it up again with any other
-    `max_steps`, so that a checkpoint between updates never says how its batches were cut.
+    Between updates only the optimizer's own state means anything: `canonical` gives it, and `restore` takes it up
+    again, with any engine and any `max_steps`, so that a checkpoint between updates never says how its batches were
+    cut. An engine that sums over several calls wraps it into a `Window` (`keeps_sums`).
 
     terms  names of the loss terms with weights of their own, each of which is summed apart
     """
 
     optimizer: Optimizer
-    max_steps: int
+    max_steps: int = 1
     terms: tuple[str, ...] = ()
 
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether the state holds the sums of an update under way. An engine that makes it in one call has none."""
+        return False
+
     def init(self, params: Params) -> OptState:
+        """The state before the first update."""
         return self.restore(self.optimizer.init(params), params, jnp.zeros([], jnp.int32))
 
     def restore(self, opt_state: OptState, params: Params, update: Array) -> OptState:
-        """The state at the start of update `update`, its window empty, from the optimizer's own state."""
-        if self.max_steps == 1:
+        """The state after `update` updates, with no micro-step done since, from the optimizer's own state."""
+        if not self.keeps_sums:
             return opt_state
         empty = {"terms": empty_terms(params, self.terms), "loss": jnp.zeros([], jnp.float32)}
         return Window(
@@ -136,50 +156,9 @@ class Accumulator:
 
     def canonical(self, state: OptState) -> OptState:
         """The optimizer's own state, all there is to save between two updates."""
-        return state if self.max_steps == 1 else state.multi.inner_opt_state
+        return state.multi.inner_opt_state if self.keeps_sums else state
 
     def eval_params(self, state: OptState, params: Params) -> Params:
         """The parameters to evaluate and to generate with."""
         own = self.canonical(state)
         return self.optimizer.eval_params(fetch(own) if self.optimizer.offload else own, params)
-
-    def micro_step(
-        self, params: Params, state: OptState, terms: Terms, loss: Array, order: Order
-    ) -> tuple[Params, OptState, Closing]:
-        """Takes the sums of a micro-batch, finite all of them; on the last micro-step of a window, updates."""
-        if self.max_steps == 1:
-            update, offload = self.optimizer.update, self.optimizer.offload
-            return close_window(update, params, state, terms, loss, order, offload=offload)
-        multi, before = state.multi, state.multi.acc_grads
-        steps = jnp.where(multi.mini_step == 0, order.steps, state.steps).astype(jnp.int32)
-        sums = {"terms": add_terms(before["terms"], terms), "loss": before["loss"] + loss}
-        multi = multi._replace(mini_step=multi.mini_step + 1, acc_grads=sums)
-        is_update = multi.mini_step >= steps
-        zero = jnp.zeros([], jnp.float32)
-        # A loop of no or one turn: XLA changes its state in place, but copies what a conditional keeps.
-        carry = (params, multi, Closing(is_update, jnp.array(False), zero, zero, zero))
-        params, multi, closing = jax.lax.fori_loop(
-            0, is_update.astype(jnp.int32), lambda _, carry: self._close(*carry[:2], order), carry
-        )
-        return params, Window(steps, multi), closing
-
-    def _close(
-        self, params: Params, multi: optax.MultiStepsState, order: Order
-    ) -> tuple[Params, optax.MultiStepsState, Closing]:
-        """The sums of a whole window go through `optax.MultiSteps` as a window of one micro-step."""
-
-        def update(
-            grads: Params, multi: optax.MultiStepsState, params: Params, hyper: Hyperparameters
-        ) -> tuple[Params, optax.MultiStepsState]:
-            inner = optax.GradientTransformation(
-                self.optimizer.init,
-                lambda grads, state, params: self.optimizer.update(grads, state, params, hyper),
-            )
-            start = multi._replace(acc_grads=jax.tree.map(jnp.zeros_like, grads))
-            updates, multi = optax.MultiSteps(inner, 1, use_grad_mean=False).update(grads, start, params)
-            return updates, multi._replace(acc_grads=None)
-
-        sums, start = multi.acc_grads, multi._replace(mini_step=jnp.zeros([], jnp.int32), acc_grads=None)
-        arrays = params, start, sums["terms"], sums["loss"], order
-        params, multi, closing = close_window(update, *arrays, offload=self.optimizer.offload)
-        return params, multi._replace(acc_grads=jax.tree.map(jnp.zeros_like, sums)), closing

@@ -7,9 +7,8 @@ from typing import Annotated
 
 from llmjax.errors import choose
 from llmjax.ranges import COUNT, FOLD, Range, check_ranges
+from llmjax.train.engines import ENGINES
 from llmjax.train.fused import MANUAL
-
-ACCUMULATION = ("multisteps", "fused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +22,7 @@ class TrainConfig:
     batch_points        of the schedule, `TOKENS_SEEN:TOKENS_PER_UPDATE`
     micro_batch_size    sequences per micro-step over all devices; 0 = follows from accumulation_steps
     accumulation_steps  micro-steps per update; 0 = follows from micro_batch_size
-    accumulation        multisteps: a compiled call for each micro-step. fused: one for each update, in which every
-                        device sums its own gradients, and they are reduced once
+    accumulation        the engine of gradient accumulation: in_place, multisteps or fused, see `engines`
     fused_gather        when fused gathers weights over mesh.fsdp: in each micro_step, or once an update, which holds
                         them and their gradients whole
     z_loss              weight of log(Z)^2 in the loss (de Brebisson and Vincent 2016; PaLM)
@@ -41,11 +39,11 @@ class TrainConfig:
     z_loss: Annotated[float, Range(0, 1e3)]
     batch_schedule: str = "constant"
     batch_points: tuple[str, ...] = ()
-    accumulation: str = "multisteps"
+    accumulation: str = "in_place"
     fused_gather: str = "micro_step"
     statistics_every: Annotated[int, Range(1, COUNT, "never")] = 0
 
     def __post_init__(self):
         check_ranges("train", self)
-        choose(dict.fromkeys(ACCUMULATION), "train.accumulation", self.accumulation)
+        choose(ENGINES, "train.accumulation", self.accumulation)
         choose(MANUAL, "train.fused_gather", self.fused_gather)

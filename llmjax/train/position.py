@@ -64,7 +64,7 @@ class Position:
         if fused:
             raise UserError(
                 f"{stopped}, from where train.accumulation='fused' cannot go on; resume with "
-                "train.accumulation=multisteps until the next checkpoint"
+                "train.accumulation=in_place until the next checkpoint"
             )
 
     def to_meta(self) -> dict[str, Any]:

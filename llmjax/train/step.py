@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llmjax.train.accumulate import Accumulator, Closing, Order, close_window
+from llmjax.train.accumulate import Accumulator, Closing, Order, close_update
 from llmjax.train.gradients import LossFn, Terms, micro_gradients
 from llmjax.train.optimizer import Optimizer
 from llmjax.train.state import TrainState
@@ -60,14 +60,8 @@ def make_fused_step(
     def fused_step(state: TrainState, batches: Batch, order: Order) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.update)
         terms, sums = window(state.params, batches, order.steps, rng)
-        params, opt_state, closing = close_window(
-            optimizer.update,
-            state.params,
-            state.opt_state,
-            terms,
-            jnp.sum(sums["loss"]),
-            order,
-            offload=optimizer.offload,
+        params, opt_state, closing = close_update(
+            optimizer, state.params, state.opt_state, terms, jnp.sum(sums["loss"]), order
         )
         last = jnp.arange(batches.index.shape[0]) == order.steps - 1
         closing_K = {name: jnp.where(last, value, 0.0) for name, value in _as_metrics(closing).items()}

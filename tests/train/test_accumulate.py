@@ -1,4 +1,4 @@
-"""Micro-batches of any raggedness give the update of one big batch, whatever k and however it changes."""
+"""Micro-batches of any raggedness give the update of one big batch, whatever k, however it changes, by any engine."""
 
 import dataclasses
 
@@ -8,13 +8,21 @@ import numpy as np
 import optax
 import pytest
 
-from llmjax.train.accumulate import Accumulator, Order
+from llmjax.train.accumulate import Order
+from llmjax.train.engines import ENGINES
 from llmjax.train.gradients import MAIN, TermSums, micro_gradients
 from llmjax.train.optimizer import Hyperparameters, Optimizer, OptimizerConfig, make_optimizer
 from llmjax.types import LossSums
 
 ROWS, LENGTH, WIDTH, UPDATES = 64, 12, 6, 3
 RATE = 0.05
+SUMMING = [name for name, engine in ENGINES.items() if hasattr(engine, "micro_step")]
+
+
+@pytest.fixture(params=SUMMING)
+def engine(request):
+    """The name of an engine that sums over several calls."""
+    return request.param
 
 
 def make_data(seed=0):
@@ -72,10 +80,10 @@ def make_order(optimizer, k, update=0, loss_limit=np.inf, norm_limit=np.inf):
 class Trainer:
     """Parameters and state, a micro-step at a time; counts its compilations."""
 
-    def __init__(self, optimizer, max_steps, loss_fn=without_auxiliary):
+    def __init__(self, engine, optimizer, max_steps, loss_fn=without_auxiliary):
         terms = ("balance",) if loss_fn is not without_auxiliary else ()
-        self.optimizer, self.accumulator, self.traces = optimizer, Accumulator(optimizer, max_steps, terms), 0
-        self.params, self.closings, self.sums = init_params(), [], []
+        self.optimizer, self.accumulator = optimizer, ENGINES[engine](optimizer, max_steps, terms)
+        self.params, self.closings, self.sums, self.traces = init_params(), [], [], 0
         self.state = self.accumulator.init(self.params)
 
         @jax.jit
@@ -109,9 +117,9 @@ def cut(data, k, micro):
     return [a[micro * ROWS // k : (micro + 1) * ROWS // k] for a in data]
 
 
-def train(optimizer, k, data=None, max_steps=None, loss_fn=without_auxiliary):
-    trainer = Trainer(optimizer, max_steps or k, loss_fn)
-    for update in zip(*(data or make_data())):
+def train(engine, optimizer, k, loss_fn=without_auxiliary):
+    trainer = Trainer(engine, optimizer, k, loss_fn)
+    for update in zip(*make_data()):
         trainer.window(update, k)
     return trainer
 
@@ -141,10 +149,10 @@ def double_precision_descent(mean_of_means=1, auxiliary=False):
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
-def test_ragged_micro_batches_give_the_parameters_of_the_whole_batch(auxiliary):
+def test_ragged_micro_batches_give_the_parameters_of_the_whole_batch(engine, auxiliary):
     whole, loss = double_precision_descent(auxiliary=auxiliary), loss_fn if auxiliary else without_auxiliary
     for k in (1, 2, 4, 8, 16, 64):
-        error = relative_error(train(gradient_descent(), k, loss_fn=loss).params, whole)
+        error = relative_error(train(engine, gradient_descent(), k, loss_fn=loss).params, whole)
         naive = relative_error(double_precision_descent(k, auxiliary), whole)
         print(f"k={k}: relative error {error:.1e}, of the mean of micro-batch means {naive:.1e}")
         assert error <= 1e-6
@@ -152,12 +160,16 @@ def test_ragged_micro_batches_give_the_parameters_of_the_whole_batch(auxiliary):
 
 
 @pytest.mark.parametrize("k", [2, 16])
-def test_adamw_with_decay_and_clipping_does_not_depend_on_k(k):
-    assert relative_error(train(adamw(), k).params, train(adamw(), 1).params) <= 1e-6
+def test_adamw_with_decay_and_clipping_does_not_depend_on_k(engine, k):
+    assert relative_error(train(engine, adamw(), k).params, train(engine, adamw(), 1).params) <= 1e-6
 
 
-def test_k_changes_from_update_to_update_without_compiling_anew():
-    whole, trainer, steps = Trainer(gradient_descent(), 1), Trainer(gradient_descent(), 64), (1, 64, 4)
+def test_k_changes_from_update_to_update_without_compiling_anew(engine):
+    whole, trainer, steps = (
+        Trainer(engine, gradient_descent(), 1),
+        Trainer(engine, gradient_descent(), 64),
+        (1, 64, 4),
+    )
     for k, update in zip(steps, zip(*make_data())):
         rows = [a[-k:] for a in update]  # one to a micro-step
         whole.step(rows, 1)
@@ -168,9 +180,9 @@ def test_k_changes_from_update_to_update_without_compiling_anew():
     assert [bool(c.is_update) for c in trainer.closings] == [i in (0, 64, 68) for i in range(69)]
 
 
-def test_k_within_a_window_is_that_of_its_first_micro_step():
+def test_k_within_a_window_is_that_of_its_first_micro_step(engine):
     data = [a[0] for a in make_data()]
-    plain, overridden = Trainer(gradient_descent(), 8), Trainer(gradient_descent(), 8)
+    plain, overridden = Trainer(engine, gradient_descent(), 8), Trainer(engine, gradient_descent(), 8)
     plain.window(data, 4)
     for micro, k in enumerate((4, 1, 8, 2)):
         overridden.step(cut(data, 4, micro), k)
@@ -178,11 +190,11 @@ def test_k_within_a_window_is_that_of_its_first_micro_step():
     assert [bool(c.is_update) for c in overridden.closings] == [False] * 3 + [True]
 
 
-def test_an_open_window_goes_on_where_its_state_was_saved():
+def test_an_open_window_goes_on_where_its_state_was_saved(engine):
     data = [a[0] for a in make_data()]
-    plain = Trainer(adamw(), 4).window(data, 4)
+    plain = Trainer(engine, adamw(), 4).window(data, 4)
     for stop in (1, 2, 3):
-        first, second = Trainer(adamw(), 4), Trainer(adamw(), 4)
+        first, second = Trainer(engine, adamw(), 4), Trainer(engine, adamw(), 4)
         for micro in range(stop):
             first.step(cut(data, 4, micro), 4)
         second.params, second.state = jax.device_get((first.params, first.state))
@@ -195,7 +207,7 @@ def test_an_open_window_goes_on_where_its_state_was_saved():
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("micro", range(4))
-def test_a_micro_batch_that_is_not_finite_is_dropped_and_the_rest_stays_exact(micro, value):
+def test_a_micro_batch_that_is_not_finite_is_dropped_and_the_rest_stays_exact(engine, micro, value):
     data = [a[0].copy() for a in make_data()]
     faulty, without = [a.copy() for a in data], [a.copy() for a in data]
     rows = slice(micro * ROWS // 4, (micro + 1) * ROWS // 4)
@@ -203,8 +215,8 @@ def test_a_micro_batch_that_is_not_finite_is_dropped_and_the_rest_stays_exact(mi
     faulty[2][rows] += 0.1  # it would have had a weight
     without[2][rows] = 0.0
     optimizer = gradient_descent()
-    dropped = Trainer(optimizer, 4).window(faulty, 4)
-    left_out = Trainer(optimizer, 4).window(without, 4)
+    dropped = Trainer(engine, optimizer, 4).window(faulty, 4)
+    left_out = Trainer(engine, optimizer, 4).window(without, 4)
     jax.tree.map(np.testing.assert_array_equal, dropped.params, left_out.params)
     assert [s["dropped"] for s in dropped.sums] == [float(i == micro) for i in range(4)]
     assert dropped.sums[micro]["weight"] == dropped.sums[micro]["loss"] == 0.0
@@ -212,10 +224,10 @@ def test_a_micro_batch_that_is_not_finite_is_dropped_and_the_rest_stays_exact(mi
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_an_update_of_which_nothing_is_left_moves_nothing(k):
+def test_an_update_of_which_nothing_is_left_moves_nothing(engine, k):
     data = [a[0] for a in make_data()]
-    before = Trainer(adamw(), k).window(data, k)
-    after = Trainer(adamw(), k).window(data, k)
+    before = Trainer(engine, adamw(), k).window(data, k)
+    after = Trainer(engine, adamw(), k).window(data, k)
     after.window([np.full_like(data[0], np.nan), data[1], data[2]], k)
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     a, b = (t.accumulator.canonical(t.state) for t in (after, before))
@@ -226,9 +238,9 @@ def test_an_update_of_which_nothing_is_left_moves_nothing(k):
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_an_update_beyond_a_limit_is_not_applied(k):
+def test_an_update_beyond_a_limit_is_not_applied(engine, k):
     data = [a[0] for a in make_data()]
-    trainer = Trainer(gradient_descent(), k).window(data, k)
+    trainer = Trainer(engine, gradient_descent(), k).window(data, k)
     loss = sum(s["loss"] for s in trainer.sums) / sum(s["weight"] for s in trainer.sums)
     norm = trainer.closings[-1].grad_norm
     for limits, applied in (
@@ -236,19 +248,19 @@ def test_an_update_beyond_a_limit_is_not_applied(k):
         ({"loss_limit": loss * 0.99}, False),
         ({"norm_limit": norm * 0.99}, False),
     ):
-        again = Trainer(gradient_descent(), k).window(data, k, **limits)
+        again = Trainer(engine, gradient_descent(), k).window(data, k, **limits)
         assert again.closings[-1].applied == applied
         expected = trainer.params if applied else init_params()
         jax.tree.map(np.testing.assert_array_equal, again.params, expected)
         # and the window that follows starts from nothing
         after = again.window(data, k).params
-        fresh = Trainer(gradient_descent(), k).window(data, k)
+        fresh = Trainer(engine, gradient_descent(), k).window(data, k)
         expected = fresh.window(data, k).params if applied else fresh.params
         jax.tree.map(np.testing.assert_array_equal, after, expected)
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_clipping_comes_after_the_division(k):
+def test_clipping_comes_after_the_division(engine, k):
     optimizer = adamw(name="lion", beta1=0.0, beta2=0.0, clip_norm=0.5, weight_decay=0.0)
     clip = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0))
     optimizer = dataclasses.replace(
@@ -257,14 +269,14 @@ def test_clipping_comes_after_the_division(k):
         update=lambda grads, state, params, hyper: clip.update(grads, state, params),
     )
     x, y, w = (a[0] for a in make_data())
-    trainer = Trainer(optimizer, k).window((x, y, w), k)
+    trainer = Trainer(engine, optimizer, k).window((x, y, w), k)
     step = optax.tree.norm(jax.tree.map(jnp.subtract, init_params(), trainer.params))
     np.testing.assert_allclose(step, 0.5, rtol=1e-5)
     grads = jax.grad(lambda p: without_auxiliary(p, (x, y, w), None).loss)(init_params())
     norms = [c.grad_norm for c in trainer.closings]
     np.testing.assert_allclose(norms, [0.0] * (k - 1) + [optax.tree.norm(grads) / w.sum()], rtol=1e-5)
     # and so the scale of the weights means nothing, though the sums grow with it
-    heavy = Trainer(optimizer, k).window((x, y, 1024 * w), k)
+    heavy = Trainer(engine, optimizer, k).window((x, y, 1024 * w), k)
     assert relative_error(heavy.params, trainer.params) <= 1e-6
 
 
@@ -282,7 +294,7 @@ def test_sums_are_kept_in_float32_whatever_the_gradient_dtype():
     def loss(params, batch, rng):
         return LossSums(jnp.sum(params["w_DF"] * batch).astype(jnp.float32), jnp.float32(1.0), {})
 
-    accumulator, params = Accumulator(gradient_descent(), 8), {"w_DF": jnp.zeros((2, 2), jnp.bfloat16)}
+    accumulator, params = ENGINES[engine](gradient_descent(), 8), {"w_DF": jnp.zeros((2, 2), jnp.bfloat16)}
     state = accumulator.init(params)
     for value in [256.0] + [1.0] * 7:  # 256 + 1 = 256 in bfloat16
         terms, sums = micro_gradients(loss, params, jnp.full((2, 2), value, jnp.bfloat16), None)
@@ -293,29 +305,109 @@ def test_sums_are_kept_in_float32_whatever_the_gradient_dtype():
     np.testing.assert_array_equal(state.multi.acc_grads["terms"][MAIN].grads["w_DF"], 263.0)
 
 
-def test_the_optimizer_runs_once_per_update():
+@pytest.mark.parametrize(("engine", "runs"), [("in_place", UPDATES), ("multisteps", 4 * UPDATES)])
+def test_the_optimizer_in_place_runs_once_per_update(engine, runs):
     calls, plain = [], gradient_descent()
 
     def update(grads, state, params, hyper):
         jax.debug.callback(lambda: calls.append(1))
         return plain.update(grads, state, params, hyper)
 
-    train(dataclasses.replace(plain, update=update), 4)
+    train(engine, dataclasses.replace(plain, update=update), 4)
     jax.effects_barrier()
-    assert len(calls) == UPDATES
+    assert len(calls) == runs
+
+
+@pytest.mark.parametrize(
+    "optimizer", [gradient_descent(), adamw(), adamw(name="lion")], ids=["sgd", "adamw", "lion"]
+)
+def test_engines_that_sum_agree_to_the_last_bit_on_the_same_gradients(optimizer):
+    """They add in the same order and divide once, so nothing may differ, neither in an update nor after it.
+
+    Run operation by operation, since what the compiler fuses it rounds in its own way.
+    """
+    gradients = jax.jit(lambda params, batch: micro_gradients(loss_fn, params, batch, None))
+    engines = [ENGINES[name](optimizer, 8, ("balance",)) for name in SUMMING]
+    states = [(init_params(), engine.init(init_params())) for engine in engines]
+    faulty = [a[1].copy() for a in make_data()]
+    faulty[0][: ROWS // 8, 0] = np.nan
+    first, third = ([a[update] for a in make_data()] for update in (0, 2))
+    # A whole update, one beyond its limit, one with a dropped micro-step, and one that stays open.
+    for k, done, data, limit in (
+        (8, 8, first, np.inf),
+        (2, 2, third, 0.0),
+        (4, 4, faulty, np.inf),
+        (4, 3, faulty, np.inf),
+    ):
+        order, steps_k = make_order(optimizer, k, norm_limit=limit)
+        order = dataclasses.replace(order, steps=steps_k)
+        for micro in range(done):
+            batch = tuple(jnp.asarray(a, jnp.float32) for a in cut(data, k, micro))
+            terms, sums = gradients(states[0][0], batch)
+            with jax.disable_jit():
+                results = [
+                    engine.micro_step(*state, terms, sums["loss"], order)
+                    for engine, state in zip(engines, states, strict=True)
+                ]
+            for other in results[1:]:
+                jax.tree.map(np.testing.assert_array_equal, other, results[0])
+            states = [result[:2] for result in results]
+
+
+def test_one_engine_goes_on_with_an_update_that_another_began():
+    data = [a[0] for a in make_data()]
+    plain = Trainer("in_place", adamw(), 4).window(data, 4)
+    for first, second in (SUMMING, SUMMING[::-1]):
+        began = Trainer(first, adamw(), 4).step(cut(data, 4, 0), 4)
+        ended = Trainer(second, adamw(), 4)
+        ended.params, ended.state = jax.device_get((began.params, began.state))
+        for micro in range(1, 4):
+            ended.step(cut(data, 4, micro), 4)
+        jax.tree.map(np.testing.assert_array_equal, ended.params, plain.params)
+
+
+def test_optax_multisteps_does_the_accumulating(monkeypatch):
+    """With an `optax.MultiSteps` that forgets what came before the last micro-step, the parameters are others."""
+    data = [a[0] for a in make_data()]
+
+    class Forgetful(optax.MultiSteps):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self._acc_update = lambda grad, acc, *, n_acc: grad
+
+    honest = Trainer("multisteps", gradient_descent(), 4).window(data, 4)
+    monkeypatch.setattr(optax, "MultiSteps", Forgetful)
+    forgetful = Trainer("multisteps", gradient_descent(), 4).window(data, 4)
+    last = Trainer("multisteps", gradient_descent(), 1).step(cut(data, 4, 3), 1)
+    assert relative_error(forgetful.params, honest.params) > 1e-3
+    assert relative_error(forgetful.params, last.params) <= 1e-6
+
+
+def test_sums_that_overflow_leave_nothing_behind(engine):
+    """Finite micro-gradients may add up to infinity, which times 0 is not a number."""
+    accumulator, params = ENGINES[engine](gradient_descent(), 2), {"w_DF": jnp.zeros((2, 2))}
+    state, (order, k) = accumulator.init(params), make_order(gradient_descent(), 2, norm_limit=1e30)
+    order = dataclasses.replace(order, steps=k)
+    for value, applied in ((3e38, False), (1.0, True)):
+        for _ in range(2):
+            terms = {MAIN: TermSums({"w_DF": jnp.full((2, 2), value)}, jnp.float32(1.0))}
+            params, state, closing = accumulator.micro_step(params, state, terms, jnp.float32(0.0), order)
+        assert closing.is_update and closing.applied == applied
+    np.testing.assert_allclose(params["w_DF"], -RATE, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_the_state_between_updates_does_not_show_k(name):
     optimizer, params = make_optimizer(OptimizerConfig(name=name), 9), init_params()
-    states = [Accumulator(optimizer, k).canonical(Accumulator(optimizer, k).init(params)) for k in (1, 2, 8)]
+    engines = [engine(optimizer, k) for k in (1, 2, 8) for engine in ENGINES.values()]
+    states = [engine.canonical(engine.init(params)) for engine in engines]
     assert len({jax.tree.structure(state) for state in states}) == 1
     assert jax.tree.structure(states[0]) == jax.tree.structure(optimizer.init(params))
 
 
 def test_micro_steps_between_updates_copy_no_state():
     """On the CPU's compiled program: everything outside the closing loop works in place."""
-    accumulator, params = Accumulator(adamw(), 2), {"w_DF": jnp.zeros((64, 64))}
+    accumulator, params = ENGINES["in_place"](adamw(), 2), {"w_DF": jnp.zeros((64, 64))}
     state, terms = accumulator.init(params), {MAIN: TermSums(params, jnp.float32(1.0))}
     order, k = make_order(adamw(), 2)
     step = jax.jit(accumulator.micro_step, donate_argnums=(0, 1))

@@ -1,7 +1,7 @@
 """The promise of accumulation: three updates, cut in any way, equal three of one big batch in float64.
 
 A small language model with ragged, skewed and empty rows, with and without an auxiliary loss that has weights of
-its own; both engines; one, two and eight devices; k from 1 to 64. What the usual mean of micro-batch means makes
+its own; every engine; one, two and eight devices; k from 1 to 64. What the usual mean of micro-batch means makes
 of the same data is printed beside it.
 """
 
@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.train.accumulate import Accumulator, Order
+from llmjax.train.accumulate import Order
+from llmjax.train.engines import ENGINES
 from llmjax.train.fused import make_window
 from llmjax.train.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.state import TrainState
@@ -105,7 +106,7 @@ def train(engine, devices, k, terms):
     mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
     loss = functools.partial(loss_fn, terms=terms)
     specs = {name: P() for name in init_params()}
-    accumulator = Accumulator(OPTIMIZER, 1 if engine == "fused" else k, terms)
+    accumulator = ENGINES[engine](OPTIMIZER, k, terms)
     if engine == "fused":
         window = make_window(loss, mesh, specs, gather="micro_step", compute_dtype="float32")
         step = make_fused_step(window, OPTIMIZER)
@@ -131,7 +132,7 @@ def train(engine, devices, k, terms):
 
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 @pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize("engine", ["multisteps", "fused"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_three_updates_equal_those_of_one_big_batch_in_float64(engine, devices, terms):
     expected = in_float64(terms)
     for k in CUTS:

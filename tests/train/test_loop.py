@@ -592,7 +592,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
         ):
             train(make_run(), make_state(), open_window, recorder, checkpoints)
         open_window = Position(window=OpenWindow(4, SIZE, ({"loss": 1.0},)))
-        with pytest.raises(UserError, match=r"resume with train.accumulation=multisteps"):
+        with pytest.raises(UserError, match=r"resume with train.accumulation=in_place"):
             train(make_run(fused=True), make_state(), open_window, recorder, checkpoints)
 
 

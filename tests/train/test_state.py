@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.train.accumulate import Accumulator, Order
+from llmjax.train.accumulate import Order
+from llmjax.train.in_place import InPlace
 from llmjax.train.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.state import (
     TrainState,
@@ -55,9 +56,7 @@ def mesh_of(data, fsdp, tensor):
 
 
 def accumulator_of(name, k=2):
-    return Accumulator(
-        make_optimizer(OptimizerConfig(name=name, schedule="constant", warmup_updates=0), 8), k
-    )
+    return InPlace(make_optimizer(OptimizerConfig(name=name, schedule="constant", warmup_updates=0), 8), k)
 
 
 def loss_fn(params, batch, rng):

@@ -8,7 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.train.accumulate import Accumulator, Order
+from llmjax.train.accumulate import Order
+from llmjax.train.in_place import InPlace
 from llmjax.train.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.state import init_state, state_shardings
 from llmjax.train.step import make_eval_step, make_train_step
@@ -54,7 +55,7 @@ class Setup:
         self.mesh = make_mesh(mesh_config or MeshConfig(), devices)
         config = OptimizerConfig(**{"warmup_updates": 4, "learning_rate": 0.05, **optimizer})
         self.optimizer, self.k, self.traces = make_optimizer(config, 40), k, 0
-        self.accumulator = Accumulator(self.optimizer, k)
+        self.accumulator = InPlace(self.optimizer, k)
 
         def counted(*args):
             self.traces += 1
