@@ -5,16 +5,27 @@
     generate  continue each --prompt, or each line of --prompt_file
     plan      say what the config means, compile its step for the devices at hand or --config.plan.topology, run nothing
 
-With --workdir alone, the config saved there is used. Mistakes in what was asked for end with one sentence and exit
-code 2.
+With --workdir alone, the config saved there is used. SIGTERM and Ctrl-C stop a training, which is saved, and so the
+same command goes on from there; a second Ctrl-C ends it at once, and the other modes end at the first.
+
+exit code  0    all of it is done
+           1    training failed, or what follows it: what was trained is saved, and one sentence says what to do
+           2    a mistake in what was asked for, in one sentence
+           75   a training was stopped, and the same command goes on with it
+           130  interrupted by Ctrl-C
+           141  nobody reads the output any more
+           143  ended by SIGTERM, in the other modes
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax is imported: XLA's log says nothing to a user
 
@@ -25,13 +36,17 @@ from llmjax.escapes import one_line, show
 from llmjax.flags import name_of, parse, read_prompts
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs one mode; the exit code."""
+class _Terminated(BaseException):
+    """SIGTERM came, in a mode that has nothing to save."""
+
+
+def main(argv: Sequence[str], *, alone: bool = False) -> int:
+    """Runs one mode; the exit code. `alone`: the process does nothing else, and so a second Ctrl-C may end it."""
     absl.logging.set_verbosity(absl.logging.ERROR)
-    if any(word in ("-h", "--help", "-help") for word in argv):
-        show(__doc__.strip())
-        return 0
     try:
+        if any(word in ("-h", "--help", "-help") for word in argv):
+            show(__doc__.strip())
+            return 0
         values, config = parse(argv)
         prompts = read_prompts(values)
         workdir = pathlib.Path(values.workdir or f"runs/{name_of(values.config)}")
@@ -39,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--workdir={workdir} is a file; give a directory, or one to be made")
         from llmjax import modes  # after the flags, for jax takes seconds to import
 
-        return modes.run(values.mode, config, workdir, prompts=prompts, checkpoint=values.checkpoint)
+        with _terminable(alone):
+            return modes.run(values.mode, config, workdir, prompts=prompts, checkpoint=values.checkpoint)
     except UserError as error:
         show(one_line(f"llmjax: {error}"), file=sys.stderr)
         return 2
@@ -47,10 +63,38 @@ def main(argv: Sequence[str]) -> int:
         sentence = f"llmjax: {error.filename} cannot be used ({error.strerror}); give another path"
         show(one_line(sentence), file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        from llmjax.train.progress import silence
+
+        silence()
+        return 141
     except KeyboardInterrupt:
         show("\nllmjax: interrupted", file=sys.stderr)
         return 130
+    except _Terminated:
+        show("llmjax: ended by SIGTERM", file=sys.stderr)
+        return 143
+
+
+@contextlib.contextmanager
+def _terminable(alone: bool) -> Iterator[None]:
+    """Lets SIGTERM end a mode in good order, as Ctrl-C does; training has its own way, and sets its own handlers."""
+    from llmjax.train.signals import end_on_second_interrupt
+
+    def end(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if alone:
+        end_on_second_interrupt()
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main(sys.argv, alone=True))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -32,10 +33,10 @@ from llmjax.data.tokenizer import (
     load_tokenizer,
 )
 from llmjax.errors import UserError
-from llmjax.escapes import show
+from llmjax.escapes import one_line, show
 from llmjax.evaluate import probes
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
-from llmjax.evaluate.scoring import Probe, Text
+from llmjax.evaluate.scoring import Arrays, Probe, Text
 from llmjax.files import write_atomically
 from llmjax.flags import MODES
 from llmjax.generate.generate import make_generator
@@ -50,12 +51,14 @@ from llmjax.plan.topology import topology_devices
 from llmjax.terminal import StageProgress, format_table, indent, say
 from llmjax.train.batch import BatchArithmetic
 from llmjax.train.checkpoint import CheckpointConfig, Checkpoints
-from llmjax.train.loop import FollowUpFailed, TrainingFailed, train
+from llmjax.train.loop import train
 from llmjax.train.metrics import Recorder
 from llmjax.train.position import Position
 from llmjax.train.report import write_report
 from llmjax.train.run import Result, Run
+from llmjax.train.signals import OUTPUT_CLOSED, Stopped, StopRequest
 from llmjax.train.state import TrainState
+from llmjax.train.upkeep import FollowUpFailed, TrainingFailed, describe_failure
 from llmjax.train.which import check_name, named_update
 from llmjax.types import Batch, Params
 from llmjax.workdir import commands, last_sample, saved_config, write_json, write_samples
@@ -63,6 +66,7 @@ from llmjax.workdir import commands, last_sample, saved_config, write_json, writ
 SAMPLE_PROMPT = 64  # tokens of a held-out document that the samples of a run continue
 COMPRESSED = 8 * 2**20  # bytes of held-out text that gzip and xz are tried on
 WINDOW = CheckpointConfig(every=0, keep=1, keep_best=False)  # of an update stopped between two micro-steps
+Watch = Callable[[Iterable[Any]], Iterator[Any]]  # the same items one by one; may raise to end it
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
 
@@ -122,6 +126,18 @@ def planned_vocab_size(config: TokenizerConfig) -> int:
 
 def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, started: float) -> int:
     """Trains from wherever `workdir` stands to train.num_updates, and writes its report."""
+    with StopRequest(at_once=True) as stop:
+        try:
+            return train_in(config, batch, workdir, started, stop)
+        except Stopped:  # before or after training, which is stopped in its own way
+            say("\nstopped; the same command goes on from there")
+            return stop.exit_code
+
+
+def train_in(
+    config: Config, batch: BatchArithmetic, workdir: pathlib.Path, started: float, stop: StopRequest
+) -> int:
+    """The same, unless `stop` raises Stopped."""
     with StageProgress() as progress:
         corpus = make_corpus(with_tokenizer(config, workdir), batch, progress)
     asked = make_probes(corpus, config)
@@ -129,37 +145,62 @@ def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, sta
     program = make_program(config, batch, corpus.tokenizer.vocab_size, accumulates=under_way)
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
         state, position = resume_or_init(program, corpus, checkpoints, workdir)
+        steering = program.steering
+        finished = position.tokens >= steering.num_tokens
         if hosts.is_primary():
-            write_json(workdir / "config.json", config.to_dict())
+            lasting = config if not finished else as_long_as_before(config, workdir)
+            write_json(workdir / "config.json", lasting.to_dict())
             corpus.tokenizer.save(workdir / "tokenizer")
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
-        say(f"ready after {time.perf_counter() - started:.0f} s; the first update compiles")
-        steering = program.steering
+        ready = f"ready after {time.perf_counter() - started:.0f} s"
+        done = f"finished: {position.update:,} updates are done, and train.num_updates="
+        done += f"{config.train.num_updates} asks for no more"
+        say(done if finished else f"{ready}; the first update compiles")
         recorder = Recorder(
             workdir,
             resume_update=position.update,
             num_tokens=steering.num_tokens,
             tokens_per_update=steering.tokens_per_update,
+            on_closed=lambda: stop.ask(OUTPUT_CLOSED),
         )
-        run = make_run(program, corpus, workdir, checkpoints)
+        run = make_run(program, corpus, workdir, checkpoints, stop)
         try:
             with recorder:
-                result = train(run, state, position, recorder, checkpoints)
+                result = train(run, state, position, recorder, checkpoints, stop)
         except (TrainingFailed, FollowUpFailed) as error:
             if hosts.is_primary():
-                if isinstance(error, TrainingFailed):  # the update that was under way is behind the damage
+                show(f"llmjax: {error}", file=sys.stderr)
+                if isinstance(error, TrainingFailed):  # an update that was under way is behind the damage
                     shutil.rmtree(workdir / "window", ignore_errors=True)
                 write_report(workdir)
-                show(f"llmjax: {error}", file=sys.stderr)
             return 1
-    if not result.stopped:
-        probe(program, asked, program.eval_params(result.state), result.position.update, workdir)
-    if hosts.is_primary():
-        if result.position.window is None:
-            shutil.rmtree(workdir / "window", ignore_errors=True)
-        finish(corpus, workdir, config, result, plan)
-    return 0
+    if hosts.is_primary() and result.position.window is None:
+        shutil.rmtree(workdir / "window", ignore_errors=True)
+    what = "probing"
+    try:
+        if not result.stopped:
+            params = program.eval_params(result.state)
+            probe(program, asked, params, result.position.update, workdir, stop.watch)
+        what = "writing its summary and report"
+        if hosts.is_primary():
+            finish(corpus, workdir, config, result, plan, trained=not finished)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        saved = f"training up to update {result.position.update} is saved in {workdir / 'checkpoints'}"
+        show(one_line(f"llmjax: {describe_failure(saved, what, error)}"), file=sys.stderr)
+        return 1
+    return stop.exit_code if result.stopped else 0
+
+
+def as_long_as_before(config: Config, workdir: pathlib.Path) -> Config:
+    """`config` with the train.num_updates of the run in `workdir`, should that be more: nothing done is undone."""
+    saved = saved_config(workdir)
+    if saved is None or saved["train"]["num_updates"] <= config.train.num_updates:
+        return config
+    train = dataclasses.replace(config.train, num_updates=saved["train"]["num_updates"])
+    return dataclasses.replace(config, train=train)
 
 
 def run_evaluate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, checkpoint: str) -> int:
@@ -298,15 +339,17 @@ def load_params(
         return meta["update"], params
 
 
-def make_run(program: Program, corpus: Corpus, workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
-    """What the loop needs to know of everything else."""
+def make_run(
+    program: Program, corpus: Corpus, workdir: pathlib.Path, checkpoints: Checkpoints, stop: StopRequest
+) -> Run:
+    """What the loop needs to know of everything else; what takes long heeds `stop`."""
     config, batch = program.config, program.batch
 
     def held_out(state: TrainState) -> dict[str, float]:
-        return score_held_out(program, corpus, program.eval_params(state))
+        return score_held_out(program, corpus, program.eval_params(state), stop.watch)
 
     def sample(state: TrainState, update: int) -> None:
-        samples = sample_texts(program, corpus, program.eval_params(state))
+        samples = sample_texts(program, corpus, program.eval_params(state), stop.watch)
         if hosts.is_primary():
             write_samples(workdir / "samples.md", update, samples)
 
@@ -374,11 +417,11 @@ def layer_statistics(program: Program, state: TrainState, batch: Batch) -> dict[
     return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), values)
 
 
-def score_held_out(program: Program, corpus: Corpus, params: Params) -> dict[str, float]:
-    """Loss, perplexity and bits per byte over every held-out target."""
+def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watch = iter) -> dict[str, float]:
+    """Loss, perplexity and bits per byte over every held-out target; `watch` sees the batches go by."""
     size = program.config.evaluate.batch_size or program.batch.micro_batch_size
     with program.batches(corpus.held_out, stop=corpus.held_out_plan.num_rows, batch_size=size) as feed:
-        return evaluate(program.eval_step, params, feed, corpus.held_out_bytes)
+        return evaluate(program.eval_step, params, watch(feed), corpus.held_out_bytes)
 
 
 def make_probes(corpus: Corpus, config: Config) -> dict[str, Probe]:
@@ -390,31 +433,44 @@ def make_probes(corpus: Corpus, config: Config) -> dict[str, Probe]:
 
 
 def probe(
-    program: Program, asked: Mapping[str, Probe], params: Params, update: int, workdir: pathlib.Path
+    program: Program,
+    asked: Mapping[str, Probe],
+    params: Params,
+    update: int,
+    workdir: pathlib.Path,
+    watch: Watch = iter,
 ) -> None:
-    """Runs the probes on the parameters of `update`, says what they show and writes it to probes.json."""
+    """Runs the probes on the parameters of `update`, says what they show and writes it to probes.json.
+
+    `watch` sees each batch of texts go by.
+    """
     if not asked:
         return
     say(f"\nprobing {', '.join(asked)}")
-    results = probes.run_probes(
-        asked,
-        lambda params, arrays: program.token_losses(params, program.place(arrays)),
-        params,
-        program.probe_shape,
-    )
+
+    def losses(params: Params, arrays: Arrays) -> tuple[Any, Any]:
+        (arrays,) = watch([arrays])
+        return program.token_losses(params, program.place(arrays))
+
+    results = probes.run_probes(asked, losses, params, program.probe_shape)
     if hosts.is_primary():
         write_json(workdir / "probes.json", {"update": update, **results})
     say(format_table(probes.describe(results)))
 
 
-def sample_texts(program: Program, corpus: Corpus, params: Params) -> list[tuple[str, str]]:
-    """(prompt, continuation) of the longest held-out document's beginning, or of nothing where none is held out."""
+def sample_texts(
+    program: Program, corpus: Corpus, params: Params, watch: Watch = iter
+) -> list[tuple[str, str]]:
+    """(prompt, continuation) of the longest held-out document's beginning, or of nothing where none is held out.
+
+    `watch` sees each token go by.
+    """
     tokenizer, store, prompt = corpus.tokenizer, corpus.store, [corpus.tokenizer.bos_id]
     if len(corpus.held_out_ids):
         doc = int(corpus.held_out_ids[np.argmax(store.lengths[corpus.held_out_ids])])
         length = min(SAMPLE_PROMPT, int(store.lengths[doc]) // 2, program.config.data.seq_len // 2)
         prompt = store.tokens(doc, 0, max(length, 1)).tolist()
-    new = [ids[0] for ids in generator(program, tokenizer)(params, [prompt]) if ids[0] is not None]
+    new = [ids[0] for ids in watch(generator(program, tokenizer)(params, [prompt])) if ids[0] is not None]
     return [(tokenizer.decode(prompt[1:]), tokenizer.decode(new))]
 
 
@@ -453,7 +509,12 @@ def describe_compression(corpus: Corpus) -> dict[str, str]:
 
 
 def finish(
-    corpus: Corpus, workdir: pathlib.Path, config: Config, result: Result, plan: dict[str, str]
+    corpus: Corpus,
+    workdir: pathlib.Path,
+    config: Config,
+    result: Result,
+    plan: dict[str, str],
+    trained: bool = True,
 ) -> None:
     """The closing words, and the files that repeat them: summary.json and report.html."""
     results = {}
@@ -463,7 +524,8 @@ def finish(
     opening = (
         sample[0].strip().split("\n")[0][:20] if sample and config.data.sources != ("stdlib",) else "import "
     )
-    following = commands(workdir, config.train.num_updates, opening)
+    done = math.ceil(result.position.tokens / (config.train.tokens_per_update or 1))
+    following = commands(workdir, max(config.train.num_updates, done), opening)
     write_json(
         workdir / "summary.json",
         {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},
@@ -478,5 +540,7 @@ def finish(
         return
     if sample is not None:
         say(f"\nsample: after\n{indent(sample[0])}\nthe model continued\n{indent(sample[1])}")
-    say(f"\ndone after {result.position.seconds:.0f} s\n{format_table(results | {'report': str(report)})}")
+    rows = format_table(results | {"report": str(report)})
+    seconds = f"{result.position.seconds:.0f} s"
+    say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before, after {seconds}\n{rows}")
     say(f"\nnext\n{format_table(following)}")

@@ -76,7 +76,7 @@ def commands(workdir: pathlib.Path, num_updates: int, prompt: str) -> dict[str, 
     run = f"{shlex.quote(str(python))} -m llmjax.main --workdir={shlex.quote(str(workdir))}"
     return {
         "resume": run,
-        "train on": f"{run} --config.train.num_updates={2 * num_updates}",
+        "train on": f"{run} --config.train.num_updates={2 * num_updates or 100}",
         "evaluate": f"{run} --mode=evaluate",
         "generate": f"{run} --mode=generate --prompt={shlex.quote(prompt)}",
         "report": f"{shlex.quote(str(python))} -m webbrowser {shlex.quote(str(workdir / 'report.html'))}",

@@ -7,6 +7,8 @@ import tiny_run
 from test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 from tiny_run import command
 
+from llmjax import main
+
 CONTROLLED = {
     "train__num_updates": 24, "train__tokens_per_update": 512, "train__accumulation_steps": 2, "evaluate__every": 12,
     "controller__name": "noise_scale", "controller__k_max": 8, "controller__half_life": 2000,
@@ -75,7 +77,8 @@ def test_a_run_stopped_in_its_first_update_goes_on_there_whatever_is_asked_for_n
     run(capsys, command(folder, f"--workdir={whole}", points, **settings))
     polls = iter(range(100))
     monkeypatch.setattr("llmjax.train.signals.StopRequest.poll", lambda self: next(polls) == 1)
-    out = run(capsys, command(folder, f"--workdir={parts}", points, **settings))
+    assert main.main(command(folder, f"--workdir={parts}", points, **settings)) == 75
+    out = capsys.readouterr().out
     assert "stopped after update 0 and 2 of 4 micro-steps of the next and saved" in out
     monkeypatch.undo()
     fused = command(folder, f"--workdir={parts}", points, **settings, train__accumulation="fused")

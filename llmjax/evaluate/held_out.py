@@ -16,6 +16,9 @@ from llmjax.errors import UserError
 from llmjax.ranges import COUNT, Range, check_ranges
 from llmjax.types import Batch, LossSums, Params
 
+# Batches of which results are not there yet.
+IN_FLIGHT = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
@@ -45,7 +48,11 @@ def evaluate(
     Returns `loss` (nats per target token), `perplexity`, `bits_per_byte` (of the `num_bytes` bytes of UTF-8 text; the
     bits of the end-of-document tokens are counted too) and the task's own metrics per target token.
     """
-    sums = [eval_step(params, batch) for batch in batches]  # dispatched one after the other, fetched once
+    sums: list[LossSums] = []
+    for batch in batches:
+        sums.append(eval_step(params, batch))
+        if len(sums) > IN_FLIGHT:  # the device always has work, but whoever gives the batches can end it soon
+            jax.block_until_ready(sums[-1 - IN_FLIGHT])
     fetched: list[LossSums] = jax.device_get(sums)
     weight = math.fsum(float(s.weight) for s in fetched)
     if not weight:

@@ -129,7 +129,9 @@ def _describe_tokenizer(config: TokenizerConfig, vocab_size: int) -> str:
 
 
 def _describe_updates(program: Program, num_rows: int, start: int) -> str:
-    total = program.config.train.num_updates
+    train, varies = program.config.train, program.config.controller.name != "none"
+    varies = varies or program.config.train.batch_schedule != "constant"
+    total = train.num_updates if varies else max(train.num_updates, start)
     sequences = total * program.batch.sequences_per_update
     done = f", {start:,} of them done" if start else ""
     return (

@@ -30,9 +30,9 @@ from llmjax.train.signals import Stopped, StopRequest
 from llmjax.train.stability import ON_SPIKE, Spike
 from llmjax.train.steering import Decision, Measured
 from llmjax.train.tally import MicroMetrics, guiltiest, mean_metrics, measure, micro_metrics, total
-from llmjax.train.upkeep import FollowUpFailed, TrainingFailed, Upkeep
+from llmjax.train.upkeep import TrainingFailed, Upkeep
 
-__all__ = ["FollowUpFailed", "TrainingFailed", "train"]
+__all__ = ["TrainingFailed", "train"]
 
 MAX_REWINDS = 10  # to one and the same checkpoint
 
@@ -66,7 +66,7 @@ def train(
     if int(state.update) != position.update:
         raise ValueError(f"the state is at update {int(state.update)}, the position at {position.update}")
     position.check_window(run.micro_batch_size, run.fused)
-    with contextlib.nullcontext(stop) if stop is not None else StopRequest() as stop:
+    with stop.deferred() if stop is not None else StopRequest() as stop:
         loop = _Loop(run, state, position, recorder, checkpoints, stop)
         with contextlib.closing(loop):
             return loop.run_to_end()

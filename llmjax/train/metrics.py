@@ -31,7 +31,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,18 @@ class Recorder:
     resume_update   the update from which the run goes on; what was recorded after it is dropped
     num_tokens      at which the run ends, for the progress display
     tokens_per_update  of an update of the usual size, likewise
+    on_closed       called where standard output was closed by whoever read it
     """
 
-    def __init__(self, workdir: str | Path, *, resume_update: int, num_tokens: int, tokens_per_update: int):
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        resume_update: int,
+        num_tokens: int,
+        tokens_per_update: int,
+        on_closed: Callable[[], None] = lambda: None,
+    ):
         self._primary = hosts.is_primary()
         if not self._primary:
             return
@@ -62,7 +71,7 @@ class Recorder:
         self._workdir.mkdir(parents=True, exist_ok=True)
         unreadable = truncate(self._workdir / "metrics.jsonl", resume_update)
         self._open(resume_update)
-        self._progress = Progress(num_tokens, tokens_per_update)
+        self._progress = Progress(num_tokens, tokens_per_update, on_closed)
         if unreadable:
             self._progress.say(
                 f"metrics.jsonl: lines that cannot be read ({unreadable:,}) were moved to {UNREADABLE}; the record "

@@ -6,9 +6,11 @@ A bar in a log file is noise, so into a file or pipe goes one line at the first 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -19,10 +21,15 @@ SMOOTHING = 0.9  # of tokens/s over updates, for the eye; the recorded figures a
 
 
 class Progress:
-    """The display of a run of `num_tokens` tokens; it counts in updates of `tokens_per_update`."""
+    """The display of a run of `num_tokens` tokens; it counts in updates of `tokens_per_update`.
 
-    def __init__(self, num_tokens: int, tokens_per_update: int):
+    Where nobody reads the output any more (`| head`), it falls silent and calls `on_closed`, so that a run can end in
+    good order.
+    """
+
+    def __init__(self, num_tokens: int, tokens_per_update: int, on_closed: Callable[[], None] = lambda: None):
         self._num_tokens, self._unit = num_tokens, tokens_per_update
+        self._on_closed = on_closed
         self._shown = False
         self._speed: float | None = None
         self._printed = -PLAIN_SECONDS
@@ -48,7 +55,7 @@ class Progress:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(values["tokens"] // self._unit - self._bar.n)
         elif self._is_due(values["tokens"]):
-            show(f"{self._where(update, values)}  {text}")
+            self.say(f"{self._where(update, values)}  {text}")
 
     def evaluate(self, update: int, values: dict[str, float]) -> None:
         """Shows the result of an evaluation on a line of its own."""
@@ -60,15 +67,19 @@ class Progress:
         """`update 3/400`; where updates are of another size, `update 3, 1% of the tokens`."""
         if values["tokens"] == update * self._unit:
             return f"update {update}/{self._num_tokens // self._unit}"
-        return f"update {update}, {values['tokens'] / self._num_tokens:.0%} of the tokens"
+        return f"update {update}, {values['tokens'] / max(self._num_tokens, 1):.0%} of the tokens"
 
     def say(self, text: str) -> None:
         """Prints `text` above the bar."""
-        if self._bar is not None:
-            with self._bar.external_write_mode(file=sys.stdout):
+        try:
+            if self._bar is not None:
+                with self._bar.external_write_mode(file=sys.stdout):
+                    show(text)
+            else:
                 show(text)
-        else:
-            show(text)
+        except BrokenPipeError:
+            silence()
+            self._on_closed()
 
     def close(self) -> None:
         """Leaves the bar as it is and gives the terminal back."""
@@ -88,6 +99,14 @@ class Progress:
             left = (self._num_tokens - values["tokens"]) / self._speed
             text += f"  {format_count(self._speed)} tokens/s  ETA {format_seconds(max(left, 0))}"
         return text
+
+
+def silence() -> None:
+    """Lets standard output go nowhere: Python itself would complain at exit of what nobody reads."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _has_width() -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
@@ -24,15 +25,27 @@ class Stopped(BaseException):
     """
 
 
+# Exit codes. 75 is EX_TEMPFAIL of sysexits.h, "try again later": what queues of jobs restart. The others are those
+# that shells give to processes that these signals end.
+STOPPED, INTERRUPTED, OUTPUT_CLOSED, TERMINATED = 75, 130, 141, 143
+# Seconds that an interrupted process gets to end in good order before it is ended where it stands.
+PATIENCE = 2.0
+
+
 class StopRequest:
     """A context manager within which SIGTERM and a first Ctrl-C ask to stop; a second interrupts at once.
 
-    Outside the main thread, where Python allows no handlers, only `ask` asks for anything.
+    `at_once`: a wish to stop raises `Stopped` there and then, but within `deferred`: for work that leaves nothing to
+    save. Several processes always wait until they have agreed. Outside the main thread, where Python allows no
+    handlers, only `ask` asks for anything.
+
+    exit_code  what a process that was stopped exits with
     """
 
-    def __init__(self):
+    def __init__(self, *, at_once: bool = False):
+        self.exit_code = STOPPED
         self._asked = False
-        self._raises = False
+        self._raises = at_once
         self._vote: jax.Array | bool | None = None
         self._previous: dict[int, object] = {}
 
@@ -46,20 +59,18 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def ask(self) -> None:
+    def ask(self, exit_code: int = STOPPED) -> None:
         """Asks to stop, as a signal does."""
-        self._asked = True
+        self._asked, self.exit_code = True, exit_code
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within it a wish to stop raises `Stopped` there and then: for work that leaves nothing to save."""
-        self._raises = True
+    def deferred(self) -> Iterator[StopRequest]:
+        """Within it a wish to stop is only taken note of, for `poll` to tell."""
+        before, self._raises = self._raises, False
         try:
-            if self._asked:
-                raise Stopped
-            yield
+            yield self
         finally:
-            self._raises = False
+            self._raises = before
 
     def poll(self) -> bool:
         """Whether to stop now; every process calls this equally often and gets the same answer.
@@ -87,7 +98,30 @@ class StopRequest:
         self.ask()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._raises:
+        if self._raises and jax.process_count() == 1:
             raise Stopped
         # Not print: the handler may have interrupted one.
-        os.write(2, b"\nstopping after this step and a checkpoint; Ctrl-C interrupts at once\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step and a checkpoint; Ctrl-C interrupts at once\n")
+
+
+def end_on_second_interrupt() -> None:
+    """Makes a second Ctrl-C end the process within `PATIENCE` seconds, whatever it is doing.
+
+    Python's own handlers run only between two of its instructions, so that Ctrl-C would have to wait for a compiler
+    or a device. What is being written is written under another name and is not harmed.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += os.read(reader, 1) == bytes([signal.SIGINT])
+        time.sleep(PATIENCE)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nllmjax: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=listen, daemon=True).start()
