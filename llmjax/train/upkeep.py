@@ -252,9 +252,9 @@ class Upkeep:
             if self.is_due(position, self._run.statistics_every):
                 values = self._run.statistics(state, batch())
                 self._recorder.statistics(position.update, self._now(position) | values)
-            what = "its evaluation"
+            what = "evaluation"
             results = self._evaluate(state, position)
-            what = "sampling from it"
+            what = "sampling"
             if results is not position.evaluation:
                 self._run.sample(state, position.update)
             what = "writing its results"

@@ -154,7 +154,7 @@ def make_run(num_updates=NUM_UPDATES, points=(), steering=(), **changes):
 WINDOW = CheckpointConfig(every=0, keep=1, keep_best=False)
 
 
-def start_or_resume(workdir, run, every=3, sharding=None, **config):
+def start_or_resume(workdir, run, every=3, sharding=None, stop=None, **config):
     """What a main program does: from the latest checkpoint, or an update under way, where there is one."""
 
     def save_window(state, meta):
@@ -182,7 +182,7 @@ def start_or_resume(workdir, run, every=3, sharding=None, **config):
             num_tokens=steering.num_tokens,
             tokens_per_update=steering.tokens_per_update,
         ) as recorder:
-            return train(run, state, position, recorder, checkpoints)
+            return train(run, state, position, recorder, checkpoints, stop)
 
 
 def lines(workdir):
