@@ -29,6 +29,7 @@ from llmjax.errors import UserError
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.models.contract import Model
 from llmjax.models.gpt import GPT
+from llmjax.names import plain_name
 from llmjax.nn.choice import choose_kernel, choose_sharing
 from llmjax.ops.attention.share import make_attend
 from llmjax.ops.seeds import make_key
@@ -86,7 +87,7 @@ class Corpus:
         """What `count` packed sequences from number `first` on hold, document by document, as Markdown."""
         parts = []
         for doc, start, stop in self.train.spans(np.arange(first, first + count)):
-            name = self.store.name(doc)
+            name = plain_name(self.store.name(doc))
             text = self.tokenizer.decode(self.store.tokens(doc, start, stop).tolist())
             parts.append(f"## {name} [tokens {start}:{stop}]\n\n{text}\n")
         return "\n".join(parts)

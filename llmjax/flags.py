@@ -129,7 +129,7 @@ def _strings(text: str) -> tuple[str, ...]:
     """Of ('a', 'b') its parts, else `text` alone."""
     try:
         parsed = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         return (text,)
     return tuple(map(str, parsed)) if isinstance(parsed, list | tuple) else (text,)
 

@@ -31,9 +31,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax is imported: XL
 
 import absl.logging
 
-from llmjax.errors import UserError
 from llmjax.escapes import one_line, show
+from llmjax.failures import describe_failure
 from llmjax.flags import name_of, parse, read_prompts
+from llmjax.workdir import check_place
 
 
 class _Terminated(BaseException):
@@ -50,24 +51,23 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
         values, config = parse(argv)
         prompts = read_prompts(values)
         workdir = pathlib.Path(values.workdir or f"runs/{name_of(values.config)}")
-        if workdir.exists() and not workdir.is_dir():
-            raise UserError(f"--workdir={workdir} is a file; give a directory, or one to be made")
+        check_place(workdir)
         from llmjax import modes  # after the flags, for jax takes seconds to import
 
         with _terminable(alone):
             return modes.run(values.mode, config, workdir, prompts=prompts, checkpoint=values.checkpoint)
-    except UserError as error:
-        show(one_line(f"llmjax: {error}"), file=sys.stderr)
-        return 2
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        sentence = f"llmjax: {error.filename} cannot be used ({error.strerror}); give another path"
-        show(one_line(sentence), file=sys.stderr)
-        return 2
     except BrokenPipeError:
         from llmjax.train.progress import silence
 
         silence()
         return 141
+    except Exception as error:
+        failure = describe_failure(error)
+        if failure is None:
+            raise
+        code, sentence = failure
+        show(one_line(f"llmjax: {sentence}"), file=sys.stderr)
+        return code
     except KeyboardInterrupt:
         show("\nllmjax: interrupted", file=sys.stderr)
         return 130

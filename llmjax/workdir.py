@@ -4,14 +4,26 @@ go on from them."""
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
-import shlex
 import sys
 from typing import Any
 
 from llmjax.errors import UserError
 from llmjax.files import write_atomically
+from llmjax.names import is_unicode, quote
+
+
+def check_place(workdir: pathlib.Path) -> None:
+    """UserError where `workdir` neither is nor can become a folder that checkpoints can be written to."""
+    if not is_unicode(workdir.absolute()):
+        raise UserError(f"--workdir={workdir} is not UTF-8, as checkpoints need; give another path")
+    there = next(path for path in (workdir, *workdir.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        kind = "a link to nothing" if there.is_symlink() else "a file"
+        where = "" if there == workdir else f" is below {there}, which"
+        raise UserError(f"--workdir={workdir}{where} is {kind}; give a directory, or one to be made")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -22,11 +34,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def saved_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The resolved config of the run in `workdir`, or None where there is none."""
     path = workdir / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); restore it or use another --workdir") from None
     if not isinstance(saved, dict):
         raise UserError(
@@ -73,11 +85,11 @@ def commands(workdir: pathlib.Path, num_updates: int, prompt: str) -> dict[str, 
     python = pathlib.Path(sys.executable)
     here = pathlib.Path.cwd()
     python = python.relative_to(here) if python.is_relative_to(here) else python
-    run = f"{shlex.quote(str(python))} -m llmjax.main --workdir={shlex.quote(str(workdir))}"
+    run = f"{quote(python)} -m llmjax.main --workdir={quote(workdir)}"
     return {
         "resume": run,
         "train on": f"{run} --config.train.num_updates={2 * num_updates or 100}",
         "evaluate": f"{run} --mode=evaluate",
-        "generate": f"{run} --mode=generate --prompt={shlex.quote(prompt)}",
-        "report": f"{shlex.quote(str(python))} -m webbrowser {shlex.quote(str(workdir / 'report.html'))}",
+        "generate": f"{run} --mode=generate --prompt={quote(prompt)}",
+        "report": f"{quote(python)} -m webbrowser {quote(workdir / 'report.html')}",
     }

@@ -25,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 
 from llmjax.data.tokenizer import Tokenizer
+from llmjax.errors import UserError
 
 Label = TypeVar("Label")
 
@@ -135,9 +136,12 @@ def _ask(process: subprocess.Popen, texts: Sequence[str]) -> Encoded:
         pickle.dump(texts, process.stdin, protocol=5)
         process.stdin.flush()
         answer = pickle.load(process.stdout)
-    except (EOFError, BrokenPipeError):
-        code = process.wait()
-        raise RuntimeError(f"a tokenizer process ended with code {code} (out of memory?)") from None
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        process.kill()
+        raise UserError(
+            f"data.num_workers: a process that tokenizes ended with code {process.wait()}, perhaps for want of memory; "
+            "lower data.num_workers"
+        ) from None
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -155,6 +159,14 @@ def work() -> None:
             try:
                 answer = encode_texts(tokenizer, texts)
             except Exception as error:
-                answer = error
+                answer = error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")
             pickle.dump(answer, answers, protocol=5)
             answers.flush()
+
+
+def _travels(error: Exception) -> bool:
+    """Whether the parent can read this error."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False

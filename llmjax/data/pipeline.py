@@ -22,6 +22,7 @@ from llmjax.data.cut import cut_rows
 from llmjax.data.layout import Arrays, RowLayout, lay_out
 from llmjax.data.plan import PackingPlan, permute
 from llmjax.errors import UserError
+from llmjax.names import plain_name
 from llmjax.ranges import Range, check_ranges
 
 FOREVER = 2**48  # micro-batches; grain wants a length
@@ -118,8 +119,8 @@ class PackedSequences:
         }
 
     def documents(self, indices: np.ndarray) -> list[tuple[str, int, int]]:
-        """(name, start, stop) of the tokens that these sequences read, in order, for error messages."""
-        return [(self.store.name(doc), start, stop) for doc, start, stop in self.spans(indices)]
+        """(plain name, start, stop) of the tokens that these sequences read, in order, for messages."""
+        return [(plain_name(self.store.name(doc)), start, stop) for doc, start, stop in self.spans(indices)]
 
     def spans(self, indices: np.ndarray) -> list[tuple[int, int, int]]:
         """The same with the document's number in the store instead of its name."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from llmjax.errors import UserError, choose
+from llmjax.names import is_unicode, plain_name
 
 STDLIB = "stdlib"
 _COMPRESSED = (".gz", ".zst")
@@ -198,13 +199,18 @@ def _expand(source: str) -> list[tuple[str, str]]:
 def _walk(root: str, keep) -> list[tuple[str, str]]:
     """(name relative to root, path) of the files whose path parts `keep` accepts, without following links."""
     found = []
-    for folder, _, names in os.walk(root):
+    for folder, _, names in os.walk(root, onerror=_raise):
         for name in names:
             path = os.path.join(folder, name)
             relative = os.path.relpath(path, root).split(os.sep)
             if keep(relative) and os.path.isfile(path):
                 found.append(("/".join(relative), path))
     return found
+
+
+def _raise(error: OSError) -> None:
+    """What `os.walk` does about a folder that it cannot read, rather than to pass it over in silence."""
+    raise error
 
 
 def _is_stdlib(parts: Sequence[str]) -> bool:
@@ -257,7 +263,7 @@ def _read_rows(file: SourceFile, text_field: str, on_bad_text: str, stats: ReadS
     with _open(file, stats) as stream:
         for number, line in enumerate(stream, start=1):
             data = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            where = f"{file.path}:{number}"
+            where = plain_name(f"{file.path}:{number}")
             row = _decode(data, on_bad_text, stats, f"line {where}", offset + len(line) - len(data))
             offset += len(line)
             if row is None:
@@ -272,19 +278,23 @@ def _read_parquet(file: SourceFile, text_field: str, on_bad_text: str, stats: Re
         from pyarrow import lib, parquet
     except ImportError:
         raise _missing(file, "pyarrow") from None
-    try:
-        table = parquet.ParquetFile(file.path)
-    except lib.ArrowException:
-        raise UserError(f"data.sources names {file.path!r}, which is no Parquet file: remove it.") from None
-    names = table.schema_arrow.names
-    if text_field not in names:
-        raise UserError(
-            f"data.text_field = {text_field!r} is not a column of {file.path!r}, which has "
-            f"{', '.join(names)}: name one of these."
-        )
-    before, number = stats.bytes_read, 0
-    with table:
-        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+    with contextlib.ExitStack() as stack:
+        # Arrow takes no path that is not UTF-8.
+        path = file.path if is_unicode(file.path) else stack.enter_context(open(file.path, "rb"))
+        try:
+            table = stack.enter_context(parquet.ParquetFile(path))
+        except (lib.ArrowException, OSError):
+            raise UserError(
+                f"data.sources names {file.path!r}, which is no Parquet file: remove it."
+            ) from None
+        names = table.schema_arrow.names
+        if text_field not in names:
+            raise UserError(
+                f"data.text_field = {text_field!r} is not a column of {file.path!r}, which has "
+                f"{', '.join(names)}: name one of these."
+            )
+        before, number = stats.bytes_read, 0
+        for batch in _parquet_batches(table, file, text_field):
             for data in batch.column(0).cast("large_binary"):
                 number += 1
                 where = f"row {number} of {file.path!r}"
@@ -294,10 +304,22 @@ def _read_parquet(file: SourceFile, text_field: str, on_bad_text: str, stats: Re
             stats.bytes_read = before + file.size * number // max(table.metadata.num_rows, 1)
 
 
+def _parquet_batches(table, file: SourceFile, text_field: str):
+    """The column in parts; `UserError` where a part of the file is damaged."""
+    from pyarrow import lib
+
+    try:
+        yield from table.iter_batches(batch_size=256, columns=[text_field])
+    except (lib.ArrowException, OSError) as error:
+        raise UserError(
+            f"data.sources names {file.path!r}, which cannot be read ({error}): repair or remove it."
+        ) from None
+
+
 def _parse_row(line: str, where: str) -> object:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"data.sources: {where} is not JSON ({error}): correct or remove the line.") from None
 
 

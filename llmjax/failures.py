@@ -1,0 +1,104 @@
+"""What the system refuses, as one sentence with a remedy: full disks, wrong permissions, no memory.
+
+The command line ends with such a sentence instead of a traceback, whoever met the error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+from llmjax.errors import UserError
+from llmjax.names import plain_name
+
+# Exit codes: of what was asked for and cannot be, and of what failed while it was done.
+REFUSED, FAILED = 2, 1
+_ELSEWHERE = "give another path"
+_ROOM = "free some room or give another path, and start again"
+# errno -> exit code, what is wrong with a file, and what to do about it.
+_REASONS = {
+    errno.EACCES: (
+        REFUSED,
+        "cannot be used (permission denied)",
+        "change its permissions or give another path",
+    ),
+    errno.EPERM: (
+        REFUSED,
+        "cannot be used (permission denied)",
+        "change its permissions or give another path",
+    ),
+    errno.EROFS: (REFUSED, "cannot be written (its file system is read-only)", _ELSEWHERE),
+    errno.ENOENT: (REFUSED, "does not exist", "restore it or give another path"),
+    errno.ENOTDIR: (REFUSED, "cannot be used (a file is where a folder should be)", _ELSEWHERE),
+    errno.EISDIR: (
+        REFUSED,
+        "cannot be used (a folder is where a file should be)",
+        f"move it away or {_ELSEWHERE}",
+    ),
+    errno.EEXIST: (
+        REFUSED,
+        "cannot be used (something else is in its place)",
+        f"move that away or {_ELSEWHERE}",
+    ),
+    errno.ENOTEMPTY: (REFUSED, "cannot be replaced (it is not empty)", f"move it away or {_ELSEWHERE}"),
+    errno.ENAMETOOLONG: (REFUSED, "cannot be used (the name is too long)", "give a shorter path"),
+    errno.ELOOP: (
+        REFUSED,
+        "cannot be used (its links lead in a circle)",
+        "correct the links or give another path",
+    ),
+    errno.EBUSY: (REFUSED, "cannot be used (something else uses it)", _ELSEWHERE),
+    errno.ENOSPC: (FAILED, "cannot be written (the disk is full)", _ROOM),
+    errno.EDQUOT: (FAILED, "cannot be written (the quota is used up)", _ROOM),
+    errno.EFBIG: (
+        FAILED,
+        "cannot be written (the file would be larger than is allowed)",
+        "raise `ulimit -f`",
+    ),
+    errno.EMFILE: (FAILED, "cannot be opened (too many files are open)", "raise `ulimit -n`"),
+    errno.ENFILE: (FAILED, "cannot be opened (too many files are open)", "close other programs"),
+    errno.EIO: (
+        FAILED,
+        "cannot be read or written (the disk fails)",
+        "save what can be saved and use another disk",
+    ),
+    errno.ESTALE: (FAILED, "cannot be used (the network disk lost it)", "mount the disk again"),
+}
+
+
+def describe_failure(error: BaseException) -> tuple[int, str] | None:
+    """(exit code, sentence) where `error` is a refusal of the system; None where it is anything else, such as a bug."""
+    if isinstance(error, UserError):
+        return REFUSED, str(error)
+    if isinstance(error, UnicodeError):
+        return (
+            REFUSED,
+            f"a text cannot be written or read ({plain_name(error)}); correct it, or run with PYTHONUTF8=1",
+        )
+    if isinstance(error, MemoryError):
+        text = f" ({plain_name(error)})" if str(error) else ""
+        return (
+            FAILED,
+            f"there is not enough memory{text}; close other programs, or lower what is read or held at once",
+        )
+    if isinstance(error, RecursionError):
+        return FAILED, "something in a file or an argument is nested too deeply to be read; write it flatter"
+    number = error.errno if isinstance(error, OSError) else _system_number(error)
+    if number is None and not isinstance(error, OSError):
+        return None
+    if number == errno.ENOMEM:
+        return describe_failure(MemoryError())
+    named = getattr(error, "filename", None)
+    name = plain_name(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else ""
+    if number not in _REASONS:
+        text = plain_name(getattr(error, "strerror", None) or error)
+        return FAILED, f"{name or 'something'} cannot be used ({text}); {_ELSEWHERE}"
+    code, reason, remedy = _REASONS[number]
+    return code, f"{name or 'a file'} {reason}; {remedy}"
+
+
+def _system_number(error: BaseException) -> int | None:
+    """The errno that a library wrote into the text of an error of its own."""
+    found = re.search(r"OS error (\d+)", str(error))
+    return int(found[1]) if found else None

@@ -1,0 +1,44 @@
+"""Names of files and documents as a person can read them and every file format can hold them.
+
+A file name on Linux is bytes. Python gives those that are not UTF-8 as lone surrogates, which can neither be printed
+nor written, and a name may hold line ends and codes that a terminal obeys.
+"""
+
+from __future__ import annotations
+
+import shlex
+import unicodedata
+
+
+def plain_name(name: object) -> str:
+    """`name` with everything escaped that is no text: `\\xff` for a byte that is not UTF-8, `\\n` for a line end."""
+    name = str(name)
+    return name if name.isprintable() else "".join(map(_escape, name))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    # Python calls spaces of other widths not printable, but they are text.
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def is_unicode(name: object) -> bool:
+    """Whether UTF-8 can express `name`."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def quote(name: object) -> str:
+    """`name` as one word of a shell, on one line; what is not printable as bash, zsh and ksh read it."""
+    name = str(name)
+    if name.isprintable():
+        return shlex.quote(name)
+    data = name.encode("utf-8", "surrogateescape")
+    return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in data) + "'"
