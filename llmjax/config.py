@@ -305,7 +305,7 @@ FREE_ON_RESUME = (
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.micro_batch_size",
     "train.accumulation_steps", "train.accumulation", "train.fused_gather", "train.statistics_every",
-    "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
+    "data.sources", "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
     "optimizer.learning_rate", "optimizer.offload",
     "model.scan_layers", "model.remat", "model.offload", "model.tile", "model.attention",
 )  # fmt: skip

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from llmjax.config import Config, check_init
-from llmjax.data.tokenizer import load_tokenizer
+from llmjax.config import Config, check_init, check_resume
+from llmjax.data.checksums import DamagedError, report_damage
+from llmjax.data.tokenizer import Tokenizer, load_tokenizer
 from llmjax.errors import UserError
+from llmjax.names import is_unicode
 from llmjax.train.checkpoint import Checkpoints
 from llmjax.train.which import named_update
 from llmjax.workdir import saved_config
@@ -22,9 +24,11 @@ SECTIONS = {"model", "data", "tokenizer", "optimizer"}  # of a saved config, tha
 def check_initial(config: Config, workdir: pathlib.Path) -> None:
     """UserError where the run in `workdir` has still to begin and checkpoint.init_from is nothing to begin with."""
     name = config.checkpoint.init_from
-    if not name or _has_begun(workdir):
+    if not name or has_begun(workdir):
         return
     source = pathlib.Path(name)
+    if not is_unicode(source.absolute()):
+        raise UserError(f"checkpoint.init_from={name!r} is not UTF-8, as checkpoints need; move that run")
     saved = saved_config(source)
     left = [source / folder for folder in ("checkpoints", "tokenizer")]
     if saved is None or not saved.keys() >= SECTIONS or not all(folder.is_dir() for folder in left):
@@ -42,15 +46,56 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
 
 
 def with_tokenizer(config: Config, workdir: pathlib.Path) -> Config:
-    """`config` with the tokenizer that a run which begins with another's parameters has from there."""
-    if not config.checkpoint.init_from or config.tokenizer.path:
+    """`config` with the tokenizer of the run in `workdir`, once it has begun, whatever the documents are by now.
+
+    Before, it is the tokenizer of the run with whose parameters this one begins, if there is such a run.
+    """
+    if has_begun(workdir) and resumes(config, workdir) and _holds_tokenizer(workdir):
+        path = workdir / "tokenizer"
+    elif config.checkpoint.init_from and not config.tokenizer.path:
+        path = pathlib.Path(config.checkpoint.init_from) / "tokenizer"
+    else:
         return config
-    own = workdir / "tokenizer"
-    path = own if own.is_dir() else pathlib.Path(config.checkpoint.init_from) / "tokenizer"
     return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=str(path)))
 
 
-def _has_begun(workdir: pathlib.Path) -> bool:
+def own_tokenizer(workdir: pathlib.Path) -> Tokenizer:
+    """The tokenizer of the run in `workdir`, where nothing but the run is at hand."""
+    if not has_begun(workdir):
+        raise UserError(f"{workdir} holds no trained model; train one first, or give its --workdir")
+    try:
+        return load_tokenizer(workdir / "tokenizer")
+    except DamagedError as error:
+        raise UserError(
+            f"{error.reason}; restore it, or let --mode=evaluate make it again from data.sources"
+        ) from None
+
+
+def resumes(config: Config, workdir: pathlib.Path) -> bool:
+    """Whether training with `config` goes on with what is in `workdir`, rather than being refused."""
+    saved = saved_config(workdir)
+    try:
+        if saved is not None:
+            check_resume(saved, config, str(workdir))
+    except UserError:
+        return False
+    return saved is not None
+
+
+def _holds_tokenizer(workdir: pathlib.Path) -> bool:
+    """Whether the tokenizer of the run in `workdir` is there and undamaged; what is wrong with it is said."""
+    try:
+        load_tokenizer(workdir / "tokenizer")
+    except DamagedError as error:
+        report_damage(
+            f"{error.reason}; it is made again if data.sources hold the documents that it was made of"
+        )
+        return False
+    return True
+
+
+def has_begun(workdir: pathlib.Path) -> bool:
+    """Whether anything trained is in `workdir`."""
     checkpoints = workdir / "checkpoints"
     saved = checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir())
     return saved or (workdir / "window").is_dir()

@@ -25,12 +25,13 @@ import llmjax
 from llmjax import config as configs
 from llmjax.build import Corpus, Program, make_corpus, make_program
 from llmjax.config import Config
-from llmjax.data.tokenizer import (
-    KINDS,
-    StreamDecoder,
-    Tokenizer,
-    TokenizerConfig,
-    load_tokenizer,
+from llmjax.data.tokenizer import KINDS, StreamDecoder, Tokenizer, TokenizerConfig, load_tokenizer
+from llmjax.documents import (
+    describe_difference,
+    mend_tokenizer,
+    save_tokenizer,
+    trained_on,
+    write_record,
 )
 from llmjax.errors import UserError
 from llmjax.escapes import one_line, show
@@ -40,7 +41,7 @@ from llmjax.evaluate.scoring import Arrays, Probe, Text
 from llmjax.files import write_atomically
 from llmjax.flags import MODES
 from llmjax.generate.generate import make_generator
-from llmjax.initial import check_initial, with_tokenizer
+from llmjax.initial import check_initial, has_begun, own_tokenizer, resumes, with_tokenizer
 from llmjax.nn.position import POSITIONS
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
@@ -109,6 +110,9 @@ def run_plan(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, devi
     else:
         with StageProgress() as progress:
             corpus = make_corpus(with_tokenizer(config, workdir), batch, progress)
+        under_way = has_begun(workdir) and resumes(config, workdir)
+        if under_way and (different := describe_difference(workdir, trained_on(workdir), corpus)):
+            say(f"{different}; training does not go on with these\n")
         program = make_program(config, batch, corpus.tokenizer.vocab_size)
         rows = describe(corpus, program, workdir)
     say(f"plan\n{format_table(rows)}")
@@ -150,7 +154,8 @@ def train_in(
         if hosts.is_primary():
             lasting = config if not finished else as_long_as_before(config, workdir)
             write_json(workdir / "config.json", lasting.to_dict())
-            corpus.tokenizer.save(workdir / "tokenizer")
+            save_tokenizer(workdir, corpus.tokenizer)
+            write_record(workdir, corpus)
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
         ready = f"ready after {time.perf_counter() - started:.0f} s"
@@ -216,6 +221,10 @@ def run_evaluate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, 
         update, params = initial_params(program)
     else:
         update, params = load_params(program, workdir, checkpoint)
+    if different := describe_difference(workdir, trained_on(workdir, update), corpus):
+        say(f"{different}; what follows is of those here\n")
+    if hosts.is_primary():
+        mend_tokenizer(workdir, corpus, different)
     results = score_held_out(program, corpus, params)
     rows = {
         "checkpoint": f"update {update} of {workdir}",
@@ -234,9 +243,7 @@ def run_generate(
     config: Config, batch: BatchArithmetic, workdir: pathlib.Path, checkpoint: str, prompts: Sequence[str]
 ) -> int:
     """Continues the prompts: one is streamed, several are shown one after the other when all are done."""
-    if not (workdir / "tokenizer").is_dir():
-        raise UserError(f"{workdir} holds no trained model; train one first, or give its --workdir")
-    tokenizer = load_tokenizer(workdir / "tokenizer")
+    tokenizer = own_tokenizer(workdir)
     program = make_program(config, batch, tokenizer.vocab_size)
     _, params = load_params(program, workdir, checkpoint)
     prompts = list(prompts) or [""]
@@ -282,16 +289,9 @@ def resume_or_init(
                 )
             return program.init(params), Position()
         newest = max(metas, key=lambda source: metas[source]["cursor"])
-        trained_with = workdir / "tokenizer"
-        if trained_with.is_dir() and load_tokenizer(trained_with).fingerprint != corpus.tokenizer.fingerprint:
+        if different := describe_difference(workdir, metas[newest]["data_fingerprint"], corpus):
             raise UserError(
-                f"the tokenizer is no longer the one in {trained_with} that this run was trained with; restore the "
-                "files behind tokenizer.path or data.sources, or use another --workdir"
-            )
-        if metas[newest]["data_fingerprint"] != corpus.fingerprint:
-            raise UserError(
-                f"the documents behind data.sources are not those that {workdir} was trained on, so its data cursor "
-                "means nothing here; restore them or use another --workdir"
+                f"{different}, so its data cursor means nothing here; restore them or use another --workdir"
             )
         if newest is checkpoints:
             return restore(program, checkpoints)

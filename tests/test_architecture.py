@@ -9,6 +9,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "llmjax"
 # From the ground up. A room may import from itself and from rooms before it.
 ORDER = [
     "errors",
+    "names",
+    "failures",
     "files",
     "ranges",
     "escapes",
@@ -27,6 +29,7 @@ ORDER = [
     "plan",
     "terminal",
     "workdir",
+    "documents",
     "initial",
     "flags",
     "modes",
@@ -124,6 +127,7 @@ def test_only_numerals_and_types_reach_workers():
         "errors.py",
         "escapes.py",
         "ranges.py",
+        "names.py",
         "files.py",
         "data/checksums.py",
         "data/sources.py",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from subprocess import PIPE, Popen
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,3 +80,23 @@ def read_lines(workdir: pathlib.Path) -> list[dict]:
 def losses(workdir: pathlib.Path) -> list[float]:
     """The training loss of each update."""
     return [line["loss"] for line in read_lines(workdir) if line["kind"] == "train"]
+
+
+@contextlib.contextmanager
+def compiled_once(folder: pathlib.Path) -> Iterator[None]:
+    """Within it, a program that was compiled before is read from `folder`."""
+    import jax  # not at the top: some who use this module start processes only
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
