@@ -204,7 +204,7 @@ def test_an_ascii_terminal_gets_escapes_instead_of_an_error():
         PYTHONUTF8="0",
     )
     _, err = process.communicate()
-    assert process.returncode == REFUSED and b"--config.seed=\\x" in err, err
+    assert process.returncode == REFUSED and b"--config.seed=\\" in err, err
 
 
 def test_a_reader_who_leaves_ends_the_program_in_silence():
