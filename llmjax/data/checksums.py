@@ -7,6 +7,7 @@ every damage of up to 32 bits in a row and all but one in four billion others; i
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import zlib
@@ -22,6 +23,8 @@ from llmjax.files import write_atomically
 # What one first read of a document costs at most beside the document itself.
 BLOCK_BYTES = 1 << 16
 _FILE = "checksums.json"
+# What the system says where a file is gone, is a folder or a circle of links, or lies on a failing disk.
+_ON_DISK = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE}
 
 
 class DamagedError(UserError):
@@ -44,6 +47,12 @@ def report_damage(text: str) -> None:
     show(f"llmjax: {text}", file=sys.stderr)
 
 
+def raise_other(error: Exception) -> None:
+    """Raises an error that says nothing about what lies on the disk: of permissions, of memory, of open files."""
+    if isinstance(error, OSError) and error.errno not in _ON_DISK:
+        raise error
+
+
 def write_checksums(folder: Path, names: Iterable[str]) -> None:
     """Writes the checksums of the files `names` in `folder` beside them."""
     sums = {name: _checksum(folder / name) for name in names}
@@ -54,13 +63,15 @@ def verify(folder: Path, names: Iterable[str], what: str) -> None:
     """Raises `DamagedError` unless the files `names` in `folder` are what was written; `what` says what they are."""
     try:
         sums = json.loads((folder / _FILE).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        raise_other(error)
         raise DamagedError(f"{what} {str(folder)!r} has no readable {_FILE}") from None
     for name in names:
         try:
             found = _checksum(folder / name)
-        except (FileNotFoundError, IsADirectoryError):
-            raise DamagedError(f"{what} {str(folder)!r} is damaged ({name} is missing)") from None
+        except OSError as error:
+            raise_other(error)
+            raise DamagedError(f"{what} {str(folder)!r} is damaged ({name} cannot be read)") from None
         if not isinstance(sums, dict) or sums.get(name) != found:
             raise DamagedError(f"{what} {str(folder)!r} is damaged ({name} is not what was written)")
 

@@ -34,6 +34,7 @@ from llmjax.data.checksums import (
     DamagedError,
     block_checksums,
     map_file,
+    raise_other,
     verify,
     write_checksums,
 )
@@ -341,9 +342,8 @@ def _read_header(directory: Path) -> StoreHeader:
     try:
         fields = json.loads((directory / "header.json").read_bytes())
         version = fields["format_version"]
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise_other(error)
         raise DamagedError(f"{what} has no readable header.json", "build it again") from None
     if version != FORMAT_VERSION:
         raise DamagedError(f"{what} has format {version}, not {FORMAT_VERSION}", "rebuild it")

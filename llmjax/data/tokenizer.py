@@ -28,7 +28,7 @@ from typing import Annotated, Protocol
 import numpy as np
 import sentencepiece
 
-from llmjax.data.checksums import DamagedError
+from llmjax.data.checksums import DamagedError, raise_other
 from llmjax.errors import UserError, choose
 from llmjax.files import write_atomically
 from llmjax.ranges import Range, check_ranges
@@ -315,8 +315,8 @@ def _read_meta(path: Path) -> dict:
             saved["kind"] == "byte" and 0 <= saved["num_reserved"] < 1 << 31
         ):
             return saved
-    except (IsADirectoryError, ValueError, KeyError, TypeError, RecursionError):
-        pass
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise_other(error)
     raise DamagedError(f"tokenizer {str(path.parent)!r} is damaged (no readable {path.name})", _RESTORE)
 
 
