@@ -47,7 +47,8 @@ class Closing:
     """How a window ended; all 0 before its last micro-step.
 
     is_update  bool [], the window has ended
-    applied    bool [], and parameters and optimizer have moved. Not so where nothing had any weight, or beyond a limit
+    applied    bool [], and parameters and optimizer have moved. Not so where nothing had any weight, where the norm
+               of the gradient is not finite, or beyond a limit
     mean_loss  float32 [], of the main term
     grad_norm  float32 [], of the divided gradient, before clipping
     square_total  float32 [], squared norm of the main term's summed gradient, for the gradient noise scale
@@ -93,7 +94,8 @@ def update_from_sums(
     main = terms[MAIN]
     mean_loss = loss / jnp.where(main.weight > 0, main.weight, 1.0)
     square_total = (norm * weight) ** 2 if len(terms) == 1 else optax.tree.norm(main.grads, squared=True)
-    applied = (weight > 0) & (mean_loss <= order.loss_limit) & (norm <= order.norm_limit)
+    # Finite gradients can be so large that their norm is not: no clipping brings those back.
+    applied = (weight > 0) & jnp.isfinite(norm) & (mean_loss <= order.loss_limit) & (norm <= order.norm_limit)
     updates, new_state = update(grads, opt_state, params, order.hyper)
     opt_state = select(applied, new_state, opt_state)
     return updates, opt_state, Closing(jnp.array(True), applied, mean_loss, norm, square_total)

@@ -416,3 +416,17 @@ def test_micro_steps_between_updates_copy_no_state():
     entry = text[text.index("ENTRY") :]
     assert " while(" in entry
     assert "f32[64,64]{1,0} copy(" not in entry
+
+
+def test_an_update_whose_gradient_norm_overflows_moves_nothing(engine):
+    trainer = Trainer(engine, adamw(), 4)
+    huge = TermSums(jax.tree.map(lambda p: jnp.full_like(p, 1e25), trainer.params), jnp.float32(1))
+    order, steps = make_order(trainer.optimizer, 1)
+    order = dataclasses.replace(order, steps=steps)
+    params, state, closing = trainer.accumulator.micro_step(
+        trainer.params, trainer.state, {MAIN: huge}, jnp.float32(1), order
+    )
+    assert closing.is_update and closing.grad_norm == np.inf and not closing.applied
+    jax.tree.map(np.testing.assert_array_equal, params, trainer.params)
+    a, b = (trainer.accumulator.canonical(state) for state in (state, trainer.state))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
