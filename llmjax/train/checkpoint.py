@@ -1,11 +1,13 @@
 """Checkpoints: the state, and beside it what a run needs to go on as if it had never stopped.
 
 A checkpoint is the state (parameters, optimizer, random key, update count) plus a `meta` dictionary (data
-cursor, tokens, seconds, resolved config, versions, data fingerprint). Arrays are stored under the path of
-their leaf, `params/embed/table`, so that a checkpoint depends on names and not on Python classes, and can be
-restored in part and onto any mesh. Saves are asynchronous: the device is read before `save` returns, so
-donating the state afterwards is safe, but a save that nobody waits for at exit is lost. A process that dies
-in a save, or while it deletes an old checkpoint, leaves only whole ones. This file alone knows orbax.
+cursor, tokens, seconds, resolved config, versions, data fingerprint) and digests of both. Arrays are stored
+under the path of their leaf, `params/embed/table`, so that a checkpoint depends on names and not on Python
+classes, and can be restored in part and onto any mesh. Saves are asynchronous: the device is read before
+`save` returns, so donating the state afterwards is safe, but a save that nobody waits for at exit is lost. A
+process that dies in a save, or while it deletes an old checkpoint, leaves only whole ones: the folder gets its
+name when all of it is written, digests included. What a disk damages later is noticed before it is used: the
+newest good checkpoint serves instead, and the damaged one is set aside. This file alone knows orbax.
 
 What is found out about a checkpoint after it was saved, such as its held-out loss, is amended to its meta: see
 `retention.py`, which also says what is kept.
@@ -17,23 +19,28 @@ import dataclasses
 import math
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import absl.logging
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llmjax.errors import UserError
+from llmjax.escapes import one_line, show
 from llmjax.parallel import hosts
+from llmjax.parallel.agreement import from_primary, gather, on_primary, together
 from llmjax.ranges import COUNT, Range, check_ranges
+from llmjax.train import digests, leaves, shelf
+from llmjax.train.digests import Damaged
 from llmjax.train.retention import Facts, best_of, kept, read_amended, write_amended
 from llmjax.train.which import check_name
 from llmjax.types import Params
 
 DELETED = "deleted"  # a folder beside the checkpoints
+Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,37 +69,70 @@ class CheckpointConfig:
             )
 
 
+def warn(text: str) -> None:
+    """Says on stderr, once for all processes, what is wrong although the run goes on."""
+    if hosts.is_primary():
+        show(one_line(f"llmjax: {text}"), file=sys.stderr)
+
+
 class Checkpoints:
     """The checkpoints in one directory. A context manager: leaving it waits for what is being written.
 
-    `read_only` is for a process that does not train: it writes nothing and cleans nothing up, and so may look
-    into the directory of a run that is under way.
+    `read_only` is for a process that does not train: it writes nothing, cleans nothing up and sets nothing aside,
+    and so may look into the directory of a run that is under way.
+
+    check_meta  raises ValueError where a meta is not what the run needs; the checkpoint then counts as damaged
+    tell        says which checkpoint is damaged, why, and what became of it
+    before_save raises where the directory must no longer be written to
+    on_saved    (update, meta) -> None; called on the first process, in a thread, when a checkpoint is complete but
+                for its name; and with (None, {}) when the last one was given up
     """
 
     def __init__(
-        self, directory: str | Path, config: CheckpointConfig | None = None, *, read_only: bool = False
+        self,
+        directory: str | Path,
+        config: CheckpointConfig | None = None,
+        *,
+        read_only: bool = False,
+        check_meta: shelf.CheckMeta = lambda meta: None,
+        tell: Callable[[str], None] = warn,
+        before_save: Callable[[], None] = lambda: None,
+        on_saved: Callable[[int | None, dict], None] = lambda update, meta: None,
     ):
+        if "://" in str(directory):
+            raise UserError(
+                f"{directory} is no path of this machine; mount the bucket and give the path there"
+            )
         self.config = config or CheckpointConfig()
-        self.directory = str(directory) if "://" in str(directory) else os.path.abspath(directory)
+        self.directory = os.path.abspath(directory)
         if absl.logging.get_verbosity() > absl.logging.WARNING:  # at INFO a save prints some seventy lines
             absl.logging.set_verbosity(absl.logging.WARNING)
+        self._folder, self._read_only = Path(self.directory), read_only
+        self._check_meta, self._tell = check_meta, tell
+        self._before_save, self._on_saved = before_save, on_saved
         self._facts: dict[int, Facts] = {}
         self._saved_here: set[int] = set()
         self._unwritten: dict[int, dict] = {}  # what is to be amended once the checkpoint is written
-        options = ocp.CheckpointManagerOptions(
-            create=not read_only,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
-            preservation_policy=_Preserve(self.config, self._facts),
-            # Deleted where it is, a checkpoint would for a moment be one that lacks files.
-            todelete_subdir=None if read_only else DELETED,
-        )
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self._read_only = read_only
+        self._good: list[int] = []
+        self._damaged: dict[int, str] = {}
+        self._verified: set[int] = set()
+        self._saving: tuple[int, dict] | None = None
+        self._manager: ocp.CheckpointManager | None = None
         self._sweep()
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        for update in self.updates():
-            self._facts[update] = Facts.of(self.read_meta(update))
+        self._look()
+        if not read_only:
+            self._manager = self._make_manager()
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Preserve(self.config, self._facts),
+            cleanup_tmp_directories=True,
+            # Deleted where it is, a checkpoint would for a moment be one that lacks files.
+            todelete_subdir=DELETED,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._is_complete),
+        )
+        handlers = {"state": _DigestedTree(), "meta": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -122,36 +162,43 @@ class Checkpoints:
         newest = self.latest()
         if newest is not None and update < newest:
             raise ValueError(f"update {update} is older than checkpoint {newest} in {self.directory}")
+        together(self._before_save)
         loss = held_out_loss if held_out_loss is not None and math.isfinite(held_out_loss) else None
         meta = {**meta, "held_out_loss": loss} | ({"spare": True} if spare else {})
         self._facts[update] = Facts.of(meta)
         self._saved_here.add(update)
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_to_tree(state)), meta=ocp.args.JsonSave(meta))
+        self._saving = update, meta
+        items = ocp.args.Composite(
+            state=_DigestedTreeSave(leaves.to_tree(state)), meta=ocp.args.JsonSave(shelf.with_digest(meta))
+        )
         if not self._manager.save(update, args=items, force=True):
             raise RuntimeError(f"the checkpoint of update {update} was not saved in {self.directory}")
         return True
 
     def restore(self, abstract_state: Any, update: int | None = None) -> tuple[Any, dict]:
-        """The state and meta of `update` (default: the latest), laid out as `abstract_state` says.
+        """The state and meta of `update` (default: the newest good one), laid out as `abstract_state` says.
 
         `abstract_state` is the state with `jax.ShapeDtypeStruct` (shape, dtype, sharding) for leaves. Raises
-        UserError where there is no such checkpoint, and where a leaf is missing, left over, or of another
-        shape or dtype.
+        UserError where there is no such checkpoint or only damaged ones, and where a leaf is missing, left over,
+        or of another shape or dtype.
         """
-        update = self._existing(update)
-        return self._restore(update, abstract_state), self.read_meta(update)
+        return self._read(update, lambda found: self._restore(found, abstract_state))
 
     def restore_params(self, abstract_params: Params, update: int | None = None) -> tuple[Params, dict]:
-        """The parameters alone, for evaluation and generation: nothing of the optimizer is read."""
-        update = self._existing(update)
-        params = self._restore(update, {"params": abstract_params}, only=("params",))["params"]
-        return params, self.read_meta(update)
+        """The parameters alone, for evaluation and generation: nothing of the optimizer goes to the devices."""
+        wanted = {"params": abstract_params}
+        state, meta = self._read(update, lambda found: self._restore(found, wanted, only=("params",)))
+        return state["params"], meta
 
     def read_meta(self, update: int | None = None) -> dict:
         """What was saved beside the arrays of `update` (default: the latest), and what was amended since."""
         update = self._existing(update)
-        meta = self._manager.restore(update, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        return meta | read_amended(self.directory, update) | self._unwritten.get(update, {})
+        try:
+            return self._meta(update)
+        except Damaged as why:
+            raise UserError(
+                f"the checkpoint of update {update} in {self.directory} is damaged ({why})"
+            ) from None
 
     def amend(self, update: int, **values: Any) -> None:
         """Adds `values`, which JSON holds, to the meta of a checkpoint; nothing happens where there is none.
@@ -162,12 +209,26 @@ class Checkpoints:
             return
         self._facts[update] = self._facts.get(update, Facts()).amended(values)
         self._unwritten[update] = self._unwritten.get(update, {}) | values
-        if not self._manager.is_saving_in_progress():
+        if self._manager is not None and not self._manager.is_saving_in_progress():
             self._write_amended()
+
+    def verify(self, update: int | None = None) -> int:
+        """`update`, or without one the newest, once its files were found to be what was written.
+
+        A damaged checkpoint is set aside, and the one before it takes its place; where `update` names it, or
+        nothing is left, UserError.
+        """
+        self.wait()
+        while True:
+            found = on_primary(lambda: self._existing(update))
+            if found in self._verified or not (why := self._damage(found)):
+                self._verified.add(found)
+                return found
+            self._give_up(found, why, update)
 
     def updates(self) -> list[int]:
         """The updates that have a checkpoint, ascending, with the one being written."""
-        return sorted(self._manager.all_steps())
+        return list(self._good) if self._manager is None else sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
         """The newest checkpoint's update, or None; those that are known to give no finite loss do not count."""
@@ -205,12 +266,14 @@ class Checkpoints:
                 else:
                     self.amend(later, finite_loss=False)
         self._sweep()
+        if hosts.is_primary() and not self.updates():
+            self._on_saved(None, {})
 
     def wait(self) -> None:
         """Returns when nothing is being written any more; raises what went wrong in writing."""
-        self._manager.wait_until_finished()
-        self._write_amended()
-        if not self._read_only:
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._write_amended()
             for update in set(self.updates()) - kept(self.updates(), self._facts, self.config):
                 self._delete(update)
         self._sweep()
@@ -218,7 +281,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and lets go of the directory."""
         self.wait()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
         self._sweep()
 
     def _sweep(self) -> None:
@@ -226,8 +290,92 @@ class Checkpoints:
         if not self._read_only and hosts.is_primary():
             shutil.rmtree(os.path.join(self.directory, DELETED), ignore_errors=True)
 
+    def _is_complete(self) -> None:
+        """Told by orbax, in the thread of a save, just before the checkpoint gets its name."""
+        if self._saving is not None:
+            self._on_saved(*self._saving)
+
+    def _look(self) -> None:
+        """Finds out what is there. What is visibly damaged is set aside here; contents are compared when read."""
+        good, damaged = self._sort() if self._read_only else on_primary(self._sort)
+        self._good = [update for update, _ in good]
+        self._facts.update({update: Facts(**facts) for update, facts in good})
+        for update, why, name in damaged:
+            if update not in self._damaged:
+                self._damaged[update] = why
+                self._tell(f"{self._describe(update, name)}; it is not used")
+
+    def _sort(self) -> tuple[list[tuple[int, dict]], list[tuple[int, str, str]]]:
+        """(update, facts) of what looks whole; (update, what is wrong, its new name) of what does not."""
+        good, damaged = [], []
+        for update in shelf.numbers(self._folder):
+            path = self._folder / str(update)
+            try:
+                shelf.check(path, self._check_meta, contents=False)
+                good.append((update, dataclasses.asdict(Facts.of(self._meta(update)))))
+            except Damaged as why:
+                if not path.exists():
+                    continue  # deleted meanwhile by the run that trains here
+                name = "" if self._read_only else shelf.move_aside(self._folder, update)
+                damaged.append((update, str(why), name))
+        return good, damaged
+
+    def _meta(self, update: int) -> dict:
+        meta = shelf.read_meta(self._folder / str(update))
+        return meta | read_amended(self.directory, update) | self._unwritten.get(update, {})
+
+    def _damage(self, update: int) -> str:
+        """What is wrong with the contents of a checkpoint, or nothing; the processes share the reading."""
+        path, part, parts = self._folder / str(update), jax.process_index(), jax.process_count()
+        why, known = "", True
+        try:
+            shelf.check(path, self._check_meta, part=part, parts=parts)
+            known = shelf.has_digests(path)
+        except Damaged as found:
+            why = str(found)
+        why = next(filter(None, gather(why)), "")
+        if not why and not known:
+            self._tell(
+                f"the checkpoint of update {update} in {self.directory} has no digests (an older version wrote it), "
+                "so damage in it may go unnoticed"
+            )
+        return why
+
+    def _give_up(self, update: int, why: str, asked: int | None) -> None:
+        """Goes on without a damaged checkpoint; UserError where `asked` names it."""
+        path = self._folder / str(update)
+        if from_primary(not path.exists()):  # deleted meanwhile by the run that trains here
+            self._look()
+            return
+        self._damaged[update] = why
+        self._good = [each for each in self._good if each != update]
+        self._facts.pop(update, None)
+        if asked is not None:
+            raise UserError(f"{self._describe(update)}; choose {self._others() or 'another workdir'}")
+        name = ""
+        if self._manager is not None:
+            name = on_primary(lambda: shelf.move_aside(self._folder, update))
+            self._manager.reload()
+        newest = self.latest()
+        instead = "no other is left" if newest is None else f"the one of update {newest} takes its place"
+        self._tell(f"{self._describe(update, name)}; {instead}")
+
+    def _describe(self, update: int, name: str = "") -> str:
+        text = f"the checkpoint of update {update} in {self.directory} is damaged ({self._damaged[update]})"
+        return f"{text} and was set aside as {name}" if name else text
+
+    def _others(self) -> str:
+        return ", ".join(map(str, self.updates()))
+
     def _existing(self, update: int | None) -> int:
         found = self.updates()
+        if update in self._damaged and update not in found:
+            raise UserError(f"{self._describe(update)}; choose {self._others() or 'another workdir'}")
+        if not found and (aside := shelf.set_aside(self._folder) or [*map(str, self._damaged)]):
+            raise UserError(
+                f"no checkpoint in {self.directory} is good: {', '.join(aside)} "
+                f"{'is' if len(aside) == 1 else 'are'} damaged; restore one from a copy, or use another --workdir"
+            )
         if not found:
             raise UserError(f"there is no checkpoint in {self.directory}; train there first")
         if update is None and self._facts:
@@ -261,25 +409,57 @@ class Checkpoints:
             if update in self.updates():
                 write_amended(self.directory, update, values)
 
+    def _read(self, asked: int | None, read: Callable[[int], Value]) -> tuple[Value, dict]:
+        """What `read` makes of the checkpoint of `asked`, or of the newest good one; and its meta."""
+        while True:
+            update = self.verify(asked)
+            self._verified.discard(update)  # a disk may damage it before it is read again
+            path, has_digests = self._folder / str(update), False
+            try:
+                has_digests = shelf.has_digests(path)
+                meta = self._meta(update)
+                return read(update), meta
+            except (UserError, jax.errors.JaxRuntimeError, MemoryError):
+                raise
+            except Exception as error:
+                if path.exists() and has_digests:
+                    raise  # it is what was written
+                text = " ".join(str(error).split())
+                self._give_up(update, f"{type(error).__name__}: {text[:200]}", asked)
+
     def _restore(self, update: int, abstract: Any, only: tuple[str, ...] = ()) -> Any:
-        self.wait()  # for the one being written, should it be the one asked for
-        leaves, treedef = jax.tree_util.tree_flatten(abstract)
-        wanted = {path: _stored(leaf) for path, leaf in zip(_paths(abstract), leaves)}
-        found = self._stored_leaves(update)
+        flat, treedef = jax.tree_util.tree_flatten(abstract)
+        wanted = {path: leaves.stored(leaf) for path, leaf in zip(leaves.paths(abstract), flat)}
+        place = os.path.join(self.directory, str(update), shelf.STATE)
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = handler.metadata(Path(place)).tree
+        found = dict(zip(leaves.paths(tree), jax.tree_util.tree_leaves(tree)))
         found = {path: leaf for path, leaf in found.items() if path[: len(only)] == only}
-        _check_leaves(wanted, found, f"the checkpoint of update {update} in {self.directory}")
-        tree = _nest(wanted)
+        leaves.check_leaves(wanted, found, f"the checkpoint of update {update} in {self.directory}")
+        tree = leaves.nest(wanted)
         request = ocp.args.PyTreeRestore(
             item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
-        restored = self._manager.restore(update, args=ocp.args.Composite(state=request)).state
-        flat = {path: leaf for path, leaf in zip(_paths(restored), jax.tree_util.tree_leaves(restored))}
-        arrays = [_unstored(flat[path], leaf) for path, leaf in zip(_paths(abstract), leaves)]
+        with ocp.Checkpointer(handler) as reader:
+            restored = reader.restore(place, args=request)
+        by_path = dict(zip(leaves.paths(restored), jax.tree_util.tree_leaves(restored)))
+        arrays = [leaves.unstored(by_path[path], leaf) for path, leaf in zip(leaves.paths(abstract), flat)]
         return jax.tree_util.tree_unflatten(treedef, arrays)
 
-    def _stored_leaves(self, update: int) -> dict[tuple[str, ...], Any]:
-        tree = self._manager.item_metadata(update).state.tree
-        return dict(zip(_paths(tree), jax.tree_util.tree_leaves(tree)))
+
+class _DigestedTree(ocp.PyTreeCheckpointHandler):
+    """Writes a tree of arrays and, when every process has written its part, the digests of their files."""
+
+    def finalize(self, directory: Any) -> None:
+        """Called by orbax on the first process, in the thread of the save, before the folder gets its name."""
+        super().finalize(directory)
+        digests.write(Path(directory))
+
+
+@ocp.args.register_with_handler(_DigestedTree, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _DigestedTreeSave(ocp.args.PyTreeSave):
+    """The tree to be written. orbax finds the handler by this class."""
 
 
 class _Preserve(ocp.checkpoint_managers.PreservationPolicy):
@@ -293,75 +473,3 @@ class _Preserve(ocp.checkpoint_managers.PreservationPolicy):
         updates = [checkpoint.step for checkpoint in checkpoints]
         stay = kept(updates, self._facts, self._config)
         return [update in stay for update in updates]
-
-
-def _paths(tree: Any) -> list[tuple[str, ...]]:
-    """The path of each leaf as names: ("params", "embed", "table")."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in flat]
-
-
-def _nest(leaves: dict[tuple[str, ...], Any]) -> dict:
-    """Nested dictionaries from paths: what is written, whatever classes the state is made of."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
-
-
-def _to_tree(state: Any) -> dict:
-    leaves = jax.tree_util.tree_leaves(state)
-    arrays = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
-    return _nest(dict(zip(_paths(state), arrays)))
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _stored(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The array under which `leaf` is stored: itself, or the data of a random key."""
-    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-    if not _is_key(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-
-
-def _unstored(array: jax.Array, leaf: Any) -> jax.Array:
-    if not _is_key(leaf):
-        return array
-    impl = []  # only a traced key tells its implementation, not an abstract one
-    jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), leaf.dtype))
-    return jax.random.wrap_key_data(array, impl=impl[0])
-
-
-def _check_leaves(wanted: dict, found: dict, where: str) -> None:
-    """Raises UserError at the first leaf that differs: orbax would cast it, or leave it out, in silence."""
-    for path, leaf in wanted.items():
-        name = "/".join(path)
-        if path not in found:
-            raise UserError(f"{where} has no {name}; use the model and optimizer config it was trained with")
-        stored = found[path]
-        for what, ours, theirs in (
-            ("shape", tuple(leaf.shape), tuple(stored.shape)),
-            ("dtype", jnp.dtype(leaf.dtype).name, jnp.dtype(stored.dtype).name),
-        ):
-            # Older versions of an optimizer counted updates in whole numbers where now they count parts of one.
-            is_count = path[-1] == "count" and jnp.issubdtype(stored.dtype, jnp.integer)
-            if ours != theirs and not (what == "dtype" and is_count):
-                raise UserError(
-                    f"{where} has {name} with {what} {theirs}, but this config asks for {ours}; "
-                    "use the model and optimizer config it was trained with"
-                )
-    left = sorted("/".join(path) for path in set(found) - set(wanted))
-    if left:
-        raise UserError(
-            f"{where} has {left[0]}, which this config does not; "
-            "use the model and optimizer config it was trained with"
-        )

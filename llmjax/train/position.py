@@ -73,12 +73,29 @@ class Position:
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> Position:
-        """The position that a checkpoint's meta holds."""
-        values = {field.name: meta[field.name] for field in dataclasses.fields(cls) if field.name != "owes"}
-        values["owes"] = meta.get("owes", False)  # a checkpoint of an older version owes nothing
-        if values["histories"] is not None:
-            values["histories"] = tuple(History.from_dict(saved) for saved in values["histories"])
-        if values["window"] is not None:
-            window = values["window"]
-            values["window"] = OpenWindow(**{**window, "metrics": tuple(window["metrics"])})
+        """The position that a checkpoint's meta holds; ValueError, saying why, where it holds none."""
+        fields = [field.name for field in dataclasses.fields(cls) if field.name != "owes"]
+        if missing := [name for name in fields if name not in meta]:
+            raise ValueError(f"{missing[0]} is missing")
+        # A checkpoint of an older version owes nothing.
+        values = {name: meta[name] for name in fields} | {"owes": meta.get("owes", False)}
+        for name in ("update", "cursor", "tokens", "before"):
+            if type(values[name]) is not int or values[name] < 0:
+                raise ValueError(f"{name}={values[name]!r} is not a whole number from 0")
+        if type(values["seconds"]) not in (int, float):
+            raise ValueError(f"seconds={values['seconds']!r} is not a number")
+        if not isinstance(values["evaluation"], dict | None):
+            raise ValueError(f"evaluation={values['evaluation']!r} is not a set of results")
+        try:
+            if values["histories"] is not None:
+                first, second = values["histories"]
+                values["histories"] = History.from_dict(first), History.from_dict(second)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError("histories is not what was observed of two updates") from None
+        try:
+            if values["window"] is not None:
+                window = values["window"]
+                values["window"] = OpenWindow(**{**window, "metrics": tuple(window["metrics"])})
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError("window is not an update under way") from None
         return cls(**values)

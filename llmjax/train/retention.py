@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmjax.files import write_atomically
+from llmjax.train.digests import of_json
+from llmjax.train.shelf import DIGEST
 
 AMENDED = "amended.json"  # in the folder of a checkpoint
 
@@ -82,12 +84,20 @@ def kept(updates: Sequence[int], facts: Mapping[int, Facts], config: Keeping) ->
 
 
 def read_amended(directory: str, update: int) -> dict[str, Any]:
-    """What was added to the meta of a checkpoint after it was saved."""
+    """What was added to the meta of a checkpoint after it was saved; nothing where that was damaged since.
+
+    Without it a checkpoint is as good as it was, only less is known of it.
+    """
     path = Path(directory) / str(update) / AMENDED
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values if values.pop(DIGEST) == of_json(values) else {}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}
 
 
 def write_amended(directory: str, update: int, values: Mapping[str, Any]) -> None:
     """Adds `values` to what was amended before, in one step."""
     path = Path(directory) / str(update) / AMENDED
-    write_atomically(path, json.dumps(read_amended(directory, update) | dict(values)))
+    new = json.loads(json.dumps(read_amended(directory, update) | dict(values)))
+    write_atomically(path, json.dumps(new | {DIGEST: of_json(new)}))

@@ -1,0 +1,86 @@
+"""The leaves of a state by name: how a tree of arrays is stored, whatever classes it is made of.
+
+A leaf is stored under its path, `params/embed/table`, and a random key as the data of the key.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from llmjax.errors import UserError
+
+
+def paths(tree: Any) -> list[tuple[str, ...]]:
+    """The path of each leaf as names: ("params", "embed", "table")."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in flat]
+
+
+def nest(leaves: dict[tuple[str, ...], Any]) -> dict:
+    """Nested dictionaries from paths: what is written, whatever classes the state is made of."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def to_tree(state: Any) -> dict:
+    leaves = jax.tree_util.tree_leaves(state)
+    arrays = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
+    return nest(dict(zip(paths(state), arrays)))
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def stored(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The array under which `leaf` is stored: itself, or the data of a random key."""
+    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    if not _is_key(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+
+
+def unstored(array: jax.Array, leaf: Any) -> jax.Array:
+    if not _is_key(leaf):
+        return array
+    impl = []  # only a traced key tells its implementation, not an abstract one
+    jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), leaf.dtype))
+    return jax.random.wrap_key_data(array, impl=impl[0])
+
+
+def check_leaves(wanted: dict, found: dict, where: str) -> None:
+    """Raises UserError at the first leaf that differs: orbax would cast it, or leave it out, in silence."""
+    for path, leaf in wanted.items():
+        name = "/".join(path)
+        if path not in found:
+            raise UserError(f"{where} has no {name}; use the model and optimizer config it was trained with")
+        stored = found[path]
+        for what, ours, theirs in (
+            ("shape", tuple(leaf.shape), tuple(stored.shape)),
+            ("dtype", jnp.dtype(leaf.dtype).name, jnp.dtype(stored.dtype).name),
+        ):
+            # Older versions of an optimizer counted updates in whole numbers where now they count parts of one.
+            is_count = path[-1] == "count" and jnp.issubdtype(stored.dtype, jnp.integer)
+            if ours != theirs and not (what == "dtype" and is_count):
+                raise UserError(
+                    f"{where} has {name} with {what} {theirs}, but this config asks for {ours}; "
+                    "use the model and optimizer config it was trained with"
+                )
+    left = sorted("/".join(path) for path in set(found) - set(wanted))
+    if left:
+        raise UserError(
+            f"{where} has {left[0]}, which this config does not; "
+            "use the model and optimizer config it was trained with"
+        )
