@@ -14,6 +14,7 @@ from llmjax.data.checksums import DamagedError, report_damage
 from llmjax.data.tokenizer import Tokenizer, load_tokenizer
 from llmjax.errors import UserError
 from llmjax.names import is_unicode
+from llmjax.standing import has_begun
 from llmjax.train.checkpoint import Checkpoints
 from llmjax.train.which import named_update
 from llmjax.workdir import saved_config
@@ -92,10 +93,3 @@ def _holds_tokenizer(workdir: pathlib.Path) -> bool:
         )
         return False
     return True
-
-
-def has_begun(workdir: pathlib.Path) -> bool:
-    """Whether anything trained is in `workdir`."""
-    checkpoints = workdir / "checkpoints"
-    saved = checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir())
-    return saved or (workdir / "window").is_dir()

@@ -7,11 +7,9 @@ while a stopped update is open.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ import numpy as np
 
 import llmjax
 from llmjax import config as configs
+from llmjax import standing
 from llmjax.build import Corpus, Program, make_corpus, make_program
 from llmjax.config import Config
 from llmjax.data.tokenizer import KINDS, StreamDecoder, Tokenizer, TokenizerConfig, load_tokenizer
@@ -41,32 +40,40 @@ from llmjax.evaluate.scoring import Arrays, Probe, Text
 from llmjax.files import write_atomically
 from llmjax.flags import MODES
 from llmjax.generate.generate import make_generator
-from llmjax.initial import check_initial, has_begun, own_tokenizer, resumes, with_tokenizer
+from llmjax.initial import check_initial, own_tokenizer, resumes, with_tokenizer
 from llmjax.nn.position import POSITIONS
 from llmjax.parallel import hosts
+from llmjax.parallel.agreement import check_same, together
 from llmjax.parallel.devices import peak_flops
 from llmjax.parallel.host_memory import has_accelerator, keep_freed_memory
 from llmjax.plan.compile import compile_step
 from llmjax.plan.summary import describe, describe_program
 from llmjax.plan.topology import topology_devices
+from llmjax.resume import (
+    WINDOW,
+    hold,
+    initial_params,
+    load_params,
+    open_checkpoints,
+    restore,
+    resume_or_init,
+)
 from llmjax.terminal import StageProgress, format_table, indent, say
 from llmjax.train.batch import BatchArithmetic
-from llmjax.train.checkpoint import CheckpointConfig, Checkpoints
+from llmjax.train.checkpoint import Checkpoints, warn
 from llmjax.train.loop import train
 from llmjax.train.metrics import Recorder
-from llmjax.train.position import Position
 from llmjax.train.report import write_report
 from llmjax.train.run import Result, Run
 from llmjax.train.signals import OUTPUT_CLOSED, Stopped, StopRequest
 from llmjax.train.state import TrainState
 from llmjax.train.upkeep import FollowUpFailed, TrainingFailed, describe_failure
-from llmjax.train.which import check_name, named_update
+from llmjax.train.which import check_name
 from llmjax.types import Batch, Params
 from llmjax.workdir import commands, last_sample, saved_config, write_json, write_samples
 
 SAMPLE_PROMPT = 64  # tokens of a held-out document that the samples of a run continue
 COMPRESSED = 8 * 2**20  # bytes of held-out text that gzip and xz are tried on
-WINDOW = CheckpointConfig(every=0, keep=1, keep_best=False)  # of an update stopped between two micro-steps
 Watch = Callable[[Iterable[Any]], Iterator[Any]]  # the same items one by one; may raise to end it
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
@@ -84,22 +91,46 @@ def run(
     abroad = mode == "plan" and config.plan.topology
     devices = topology_devices(config.plan.topology) if abroad else jax.devices()
     config, batch = configs.check(config, len(devices))
-    if not abroad:
-        check_initial(config, workdir)
     if mode == "plan":
+        if not abroad:
+            check_initial(config, workdir)
         return run_plan(config, batch, workdir, devices)
-    saved = saved_config(workdir)
-    if saved is not None:
-        configs.check_resume(saved, config, str(workdir))
-    elif mode != "train" and not (mode == "evaluate" and config.checkpoint.init_from):
-        raise UserError(f"--workdir={workdir} holds no run; train there first, or give another --workdir")
+    together(lambda: check_workdir(mode, config, workdir))
+    seen = {"the config": f"one of digest {standing.digest_of(config.to_dict())}"}
+    seen |= standing.describe(workdir, folders=mode == "train")
+    check_same(seen, "give every process the same command, and a --workdir on a disk that they share")
     if mode == "train":
-        return run_train(config, batch, workdir, started)
+        with hold(workdir) as lock:
+            return run_train(config, batch, workdir, started, lock)
     if mode == "evaluate":
         return run_evaluate(config, batch, workdir, checkpoint)
     if mode == "generate":
         return run_generate(config, batch, workdir, checkpoint, prompts)
     raise UserError(f"--mode={mode} is not known; use one of {', '.join(MODES)}")
+
+
+def check_workdir(mode: str, config: Config, workdir: pathlib.Path) -> None:
+    """UserError where what lies in `workdir` is not what `mode` with this config can go on from."""
+    check_initial(config, workdir)
+    saved = standing.config_of(workdir, warn)
+    if saved is not None:
+        configs.check_resume(saved, config, str(workdir))
+    elif mode != "train" and not (mode == "evaluate" and config.checkpoint.init_from):
+        raise UserError(f"--workdir={workdir} holds no run; train there first, or give another --workdir")
+    if mode == "train":
+        standing.check_standing(workdir, warn)
+
+
+def read_corpus(config: Config, batch: BatchArithmetic, workdir: pathlib.Path) -> Corpus:
+    """The corpus, the same for every process; UserError where one cannot read it or reads another."""
+    with StageProgress() as progress:
+        corpus = together(lambda: make_corpus(with_tokenizer(config, workdir), batch, progress))
+    seen = {"the tokenizer": corpus.tokenizer.fingerprint, "the documents": corpus.fingerprint}
+    check_same(
+        {name: f"one of digest {value[:12]}" for name, value in seen.items()},
+        "give every process the same files behind data.sources and tokenizer.path",
+    )
+    return corpus
 
 
 def run_plan(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, devices: list[jax.Device]) -> int:
@@ -110,7 +141,7 @@ def run_plan(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, devi
     else:
         with StageProgress() as progress:
             corpus = make_corpus(with_tokenizer(config, workdir), batch, progress)
-        under_way = has_begun(workdir) and resumes(config, workdir)
+        under_way = standing.has_begun(workdir) and resumes(config, workdir)
         if under_way and (different := describe_difference(workdir, trained_on(workdir), corpus)):
             say(f"{different}; training does not go on with these\n")
         program = make_program(config, batch, corpus.tokenizer.vocab_size)
@@ -128,30 +159,41 @@ def planned_vocab_size(config: TokenizerConfig) -> int:
     return config.vocab_size if fixed is None else fixed(config.num_reserved).vocab_size
 
 
-def run_train(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, started: float) -> int:
+def run_train(
+    config: Config,
+    batch: BatchArithmetic,
+    workdir: pathlib.Path,
+    started: float,
+    check_lock: Callable[[], None],
+) -> int:
     """Trains from wherever `workdir` stands to train.num_updates, and writes its report."""
     with StopRequest(at_once=True) as stop:
         try:
-            return train_in(config, batch, workdir, started, stop)
+            return train_in(config, batch, workdir, started, stop, check_lock)
         except Stopped:  # before or after training, which is stopped in its own way
             say("\nstopped; the same command goes on from there")
             return stop.exit_code
 
 
 def train_in(
-    config: Config, batch: BatchArithmetic, workdir: pathlib.Path, started: float, stop: StopRequest
+    config: Config,
+    batch: BatchArithmetic,
+    workdir: pathlib.Path,
+    started: float,
+    stop: StopRequest,
+    check_lock: Callable[[], None],
 ) -> int:
     """The same, unless `stop` raises Stopped."""
-    with StageProgress() as progress:
-        corpus = make_corpus(with_tokenizer(config, workdir), batch, progress)
+    corpus = read_corpus(config, batch, workdir)
     asked = make_probes(corpus, config)
-    under_way = (workdir / "window").is_dir()
+    under_way = standing.has_window(workdir)
     program = make_program(config, batch, corpus.tokenizer.vocab_size, accumulates=under_way)
-    with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
+    with open_checkpoints(workdir, "checkpoints", config.checkpoint, check_lock) as checkpoints:
         state, position = resume_or_init(program, corpus, checkpoints, workdir)
         steering = program.steering
         finished = position.tokens >= steering.num_tokens
         if hosts.is_primary():
+            standing.check_metrics(workdir, position.update, warn)
             lasting = config if not finished else as_long_as_before(config, workdir)
             write_json(workdir / "config.json", lasting.to_dict())
             save_tokenizer(workdir, corpus.tokenizer)
@@ -169,7 +211,7 @@ def train_in(
             tokens_per_update=steering.tokens_per_update,
             on_closed=lambda: stop.ask(OUTPUT_CLOSED),
         )
-        run = make_run(program, corpus, workdir, checkpoints, stop)
+        run = make_run(program, corpus, workdir, checkpoints, stop, check_lock)
         try:
             with recorder:
                 result = train(run, state, position, recorder, checkpoints, stop)
@@ -177,11 +219,11 @@ def train_in(
             if hosts.is_primary():
                 show(f"llmjax: {error}", file=sys.stderr)
                 if isinstance(error, TrainingFailed):  # an update that was under way is behind the damage
-                    shutil.rmtree(workdir / "window", ignore_errors=True)
+                    standing.remove_window(workdir)
                 write_report(workdir)
             return 1
     if hosts.is_primary() and result.position.window is None:
-        shutil.rmtree(workdir / "window", ignore_errors=True)
+        standing.remove_window(workdir)
     what = "probing"
     try:
         if not result.stopped:
@@ -210,13 +252,12 @@ def as_long_as_before(config: Config, workdir: pathlib.Path) -> Config:
 
 def run_evaluate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, checkpoint: str) -> int:
     """Prints the held-out results of a checkpoint; of what checkpoint.init_from names where there is no run yet."""
-    with StageProgress() as progress:
-        corpus = make_corpus(with_tokenizer(config, workdir), batch, progress)
+    corpus = read_corpus(config, batch, workdir)
     if corpus.held_out is None:
         raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
     asked = make_probes(corpus, config)
     program = make_program(config, batch, corpus.tokenizer.vocab_size)
-    if saved_config(workdir) is None:
+    if saved_config(workdir) is None and not standing.has_begun(workdir):
         workdir = pathlib.Path(config.checkpoint.init_from)
         update, params = initial_params(program)
     else:
@@ -271,76 +312,13 @@ def run_generate(
     return 0
 
 
-def resume_or_init(
-    program: Program, corpus: Corpus, checkpoints: Checkpoints, workdir: pathlib.Path
-) -> tuple[TrainState, Position]:
-    """The state and position of the newest checkpoint, or of the update that was stopped after it, or fresh ones."""
-    with contextlib.ExitStack() as stack:
-        metas = {checkpoints: checkpoints.read_meta()} if checkpoints.latest() is not None else {}
-        if (workdir / "window").is_dir():
-            windows = stack.enter_context(Checkpoints(workdir / "window", WINDOW))
-            metas |= {windows: windows.read_meta()} if windows.latest() is not None else {}
-        if not metas:
-            params = None
-            if program.config.checkpoint.init_from:
-                update, params = initial_params(program)
-                say(
-                    f"beginning with the parameters of update {update} of {program.config.checkpoint.init_from}"
-                )
-            return program.init(params), Position()
-        newest = max(metas, key=lambda source: metas[source]["cursor"])
-        if different := describe_difference(workdir, metas[newest]["data_fingerprint"], corpus):
-            raise UserError(
-                f"{different}, so its data cursor means nothing here; restore them or use another --workdir"
-            )
-        if newest is checkpoints:
-            return restore(program, checkpoints)
-        position = Position.from_meta(metas[newest])
-        position.check_window(program.batch.micro_batch_size, program.fused)
-        return newest.restore(program.abstract_state())[0], position
-
-
-def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
-    """The latest checkpoint's state, to train on from, and its position."""
-    saved, meta = checkpoints.restore(program.abstract_saved())
-    return program.resumed(saved), Position.from_meta(meta)
-
-
-def initial_params(program: Program) -> tuple[int, Params]:
-    """Update and parameters of the checkpoint that checkpoint.init_from and checkpoint.init_checkpoint name."""
-    config = program.config
-    source = pathlib.Path(config.checkpoint.init_from)
-    trained_with = configs.read_optimizer(saved_config(source), source)
-    if trained_with != config.optimizer:  # which may keep the parameters to go on from in its state
-        config = dataclasses.replace(config, optimizer=trained_with)
-        program = make_program(
-            config, program.batch, program.model.vocab_size, list(program.mesh.devices.flat)
-        )
-    return load_params(program, source, config.checkpoint.init_checkpoint, "checkpoint.init_checkpoint")
-
-
-def load_params(
-    program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
-) -> tuple[int, Params]:
-    """Update and parameters of the checkpoint `latest`, `best` or a number, fit to evaluate and generate with.
-
-    `key` is where the name was given, for errors.
-    """
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir} holds no checkpoints; train there first, or give another --workdir")
-    with Checkpoints(workdir / "checkpoints", program.config.checkpoint, read_only=True) as checkpoints:
-        update = named_update(checkpoints, key, checkpoint)
-        if update is None:
-            update = checkpoints.latest()
-        if program.averages:
-            saved, _ = checkpoints.restore(program.abstract_saved(), update)
-            return update, program.eval_params(program.resumed(saved))
-        params, meta = checkpoints.restore_params(program.abstract_saved().params, update)
-        return meta["update"], params
-
-
 def make_run(
-    program: Program, corpus: Corpus, workdir: pathlib.Path, checkpoints: Checkpoints, stop: StopRequest
+    program: Program,
+    corpus: Corpus,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+    check_lock: Callable[[], None] = lambda: None,
 ) -> Run:
     """What the loop needs to know of everything else; what takes long heeds `stop`."""
     config, batch = program.config, program.batch
@@ -364,7 +342,7 @@ def make_run(
         return str(path)
 
     def save_window(state: TrainState, meta: dict) -> None:
-        with Checkpoints(workdir / "window", WINDOW) as windows:
+        with open_checkpoints(workdir, "window", WINDOW, check_lock) as windows:
             windows.save(meta["cursor"], state, meta)
 
     def loss(state: TrainState, batch: Batch) -> float:

@@ -144,6 +144,51 @@ def finish_two(words):
         return [finish(process) for process in processes]
 
 
+def start_two(*words):
+    """Two processes of one device each, each with its own words."""
+    shared = {"LLMJAX_COORDINATOR": f"localhost:{free_port()}", "LLMJAX_NUM_PROCESSES": "2"}
+    return [start(each, **shared, LLMJAX_PROCESS_ID=str(i)) for i, each in enumerate(words)]
+
+
+@pytest.mark.parametrize("difference", ["checkpoints", "config", "lock"])
+def test_two_processes_that_see_different_things_end_with_one_sentence_each(difference, folder, tmp_path):
+    tiny_run.write_corpus(tmp_path / "corpus", documents=80)
+    settings = {"mesh__data": 2, "train__num_updates": 2, "data__cache_dir": tmp_path / "cache"}
+    first = command(tmp_path, f"--workdir={tmp_path / 'one'}", **settings)
+    second = [*first]
+    if difference == "checkpoints":
+        finish(start(first + ["--config.mesh.data=1"]))
+        second[second.index(f"--workdir={tmp_path / 'one'}")] = f"--workdir={tmp_path / 'two'}"
+        (tmp_path / "two").mkdir()
+        for name in ("config.json", "tokenizer"):
+            (tmp_path / "two" / name).symlink_to(tmp_path / "one" / name)
+        sentence = "the 2 processes differ in checkpoints of --workdir: process 0 sees 2, process 1 sees nothing; give"
+    elif difference == "config":
+        second.append("--config.seed=7")
+        sentence = "the 2 processes differ in the config: process 0 sees one of digest "
+    else:
+        second[second.index(f"--workdir={tmp_path / 'one'}")] = f"--workdir={tmp_path / 'two'}"
+        sentence = (
+            "is not one and the same for all processes: the lock that process 0 took does not appear here"
+        )
+    processes = start_two(first, second)
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 2 and err.count("\n") == 1 and sentence in err, err
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_the_first_goes_on(folder, tmp_path):
+    words = command(folder, f"--workdir={tmp_path / 'run'}", **LONG)
+    process = start_and_wait(words, tmp_path / "run")
+    second = start(words)
+    _, err = second.communicate(timeout=300)
+    assert second.returncode == 2 and err.count("\n") == 1
+    assert f"is in use: process {process.pid} on " in err and "give another --workdir" in err
+    finish(process)
+    assert len(tiny_run.losses(tmp_path / "run")) == LONG["train__num_updates"]
+    assert not (tmp_path / "run" / "lock").exists()
+
+
 PROBES = {"evaluate__probes": "position,context,copy"}
 
 
