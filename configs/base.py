@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.seed = 0  # of initialisation, data order and dropout
 
     c.model = model = ConfigDict()
-    model.family = "gpt"  # decoder-only Transformer
+    model.family = "gpt"  # gpt: a decoder-only Transformer
     model.num_layers = 4  # L
     model.model_dim = 128  # D, width of the residual stream
     model.num_heads = 4  # query heads

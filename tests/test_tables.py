@@ -1,12 +1,15 @@
 """Every choice is a table: a name that is in none raises, and a name that is added to one is what is computed with."""
 
 import dataclasses
+import inspect
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from llmjax import build, flags, modes
 from llmjax.data import layout, sources, tokenizer
 from llmjax.errors import UserError
@@ -20,7 +23,7 @@ from llmjax.ops.attention import share
 from llmjax.parallel import mesh
 from llmjax.parallel.rules import Layout
 from llmjax.plan import traffic
-from llmjax.train import batch, clip, controller, fused, optimizer, probe_charts, stability
+from llmjax.train import batch, clip, controller, engines, fused, optimizer, probe_charts, stability
 
 BTD = jnp.zeros((1, 2, 8))
 TINY = config.resolve(ModelConfig(num_layers=1, model_dim=8, num_heads=2))
@@ -153,6 +156,15 @@ def test_a_name_that_is_added_is_what_is_computed_with(case, monkeypatch):
         use("never_heard_of")
 
 
+def test_a_compression_that_is_added_is_what_a_file_is_read_with(monkeypatch, tmp_path):
+    """Files of other suffixes are read as they are."""
+    (tmp_path / "a.xz").write_bytes(b"text")
+    monkeypatch.setitem(sources._COMPRESSED, ".xz", reach)
+    (file,) = sources.list_sources([str(tmp_path / "a.xz")])
+    with pytest.raises(Reached):
+        list(sources.read_documents(file))
+
+
 @pytest.mark.parametrize("key", config.CHOICES)
 def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
     """A name that is only allowed, as an activation once was that trained as another."""
@@ -168,6 +180,34 @@ def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
 
     with pytest.raises((UserError, KeyError, TypeError), match="never_heard_of"):
         jax.eval_shape(make_and_apply)
+
+
+NAMED = {
+    **{f"model.{key}": table for key, table in config.CHOICES.items()},
+    "model.offload": remat.OFFLOADS,
+    "tokenizer.kind": tokenizer.KINDS,
+    "data.on_bad_text": sources._BAD_TEXT,
+    "mesh.seq_attention": ("auto", *share.ALGORITHMS),
+    "mesh.layout": ("auto", *layout.LAYOUTS),
+    "train.batch_schedule": batch.SCHEDULES,
+    "train.accumulation": engines.ENGINES,
+    "train.fused_gather": fused.MANUAL,
+    "optimizer.name": optimizer._TRANSFORMS,
+    "optimizer.schedule": optimizer.SCHEDULES,
+    "optimizer.batch_scaling": optimizer.BATCH_SCALING,
+    "optimizer.constant_in": optimizer.CONSTANT_IN,
+    "optimizer.clip": clip.CLIPS,
+    "controller.name": controller.RULES,
+    "stability.on_spike": stability.ON_SPIKE,
+    "evaluate.probes": probes.PROBES,
+}
+
+
+@pytest.mark.parametrize("key", NAMED)
+def test_the_comments_of_base_name_all_that_a_table_has(key):
+    found = re.search(rf"\n    {key} =.*?(?=\n    \w+\.\w+ =|\n\n)", inspect.getsource(base), re.S)
+    comments = " ".join(re.findall("#.*", found[0]))
+    assert [name for name in NAMED[key] if not re.search(rf"\b{name}\b", comments)] == []
 
 
 def test_tables_of_one_noun_hold_the_same_names():
@@ -195,9 +235,13 @@ def test_every_mode_of_the_command_line_is_run_and_no_other(monkeypatch, tmp_pat
     monkeypatch.setattr(modes, "saved_config", lambda workdir: {})
     for mode in flags.MODES:
         monkeypatch.setattr(modes, f"run_{mode}", lambda *args, mode=mode: mode)
-    ran = [modes.run(mode, {}, tmp_path, prompts=(), checkpoint="") for mode in flags.MODES if mode != "plan"]
+    ran = [
+        modes.run(mode, {}, tmp_path, prompts=(), checkpoint="latest")
+        for mode in flags.MODES
+        if mode != "plan"
+    ]
     assert ran == [mode for mode in flags.MODES if mode != "plan"]
     with pytest.raises(
         UserError, match="--mode=sing is not known; use one of train, evaluate, generate, plan"
     ):
-        modes.run("sing", {}, tmp_path, prompts=(), checkpoint="")
+        modes.run("sing", {}, tmp_path, prompts=(), checkpoint="latest")

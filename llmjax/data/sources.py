@@ -19,7 +19,7 @@ import os
 import sysconfig
 import tokenize
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -27,7 +27,6 @@ from llmjax.errors import UserError, choose
 from llmjax.names import is_unicode, plain_name
 
 STDLIB = "stdlib"
-_COMPRESSED = (".gz", ".zst")
 _ROWS = (".jsonl", ".ndjson")
 _TEXT = {
     ".txt",
@@ -390,27 +389,40 @@ def _declared_encoding(data: bytes) -> str | None:
 def _open(file: SourceFile, stats: ReadStats) -> Iterator[IO[bytes]]:
     """The file's uncompressed bytes, buffered; reading advances `stats.bytes_read` by bytes on disk."""
     suffix = os.path.splitext(file.path)[1].lower()
-    zstd_error: type[Exception] = OSError
+    uncompress, own_errors = _COMPRESSED[suffix](file) if suffix in _COMPRESSED else (_buffered, ())
     try:
         with contextlib.ExitStack() as stack:
             raw = stack.enter_context(_CountingFile(file.path, stats))
-            if suffix == ".gz":
-                stream: IO[bytes] = gzip.GzipFile(fileobj=io.BufferedReader(raw))
-            elif suffix == ".zst":
-                try:
-                    import zstandard
-                except ImportError:
-                    raise _missing(file, "zstandard") from None
-                zstd_error = zstandard.ZstdError
-                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                stream = io.BufferedReader(reader, 1 << 20)
-            else:
-                stream = io.BufferedReader(raw, 1 << 20)
-            yield stack.enter_context(stream)
-    except (OSError, EOFError, zlib.error, zstd_error) as error:
+            yield stack.enter_context(uncompress(raw))
+    except (OSError, EOFError, *own_errors) as error:
         raise UserError(
             f"data.sources names {file.path!r}, which cannot be read ({error}): repair or remove it."
         ) from None
+
+
+def _buffered(raw: io.RawIOBase) -> IO[bytes]:
+    return io.BufferedReader(raw, 1 << 20)
+
+
+def _gzip(file: SourceFile) -> Uncompress:
+    return lambda raw: gzip.GzipFile(fileobj=io.BufferedReader(raw)), (zlib.error,)
+
+
+def _zstandard(file: SourceFile) -> Uncompress:
+    try:
+        import zstandard
+    except ImportError:
+        raise _missing(file, "zstandard") from None
+
+    def uncompress(raw: io.RawIOBase) -> IO[bytes]:
+        return _buffered(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+
+    return uncompress, (zstandard.ZstdError,)
+
+
+# From the bytes on disk to those of the text, and the errors of its own that this may raise.
+Uncompress = tuple[Callable[[io.RawIOBase], IO[bytes]], tuple[type[Exception], ...]]
+_COMPRESSED: dict[str, Callable[[SourceFile], Uncompress]] = {".gz": _gzip, ".zst": _zstandard}
 
 
 class _CountingFile(io.FileIO):
