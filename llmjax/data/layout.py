@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -45,14 +46,15 @@ class RowLayout:
     @property
     def moves(self) -> bool:
         """Whether any token moves."""
-        return self.name != "contiguous" and self.shards > 1
+        return LAYOUTS[self.name].moves and self.shards > 1
 
     def check(self, seq_len: int) -> None:
         """Raises UserError where rows of `seq_len` tokens cannot be laid out."""
-        twice = "2 x " if self.name == "zigzag" else ""
-        if self.moves and seq_len % (2 * self.shards if twice else self.shards):
+        parts = LAYOUTS[self.name].parts
+        if self.moves and seq_len % (parts * self.shards):
+            times = f"{parts} x " if parts > 1 else ""
             raise UserError(
-                f"data.seq_len={seq_len} is not divisible by {twice}mesh.seq={self.shards}, which "
+                f"data.seq_len={seq_len} is not divisible by {times}mesh.seq={self.shards}, which "
                 f"mesh.layout={self.name!r} needs; change one of them"
             )
 
@@ -63,7 +65,7 @@ class RowLayout:
           int64 [T]: column j of the laid out row holds column order[j] of the row.
           int32 [pieces + 1]: the segment that each segment of the row becomes, padding (0) included.
         """
-        return LAYOUTS[self.name](np.asarray(lengths, np.int64), seq_len, self)
+        return LAYOUTS[self.name].order(np.asarray(lengths, np.int64), seq_len, self)
 
 
 def lay_out(arrays: Arrays, layout: RowLayout) -> Arrays:
@@ -123,9 +125,23 @@ def _documents(lengths: np.ndarray, seq_len: int, layout: RowLayout) -> tuple[np
     return order, np.concatenate([[0], places + 1]).astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """One value of `mesh.layout`.
+
+    order  (lengths of the pieces, seq_len, the RowLayout) -> what `RowLayout.order` returns
+    parts  equal ones that each shard takes of a row: with the shards they must divide it
+    moves  tokens leave their columns
+    """
+
+    order: Callable[[np.ndarray, int, RowLayout], tuple[np.ndarray, np.ndarray]]
+    parts: int = 1
+    moves: bool = True
+
+
 LAYOUTS = {
-    "contiguous": _in_order(_contiguous),
-    "zigzag": _in_order(_zigzag),
-    "striped": _in_order(_striped),
-    "documents": _documents,
+    "contiguous": Arrangement(_in_order(_contiguous), moves=False),
+    "zigzag": Arrangement(_in_order(_zigzag), parts=2),
+    "striped": Arrangement(_in_order(_striped)),
+    "documents": Arrangement(_documents),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmjax.train.steering import Measured
@@ -57,13 +57,17 @@ def mean_metrics(steps: Sequence[MicroMetrics]) -> dict[str, float]:
     return values
 
 
+# By the kind of a spike, the size of a micro-step's part in it.
+GUILT: dict[str, Callable[[MicroMetrics], float]] = {
+    "loss": lambda step: step["loss"] / step["weight"],
+    "gradient norm": lambda step: step["square_norm"] / step["weight"] ** 2,
+}
+
+
 def guiltiest(steps: Sequence[MicroMetrics], kind: str) -> int:
     """Which micro-step has the largest mean loss, or for a gradient spike the largest mean gradient."""
-    by = "loss" if kind == "loss" else "square_norm"
 
     def size(step: MicroMetrics) -> float:
-        if not step["weight"]:
-            return -math.inf
-        return step["loss"] / step["weight"] if by == "loss" else step[by] / step["weight"] ** 2
+        return GUILT[kind](step) if step["weight"] else -math.inf
 
     return max(range(len(steps)), key=lambda i: size(steps[i]))

@@ -219,15 +219,13 @@ class Walk:
             return pl.BlockSpec(block, lambda h, p, codes, _: index(h, *place(p, codes)))
 
         G, H = self.G, shape[-1]
-        if kind == "q_places":
-            return spec((None, 2, self.q_size), lambda h, b, i, j: (b, 0, i))
-        if kind == "k_places":
-            return spec((None, 2, self.k_size), lambda h, b, i, j: (b, 0, j))
-        if kind == "rows":
-            return spec((None, None, G, self.q_size), lambda h, b, i, j: (b, h, 0, i))
-        if kind == "queries":
-            return spec((None, None, G, self.q_size, H), lambda h, b, i, j: (b, h, 0, i, 0))
-        return spec((2, None, None, self.k_size, H), lambda h, b, i, j: (0, b, h, j, 0))
+        return {
+            "q_places": lambda: spec((None, 2, self.q_size), lambda h, b, i, j: (b, 0, i)),
+            "k_places": lambda: spec((None, 2, self.k_size), lambda h, b, i, j: (b, 0, j)),
+            "rows": lambda: spec((None, None, G, self.q_size), lambda h, b, i, j: (b, h, 0, i)),
+            "queries": lambda: spec((None, None, G, self.q_size, H), lambda h, b, i, j: (b, h, 0, i, 0)),
+            "keys": lambda: spec((2, None, None, self.k_size, H), lambda h, b, i, j: (0, b, h, j, 0)),
+        }[kind]()
 
 
 def _places(segments_BX: jax.Array, positions_BX: jax.Array, tokens: int) -> jax.Array:
