@@ -101,6 +101,7 @@ def get_config() -> ConfigDict:
     optimizer.beta1 = 0.9  # decay of the first moment, per update
     optimizer.beta2 = 0.95  # decay of the second moment, per update
     optimizer.eps = 1e-8  # added to the root of the second moment
+    optimizer.muon_form = "debiased"  # debiased | reference: bias-corrected momentum, or as Jordan's own code
     optimizer.weight_decay = 0.1  # not on norms and biases
     optimizer.clip = "global"  # global | block (each layer by itself) | adaptive (by the norm of the weights)
     optimizer.clip_norm = 1.0  # largest gradient norm; adaptive: / weight norm, 0.01 to 0.16; 0 = off

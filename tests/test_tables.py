@@ -24,7 +24,7 @@ from llmjax.ops.attention import share
 from llmjax.parallel import mesh
 from llmjax.parallel.rules import Layout
 from llmjax.plan import traffic
-from llmjax.train import batch, clip, controller, engines, fused, optimizer, probe_charts, stability
+from llmjax.train import batch, clip, controller, engines, fused, muon, optimizer, probe_charts, stability
 
 BTD = jnp.zeros((1, 2, 8))
 TINY = config.resolve(ModelConfig(num_layers=1, model_dim=8, num_heads=2))
@@ -115,6 +115,7 @@ TABLES = {
     "optimizer": (optimizer._TRANSFORMS, reach, lambda name: optimizer_with(name=name)),
     "schedule": (optimizer.SCHEDULES, Reaching(), lambda name: optimizer_with(schedule=name)),
     "constant_in": (optimizer.CONSTANT_IN, reach, lambda name: optimizer_with(constant_in=name)),
+    "muon_form": (muon.MUON_FORMS, reach, lambda name: optimizer_with(name="muon", muon_form=name)),
     "clip": (clip.CLIPS, reach, lambda name: clip.make_clip(name, 1.0)),
     "fused_gather": (fused.MANUAL, (), lambda name: fused.MANUAL[name]),
     "tokenizer kind": (tokenizer.KINDS, Reaching(),

@@ -65,7 +65,10 @@ def check_leaves(wanted: dict, found: dict, where: str) -> None:
     for path, leaf in wanted.items():
         name = "/".join(path)
         if path not in found:
-            raise UserError(f"{where} has no {name}; use the model and optimizer config it was trained with")
+            raise UserError(
+                f"{where} has no {name}; use the model and optimizer config, and the version of llmjax, it was "
+                "trained with"
+            )
         stored = found[path]
         for what, ours, theirs in (
             ("shape", tuple(leaf.shape), tuple(stored.shape)),

@@ -15,35 +15,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from optax.contrib import MuonDimensionNumbers
 
 from llmjax.errors import UserError, choose
 from llmjax.ranges import COUNT, Range, check_ranges
+from llmjax.train.adafactor import scale_by_adafactor
 from llmjax.train.clip import CLIPS, make_clip
+from llmjax.train.matrices import decay_mask
+from llmjax.train.moments import OptState, follow_decay, scale_by_adam
+from llmjax.train.muon import MUON_FORMS, MUON_MOMENTUM, muon_labels, scale_by_muon
 from llmjax.types import Array, Params
-
-OptState = Any
 
 BATCH_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # exponent of the batch in the learning rate
 # (size of the update, factor on its learning rate) -> the power of the betas and the factor on weight_decay
 CONSTANT_IN = {"updates": lambda size, scale: (1.0, 1.0), "tokens": lambda size, scale: (size, size / scale)}
-MUON_MOMENTUM = 0.95  # Jordan et al. 2024; Liu et al. 2025
 # A decay per update. In float32, 1 - beta must be more than 0 for the moments to move at all.
 BETA = Range(0, 0.999999)
-MUON_RMS = 0.2  # of an update, the empirical figure of AdamW: Liu et al. 2025, equation 4
-_SIDES = {
-    "D": "model",
-    "F": "mlp",
-    "N": "heads",
-    "K": "heads",
-    "H": "heads",
-}  # of a matrix, by dimension letter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +54,7 @@ class OptimizerConfig:
                        embeddings, norms, biases
     eps                in AdamW's denominator
     weight_decay       per update, times the learning rate; not on norms and biases
+    muon_form          debiased or reference: how Muon's momentum weighs the newest gradient, see `muon.scale_by_muon`
     clip_norm          the threshold of `clip`; 0 = off
     clip               what is clipped, see `clip.make_clip`: global, block or adaptive
     batch_scaling      the learning rate is multiplied by this root of (tokens of the update /
@@ -93,6 +84,7 @@ class OptimizerConfig:
     batch_scaling: str = "none"
     constant_in: str = "updates"
     offload: bool = False
+    muon_form: str = "debiased"
 
     def __post_init__(self) -> None:
         check_ranges("optimizer", self)
@@ -102,6 +94,7 @@ class OptimizerConfig:
             ("clip", CLIPS),
             ("batch_scaling", BATCH_SCALING),
             ("constant_in", CONSTANT_IN),
+            ("muon_form", MUON_FORMS),
         ):
             choose(choices, f"optimizer.{key}", getattr(self, key))
         if self.name == "schedule_free_adamw" and self.schedule != "constant":
@@ -218,92 +211,6 @@ def make_optimizer(config: OptimizerConfig, num_updates: int) -> Optimizer:
     )
 
 
-def decay_mask(params: Params) -> Params:
-    """True for every leaf that is decayed: all but those whose name ends in `scale` or `bias`."""
-    return _map_named(lambda name, _: not _is_vector(name), params)
-
-
-def muon_dimensions(name: str, ndim: int) -> MuonDimensionNumbers | None:
-    """Which axes of a weight are rows and columns of its matrix, by the dimension letters of its name.
-
-    `wq_DNH` is D x (N H) and `w_down_DF` D x F; which side is the input makes no difference to Muon. Further
-    leading axes (layers) are so many separate matrices. None where the leaf is no matrix of the network's
-    inside (embedding, norm, bias) and belongs to AdamW.
-    """
-    letters = name.rsplit("_", 1)[-1]
-    sides = [_SIDES.get(letter) for letter in letters]
-    if _is_vector(name) or None in sides or len(set(sides)) != 2:
-        return None
-    split = next(i for i, side in enumerate(sides) if side != sides[0])
-    lead = ndim - len(letters)
-    if lead < 0 or sides[0] in sides[split:]:
-        raise ValueError(f"the dimension letters of {name!r} do not describe a matrix of rank {ndim}")
-    return MuonDimensionNumbers(tuple(range(lead, lead + split)), tuple(range(lead + split, ndim)))
-
-
-def _map_named(function: Callable[[str, Array], Any], params: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda path, x: function(str(path[-1].key), x), params)
-
-
-def _is_vector(name: str) -> bool:
-    return name.rsplit("_", 1)[-1] in ("scale", "bias")
-
-
-class _AdamState(NamedTuple):
-    """Moments, and the sum of the weights that each gives to the gradients so far: 1 - beta ** n at a constant beta."""
-
-    mu: Params
-    nu: Params
-    mu_weight: Array
-    nu_weight: Array
-
-
-def _scale_by_adam(hyper: Hyperparameters, eps: float) -> optax.GradientTransformation:
-    """Adam (Kingma and Ba 2015). optax's own corrects the bias by beta ** n, which supposes that beta never changes."""
-
-    def init(params: Params) -> _AdamState:
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731 - two, not one twice: they are donated
-        return _AdamState(zeros(), zeros(), jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32))
-
-    def update(grads: Params, state: _AdamState, params: Params) -> tuple[Params, _AdamState]:
-        b1, b2 = hyper.beta1, hyper.beta2
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
-        w1, w2 = b1 * state.mu_weight + (1 - b1), b2 * state.nu_weight + (1 - b2)
-        updates = jax.tree.map(lambda m, v: (m / w1) / (jnp.sqrt(v / w2) + eps), mu, nu)
-        return updates, _AdamState(mu, nu, w1, w2)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _follow_decay(
-    inner: optax.GradientTransformation, decay: Array | float, unit: float
-) -> optax.GradientTransformation:
-    """Makes optax's `inner`, which corrects the bias of its moment by 1 - decay ** count, right for a changing decay.
-
-    `decay` belongs to this update and `unit` to an update of train.tokens_per_update tokens; both are 0 or more and
-    below 1. The state keeps as its `count`, float32, which power of `unit` is the product of all decays so far.
-    `inner` is shown which power of `decay` that is. Where the decay never changes, both are exactly the number of
-    updates.
-    """
-
-    def log(x: Array | float) -> Array:
-        # The power of a very large update may round to 0, of which there is no logarithm.
-        return jnp.log(jnp.maximum(jnp.asarray(x, jnp.float32), jnp.finfo(jnp.float32).tiny))
-
-    def init(params: Params) -> OptState:
-        state = inner.init(params)
-        return state._replace(count=jnp.asarray(state.count, jnp.float32))
-
-    def update(grads: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
-        power = jnp.where(jnp.asarray(decay, jnp.float32) == np.float32(unit), 1.0, log(decay) / log(unit))
-        count = state.count + power
-        updates, new_state = inner.update(grads, state._replace(count=count / power - 1.0), params)
-        return updates, new_state._replace(count=count)
-
-    return optax.GradientTransformation(init, update)
-
-
 def _decay_and_scale(hyper: Hyperparameters) -> tuple[optax.GradientTransformation, ...]:
     return (
         optax.add_decayed_weights(hyper.weight_decay, decay_mask),
@@ -312,7 +219,7 @@ def _decay_and_scale(hyper: Hyperparameters) -> tuple[optax.GradientTransformati
 
 
 def _adamw(config: OptimizerConfig, hyper: Hyperparameters) -> optax.GradientTransformation:
-    return optax.chain(_scale_by_adam(hyper, config.eps), *_decay_and_scale(hyper))
+    return optax.chain(scale_by_adam(hyper.beta1, hyper.beta2, config.eps), *_decay_and_scale(hyper))
 
 
 def _lion(config: OptimizerConfig, hyper: Hyperparameters) -> optax.GradientTransformation:
@@ -323,39 +230,17 @@ def _adafactor(config: OptimizerConfig, hyper: Hyperparameters) -> optax.Gradien
     """Adafactor as Zhai et al. (2022, section 3.4) use it, so that AdamW's learning rate carries over.
 
     Factored second moment and momentum, but neither parameter scaling nor per-tensor update clipping: both
-    would depend on whether layers are stacked.
+    would depend on whether layers are stacked. Momentum begins at zero and its bias is not corrected, as theirs.
     """
-    rms = optax.scale_by_factored_rms(
-        decay_rate_fn=lambda update, exponent: jnp.minimum(1.0 - (update + 1.0) ** -exponent, hyper.beta2)
-    )
     momentum = optax.ema(hyper.beta1, debias=False) if config.beta1 > 0 else optax.identity()
-    return optax.chain(rms, momentum, *_decay_and_scale(hyper))
+    return optax.chain(scale_by_adafactor(hyper.beta2), momentum, *_decay_and_scale(hyper))
 
 
 def _muon(config: OptimizerConfig, hyper: Hyperparameters) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) on the matrices inside the network, AdamW on embeddings, norms and biases.
-
-    An orthogonal m x n update has RMS 1 / sqrt(max(m, n)); times 0.2 sqrt(max(m, n)) it has the RMS of
-    AdamW's update, so that one learning rate and decay serve both (Liu et al. 2025).
-    """
-
-    def dimensions(params: Params) -> Params:
-        return _map_named(lambda name, x: muon_dimensions(name, x.ndim), params)
-
-    def labels(params: Params) -> Params:
-        return _map_named(lambda name, x: "muon" if muon_dimensions(name, x.ndim) else "adamw", params)
-
-    def match_rms(updates: Params, _params: Params) -> Params:
-        def scale(x: Array, numbers: MuonDimensionNumbers) -> Array:
-            rows, columns = ([x.shape[axis] for axis in axes] for axes in numbers)
-            return MUON_RMS * max(math.prod(rows), math.prod(columns)) ** 0.5 * x
-
-        return jax.tree.map(scale, updates, dimensions(updates))
-
-    orthogonalize = optax.contrib.scale_by_muon(beta=hyper.momentum, weight_dimension_numbers=dimensions)
-    orthogonalize = _follow_decay(orthogonalize, hyper.momentum, MUON_MOMENTUM)
-    matrices = optax.chain(orthogonalize, optax.stateless(match_rms), *_decay_and_scale(hyper))
-    return optax.partition({"muon": matrices, "adamw": _adamw(config, hyper)}, labels)
+    """Muon on the matrices inside the network, AdamW on embeddings, norms and biases. See `muon.scale_by_muon`."""
+    direction = scale_by_muon(hyper.momentum, config.muon_form)
+    matrices = optax.chain(direction, *_decay_and_scale(hyper))
+    return optax.partition({"muon": matrices, "adamw": _adamw(config, hyper)}, muon_labels)
 
 
 def _schedule_free_adamw(config: OptimizerConfig, hyper: Hyperparameters) -> optax.GradientTransformation:
@@ -365,7 +250,7 @@ def _schedule_free_adamw(config: OptimizerConfig, hyper: Hyperparameters) -> opt
     lies from x, beta1, never changes: x is computed back from y.
     """
     rms = optax.scale_by_rms(hyper.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
-    rms = _follow_decay(rms, hyper.beta2, config.beta2)
+    rms = follow_decay(rms, hyper.beta2, config.beta2)
     inner = optax.chain(rms, *_decay_and_scale(hyper))
     # A function, since optax wants its square, which weighs an iterate in the average, in the state's dtype.
     return optax.contrib.schedule_free(inner, lambda count: hyper.learning_rate, b1=config.beta1)

@@ -84,9 +84,10 @@ def state_shardings(
 ) -> TrainState:
     """A tree of NamedSharding like `state` (arrays or ShapeDtypeStructs), from the specs of its parameters.
 
-    An optimizer leaf belongs to the parameter whose path ends its own. Of the same shape, it is sharded the
-    same way; with one dimension fewer (Adafactor's factored moments) like the dimensions it kept; else it is
-    replicated. `offload`: the optimizer's own leaves lie in the memory of the hosts; sums under way do not.
+    An optimizer leaf belongs to the parameter whose path ends its own. Along every dimension of the same length it
+    is split like the parameter; dimensions of length 1, which Adafactor's rows and columns have, are not split. A
+    leaf of another rank or with other lengths is replicated. `offload`: the optimizer's own leaves lie in the memory
+    of the hosts; sums under way do not.
     """
     flat_specs = jax.tree.leaves(param_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     flat_params = jax.tree_util.tree_leaves_with_path(state.params)
@@ -148,10 +149,8 @@ def _begin(params: Params, accumulator: Accumulator, rng: Array) -> TrainState:
 def _matching_spec(
     shape: tuple[int, ...], param_shape: tuple[int, ...], spec: PartitionSpec
 ) -> PartitionSpec:
-    if shape == param_shape:
-        return spec
+    if len(shape) != len(param_shape) or any(a not in (1, b) for a, b in zip(shape, param_shape)):
+        return PartitionSpec()
     axes = (*spec, *(None,) * (len(param_shape) - len(spec)))
-    for i in range(len(param_shape)):
-        if shape == param_shape[:i] + param_shape[i + 1 :]:  # for square matrices either would be right
-            return PartitionSpec(*axes[:i], *axes[i + 1 :])
-    return PartitionSpec()
+    kept = [axis if a == b else None for a, b, axis in zip(shape, param_shape, axes)]
+    return spec if shape == param_shape else PartitionSpec(*kept)

@@ -13,15 +13,15 @@ import pytest
 from configs.base import get_config
 from llmjax.errors import UserError
 from llmjax.train.optimizer import (
+    _TRANSFORMS,
     Optimizer,
     OptimizerConfig,
     decay_mask,
     make_optimizer,
     make_schedule,
-    muon_dimensions,
 )
 
-NAMES = ("adamw", "lion", "adafactor", "muon", "schedule_free_adamw")
+NAMES = _TRANSFORMS
 SHAPES = {
     "wq_DNH": (16, 2, 4),
     "wk_DKH": (16, 1, 4),
@@ -345,25 +345,6 @@ def test_muon_leaves_embeddings_norms_and_biases_to_adamw():
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_dimension_letters_name_the_rows_and_columns_of_a_matrix():
-    assert muon_dimensions("wq_DNH", 3) == ((0,), (1, 2))
-    assert muon_dimensions("wk_DKH", 4) == ((1,), (2, 3))
-    assert muon_dimensions("wo_NHD", 4) == ((1, 2), (3,))
-    assert muon_dimensions("wo_DNH", 4) == ((1,), (2, 3))
-    assert muon_dimensions("w_down_FD", 2) == ((0,), (1,))
-    for name in ("embedding_VD", "positions_TD", "scale", "q_bias", "up_bias", "b_NH"):
-        assert muon_dimensions(name, 2) is None
-    with pytest.raises(ValueError, match="wq_DNH"):
-        muon_dimensions("wq_DNH", 2)
-
-
-def test_adafactor_keeps_rows_and_columns_instead_of_second_moments():
-    params = {"w_up_DF": jnp.zeros((4, 128, 256)), "scale": jnp.zeros((4, 128))}
-    state = make_optimizer(config("adafactor", beta1=0.0), 4).init(params)
-    size = sum(x.size for x in jax.tree.leaves(state))
-    assert size < 4 * (128 + 256) + 4 * 128 + 20
-
-
 def test_schedule_free_evaluates_the_average_of_its_iterates_by_squared_learning_rate():
     params, rng, iterates = normal(12, SHAPES), np.random.default_rng(0), []
     optimizer = make_optimizer(config("schedule_free_adamw", warmup_updates=3), 9)
@@ -387,6 +368,7 @@ def test_schedule_free_evaluates_the_average_of_its_iterates_by_squared_learning
         ({"clip": "norm"}, "optimizer.clip='norm' .* global, block, adaptive"),
         ({"batch_scaling": "root"}, "optimizer.batch_scaling='root' .* none, sqrt, linear"),
         ({"constant_in": "epochs"}, "optimizer.constant_in='epochs' .* updates, tokens"),
+        ({"muon_form": "jordan"}, "optimizer.muon_form='jordan' is not known.* debiased, reference"),
         ({"schedule": "cos"}, "optimizer.schedule='cos' .* cosine"),
         ({"learning_rate": -1.0}, "optimizer.learning_rate=-1.0"),
         ({"learning_rate": math.nan}, "optimizer.learning_rate=nan"),
