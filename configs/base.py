@@ -95,9 +95,12 @@ def get_config() -> ConfigDict:
     optimizer.name = "muon"  # adamw | lion | adafactor | muon | schedule_free_adamw
     optimizer.learning_rate = 1e-2  # at the peak
     optimizer.schedule = "cosine"  # cosine | linear | constant | wsd
+    optimizer.schedule_updates = (
+        0  # that the schedule takes, warmup and decay included; 0 = train.num_updates
+    )
     optimizer.warmup_updates = 40  # of linear rise to the peak
-    optimizer.final_lr_fraction = 0.1  # of the peak, at the last update
-    optimizer.decay_fraction = 0.2  # of the updates, for wsd: the linear decay at the end
+    optimizer.final_lr_fraction = 0.1  # of the peak, at the last update of the schedule
+    optimizer.decay_fraction = 0.2  # of the schedule, for wsd: the linear decay at the end
     optimizer.beta1 = 0.9  # decay of the first moment, per update
     optimizer.beta2 = 0.95  # decay of the second moment, per update
     optimizer.eps = 1e-8  # added to the root of the second moment

@@ -306,7 +306,7 @@ FREE_ON_RESUME = (
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.micro_batch_size",
     "train.accumulation_steps", "train.accumulation", "train.fused_gather", "train.statistics_every",
     "data.sources", "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
-    "optimizer.learning_rate", "optimizer.offload",
+    "optimizer.learning_rate", "optimizer.offload", "optimizer.schedule_updates",
     "model.scan_layers", "model.remat", "model.offload", "model.tile", "model.attention",
 )  # fmt: skip
 

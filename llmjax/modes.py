@@ -47,6 +47,7 @@ from llmjax.parallel.agreement import check_same, together
 from llmjax.parallel.devices import peak_flops
 from llmjax.parallel.host_memory import has_accelerator, keep_freed_memory
 from llmjax.plan.compile import compile_step
+from llmjax.plan.remarks import remarks
 from llmjax.plan.summary import describe, describe_program
 from llmjax.plan.topology import topology_devices
 from llmjax.resume import (
@@ -147,6 +148,8 @@ def run_plan(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, devi
         program = make_program(config, batch, corpus.tokenizer.vocab_size)
         rows = describe(corpus, program, workdir)
     say(f"plan\n{format_table(rows)}")
+    for remark in remarks(program):
+        say(f"note: {remark}")
     say(format_table(compile_step(program, say)))
     return 0
 
@@ -187,6 +190,7 @@ def train_in(
     corpus = read_corpus(config, batch, workdir)
     asked = make_probes(corpus, config)
     under_way = standing.has_window(workdir)
+    so_far = saved_config(workdir)
     program = make_program(config, batch, corpus.tokenizer.vocab_size, accumulates=under_way)
     with open_checkpoints(workdir, "checkpoints", config.checkpoint, check_lock) as checkpoints:
         state, position = resume_or_init(program, corpus, checkpoints, workdir)
@@ -200,6 +204,8 @@ def train_in(
             write_record(workdir, corpus)
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
+        for remark in [] if finished else remarks(program, so_far, position.tokens):
+            say(f"note: {remark}\n")
         ready = f"ready after {time.perf_counter() - started:.0f} s"
         done = f"finished: {position.update:,} updates are done, and train.num_updates="
         done += f"{config.train.num_updates} asks for no more"

@@ -15,6 +15,8 @@ from llmjax.data.tokenizer import KINDS, TokenizerConfig
 from llmjax.nn.remat import Widths, kept_width
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.train.controller import RULES
+from llmjax.train.optimizer import OptimizerConfig
+from llmjax.train.schedules import describe_schedule
 
 
 def tree_bytes_per_device(tree: object) -> int:
@@ -83,12 +85,19 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
         "model": f"{c.model.family}, {format_count(num_params)} parameters, {format_count(flops)}FLOP per token, "
         f"{c.model.dtype}",
         "attention": _describe_attention(program),
-        "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.learning_rate:g}, {c.optimizer.schedule}",
+        "optimizer": _describe_optimizer(c.optimizer, c.train.num_updates),
         "mesh": f"{axes} on {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}",
         "batch": _describe_batch(program),
         "memory": f"about {format_bytes(held + gradients + activations)} per device: state {format_bytes(held)}, "
         f"gradients {format_bytes(gradients)}, activations {format_bytes(activations)}",
     }
+
+
+def _describe_optimizer(config: OptimizerConfig, num_updates: int) -> str:
+    text = f"{config.name}, learning rate {describe_schedule(config, num_updates)}"
+    if config.batch_scaling != "none":
+        text += f", times the size of the batch by {config.batch_scaling}"
+    return text
 
 
 def _describe_attention(program: Program) -> str:

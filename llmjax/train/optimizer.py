@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules, and how both follow the batch size; no other file knows them.
+"""The optimizers, what changes from update to update, and how both follow the batch size.
 
 Every optimizer is the same chain: clip the gradient (Pascanu et al. 2013), precondition, add decoupled weight
 decay to everything but norms and biases (Loshchilov and Hutter 2019), multiply by the learning rate.
@@ -13,7 +13,6 @@ tokens while the batch grows, and nothing ever compiles again.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -27,6 +26,7 @@ from llmjax.train.clip import CLIPS, make_clip
 from llmjax.train.matrices import decay_mask
 from llmjax.train.moments import OptState, follow_decay, scale_by_adam
 from llmjax.train.muon import MUON_FORMS, MUON_MOMENTUM, muon_labels, scale_by_muon
+from llmjax.train.schedules import SCHEDULES, make_schedule
 from llmjax.types import Array, Params
 
 BATCH_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # exponent of the batch in the learning rate
@@ -47,8 +47,11 @@ class OptimizerConfig:
     schedule           after the warmup: cosine, linear, constant, or wsd (warmup, stable, decay: Hu et al.
                        2024)
     warmup_updates     over which the learning rate rises linearly
-    final_lr_fraction  of the peak, reached at the last update
-    decay_fraction     of all updates, for wsd: the linear decay at the end
+    final_lr_fraction  of the peak, reached at the last update of the schedule
+    decay_fraction     of the schedule's updates, for wsd: the linear decay at the end, one update at least
+    schedule_updates   how many updates of train.tokens_per_update tokens the schedule takes, warmup and decay included;
+                       0 = train.num_updates. A longer run stays at the final rate, and a shorter one makes the
+                       beginning of the schedule
     beta1, beta2       decay of the first and second moment. Lion: its two betas. Adafactor: momentum (0 saves
                        its memory) and the cap of its growing second-moment decay. Muon: those of AdamW for
                        embeddings, norms, biases
@@ -85,6 +88,7 @@ class OptimizerConfig:
     constant_in: str = "updates"
     offload: bool = False
     muon_form: str = "debiased"
+    schedule_updates: Annotated[int, Range(1, COUNT, "train.num_updates")] = 0
 
     def __post_init__(self) -> None:
         check_ranges("optimizer", self)
@@ -97,6 +101,16 @@ class OptimizerConfig:
             ("muon_form", MUON_FORMS),
         ):
             choose(choices, f"optimizer.{key}", getattr(self, key))
+        if self.schedule_updates and self.schedule == "constant":
+            raise UserError(
+                f"optimizer.schedule_updates={self.schedule_updates} has no meaning with "
+                "optimizer.schedule='constant', which has no end; set it to 0"
+            )
+        if 0 < self.schedule_updates <= self.warmup_updates:
+            raise UserError(
+                f"optimizer.schedule_updates={self.schedule_updates} leaves nothing after "
+                f"optimizer.warmup_updates={self.warmup_updates}; raise the first or lower the second"
+            )
         if self.name == "schedule_free_adamw" and self.schedule != "constant":
             raise UserError(
                 f"optimizer.schedule={self.schedule!r} decays what schedule_free_adamw averages instead; "
@@ -137,49 +151,6 @@ class Optimizer:
     eval_params: Callable[[OptState, Params], Params]
     hyperparameters: Callable[[float, float], Hyperparameters]
     offload: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """One value of `optimizer.schedule`.
-
-    decay_updates  (config, updates of the run, of the warmup) -> how many updates the decay takes, up to the last
-    shape          how far the rate has come down when a fraction of the decay is done, both from 0 to 1
-    """
-
-    decay_updates: Callable[[OptimizerConfig, int, int], int]
-    shape: Callable[[float], float] = lambda progress: progress
-
-
-SCHEDULES = {
-    "cosine": Schedule(
-        lambda config, updates, warmup: updates - warmup,
-        lambda progress: 0.5 - 0.5 * math.cos(math.pi * progress),
-    ),
-    "linear": Schedule(lambda config, updates, warmup: updates - warmup),
-    "constant": Schedule(lambda config, updates, warmup: 0),
-    "wsd": Schedule(lambda config, updates, warmup: round(config.decay_fraction * updates)),
-}
-
-
-def make_schedule(config: OptimizerConfig, num_updates: int) -> Callable[[float], float]:
-    """The learning rate of the update that ends at u = 1 ... num_updates, or anywhere between.
-
-    Warmup: peak * u / warmup_updates. Decay reaches `final_lr_fraction` of the peak exactly at the last update and
-    stays there. Where a decay begins before the warmup ends the lower of the two counts.
-    """
-    peak, final, warmup = config.learning_rate, config.final_lr_fraction, max(config.warmup_updates, 1)
-    chosen = SCHEDULES[config.schedule]
-    decay_updates = chosen.decay_updates(config, num_updates, warmup)
-
-    def schedule(u: float) -> float:
-        rise = min(u / warmup, 1.0)
-        if decay_updates <= 0:
-            return peak * rise
-        progress = chosen.shape(min(max(1.0 - (num_updates - u) / decay_updates, 0.0), 1.0))
-        return peak * min(rise, 1.0 - (1.0 - final) * progress)
-
-    return schedule
 
 
 def make_optimizer(config: OptimizerConfig, num_updates: int) -> Optimizer:
