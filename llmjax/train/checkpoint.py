@@ -85,7 +85,7 @@ class Checkpoints:
     tell        says which checkpoint is damaged, why, and what became of it
     before_save raises where the directory must no longer be written to
     on_saved    (update, meta) -> None; called on the first process, in a thread, when a checkpoint is complete but
-                for its name; and with (None, {}) when the last one was given up
+                for its name; and again of the newest, or None, when later ones were given up
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class Checkpoints:
         self._good: list[int] = []
         self._damaged: dict[int, str] = {}
         self._verified: set[int] = set()
+        self._has_good = False  # whether a good one is known; before that none is deleted
         self._saving: tuple[int, dict] | None = None
         self._manager: ocp.CheckpointManager | None = None
         self._sweep()
@@ -167,6 +168,7 @@ class Checkpoints:
         meta = {**meta, "held_out_loss": loss} | ({"spare": True} if spare else {})
         self._facts[update] = Facts.of(meta)
         self._saved_here.add(update)
+        self._has_good = True
         self._saving = update, meta
         items = ocp.args.Composite(
             state=_DigestedTreeSave(leaves.to_tree(state)), meta=ocp.args.JsonSave(shelf.with_digest(meta))
@@ -223,6 +225,7 @@ class Checkpoints:
             found = on_primary(lambda: self._existing(update))
             if found in self._verified or not (why := self._damage(found)):
                 self._verified.add(found)
+                self._has_good = self._has_good or update is None
                 return found
             self._give_up(found, why, update)
 
@@ -266,15 +269,17 @@ class Checkpoints:
                 else:
                     self.amend(later, finite_loss=False)
         self._sweep()
-        if hosts.is_primary() and not self.updates():
-            self._on_saved(None, {})
+        if hosts.is_primary():
+            left = max(self.updates(), default=None)
+            self._on_saved(left, {"update": left})
 
     def wait(self) -> None:
         """Returns when nothing is being written any more; raises what went wrong in writing."""
         if self._manager is not None:
             self._manager.wait_until_finished()
             self._write_amended()
-            for update in set(self.updates()) - kept(self.updates(), self._facts, self.config):
+            spare = set(self.updates()) - kept(self.updates(), self._facts, self.config)
+            for update in spare if self._has_good else ():
                 self._delete(update)
         self._sweep()
 
