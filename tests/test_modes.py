@@ -225,6 +225,40 @@ def test_a_checkpoint_that_is_not_there_is_named(trained, capsys):
         )
 
 
+def flip_a_bit(checkpoint):
+    """In the middle of its largest file of arrays."""
+    file = max((checkpoint / "state").glob("ocdbt.process_0/d/*"), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_it_serves(folder, workdir, capsys):
+    """First whoever reads, who moves nothing; then training, which makes up for it."""
+    flip_a_bit(workdir / "checkpoints" / "6")
+    evaluate = ["llmjax", f"--workdir={workdir}", "--mode=evaluate"]
+    assert main.main(evaluate) == 0
+    out, err = capsys.readouterr()
+    assert f"update 4 of {workdir}" in out and err.count("\n") == 1
+    damaged = f"the checkpoint of update 6 in {workdir / 'checkpoints'} is damaged ("
+    assert damaged in err and err.endswith("the one of update 4 takes its place\n")
+    assert damaged in refuse(capsys, [*evaluate, "--checkpoint=6"])
+    expected = tiny_run.read_lines(workdir)
+    assert main.main(command(folder, f"--workdir={workdir}")) == 0
+    out, err = capsys.readouterr()
+    assert "4 of them done" in out and damaged in err and "was set aside as damaged-6" in err
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "6", "damaged-6"]
+    assert tiny_run.read_lines(workdir) == expected
+
+
+def test_checkpoints_that_are_gone_are_refused_and_nothing_is_touched(folder, workdir, capsys):
+    (workdir / "checkpoints").rename(workdir.parent / "unmounted")
+    before = (workdir / "metrics.jsonl").read_bytes()
+    sentence = refuse(capsys, command(folder, f"--workdir={workdir}"))
+    assert "holds no checkpoint, although saved.json says that checkpoints/6 was saved; mount or" in sentence
+    assert (workdir / "metrics.jsonl").read_bytes() == before and not (workdir / "lock").exists()
+
+
 def generate(capsys, workdir, *words):
     return run(capsys, ["llmjax", f"--workdir={workdir}", "--mode=generate", *words])
 
