@@ -19,6 +19,7 @@ import numpy as np
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.models.contract import Model
+from llmjax.ops import chunks
 from llmjax.ops.logits import softcap
 from llmjax.types import Batch, Params
 
@@ -111,11 +112,10 @@ def make_token_losses(
         w_VD = model.unembedding(params).astype(hidden_BTD.dtype)
         B, T = batch.targets.shape
         X, Y = math.gcd(shards[0], B), math.gcd(shards[1], T)  # Y counts the shards of T, which stay apart
-        length = T // Y
-        step = max(d for d in range(1, length + 1) if length % d == 0 and d <= max(1, chunk * X // B))
+        parts = chunks.cut(T // Y, chunk * X // B)
 
         def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, Y, C, ...]
-            return jnp.moveaxis(x.reshape(B, Y, length // step, step, *x.shape[2:]), 2, 0)
+            return jnp.moveaxis(parts.split(x.reshape(B, Y, T // Y, *x.shape[2:]), 2), 2, 0)
 
         def score(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             hidden_BYCD, targets_BYC = arrays
@@ -132,7 +132,7 @@ def make_token_losses(
             return jax.nn.logsumexp(logits_BYCV, axis=-1) - target_BYC, correct_BYC
 
         outs = jax.lax.map(score, (split(hidden_BTD), split(batch.targets)))
-        return tuple(jnp.moveaxis(x, 0, 2).reshape(B, T) for x in outs)
+        return tuple(parts.join(jnp.moveaxis(x, 0, 2), 2).reshape(B, T) for x in outs)
 
     return token_losses
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from llmjax.ops import chunks
 from llmjax.parallel.mesh import AXES
 from llmjax.parallel.rules import Layout, without_axes
 from llmjax.types import Params
@@ -41,19 +42,19 @@ def by_tiles(
     """`fn(params, arrays)`, of float32 params and arrays [B, T, ...]: a tree of arrays [B, T, ...].
 
     `fn` is token-wise, works in `inner_layout` and casts to `dtype` what `specs` (of the params) split over the mesh.
-    A tile has at most `tile` tokens on each device.
+    A tile has at most `tile` tokens on each device; the last one may be filled up with zeros.
     """
     axes = tuple(axis for axis in TOKEN_AXES if layout.axis_size(axis) > 1)
 
     def walk(params: Params, arrays: Any) -> Any:
         params = jax.tree.map(functools.partial(_whole, axes, dtype), params, specs)
         B, T = jax.tree.leaves(arrays)[0].shape[:2]
-        size = max(t for t in range(1, T + 1) if T % t == 0 and B * t <= max(tile, B))
-        if size == T:
+        tiles = chunks.cut(T, tile // B)
+        if tiles.count == 1:
             return jax.checkpoint(fn)(params, arrays)
-        cut = jax.tree.map(lambda x: x.reshape(B, T // size, size, *x.shape[2:]).swapaxes(0, 1), arrays)
+        cut = jax.tree.map(lambda x: tiles.split(x, 1).swapaxes(0, 1), arrays)
         outs = jax.lax.map(jax.checkpoint(lambda part: fn(params, part)), cut)
-        return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(B, T, *y.shape[3:]), outs)
+        return jax.tree.map(lambda y: tiles.join(y.swapaxes(0, 1), 1), outs)
 
     if not axes:
         return walk(params, arrays)

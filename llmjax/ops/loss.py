@@ -22,6 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llmjax.ops import chunks
+from llmjax.ops.chunks import Chunks
 from llmjax.ops.logits import softcap as cap_logits
 from llmjax.types import LossSums
 
@@ -118,7 +120,7 @@ def _on_platform(settings: tuple, gradients: bool, *arrays: jax.Array) -> tuple:
 class _Cut:
     """How tokens and ids are cut. X, Y and Z count the shards of B, T and V, which stay apart until the end.
 
-    C       tokens of a chunk, and `chunks` of them, of each shard
+    chunks  of the tokens of each shard; C is the size of one
     ids     of each shard, `block` of them at a time
     order   the dimensions of an array over tokens and ids; Z is number z, V the one after it
     """
@@ -126,11 +128,14 @@ class _Cut:
     X: int
     Y: int
     Z: int
-    C: int
-    chunks: int
+    chunks: Chunks
     ids: int
     block: int
     order: str
+
+    @property
+    def C(self) -> int:
+        return self.chunks.size
 
     @property
     def z(self) -> int:
@@ -149,10 +154,11 @@ class _Cut:
         """[B, T, ...] -> [X, Y, chunks, C, ...]: a chunk is a run of a shard's own tokens."""
         B, T, *more = x.shape
         x = x.reshape(self.X, B // self.X, self.Y, T // self.Y, *more).swapaxes(1, 2)
-        return x.reshape(self.X, self.Y, self.chunks, self.C, *more)
+        return self.chunks.split(x.reshape(self.X, self.Y, self.chunks.tokens, *more), 2)
 
     def join(self, x: jax.Array, B: int, T: int) -> jax.Array:
-        x = x.reshape(self.X, self.Y, B // self.X, T // self.Y, *x.shape[4:]).swapaxes(1, 2)
+        x = self.chunks.join(x, 2)
+        x = x.reshape(self.X, self.Y, B // self.X, T // self.Y, *x.shape[3:]).swapaxes(1, 2)
         return x.reshape(B, T, *x.shape[4:])
 
     def zeros(self, dims: str, dtype: Any = jnp.float32, **sizes: int) -> jax.Array:
@@ -190,16 +196,12 @@ def _cut(walk: Walk, shards: tuple[int, int, int], hidden_BTD: jax.Array, w_VD: 
     X, Y, Z = (math.gcd(count, size) for count, size in zip(shards, (B, T, V), strict=True))
     tokens, ids = B * T // (X * Y), V // Z
     fitting = walk.chunk_bytes // (ids * hidden_BTD.dtype.itemsize)
-    C = _largest_divisor(tokens, max(1, min(walk.chunk_tokens, fitting)))
-    block = max(1, min(walk.block_bytes // (4 * C), ids))
+    parts = chunks.cut(tokens, min(walk.chunk_tokens, fitting))
+    block = max(1, min(walk.block_bytes // (4 * parts.size), ids))
     if block < ids:  # whole tiles, and all blocks alike where they are more than half as large
         alike = (n for n in range(TILE, block + 1, TILE) if ids % n == 0 and 2 * n > block)
         block = max(alike, default=block - block % TILE or block)
-    return _Cut(X, Y, Z, C, tokens // C, ids, block, "ZVXYC" if walk.ids_first else "XYCZV")
-
-
-def _largest_divisor(n: int, limit: int) -> int:
-    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+    return _Cut(X, Y, Z, parts, ids, block, "ZVXYC" if walk.ids_first else "XYCZV")
 
 
 def _walk(
@@ -245,7 +247,7 @@ def _walk(
     if gradients:
         numerators, references = cut.zeros(cut.order, dtype), cut.zeros(f"L{cut.states}", L=cut.num_blocks)
         carry += (jnp.zeros_like(tokens[0]), cut.zeros(dw_dims, D=D), numerators, references)
-    loss, correct, *more = jax.lax.fori_loop(0, cut.chunks, body, carry)
+    loss, correct, *more = jax.lax.fori_loop(0, cut.chunks.count, body, carry)
     if not gradients:
         return (loss, correct), None
     dw_ZVD = jnp.einsum(f"{dw_dims}->ZVD", more[1])

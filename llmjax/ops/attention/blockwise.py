@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llmjax.ops import chunks
 from llmjax.ops.attention import kernel
 from llmjax.ops.attention.full import HIDDEN
 from llmjax.ops.attention.kernel import Cut, Softmax
@@ -38,7 +39,8 @@ def attend(
 ) -> jax.Array:
     """out_BTNH, in the dtype of q, equal to `full.attend`. Scores and softmax are float32.
 
-    `block` queries meet `block` keys at a time. The arrays lie on one device, or are its part in `jax.shard_map`.
+    Blocks of at most `block` queries meet as many keys at a time. The arrays lie on one device, or are its part in
+    `jax.shard_map`.
     """
     return kernel.attend(Blockwise(softcap, block), q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
 
@@ -52,16 +54,15 @@ class Blockwise:
 
     def cut_queries(self, x_BTNH: jax.Array, K: int) -> Cut:
         B, T, N, H = x_BTNH.shape
-        size = min(self.block, T)
-        x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
-        x = x_BTNH.reshape(B, -1, size, K, N // K, H).transpose(0, 1, 3, 4, 2, 5)
-        return x.reshape(B, -1, K, N // K * size, H)
+        blocks = chunks.cut(T, self.block)
+        x = blocks.split(x_BTNH, 1).reshape(B, -1, blocks.size, K, N // K, H).transpose(0, 1, 3, 4, 2, 5)
+        return x.reshape(B, -1, K, N // K * blocks.size, H)
 
     def join_queries(self, x_BIKrH: Cut, T: int) -> jax.Array:
         B, _, K, r, H = x_BIKrH.shape
-        size = min(self.block, T)
-        x = x_BIKrH.reshape(B, -1, K, r // size, size, H).transpose(0, 1, 4, 2, 3, 5)
-        return x.reshape(B, -1, K * (r // size), H)[:, :T]
+        blocks = chunks.cut(T, self.block)
+        x = x_BIKrH.reshape(B, -1, K, r // blocks.size, blocks.size, H).transpose(0, 1, 4, 2, 3, 5)
+        return blocks.join(x.reshape(B, -1, blocks.size, K * (r // blocks.size), H), 1)
 
     def cut_keys(self, k_BSKH: jax.Array, v_BSKH: jax.Array) -> Cut:
         K = k_BSKH.shape[2]
@@ -173,7 +174,9 @@ class _Places(NamedTuple):
 
 def _places(mask: Mask, block: int) -> tuple[_Places, _Places]:
     def places(segments_BX: jax.Array, positions_BX: jax.Array) -> _Places:
-        segments, positions = blocks_of(segments_BX, positions_BX, min(block, segments_BX.shape[1]))
+        segments, positions = blocks_of(
+            segments_BX, positions_BX, chunks.cut(segments_BX.shape[1], block).size
+        )
         return _Places(segments, positions, span_of(segments, positions))
 
     q_places = places(mask.q_segments_BT, mask.q_positions_BT)

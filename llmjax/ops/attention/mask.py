@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llmjax.ops.chunks import Chunks
+
 
 class Span(NamedTuple):
     """The first and the last token of a block in the order of (segment, position), padding left out.
@@ -135,6 +137,13 @@ def blocks_of(segments_BX: jax.Array, positions_BX: jax.Array, size: int) -> tup
         jnp.pad(x, ((0, 0), (0, -X % size))).reshape(B, -1, size) for x in (segments_BX, positions_BX)
     )
     return segments, positions
+
+
+def filled(spans: Span, blocks: Chunks) -> Span:
+    """Spans [B, blocks], filled up with those of blocks of padding, which nothing sees."""
+    missing = blocks.padded - blocks.tokens
+    empty = span_of(*(jnp.zeros((spans.padded.shape[0], missing, 1), jnp.int32) for _ in range(2)))
+    return Span(*(jnp.concatenate([x, y], axis=1) for x, y in zip(spans, empty, strict=True)))
 
 
 def self_mask(

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llmjax.ops import chunks
 from llmjax.ops.attention import kernel
 from llmjax.ops.attention.full import HIDDEN
 from llmjax.ops.attention.kernel import Cut, Softmax
-from llmjax.ops.attention.mask import Mask, Span, block_spans
+from llmjax.ops.attention.mask import Mask, Span, block_spans, filled
 from llmjax.ops.attention.pairs import Rows, list_rows
 
 LEAST = 16  # rows and columns that a product of tiles must have
@@ -186,17 +187,20 @@ class Walk:
         majors, minors = self.T // self.q_size, self.S // self.k_size
         if self.by_keys:
             majors, minors = minors, majors
-        part = _largest_divisor(majors, MOST_LISTED // (q_places.shape[0] * minors))
-        if part == majors:
+        parts = chunks.cut(majors, MOST_LISTED // (q_places.shape[0] * minors))
+        if parts.count == 1:
             return call(jnp.int32(0), find(q, k), sums)
+        q, k = (q, filled(k, parts)) if self.by_keys else (filled(q, parts), k)
 
         def go_on(i: jax.Array, sums: Arrays) -> Arrays:
-            start = i * part
-            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=part, axis=1)
+            start = i * parts.size
+            cut = functools.partial(
+                jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=parts.size, axis=1
+            )
             near = (q, Span(*map(cut, k))) if self.by_keys else (Span(*map(cut, q)), k)
             return call(start, find(*near), sums)
 
-        return jax.lax.fori_loop(0, majors // part, go_on, sums)
+        return jax.lax.fori_loop(0, parts.count, go_on, sums)
 
     def _call(
         self, name: str, body: Callable[..., None], inputs: Arrays, start: jax.Array, rows: Rows, sums: Arrays
@@ -279,10 +283,6 @@ def _places(segments_BX: jax.Array, positions_BX: jax.Array, tokens: int) -> jax
     """[B, 2, tokens], filled up with padding."""
     places_B2X = jnp.stack([segments_BX, positions_BX], axis=1)
     return jnp.pad(places_B2X, ((0, 0), (0, 0), (0, tokens - segments_BX.shape[1])))
-
-
-def _largest_divisor(n: int, limit: int) -> int:
-    return max((d for d in range(1, min(n, limit) + 1) if n % d == 0), default=1)
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -23,10 +23,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from llmjax.ops import chunks
 from llmjax.ops.attention import kernel
 from llmjax.ops.attention.full import HIDDEN
 from llmjax.ops.attention.kernel import Cut, Softmax
-from llmjax.ops.attention.mask import Mask, Span, block_spans
+from llmjax.ops.attention.mask import Mask, Span, block_spans, filled
 from llmjax.ops.attention.pairs import FIRST, LAST, WHOLE, Pairs, list_pairs
 from llmjax.ops.logits import softcap as cap_scores
 
@@ -117,7 +118,8 @@ class PallasTPU:
 
 
 def _block_size(tokens: int, limit: int) -> int:
-    return min(limit, -(-tokens // LANES) * LANES)
+    """Of blocks of whole lanes, `limit` tokens at most, that fill up `tokens` by little."""
+    return chunks.cut(-(-tokens // LANES), limit // LANES).size * LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +169,15 @@ class Walk:
         B, (nq, nk) = q_places.shape[0], self.counts
         if B * nq * nk <= MOST_PAIRS:
             return call(find(q, k), tuple(sums.values()))
-        gq, gk = (_largest_divisor(n, math.isqrt(MOST_PAIRS)) for n in (nq, nk))
-        groups = B, nq // gq, nk // gk
+        of_q, of_k = (chunks.cut(n, math.isqrt(MOST_PAIRS)) for n in (nq, nk))
+        q, k = filled(q, of_q), filled(k, of_k)
+        groups = B, of_q.count, of_k.count
 
         def part(i: jax.Array, sums: Arrays) -> Arrays:
-            b, i, j = i // (groups[1] * groups[2]), i // groups[2] % groups[1] * gq, i % groups[2] * gk
-            near_q = Span(*(jax.lax.dynamic_slice(x, (b, i), (1, gq)) for x in q))
-            near_k = Span(*(jax.lax.dynamic_slice(x, (b, j), (1, gk)) for x in k))
+            b, i, j = i // (groups[1] * groups[2]), i // groups[2] % groups[1], i % groups[2]
+            i, j = i * of_q.size, j * of_k.size
+            near_q = Span(*(jax.lax.dynamic_slice(x, (b, i), (1, of_q.size)) for x in q))
+            near_k = Span(*(jax.lax.dynamic_slice(x, (b, j), (1, of_k.size)) for x in k))
             return call(find(near_q, near_k, start=(b, i, j)), sums)
 
         return jax.lax.fori_loop(0, math.prod(groups), part, tuple(sums.values()))
@@ -232,10 +236,6 @@ def _places(segments_BX: jax.Array, positions_BX: jax.Array, tokens: int) -> jax
     """[B, 2, tokens], filled up with padding."""
     places_B2X = jnp.stack([segments_BX, positions_BX], axis=1)
     return jnp.pad(places_B2X, ((0, 0), (0, 0), (0, tokens - segments_BX.shape[1])))
-
-
-def _largest_divisor(n: int, limit: int) -> int:
-    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
 
 
 def _forward_body(

@@ -121,8 +121,9 @@ def needed_reach(ring: Ring, sizes: Sizes, mask: Mask) -> jax.Array:
     n = ring.size
 
     def spans(segments_BX: jax.Array, positions_BX: jax.Array, length: int) -> Span:
-        size = next(s for s in range(-(-length // SPANS), length + 1) if length % s == 0)
-        return block_spans(segments_BX, positions_BX, size)
+        size = -(-length // SPANS)
+        spans = block_spans(*(x.reshape(-1, length) for x in (segments_BX, positions_BX)), size)
+        return Span(*(x.reshape(segments_BX.shape[0], -1) for x in spans))
 
     q = spans(mask.q_segments_BT, mask.q_positions_BT, sizes.T)
     k = spans(mask.k_segments_BS, mask.k_positions_BS, sizes.S)
