@@ -174,7 +174,7 @@ class GPT:
         cache, segments_BT, positions_BT = append_tokens(cache, valid_BT)
         mask = Mask(segments_BT, cache.segments_BS, positions_BT, cache.positions_BS)
         x_BTD = self._embed(params, tokens_BT, positions_BT)
-        block = Block(self.config, self.layout, full.attend)
+        block = Block(self.config, self.layout, full.attend_in_cache)
         x_BTD, (k_LBSKH, v_LBSKH) = decode_stack(
             block,
             params["layers"],

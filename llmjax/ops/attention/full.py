@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from llmjax.ops.attention.apart import answered, finite
 from llmjax.ops.attention.mask import Mask
 from llmjax.ops.logits import softcap as cap_scores
 
@@ -31,7 +32,28 @@ def attend(
     softcap  c caps the scores smoothly, c tanh(score / c) (Gemma 2, 2024); 0 is off
     sinks_N  a score for each head that takes part in every softmax and has no value, so that a head may attend to
              nothing (Miller 2023, "Attention is off by one"; gpt-oss 2025)
+
+    What is not finite in one document of a row stays in that document (`apart`).
     """
+    fit_BSK = jnp.all(jnp.isfinite(k_BSKH) & jnp.isfinite(v_BSKH), axis=-1)
+    visible_BTS, unfit_BSK = mask.dense_BTS().astype(jnp.float32), (~fit_BSK).astype(jnp.float32)
+    spoiled_BTK = jnp.einsum("BTS,BSK->BTK", visible_BTS, unfit_BSK) > 0
+    spoiled_BTN = jnp.repeat(spoiled_BTK, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2)
+    spoiled_BTN |= ~jnp.all(jnp.isfinite(q_BTNH), axis=-1)
+    arrays = finite(q_BTNH), finite(k_BSKH), finite(v_BSKH)
+    return answered(attend_in_cache(*arrays, mask, softcap=softcap, sinks_N=sinks_N), q_BTNH, spoiled_BTN)
+
+
+def attend_in_cache(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask,
+    *,
+    softcap: float = 0.0,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:
+    """`attend` for rows that hold one document each, such as those of a cache, which is read no more than once."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
