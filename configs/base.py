@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
         "in_place"  # in_place | multisteps (optax, the reference) | fused (a call per update)
     )
     train.fused_gather = "micro_step"  # micro_step | update: how often fused gathers weights over mesh.fsdp
-    train.z_loss = 0.0  # weight of log(Z)^2
+    train.z_loss = 0.0  # weight of log(Z)^2 in the gradient; reported as z_loss, never within the loss
     train.statistics_every = 0  # updates between per-layer statistics of gradients and activations; 0 = off
 
     c.optimizer = optimizer = ConfigDict()

@@ -372,7 +372,8 @@ def make_program(
     fused = config.train.accumulation == "fused"
     engine = ENGINES[config.train.accumulation]
     accumulator = engine(steering.optimizer, max(steering.max_steps, 1 + accumulates))
-    loss = make_task_loss(config, model, model.layout)
+    loss = make_task_loss(config, model, model.layout, training=True)
+    held_out_loss = make_task_loss(config, model, model.layout, training=False)
     token_losses = make_token_losses(
         model, logit_softcap=config.model.logit_softcap, shards=batch_shards(model.layout)
     )
@@ -381,7 +382,7 @@ def make_program(
     if fused:
         # Each device sums the gradients of its own sequences, with a model that sees no more than those.
         local = make_model(config, vocab_size, Layout(mesh, MANUAL[config.train.fused_gather]))
-        local_loss = make_task_loss(config, local, local.layout)
+        local_loss = make_task_loss(config, local, local.layout, training=True)
         window = make_window(
             local_loss, mesh, param_specs, gather=config.train.fused_gather, compute_dtype=config.model.dtype
         )
@@ -399,7 +400,7 @@ def make_program(
         train_step=jax.jit(
             step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)
         ),
-        eval_step=jax.jit(make_eval_step(loss)),
+        eval_step=jax.jit(make_eval_step(held_out_loss)),
         statistics=jax.jit(make_statistics(model, loss)),
         token_losses=jax.jit(token_losses, out_shardings=Layout(mesh).sharding(None, None)),
     )
@@ -433,9 +434,11 @@ def make_steering(config: Config, batch: BatchArithmetic, mesh: Mesh) -> Steerin
     )
 
 
-def make_task_loss(config: Config, model: Model, layout: Layout) -> Callable[..., LossSums]:
-    """The loss of the config's task on a model laid out by `layout`."""
-    softcap, z_loss = config.model.logit_softcap, config.train.z_loss
+def make_task_loss(
+    config: Config, model: Model, layout: Layout, *, training: bool
+) -> Callable[..., LossSums]:
+    """The loss of the config's task on a model laid out by `layout`: of training, with all terms, or of evaluation."""
+    softcap, z_loss = config.model.logit_softcap, config.train.z_loss if training else 0.0
     return make_loss(
         model,
         logit_softcap=softcap,

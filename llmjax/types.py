@@ -53,13 +53,22 @@ class Batch:
 class LossSums:
     """Sums over target tokens, never means: divide once, at the very end, by the total weight.
 
-    loss       float32 [], sum of weight * loss
+    loss       float32 [], sum of weight * loss, the number that is reported, compared and limited
     weight     float32 [], sum of weights
     metrics    dict of float32 [], further sums over the same tokens (`accuracy`: the weight of correct targets)
     auxiliary  (sum, weight) of each further loss term that has a weight of its own; the sum carries its coefficient
+    objective  float32 [], `loss` and the further terms over the same tokens together, each of which is in `metrics` by
+               its own name: what training takes the gradient of, where no gradient reaches through `loss`. None: the
+               same as `loss`
     """
 
     loss: Array
     weight: Array
     metrics: dict[str, Array]
     auxiliary: dict[str, tuple[Array, Array]] = dataclasses.field(default_factory=dict)
+    objective: Array | None = None
+
+    @property
+    def main(self) -> Array:
+        """What to take the gradient of, besides the auxiliary terms."""
+        return self.loss if self.objective is None else self.objective

@@ -8,7 +8,7 @@ import pytest
 
 from configs import base
 from llmjax import config as configs
-from llmjax.build import make_program
+from llmjax.build import make_program, make_task_loss
 from llmjax.data.layout import LAYOUTS, RowLayout
 from llmjax.train.engines import ENGINES
 from llmjax.types import Batch
@@ -217,6 +217,36 @@ def test_evaluation_is_deterministic_and_leaves_z_loss_out():
     np.testing.assert_allclose(sums.loss, plain.eval_step(params, batch).loss, rtol=1e-6)
     np.testing.assert_allclose(sums.weight, batch.weights.sum(), rtol=1e-6)
     assert dataclasses.replace(sums).metrics["accuracy"] >= 0
+
+
+@pytest.mark.parametrize("engine", ["multisteps", "fused"])
+def test_the_loss_of_training_is_that_of_evaluation_and_further_terms_have_their_own_names(engine):
+    """What is charted together, and what spikes are measured by, is the cross-entropy alone."""
+    fields = ragged_batch(np.random.default_rng(0), 16) | {"index": np.arange(16, dtype=np.int32)}
+    steps, norms = {}, {}
+    for z_loss in (0.0, 1.0):
+        changes = {"train__z_loss": z_loss, "train__accumulation_steps": 1, "train__accumulation": engine}
+        program = program_for(jax.devices()[:1], **changes)
+        state, order = program.init(), program.steering.decide(program.steering.start(), 0).order
+        held_out = program.eval_step(state.params, Batch(**fields))
+        batch = {name: x[None] for name, x in fields.items()} if program.fused else fields
+        metrics = jax.tree.map(
+            lambda x: float(np.sum(x)), program.train_step(state, Batch(**batch), order)[1]
+        )
+        np.testing.assert_allclose(metrics["loss"], held_out.loss, rtol=1e-6)
+        np.testing.assert_allclose(metrics["mean_loss"], held_out.loss / held_out.weight, rtol=1e-6)
+        assert "z_loss" not in held_out.metrics
+        steps[z_loss], norms[z_loss] = metrics, metrics["grad_norm"]
+    assert "z_loss" not in steps[0.0] and steps[1.0]["z_loss"] > steps[1.0]["weight"]
+    assert norms[1.0] > 1.5 * norms[0.0]
+
+
+def test_without_dropout_training_keeps_its_terms():
+    program = program_for(jax.devices()[:1], train__z_loss=1.0)
+    loss = make_task_loss(program.config, program.model, program.layout, training=True)
+    batch = Batch(**ragged_batch(np.random.default_rng(0), 16), index=np.arange(16, dtype=np.int32))
+    sums = jax.eval_shape(lambda params: loss(params, batch, None), program.init().params)
+    assert sums.objective is not None and "z_loss" in sums.metrics
 
 
 def test_one_compile_serves_the_run_and_the_state_keeps_its_place():

@@ -28,6 +28,7 @@ from llmjax.ops.logits import softcap as cap_logits
 from llmjax.types import LossSums
 
 Gradients = tuple[jax.Array, jax.Array]
+Sums = tuple[jax.Array, dict[str, jax.Array]]  # what gradients are of, and the sums of which it consists
 TILE = 16  # ids; on a TPU that many rows of a bfloat16 array lie together
 
 
@@ -69,36 +70,42 @@ def softmax_cross_entropy(
     vocab_shards: int = 1,
     walk: Walk | None = None,
 ) -> LossSums:
-    """Sums over tokens of weight * (lse - logit of the target + z_loss * lse ** 2), lse in float32.
+    """Sums over tokens: `loss` of weight * (lse - logit of the target), the cross-entropy, lse in float32.
 
     w_VD      is cast to the dtype of hidden_BTD; its gradient, summed in float32, has the dtype that it came in
     softcap   bounds the logits (`ops.logits.softcap`); 0 is off
-    z_loss    pulls lse towards 0 (PaLM: Chowdhery et al. 2022, section 5); 0 is off
+    z_loss    pulls lse towards 0 (PaLM: Chowdhery et al. 2022, section 5); 0 is off. Otherwise the metric `z_loss` is
+              the sum of weight * z_loss * lse ** 2, and `objective` that and the cross-entropy together
     shards    over how many devices B and T are split: each walks its own tokens and sums its own gradient of
               w_VD, which is added up once. Wrong figures cost communication, never correctness
     vocab_shards  the same of V: each walks its own ids; sums over ids are added up once for each chunk
     walk      None: what suits the platform
 
     The weight is that of all targets; metrics: `accuracy`, the weight of targets that no logit exceeds.
-    Gradients reach `hidden_BTD` and `w_VD` through `loss` alone; nothing reaches `weights_BT`.
+    Gradients reach `hidden_BTD` and `w_VD` through `main` alone; nothing reaches `weights_BT`. What has weight 0 may be
+    anything, also infinite or not a number.
     """
     settings = (float(softcap), float(z_loss), (*shards, vocab_shards), walk)
-    loss, correct = _sums(settings, hidden_BTD, w_VD, targets_BT, weights_BT)
-    return LossSums(loss, jnp.sum(weights_BT), {"accuracy": jax.lax.stop_gradient(correct)})
+    main, parts = _sums(settings, hidden_BTD, w_VD, targets_BT, weights_BT)
+    parts, weight = jax.lax.stop_gradient(parts), jnp.sum(weights_BT)
+    metrics = {name: parts[name] for name in parts if name != "loss"}
+    if not z_loss:
+        return LossSums(main, weight, metrics)
+    return LossSums(parts["loss"], weight, metrics, objective=main)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(
     settings: tuple, hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> Sums:
     return _on_platform(settings, False, hidden_BTD, w_VD, targets_BT, weights_BT)[0]
 
 
-def _sums_forward(settings: tuple, *arrays: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Gradients]:
+def _sums_forward(settings: tuple, *arrays: jax.Array) -> tuple[Sums, Gradients]:
     return _on_platform(settings, True, *arrays)
 
 
-def _sums_backward(settings: tuple, gradients: Gradients, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
+def _sums_backward(settings: tuple, gradients: Gradients, cotangents: Sums) -> tuple:
     return *((cotangents[0] * g).astype(g.dtype) for g in gradients), None, None
 
 
@@ -214,8 +221,8 @@ def _walk(
     w_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], Gradients | None]:
-    """((loss, correct), (gradient of hidden_BTD, gradient of w_VD)), chunk by chunk."""
+) -> tuple[Sums, Gradients | None]:
+    """The sums, and the gradients of hidden_BTD and w_VD, chunk by chunk."""
     (B, T, D), dtype = hidden_BTD.shape, hidden_BTD.dtype
     cut = _cut(walk, shards, hidden_BTD, w_VD)
     w_ZVD = w_VD.reshape(cut.Z, cut.ids, D)
@@ -224,16 +231,23 @@ def _walk(
     dw_dims = "XYZVD" if walk.ids_first else "XYDZV"
 
     def body(i: jax.Array, carry: tuple) -> tuple:
-        loss, correct, *more = carry
+        sums, *more = carry
         h_XYCD, targets_XYC, weights_XYC = (jax.lax.dynamic_index_in_dim(x, i, 2, False) for x in tokens)
+        # Selected, since a weight of 0 does not make 0 of what is not finite.
+        h_XYCD = jnp.where(weights_XYC[..., None] == 0, 0, h_XYCD)
         w = w_ZVD if w_ZVD.dtype == dtype else jax.lax.optimization_barrier((w_ZVD, i))[0]
         chunk = _Chunk(cut, softcap, w, h_XYCD, targets_XYC)
         largest_XYC, total_XYC, target_XYC, kept = chunk.read(tuple(more[2:]))
         lse_XYC = largest_XYC + jnp.log(total_XYC)
-        loss += jnp.sum(weights_XYC * (lse_XYC - target_XYC + z_loss * jnp.square(lse_XYC)))
-        correct += jnp.sum(jnp.where(target_XYC >= largest_XYC, weights_XYC, 0.0))
+        found = {
+            "loss": jnp.sum(weights_XYC * (lse_XYC - target_XYC)),
+            "accuracy": jnp.sum(jnp.where(target_XYC >= largest_XYC, weights_XYC, 0.0)),
+        }
+        if z_loss:
+            found["z_loss"] = jnp.sum(weights_XYC * (z_loss * jnp.square(lse_XYC)))
+        sums = jax.tree.map(jnp.add, sums, found)
         if not gradients:
-            return loss, correct
+            return (sums,)
         scale_XYC = weights_XYC * (1.0 + 2.0 * z_loss * lse_XYC) / total_XYC
         dtarget_XYC = scale_XYC * jnp.exp(target_XYC - largest_XYC) - weights_XYC
         if softcap:
@@ -241,17 +255,18 @@ def _walk(
         dh, dw = more[:2]
         dlogits, dw = chunk.add_gradients(kept, largest_XYC, scale_XYC, dtarget_XYC, dw, dw_dims)
         dh_XYCD = jnp.einsum(f"{cut.order},ZVD->XYCD", dlogits, _cast(w, dtype))
-        return loss, correct, jax.lax.dynamic_update_index_in_dim(dh, dh_XYCD, i, 2), dw, dlogits, kept[1]
+        return sums, jax.lax.dynamic_update_index_in_dim(dh, dh_XYCD, i, 2), dw, dlogits, kept[1]
 
-    carry = (jnp.zeros([]), jnp.zeros([]))
+    carry = ({name: jnp.zeros([]) for name in ("loss", "accuracy", *(("z_loss",) if z_loss else ()))},)
     if gradients:
         numerators, references = cut.zeros(cut.order, dtype), cut.zeros(f"L{cut.states}", L=cut.num_blocks)
         carry += (jnp.zeros_like(tokens[0]), cut.zeros(dw_dims, D=D), numerators, references)
-    loss, correct, *more = jax.lax.fori_loop(0, cut.chunks.count, body, carry)
+    parts, *more = jax.lax.fori_loop(0, cut.chunks.count, body, carry)
+    sums = parts["loss"] + parts["z_loss"] if z_loss else parts["loss"], parts
     if not gradients:
-        return (loss, correct), None
+        return sums, None
     dw_ZVD = jnp.einsum(f"{dw_dims}->ZVD", more[1])
-    return (loss, correct), (cut.join(more[0], B, T), dw_ZVD.reshape(w_VD.shape).astype(w_VD.dtype))
+    return sums, (cut.join(more[0], B, T), dw_ZVD.reshape(w_VD.shape).astype(w_VD.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,11 @@ def make_loss(
     shards: tuple[int, int] = (1, 1),
     vocab_shards: int = 1,
 ) -> Callable[..., LossSums]:
-    """`loss(params, batch, rng) -> LossSums`; rng None means deterministic.
+    """`loss(params, batch, rng) -> LossSums`; rng None means without dropout, and nothing else.
 
-    metrics: `accuracy`, the summed weight of targets that are the most likely token. z_loss enters training only: with
-    rng None the sum is the plain cross-entropy. `shards`, `vocab_shards`: over how many devices B and T, and V, are
-    split.
+    The loss is the cross-entropy. metrics: `accuracy`, the summed weight of targets that are the most likely token, and
+    with a z_loss `z_loss`, which only `objective` contains: evaluation asks for a loss with z_loss 0. `shards`,
+    `vocab_shards`: over how many devices B and T, and V, are split.
     """
 
     def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
@@ -34,7 +34,7 @@ def make_loss(
             batch.targets,
             batch.weights,
             softcap=logit_softcap,
-            z_loss=0.0 if rng is None else z_loss,
+            z_loss=z_loss,
             shards=shards,
             vocab_shards=vocab_shards,
         )

@@ -25,7 +25,7 @@ class TrainConfig:
     accumulation        the engine of gradient accumulation: in_place, multisteps or fused, see `engines`
     fused_gather        when fused gathers weights over mesh.fsdp: in each micro_step, or once an update, which holds
                         them and their gradients whole
-    z_loss              weight of log(Z)^2 in the loss (de Brebisson and Vincent 2016; PaLM)
+    z_loss              weight of log(Z)^2 in what gradients are of (de Brebisson and Vincent 2016; PaLM)
     statistics_every    updates between statistics of each layer; 0 = never
 
     The run ends after num_updates x tokens_per_update tokens. Where the batch varies, schedules and cadences count

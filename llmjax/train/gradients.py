@@ -16,7 +16,9 @@ import optax
 
 from llmjax.types import Array, Batch, LossSums, Params
 
-LossFn = Callable[[Params, Batch, Array | None], LossSums]  # (params, batch, rng); rng None: no dropout
+LossFn = Callable[
+    [Params, Batch, Array | None], LossSums
+]  # (params, batch, rng); rng None: no dropout, all else alike
 MAIN = "loss"  # the term whose weight is that of the target tokens
 
 
@@ -40,13 +42,14 @@ def micro_gradients(
     A backward pass for each term. Where the loss or any number of a gradient is infinite or not a number, all
     gradients and sums are 0, with their weights, and `dropped` is 1: what is left of the window stays exact.
 
-    sums, float32 []: `loss`, `weight`, the task's metrics, `<term>` and `<term>_weight` of each further term,
+    sums, float32 []: `loss` (of `LossSums`: what is reported), `weight`, the task's metrics,
+    `<term>` and `<term>_weight` of each further term,
     `square_norm` (of the main term's gradient sum) and `weight_square` for the gradient noise scale, `dropped`.
     """
 
     def losses(params: Params) -> tuple[dict[str, Array], LossSums]:
         sums = loss_fn(params, batch, rng)
-        return {MAIN: sums.loss, **{name: loss for name, (loss, _) in sums.auxiliary.items()}}, sums
+        return {MAIN: sums.main, **{name: loss for name, (loss, _) in sums.auxiliary.items()}}, sums
 
     by_term, pull, sums = jax.vjp(losses, params, has_aux=True)
     weights = {MAIN: sums.weight, **{name: weight for name, (_, weight) in sums.auxiliary.items()}}

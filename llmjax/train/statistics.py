@@ -35,7 +35,7 @@ def make_statistics(model: Model, loss_fn: LossFn) -> Callable[[Params, Batch], 
 
     def mean_loss(params: Params, batch: Batch) -> Array:
         sums = loss_fn(params, batch, None)
-        terms = [(sums.loss, sums.weight), *sums.auxiliary.values()]
+        terms = [(sums.main, sums.weight), *sums.auxiliary.values()]
         return sum(
             jnp.where(weight > 0, loss / jnp.where(weight > 0, weight, 1), 0) for loss, weight in terms
         )

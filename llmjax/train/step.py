@@ -81,8 +81,9 @@ def _as_metrics(closing: Closing) -> Metrics:
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Batch], LossSums]:
-    """`eval_step(params, batch) -> LossSums`, deterministic; add the sums of all batches, then divide once.
+    """`eval_step(params, batch) -> LossSums`, without dropout; add the sums of all batches, then divide once.
 
-    `params` are those of `Accumulator.eval_params`.
+    `loss_fn` is the loss that evaluation reports, without the terms that only training has. `params` are those of
+    `Accumulator.eval_params`.
     """
     return lambda params, batch: loss_fn(params, batch, None)

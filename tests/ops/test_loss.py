@@ -55,10 +55,10 @@ def written_out(hidden_BTD, w_VD, targets_BT, weights_BT, softcap=0.0, z_loss=0.
 def sums_and_gradients(inputs, **settings):
     def loss(hidden_BTD, w_VD):
         sums = softmax_cross_entropy(hidden_BTD, w_VD, *inputs[2:], **settings)
-        return 3.0 * sums.loss, sums
+        return 3.0 * sums.main, sums
 
     (_, sums), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*inputs[:2])
-    return (sums.loss, sums.weight, sums.metrics["accuracy"]), gradients
+    return (sums.main, sums.weight, sums.metrics["accuracy"]), gradients
 
 
 def expected(inputs, **settings):
@@ -94,6 +94,19 @@ def test_any_block_gives_the_sums_and_gradients_of_all_logits_at_once(block, bas
 def test_softcap_and_z_loss_and_their_gradients_are_exact(settings, walk):
     inputs = make_inputs()
     assert_equal(sums_and_gradients(inputs, walk=walk, **settings), expected(inputs, **settings))
+
+
+@each_walk
+def test_the_loss_is_the_cross_entropy_and_z_loss_has_its_own_name(walk):
+    inputs = make_inputs()
+    sums, plain = (
+        jax.jit(functools.partial(softmax_cross_entropy, walk=walk, z_loss=z))(*inputs) for z in (0.1, 0.0)
+    )
+    assert (float(sums.loss), sums.metrics["accuracy"]) == (float(plain.loss), plain.metrics["accuracy"])
+    both = written_out(*inputs, z_loss=0.1)[0]
+    np.testing.assert_allclose(sums.metrics["z_loss"], both - written_out(*inputs)[0], rtol=1e-5)
+    np.testing.assert_allclose(sums.objective, both, rtol=1e-5)
+    assert plain.objective is None and set(plain.metrics) == {"accuracy"}
 
 
 @each_walk
