@@ -36,6 +36,7 @@ from llmjax.errors import UserError
 from llmjax.escapes import one_line, show
 from llmjax.evaluate import probes
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
+from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.evaluate.scoring import Arrays, Probe, Text
 from llmjax.files import write_atomically
 from llmjax.flags import MODES
@@ -341,6 +342,15 @@ def make_run(
         documents = corpus.train.documents(np.arange(first, first + count))
         return "documents " + ", ".join(f"{name} [tokens {start}:{stop}]" for name, start, stop in documents)
 
+    def name_guilty(state: TrainState, first: int, count: int) -> str:
+        losses = lambda params, arrays: program.token_losses(params, program.place(arrays))  # noqa: E731
+        guilty = documents_not_finite(losses, program.eval_params(state), corpus.train, first, count)
+        if not guilty:
+            return "by itself each document has a finite loss now"
+        return "not finite by itself: " + ", ".join(
+            f"{name} [tokens {start}:{stop}]" for name, start, stop in guilty
+        )
+
     def write_documents(name: str, first: int, count: int) -> str:
         path = workdir / "documents" / f"{name}.md"
         if hosts.is_primary():
@@ -378,6 +388,7 @@ def make_run(
         restore=lambda: restore(program, checkpoints),
         statistics=lambda state, batch: layer_statistics(program, state, batch),
         describe_batch=describe_batch,
+        name_guilty=name_guilty,
         write_documents=write_documents,
         saved=program.saved,
         save_window=save_window,

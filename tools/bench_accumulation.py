@@ -332,13 +332,13 @@ def reduced(module: Module, steps: int) -> dict[str, float]:
 def stock_reductions() -> dict[str, float]:
     """GB of a micro-step of `optax.MultiSteps`, and of an update with a scan over STEPS micro-steps."""
     program = decoder(STEPS, "in_place")
-    loss = make_task_loss(program.config, program.model, program.layout)
+    loss = make_task_loss(program.config, program.model, program.layout, training=True)
     multi = Engines.stock()
     sharding = NamedSharding(program.mesh, PartitionSpec())
 
     def mean_loss(params: Params, batch: Batch) -> Array:
         sums = loss(params, batch, None)
-        return sums.loss / sums.weight
+        return sums.main / sums.weight
 
     def micro_step(params: Params, state: Any, batch: Batch) -> tuple[Params, Any]:
         return stock_update(multi, params, state, jax.grad(mean_loss)(params, batch))

@@ -40,8 +40,8 @@ def make_window(
     rng     one key for all micro-steps, or None
 
     The M sequences are cut into parts, each of which sums gradients of its own; a part that is not finite is
-    left out alone. `loss_fn` sees the M / parts sequences of one part; its model is built with a `Layout` whose
-    `manual` is MANUAL[gather].
+    left out alone, since no device hears of the others before the loop has ended. `loss_fn` sees the M / parts
+    sequences of one part; its model is built with a `Layout` whose `manual` is MANUAL[gather].
 
     gather  "update": one part a device along data and fsdp. Weights are gathered over fsdp once, in
             `compute_dtype` where the model casts them anyway, and gradients are summed whole.

@@ -40,7 +40,9 @@ def micro_gradients(
     """The gradient of each loss term's sum over `batch`, and the sums of this micro-step.
 
     A backward pass for each term. Where the loss or any number of a gradient is infinite or not a number, all
-    gradients and sums are 0, with their weights, and `dropped` is 1: what is left of the window stays exact.
+    gradients and sums are 0, with their weights, and `dropped` is 1: what is left of the window stays exact. All of
+    `batch` is left out, which in a fused update is the part of one device: a loss curve depends on how the work was cut
+    where, and only where, something was not finite.
 
     sums, float32 []: `loss` (of `LossSums`: what is reported), `weight`, the task's metrics,
     `<term>` and `<term>_weight` of each further term,

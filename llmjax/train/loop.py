@@ -194,7 +194,7 @@ class _Loop:
         self.recorder.train(update, self._values(done, steps, seconds))
         for number, step in enumerate(steps):
             if step["dropped"]:
-                self._report("dropped", done, len(steps), number, "was not finite and left out")
+                self._report("dropped", done, len(steps), number, self._left_out(done, steps, number))
         self._take_note(done, steps, measured, spike)
         went_back = False
         if spike is not None:
@@ -270,6 +270,17 @@ class _Loop:
         self.recorder.event(position.update, "rewind", f"{way}: {spike.sentence}")
         self.clock.restart()
         return True
+
+    def _left_out(self, done: _Dispatched, steps: list[MicroMetrics], number: int) -> str:
+        """How much of a micro-step was left out, and on account of which of its documents."""
+        parts, dropped = self.run.steering.parts_per_micro_step, int(steps[number]["dropped"])
+        of_parts = f" in {dropped} of {parts} parts" if dropped < parts else ""
+        text = f"was not finite{of_parts} and left out{' there' if of_parts else ''}"
+        if self.run.name_guilty is None:
+            return text
+        size = self.run.micro_batch_size
+        first = done.position.cursor - (len(steps) - number) * size
+        return f"{text}; {self.run.name_guilty(self.state, first, size)}"
 
     def _report(self, event: str, done: _Dispatched, count: int, number: int, text: str) -> None:
         """Records what happened in one micro-step of an update, with its documents."""

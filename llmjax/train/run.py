@@ -40,6 +40,8 @@ class Run:
     begin               () -> the state with which a new run begins, made anew
     statistics          (state, batch) -> what is recorded of the layers
     describe_batch      (first sequence, count) -> the documents in them, for a message
+    name_guilty         (state, first sequence, count) -> the documents in them whose loss is not finite with the
+                        parameters as they are now, for a message
     write_documents     (name, first sequence, count) -> the file into which their text was written, for a message
     saved               state -> what a checkpoint holds of it
     save_window         (state, meta) -> None, saves an update under way
@@ -64,6 +66,7 @@ class Run:
     sample: Callable[[State, int], None] = lambda state, update: None
     statistics: Callable[[State, Any], dict[str, Any]] = lambda state, batch: {}
     loss: Callable[[State, Any], float] | None = None
+    name_guilty: Callable[[State, int, int], str] | None = None
     begin: Callable[[], State] | None = None
     saved: Callable[[State], State] = lambda state: state
     meta: dict = dataclasses.field(default_factory=dict)

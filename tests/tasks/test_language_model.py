@@ -14,6 +14,7 @@ from llmjax.data.plan import plan_packing
 from llmjax.data.sources import list_sources, read_documents
 from llmjax.data.store import build_store
 from llmjax.data.tokenizer import TokenizerConfig, train_tokenizer
+from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.types import Batch
 
 T, DOCUMENTS = 48, 20
@@ -92,6 +93,35 @@ def test_a_row_that_sees_its_neighbours_would_be_noticed(packed):
     merged = arrays | {"segments": (arrays["segments"] > 0).astype(np.int32)}
     right, wrong = (float(program.eval_step(params, Batch(**fields)).loss) for fields in (arrays, merged))
     assert abs(wrong - right) > 1e-3 * right
+
+
+@pytest.mark.parametrize("attention", ["full", "blockwise"])
+def test_the_document_that_is_not_finite_is_named_and_not_its_neighbours(attention, packed):
+    """A word that stands in one document alone gets an embedding that is no number."""
+    sequences, tokenizer = packed
+    program = program_for(tokenizer, model__attention=attention, model__tie_embeddings=False)
+    rows = np.arange(sequences.plan.num_rows)
+    pieces = {}
+    for row in rows:
+        for document in sequences.documents(np.array([row])):
+            pieces.setdefault(document[0], []).append((row, document))
+    names = [sequences.store.name(i) for i in range(DOCUMENTS)]
+    texts = {
+        name: set(sequences.store.tokens(i, 0, sequences.store.lengths[i]).tolist())
+        for i, name in enumerate(names)
+    }
+    word, name = next(
+        (word, name)
+        for name in names
+        for word in texts[name].difference(*(texts[other] for other in names if other != name))
+        if any(len(sequences.documents(np.array([row]))) > 1 for row, _ in pieces[name])
+    )
+    params = jax.tree.map(jax.numpy.array, program.init().params)
+    table = params["embedding"]["embedding_VD"]
+    params["embedding"]["embedding_VD"] = table.at[word].set(jax.numpy.nan)
+    losses = lambda params, arrays: program.token_losses(params, program.place(arrays))  # noqa: E731
+    found = documents_not_finite(losses, params, sequences, 0, len(rows))
+    assert found and {document[0] for document in found} == {name}
 
 
 def test_correct_counts_the_likeliest_targets(packed):

@@ -326,13 +326,14 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_counted_and_named(tmp_path
     run = make_run(
         make_batches=poison(update=5, micro=1),
         write_documents=lambda name, first, count: written.append((name, first, count)) or f"{name}.md",
+        name_guilty=lambda state, first, count: f"the guilty of {first} to {first + count - 1}",
     )
     result = start_or_resume(tmp_path, run)
     assert result.position.update == NUM_UPDATES
     record = read_metrics(tmp_path)
     (event,) = [line for line in record if line["kind"] == "event"]
     assert event["text"] == (
-        "micro-step 2 of 2 of update 5 was not finite and left out; documents 36 to 39, "
+        "micro-step 2 of 2 of update 5 was not finite and left out; the guilty of 36 to 39; documents 36 to 39, "
         "written to update-5-dropped-2.md"
     )
     assert written == [("update-5-dropped-2", 36, 4)]
