@@ -219,7 +219,7 @@ def test_evaluation_is_deterministic_and_leaves_z_loss_out():
     assert dataclasses.replace(sums).metrics["accuracy"] >= 0
 
 
-@pytest.mark.parametrize("engine", ["multisteps", "fused"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_loss_of_training_is_that_of_evaluation_and_further_terms_have_their_own_names(engine):
     """What is charted together, and what spikes are measured by, is the cross-entropy alone."""
     fields = ragged_batch(np.random.default_rng(0), 16) | {"index": np.arange(16, dtype=np.int32)}
