@@ -136,7 +136,9 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 100  # updates between checkpoints; 0 = only at the end
-    checkpoint.keep = 2  # the newest checkpoints to keep
+    checkpoint.keep = (
+        2  # the newest checkpoints to keep, and always the newest that is known to give a finite loss
+    )
     checkpoint.keep_best = True  # and the one with the lowest held-out loss
     checkpoint.init_from = ""  # workdir of a run whose parameters and tokenizer a new run begins with
     checkpoint.init_checkpoint = "latest"  # which of its checkpoints: latest | best | the number of an update
