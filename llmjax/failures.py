@@ -89,7 +89,7 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
         return None
     if number == errno.ENOMEM:
         return describe_failure(MemoryError())
-    named = getattr(error, "filename", None)
+    named = error.filename if isinstance(error, OSError) else _quoted_path(error)
     name = plain_name(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else ""
     if number not in _REASONS:
         text = plain_name(getattr(error, "strerror", None) or error)
@@ -99,6 +99,12 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
 
 
 def _system_number(error: BaseException) -> int | None:
-    """The errno that a library wrote into the text of an error of its own."""
-    found = re.search(r"OS error (\d+)", str(error))
+    """The errno that a library, such as TensorStore, wrote into the text of an error of its own."""
+    found = re.search(r"os[ _]error(?:_code)?[ ='\"]+(\d+)", str(error), re.IGNORECASE)
     return int(found[1]) if found else None
+
+
+def _quoted_path(error: BaseException) -> str | None:
+    """The first absolute path in such a text."""
+    found = re.search(r'"(/[^"]*)"', str(error))
+    return found[1] if found else None

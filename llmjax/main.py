@@ -32,7 +32,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax is imported: XL
 import absl.logging
 
 from llmjax.escapes import one_line, show
-from llmjax.failures import describe_failure
+from llmjax.failures import FAILED, describe_failure
 from llmjax.flags import name_of, parse, read_prompts
 from llmjax.workdir import check_place
 
@@ -43,7 +43,7 @@ class _Terminated(BaseException):
 
 def main(argv: Sequence[str], *, alone: bool = False) -> int:
     """Runs one mode; the exit code. `alone`: the process does nothing else, and so a second Ctrl-C may end it."""
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    absl.logging.set_verbosity(absl.logging.FATAL)  # what libraries log as errors is raised, too
     try:
         if any(word in ("-h", "--help", "-help") for word in argv):
             show(__doc__.strip())
@@ -67,6 +67,8 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
             raise
         code, sentence = failure
         show(one_line(f"llmjax: {sentence}"), file=sys.stderr)
+        if alone and code == FAILED:
+            os._exit(code)  # threads that were writing would print tracebacks while the interpreter goes down
         return code
     except KeyboardInterrupt:
         show("\nllmjax: interrupted", file=sys.stderr)

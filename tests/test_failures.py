@@ -164,6 +164,13 @@ ERRORS = {
         FAILED,
         "disk is full",
     ),
+    "of TensorStore": (
+        ValueError(
+            "OUT_OF_RANGE: at local file \"/a/b/\": Failed to write 9 bytes: Disk full [os_error_code='28']"
+        ),
+        FAILED,
+        "/a/b/ cannot be written (the disk is full)",
+    ),
     "bytes": (OSError(errno.ENOSPC, "No space", b"a\xff"), FAILED, r"a\xff cannot be written"),
 }
 

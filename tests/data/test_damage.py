@@ -1,6 +1,7 @@
 """Whatever becomes of the files of a cache is said once and made again, and no damaged token is ever read."""
 
 import functools
+import os
 import pickle
 import shutil
 
@@ -9,9 +10,12 @@ import pytest
 
 from llmjax.data import cache, plan
 from llmjax.data.checksums import BLOCK_BYTES, DamagedError
+from llmjax.data.encode import encode_batches
+from llmjax.data.pipeline import PackedSequences, make_batches
 from llmjax.data.sources import list_sources
 from llmjax.data.store import Store, build_store, open_store
 from llmjax.data.tokenizer import ByteTokenizer, TokenizerConfig, load_tokenizer
+from llmjax.errors import UserError
 
 BYTES = ByteTokenizer(num_reserved=2)
 
@@ -213,3 +217,29 @@ def test_a_tokenizer_that_another_writer_finished_first_stays(made):
     before = place.stat().st_ino
     make_tokenizer(made, pytest.fail)
     assert place.stat().st_ino == before and load_tokenizer(place).vocab_size == 300
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_damage_comes_through_the_thread_that_makes_batches_as_what_it_is(prefetch, large):
+    files, folder = large
+    store = build_store(folder / "store", files, BYTES)
+    a_bit(folder / "store" / "tokens-00000.bin")
+    source = PackedSequences(store, plan.plan_packing(store.lengths, np.arange(40), 4096, 0), 0)
+    with (
+        make_batches(source, start=0, batch_size=40, prefetch=prefetch) as batches,
+        pytest.raises(DamagedError, match="tokens-00000.bin between bytes"),
+    ):
+        for _ in range(6):
+            next(batches)
+
+
+def test_a_tokenizing_process_that_dies_is_one_sentence():
+    class Deadly(ByteTokenizer):
+        def __reduce__(self):
+            return os._exit, (9,)
+
+    with pytest.raises(
+        UserError, match="data.num_workers: a process that tokenizes ended with code 9"
+    ) as error:
+        list(encode_batches(Deadly(), [(i, ["text"]) for i in range(4)], 2))
+    assert "\n" not in str(error.value)
