@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -108,6 +109,12 @@ def complete(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
     return _complete_section(Config, saved, "", f"{workdir}/config.json")
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The type of each field of a dataclass."""
+    return typing.get_type_hints(cls)
+
+
 def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[str, Any]:
     prefix = f"{section}." if section else ""
     if not isinstance(saved, Mapping):
@@ -119,7 +126,7 @@ def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[st
                 f"{path} has the key {prefix}{key}, which this version of llmjax does not know"
                 f"{did_you_mean(key, fields)}; use the version that wrote it"
             )
-    hints, values = typing.get_type_hints(cls), {}
+    hints, values = _hints(cls), {}
     for key, field in fields.items():
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _complete_section(hints[key], saved.get(key, {}), prefix + key, path)
@@ -138,7 +145,7 @@ def read_optimizer(saved: Mapping[str, Any], workdir: Any) -> OptimizerConfig:
 
 
 def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for key in raw:
         if key not in hints:
             raise UserError(f"config key {prefix}{key} is not known{did_you_mean(key, hints)}")

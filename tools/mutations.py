@@ -107,6 +107,7 @@ def _shapes(config: configs.Config, batch: BatchArithmetic, vocab_size: int, num
     jax.tree.map(lambda x: math.prod(x.shape), (program.abstract_state(), program.abstract_batch()))
 
 
+@functools.cache
 def _bounds(key: str) -> tuple[float, ...]:
     """The least and the most of a number key, and what lies just outside."""
     section, _, name = key.rpartition(".")

@@ -36,7 +36,7 @@ class ModelConfig:
     model_dim: Annotated[int, Range(1, 2**20)] = 128
     num_heads: Annotated[int, Range(1, 2**16)] = 4
     num_kv_heads: Annotated[int, Range(1, 2**16, "num_heads")] = 0
-    head_dim: Annotated[int, Range(1, 2**16, "the default")] = 0
+    head_dim: Annotated[int, Range(1, 2**20, "the default")] = 0
     mlp_dim: Annotated[int, Range(1, 2**24, "the default")] = 0
     activation: str = "swiglu"
     norm: str = "rmsnorm"
