@@ -73,7 +73,7 @@ class OptimizerConfig:
     """
 
     name: str = "adamw"
-    learning_rate: Annotated[float, Range(0, 1e4)] = 3e-3
+    learning_rate: Annotated[float, Range(0, 1e30)] = 3e-3
     schedule: str = "cosine"
     warmup_updates: Annotated[int, Range(0, COUNT)] = 40
     final_lr_fraction: Annotated[float, Range(0, 1)] = 0.1
