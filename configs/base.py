@@ -84,9 +84,7 @@ def get_config() -> ConfigDict:
     train.batch_points = ()  # of the schedule: TOKENS_SEEN:TOKENS_PER_UPDATE, ...; the first is 0:...
     train.micro_batch_size = 0  # sequences per micro-step, all devices; 0: from accumulation_steps
     train.accumulation_steps = 2  # micro-steps per update; 0 = follows from micro_batch_size
-    train.accumulation = (
-        "in_place"  # in_place | multisteps (optax, the reference) | fused (a call per update)
-    )
+    train.accumulation = "in_place"  # in_place | multisteps (optax, the reference) | fused (a call an update)
     train.fused_gather = "micro_step"  # micro_step | update: how often fused gathers weights over mesh.fsdp
     train.z_loss = 0.0  # weight of log(Z)^2 in the gradient; reported as z_loss, never within the loss
     train.statistics_every = 0  # updates between per-layer statistics of gradients and activations; 0 = off
@@ -95,9 +93,7 @@ def get_config() -> ConfigDict:
     optimizer.name = "muon"  # adamw | lion | adafactor | muon | schedule_free_adamw
     optimizer.learning_rate = 1e-2  # at the peak
     optimizer.schedule = "cosine"  # cosine | linear | constant | wsd
-    optimizer.schedule_updates = (
-        0  # that the schedule takes, warmup and decay included; 0 = train.num_updates
-    )
+    optimizer.schedule_updates = 0  # of the schedule, warmup and decay included; 0 = train.num_updates
     optimizer.warmup_updates = 40  # of linear rise to the peak
     optimizer.final_lr_fraction = 0.1  # of the peak, at the last update of the schedule
     optimizer.decay_fraction = 0.2  # of the schedule, for wsd: the linear decay at the end
@@ -136,9 +132,7 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 100  # updates between checkpoints; 0 = only at the end
-    checkpoint.keep = (
-        2  # the newest checkpoints to keep, and always the newest that is known to give a finite loss
-    )
+    checkpoint.keep = 2  # the newest checkpoints to keep; the newest known to give a finite loss stays too
     checkpoint.keep_best = True  # and the one with the lowest held-out loss
     checkpoint.init_from = ""  # workdir of a run whose parameters and tokenizer a new run begins with
     checkpoint.init_checkpoint = "latest"  # which of its checkpoints: latest | best | the number of an update

@@ -48,6 +48,7 @@ from llmjax.parallel.agreement import check_same, together
 from llmjax.parallel.devices import peak_flops
 from llmjax.parallel.host_memory import has_accelerator, keep_freed_memory
 from llmjax.plan.compile import compile_step
+from llmjax.plan.memory import check_state_fits
 from llmjax.plan.remarks import remarks
 from llmjax.plan.summary import describe, describe_program
 from llmjax.plan.topology import topology_devices
@@ -193,6 +194,7 @@ def train_in(
     under_way = standing.has_window(workdir)
     so_far = saved_config(workdir)
     program = make_program(config, batch, corpus.tokenizer.vocab_size, accumulates=under_way)
+    check_state_fits(program)
     with open_checkpoints(workdir, "checkpoints", config.checkpoint, check_lock) as checkpoints:
         state, position = resume_or_init(program, corpus, checkpoints, workdir)
         steering = program.steering

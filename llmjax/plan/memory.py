@@ -1,0 +1,48 @@
+"""Whether a run can begin at all: what its state needs against what there is, before anything of it is allocated."""
+
+from __future__ import annotations
+
+import os
+
+from llmjax.build import Program
+from llmjax.errors import UserError
+from llmjax.plan.compile import available_memory
+from llmjax.plan.summary import format_bytes, tree_bytes_per_device
+
+
+def check_state_fits(program: Program) -> None:
+    """UserError where parameters and optimizer alone need more memory than a device of the program has.
+
+    Devices of the CPU share the memory of their machine. What else a step needs is said by `--mode=plan`, which
+    compiles it; without this check a state far too large would end the process, on some machines without a word.
+    """
+    device, mesh = program.mesh.devices.flat[0], program.mesh
+    local = sum(each.process_index == device.process_index for each in mesh.devices.flat)
+    available = _machine_memory() // local if device.platform == "cpu" else available_memory(device)
+    state = program.abstract_state()
+    parameters, needed = (tree_bytes_per_device(tree) for tree in (state.params, state))
+    if (
+        program.config.optimizer.offload and device.platform != "cpu"
+    ):  # the rest lies in the memory of the host
+        needed = parameters
+    if available and needed > available:
+        model = program.config.model
+        raise UserError(
+            f"model.num_layers={model.num_layers} and model.model_dim={model.model_dim} make a state of "
+            f"{format_bytes(needed)} per device, {format_bytes(parameters)} of it parameters, but a device has "
+            f"{format_bytes(available)} here; use a smaller model, more devices or a larger mesh.fsdp"
+        )
+
+
+def _machine_memory() -> int:
+    """Bytes of memory and swap space of this machine, 0 where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return sum(int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    except (OSError, ValueError, KeyError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
