@@ -11,7 +11,7 @@ from configs import base
 from llmjax import build
 from llmjax import config as configs
 from llmjax.plan.topology import topology_devices
-from llmjax.train.config import ACCUMULATION
+from llmjax.train.engines import ENGINES
 from llmjax.train.fused import MANUAL
 
 tpu_aot = [
@@ -27,12 +27,13 @@ TINY = {
     "tokenizer.vocab_size": 512, "data.seq_len": 256, "train.tokens_per_update": 16 * 256,
     "train.accumulation_steps": 2, "optimizer.name": "adamw", "mesh.data": 1,
 }  # fmt: skip
-# `multisteps` alone has no weights to gather.
-ENGINES = [
+# Engines without weights to gather; each other one is tried with both choices of fused_gather.
+NO_GATHER = ("in_place", "multisteps")
+WAYS = [
     (name, gather)
-    for name in ACCUMULATION
+    for name in ENGINES
     for gather in MANUAL
-    if name != "multisteps" or gather == next(iter(MANUAL))
+    if name not in NO_GATHER or gather == next(iter(MANUAL))
 ]
 # Named after what is split; sequences by the algorithm that two key/value heads lead to.
 MESHES = {
@@ -60,9 +61,9 @@ def cases():
 
     Generations of TPUs take turns.
     """
-    found = [(*engine, "auto", mesh) for engine, mesh in itertools.product(ENGINES, MESHES)]
+    found = [(*engine, "auto", mesh) for engine, mesh in itertools.product(WAYS, MESHES)]
     for i, (kernel, mesh) in enumerate(itertools.product(("blockwise", "full"), MESHES)):
-        found.append((*ENGINES[i % len(ENGINES)], kernel, mesh))
+        found.append((*WAYS[i % len(WAYS)], kernel, mesh))
     generations = itertools.cycle(TOPOLOGIES)
     return [(*case, next(generations)) for case in found]
 
@@ -106,7 +107,7 @@ class TestAheadOfTime:
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ON_GPUS)
-@pytest.mark.parametrize("accumulation, gather", ENGINES)
+@pytest.mark.parametrize("accumulation, gather", WAYS)
 def test_a_train_step_lowers_for_gpus(accumulation, gather, mesh, monkeypatch):
     """Without a GPU, for a mesh of CPU devices, with the kernel that GPUs get."""
     monkeypatch.setattr(build, "choose_kernel", lambda model, platform: ("pallas_gpu", "as the test says"))

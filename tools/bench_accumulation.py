@@ -24,11 +24,8 @@ value.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -39,6 +36,7 @@ import jax.numpy as jnp
 import optax
 from bench_train import load_config
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from lines import can_run, make_parser, report
 from turns import take_turns
 
 from llmjax.build import Program, make_program, make_task_loss
@@ -56,7 +54,10 @@ from llmjax.train.steering import Measured
 from llmjax.train.step import make_fused_step, make_train_step
 from llmjax.types import Array, Batch, LossSums, Params
 
-STEPS = 8  # micro-steps of a window
+# Micro-steps of a window.
+STEPS = 8
+# Of the parameters whose updates are timed.
+MATRICES = 16
 TIME_GOAL, MEMORY_GOAL, REDUCTION_GOAL, CONTROLLER_GOAL = 0.1, 17.0, 1.9, 0.01
 STOCK = "optax.MultiSteps(optax.adamw)"
 OPTIMIZER = OptimizerConfig(name="adamw", clip_norm=0.0)
@@ -65,15 +66,11 @@ DECODER = {  # changes to configs/base.py: 470 M parameters
     "model.dtype": "bfloat16", "model.scan_layers": True, "model.remat": "full", "tokenizer.vocab_size": 65536,
     "data.seq_len": 1024, "train.micro_batch_size": 16, "train.accumulation_steps": 0, "optimizer.name": "adamw",
 }  # fmt: skip
-
-
-def report(
-    name: str, value: float, unit: str, rival: str, rival_value: float, goal: float, met: bool, **more: Any
-) -> None:
-    ratio = round(value / rival_value, 4) if rival_value else None
-    line = {"name": name, "value": round(value, 3), "unit": unit, "rival": rival}
-    line |= {"rival_value": round(rival_value, 3), "ratio": ratio, "goal": goal, "met": met, **more}
-    print(json.dumps(line), flush=True)
+# What --smoke changes in it, and in configs/base.py for the controller.
+SMOKE_MODEL = {
+    "model.num_layers": 2, "model.model_dim": 128, "model.num_heads": 2, "model.mlp_dim": 128,
+    "tokenizer.vocab_size": 512, "data.seq_len": 128, "train.tokens_per_update": 2048,
+}  # fmt: skip
 
 
 @jax.custom_vjp
@@ -111,7 +108,7 @@ class Engines:
         params = jax.tree.map(jnp.copy, self.params)
         return TrainState(params, accumulator.init(params), jnp.zeros([], jnp.int32), jax.random.key(0))
 
-    def multisteps(self, state: TrainState, batch: Batch, order: Order, grads: Params) -> TrainState:
+    def in_place(self, state: TrainState, batch: Batch, order: Order, grads: Params) -> TrainState:
         def loss(params: Params, batch: Batch, rng: Array) -> LossSums:
             return LossSums(given(params, grads), jnp.sum(batch.weights), {})
 
@@ -160,10 +157,10 @@ def stock_window(params: Params, grads: Params) -> Callable[[], dict[str, float]
     return window
 
 
-def multisteps_window(params: Params, grads: Params) -> Callable[[], dict[str, float]]:
-    """The same of our `multisteps`, with the micro-steps that do not update apart."""
+def in_place_window(params: Params, grads: Params) -> Callable[[], dict[str, float]]:
+    """The same of our `in_place`, with the micro-steps that do not update apart."""
     engines = Engines(params, make_mesh(MeshConfig(), jax.devices()[:1]))
-    step, order, batch = jax.jit(engines.multisteps, donate_argnums=0), engines.order(), engines.batch()
+    step, order, batch = jax.jit(engines.in_place, donate_argnums=0), engines.order(), engines.batch()
     state = engines.state(STEPS)
 
     def window() -> dict[str, float]:
@@ -198,27 +195,29 @@ def fused_window(params: Params, grads: Params) -> Callable[[], dict[str, float]
     return window
 
 
-def make_side(make_window: Callable, keep: bool) -> tuple[Callable[[], dict[str, float]], None]:
-    """A process that measures a window whenever it is asked."""
+def make_side(make_window: Callable, keep: bool, width: int) -> tuple[Callable[[], dict[str, float]], None]:
+    """A process that measures a window, of MATRICES matrices, whenever it is asked."""
     if keep:
         keep_freed_memory()
     params = {
-        name: 0.02 * jax.random.normal(jax.random.key(1), x.shape) for name, x in matrices(16, 1024).items()
+        name: 0.02 * jax.random.normal(jax.random.key(1), x.shape)
+        for name, x in matrices(MATRICES, width).items()
     }
     window = make_window(params, jax.tree.map(lambda p: 1e-3 * p, params))
     window()
     return window, None
 
 
-def bench_time(rounds: int) -> None:
+def bench_time(rounds: int, smoke: bool) -> None:
     """Windows of each engine in turn."""
+    width = 32 if smoke else 1024
     makes = {
         "stock": (stock_window, False),
         "stock_tuned": (stock_window, True),
-        "multisteps": (multisteps_window, True),
+        "in_place": (in_place_window, True),
         "fused": (fused_window, True),
     }
-    sides = take_turns([functools.partial(make_side, *make) for make in makes.values()], rounds)
+    sides = take_turns([functools.partial(make_side, *make, width) for make in makes.values()], rounds)
     columns = {
         f"{name}_{what}": [row[what] for row in side.values]
         for name, side in zip(makes, sides)
@@ -234,20 +233,20 @@ def bench_time(rounds: int) -> None:
             ("stock_tuned_mean", f"{STOCK} with our allocator settings"),
         ):
             ratio = statistics.median(row[name] / row[rival] for row in times)
-            more = {"parameters": 16 * 1024**2, "cores": os.cpu_count()}
-            unit = "ms per micro-step"
-            report(f"time_{name}", value, unit, words, median[rival], TIME_GOAL, ratio <= TIME_GOAL, **more)
+            more = {"ratio": ratio, "parameters": MATRICES * width**2}
+            unit, met = "ms per micro-step", ratio <= TIME_GOAL
+            report(f"time_{name}", value, unit, words, median[rival], TIME_GOAL, met, **more)
 
 
 def compiled(function: Callable, donate: tuple[int, ...], *args: Any) -> Module:
     return parse(jax.jit(function, donate_argnums=donate).lower(*args).compile().as_text())
 
 
-def bench_memory() -> None:
+def bench_memory(smoke: bool) -> None:
     """Programs for one chip, whose parameters are too large to stay in its VMEM."""
-    mesh = make_mesh(MeshConfig(), topology_devices("v5e:2x4")[:1])
-    params = matrices(4, 8192)
-    engines, size = Engines(params, mesh), 4 * 8192**2
+    mesh, width = make_mesh(MeshConfig(), topology_devices("v5e:1x1")), 128 if smoke else 8192
+    params = matrices(4, width)
+    engines, size = Engines(params, mesh), 4 * width**2
 
     def abstract(make: Callable, *args: Any) -> Any:
         shapes, sharding = jax.eval_shape(make, *args), NamedSharding(mesh, PartitionSpec())
@@ -261,23 +260,24 @@ def bench_memory() -> None:
     stock = compiled(
         functools.partial(stock_update, multi), (0, 1), params, abstract(multi.init, params), params
     )
-    multisteps = compiled(engines.multisteps, (0,), state(STEPS), abstract(engines.batch), order, params)
+    in_place = compiled(engines.in_place, (0,), state(STEPS), abstract(engines.batch), order, params)
     fused = compiled(engines.fused, (0,), state(1), abstract(lambda: engines.batch(STEPS)), order)
 
     def touched(module: Module, trips: Trips = NO_TRIPS) -> float:
         return bytes_touched(module, trips) / size
 
     rival = touched(stock)
-    mean = ((STEPS - 1) * touched(multisteps, 0) + touched(multisteps, 1)) / STEPS
-    values = {  # the loop of `multisteps` makes the update, that of `fused` is over micro-steps
-        "memory_multisteps_accumulating": touched(multisteps, 0),
-        f"memory_multisteps_mean_of_{STEPS}": mean,
+    mean = ((STEPS - 1) * touched(in_place, 0) + touched(in_place, 1)) / STEPS
+    values = {  # the loop of `in_place` makes the update, that of `fused` is over micro-steps
+        "memory_in_place_accumulating": touched(in_place, 0),
+        f"memory_in_place_mean_of_{STEPS}": mean,
         "memory_fused_accumulating": (touched(fused, STEPS) - touched(fused, 0)) / STEPS,
         f"memory_fused_mean_of_{STEPS}": touched(fused, STEPS) / STEPS,
     }
     for name, value in values.items():
         unit = "bytes per parameter and micro-step"
-        report(name, value, unit, STOCK, rival, MEMORY_GOAL, value <= MEMORY_GOAL, parameters=size)
+        more = {"parameters": size, "processor": "TPU v5e, compiled for"}
+        report(name, value, unit, STOCK, rival, MEMORY_GOAL, value <= MEMORY_GOAL, **more)
 
 
 def program_of(changes: dict[str, Any], devices: list[jax.Device]) -> Program:
@@ -286,9 +286,10 @@ def program_of(changes: dict[str, Any], devices: list[jax.Device]) -> Program:
     return make_program(config, batch, config.tokenizer.vocab_size, devices)
 
 
-def bench_controller(rounds: int) -> None:
+def bench_controller(rounds: int, smoke: bool) -> None:
     """Its parts one after the other, each round."""
-    changes = {"train.micro_batch_size": 2, "train.accumulation_steps": 0, "controller.name": "noise_scale"}
+    changes = {**SMOKE_MODEL} if smoke else {}
+    changes |= {"train.micro_batch_size": 2, "train.accumulation_steps": 0, "controller.name": "noise_scale"}
     program = program_of(changes, jax.devices()[:1])
     state, steering = program.init(), program.steering
     batch = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype, device=x.sharding), program.abstract_batch())
@@ -310,13 +311,14 @@ def bench_controller(rounds: int) -> None:
     value, rival = (statistics.median(column) for column in zip(*times[1:]))
     ratio = statistics.median(a / b for a, b in times[1:])
     report("controller", value, "ms per update", "an update of configs/base.py", rival, CONTROLLER_GOAL,
-           ratio <= CONTROLLER_GOAL, cores=os.cpu_count())  # fmt: skip
+           ratio <= CONTROLLER_GOAL, ratio=ratio)  # fmt: skip
 
 
-def decoder(steps: int, accumulation: str) -> Program:
-    tokens = steps * DECODER["train.micro_batch_size"] * DECODER["data.seq_len"]
+def decoder(steps: int, accumulation: str, smoke: bool) -> Program:
+    model = {**DECODER, **(SMOKE_MODEL if smoke else {})}
+    tokens = steps * model["train.micro_batch_size"] * model["data.seq_len"]
     changes = {"train.accumulation": accumulation, "mesh.data": 8, "train.tokens_per_update": tokens}
-    return program_of({**DECODER, **changes}, topology_devices("v5e:2x4"))
+    return program_of({**model, **changes}, topology_devices("v5e:2x4"))
 
 
 def reduced(module: Module, steps: int) -> dict[str, float]:
@@ -329,9 +331,9 @@ def reduced(module: Module, steps: int) -> dict[str, float]:
     return {"given": given / 1e9, "inside": inside / 1e9, "sent": sent / 1e9}
 
 
-def stock_reductions() -> dict[str, float]:
+def stock_reductions(smoke: bool) -> dict[str, float]:
     """GB of a micro-step of `optax.MultiSteps`, and of an update with a scan over STEPS micro-steps."""
-    program = decoder(STEPS, "in_place")
+    program = decoder(STEPS, "in_place", smoke)
     loss = make_task_loss(program.config, program.model, program.layout, training=True)
     multi = Engines.stock()
     sharding = NamedSharding(program.mesh, PartitionSpec())
@@ -366,10 +368,10 @@ def stock_reductions() -> dict[str, float]:
     return {"micro_step": reduced(one, 1)["given"], "scan": reduced(scan, STEPS)["given"]}
 
 
-def bench_reductions(micro_steps: list[int]) -> None:
-    stock = stock_reductions()
+def bench_reductions(micro_steps: list[int], smoke: bool) -> None:
+    stock = stock_reductions(smoke)
     for steps in micro_steps:
-        program = decoder(steps, "fused")
+        program = decoder(steps, "fused", smoke)
         size = sum(x.size for x in jax.tree.leaves(program.abstract_state().params))
         ours = reduced(parse(program.lower().compile().as_text()), steps)
         rivals = {STOCK: steps * stock["micro_step"]}
@@ -385,29 +387,29 @@ def bench_reductions(micro_steps: list[int]) -> None:
                 REDUCTION_GOAL,
                 ours["given"] <= REDUCTION_GOAL and ours["inside"] == 0,
                 inside_the_loop=ours["inside"],
-                sent=round(ours["sent"], 3),
+                sent=ours["sent"],
                 parameters=size,
                 micro_steps=steps,
+                processor="TPU v5e 2x4, compiled for",
             )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parts = ("time", "controller", "memory", "reductions")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--rounds", type=int, default=15, help="of the times")
     parser.add_argument("--micro-steps", nargs="+", type=int, default=[2, 8, 32], help="of the reductions")
     args = parser.parse_args()
+    rounds, micro_steps = (1, [STEPS]) if args.smoke else (args.rounds, args.micro_steps)
     if "time" in args.parts:
-        bench_time(args.rounds)
+        bench_time(rounds, args.smoke)
     if "controller" in args.parts:
-        bench_controller(args.rounds)
-    if "memory" in args.parts:
-        bench_memory()
-    if "reductions" in args.parts:
-        bench_reductions(args.micro_steps)
+        bench_controller(rounds, args.smoke)
+    if "memory" in args.parts and can_run("memory", "libtpu", args.smoke):
+        bench_memory(args.smoke)
+    if "reductions" in args.parts and can_run("reductions", "libtpu", args.smoke):
+        bench_reductions(micro_steps, args.smoke)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ row ends and shifts no targets, and the packers hold state, so that they cannot 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import pathlib
 import statistics
@@ -28,6 +26,7 @@ from grain.experimental import (
     FirstFitPackIterDataset,
     ThreadPrefetchIterDataset,
 )
+from lines import make_parser, report
 
 from llmjax.data.pipeline import PackedSequences, make_batches
 from llmjax.data.plan import PackingPlan, plan_packing
@@ -106,11 +105,17 @@ def measure(start: Callable[[], Iterator], seq_len: int, num_tokens: int) -> flo
     return count / seconds
 
 
-def bench_store(files: Sequence[SourceFile], cache_dir: pathlib.Path, rounds: int, num_workers: int) -> Store:
+def bench_store(
+    files: Sequence[SourceFile],
+    cache_dir: pathlib.Path,
+    config: TokenizerConfig,
+    rounds: int,
+    num_workers: int,
+) -> Store:
     """Trains the tokenizer once and builds the store `rounds` times; returns the store."""
     began = time.perf_counter()
     tokenizer = train_tokenizer(
-        TokenizerConfig(), (document.text for file in files for document in read_documents(file))
+        config, (document.text for file in files for document in read_documents(file))
     )
     report("train_tokenizer", time.perf_counter() - began, "s")
     seconds = []
@@ -137,43 +142,30 @@ def bench_pipeline(store: Store, seq_len: int, rounds: int, num_tokens: int) -> 
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ours = medians.pop("ours")
     for rival, rate in medians.items():
-        report(f"pipeline_{seq_len}", ours, "tokens/s", rival=rival, rival_value=rate, goal=GOAL)
+        report(f"pipeline_{seq_len}", ours, "tokens/s", rival, rate, GOAL, ours >= GOAL)
     report(f"packing_efficiency_{seq_len}", plan.efficiency, "used positions / positions")
 
 
-def report(
-    name: str,
-    value: float,
-    unit: str,
-    *,
-    rival: str | None = None,
-    rival_value: float | None = None,
-    goal: float | None = None,
-) -> None:
-    line = {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "rival": rival,
-        "rival_value": rival_value,
-        "ratio": value / rival_value if rival_value else None,
-        "goal": goal,
-        "met": value >= goal if goal else None,
-    }
-    rounded = {key: float(f"{item:.4g}") if isinstance(item, float) else item for key, item in line.items()}
-    print(json.dumps(rounded), flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--sources", nargs="+", default=["stdlib"], help="as data.sources")
     parser.add_argument("--rounds", type=int, default=5, help="the figures are medians over these")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="read in each round")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that tokenize")
     args = parser.parse_args()
+    lengths, tokenizer = (512, 8192), TokenizerConfig()
+    if args.smoke:
+        args.sources, args.rounds, args.tokens, args.num_workers = (
+            [str(pathlib.Path(__file__).parent)],
+            1,
+            9000,
+            1,
+        )
+        lengths, tokenizer = (128,), TokenizerConfig(vocab_size=512)
     with tempfile.TemporaryDirectory() as folder:
-        store = bench_store(list_sources(args.sources), pathlib.Path(folder), args.rounds, args.num_workers)
-        for seq_len in (512, 8192):
+        files = list_sources(args.sources)
+        store = bench_store(files, pathlib.Path(folder), tokenizer, args.rounds, args.num_workers)
+        for seq_len in lengths:
             bench_pipeline(store, seq_len, args.rounds, args.tokens)
 
 

@@ -3,7 +3,7 @@
     python tools/bench_layout.py --rows web web_mixed --shards 8 32 --block 128 256 512
 
 Lengths are drawn, and packed as the pipeline packs them (`plan_packing`) or, for the rows called mixed, one after the
-other as they are drawn; figures are means over the rows. One JSON object a line.
+other as they are drawn; figures are means over the rows, beside those of contiguous parts. One JSON object a line.
 
     executed_over_needed  pairs of blocks that attention computes, over those in which a query sees a key
     executed_over_whole   over those that it would compute on one device
@@ -15,18 +15,20 @@ other as they are drawn; figures are means over the rows. One JSON object a line
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import time
 from collections.abc import Callable
 
 import numpy as np
+from lines import make_parser, report
 
 from llmjax.data.layout import LAYOUTS, RowLayout
 from llmjax.data.plan import plan_packing
 from llmjax.plan.ring_work import ring_work
 
 DOCUMENTS = 100_000
+RIVAL = "contiguous"
+UNITS = {"hops": "hops", "one_way_hops": "hops", "milliseconds": "ms"}
 
 
 def web(rng: np.random.Generator, count: int, sigma: float = 1.1) -> np.ndarray:
@@ -98,7 +100,7 @@ def measure(rows: list[np.ndarray], layout: RowLayout, seq_len: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", nargs="+", default=["web", "web_mixed"], choices=ROWS)
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--seq_len", type=int, default=131072)
@@ -106,16 +108,19 @@ def main() -> None:
     parser.add_argument("--block", nargs="+", type=int, default=[256])
     parser.add_argument("--count", type=int, default=32, help="rows of each kind")
     args = parser.parse_args()
+    if args.smoke:
+        args.rows, args.seq_len, args.shards, args.block, args.count = ["web_mixed"], 8192, [4], [128], 2
     for kind in args.rows:
         rows = ROWS[kind](args.seq_len, args.count, np.random.default_rng(0))
-        for shards in args.shards:
-            for block in args.block:
-                for name in args.layouts:
-                    layout = RowLayout(name, shards, block)
-                    layout.check(args.seq_len)
-                    found = measure(rows, layout, args.seq_len)
-                    line = {"rows": kind, "shards": shards, "block": block, "layout": name, **found}
-                    print(json.dumps(line), flush=True)
+        for shards, block in itertools.product(args.shards, args.block):
+            rival = measure(rows, RowLayout(RIVAL, shards, block), args.seq_len)
+            for name in args.layouts:
+                layout = RowLayout(name, shards, block)
+                layout.check(args.seq_len)
+                found = measure(rows, layout, args.seq_len)
+                more = {"rows": kind, "shards": shards, "block": block, "layout": name}
+                for what, value in found.items():
+                    report(f"layout_{what}", value, UNITS.get(what, ""), RIVAL, rival[what], **more)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,7 @@ One JSON object a line.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -37,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from lines import can_run, make_parser, report
 
 from llmjax import config as configs
 from llmjax.build import make_program
@@ -53,8 +52,14 @@ from llmjax.plan.topology import topology_devices
 from llmjax.plan.traffic import bytes_touched, collectives
 
 MIB = 2**20
-CELL = {"tokens": 131_072, "query_heads": 32, "key_heads": 8, "head_dim": 128, "device": "TPU v5e 2x4"}
-V5P_FLOPS, V5P_BYTES = 459e12, 2765e9  # a second
+CELL = {"tokens": 131_072, "query_heads": 32, "key_heads": 8, "head_dim": 128}
+SMOKE_CELL = {"tokens": 4096, "query_heads": 8, "key_heads": 8, "head_dim": 128}
+SMOKE_MODEL = {  # changes to configs/llama3_8b_long.py
+    "model.num_layers": 1, "model.model_dim": 256, "model.num_heads": 4, "model.num_kv_heads": 2,
+    "model.head_dim": 128, "model.mlp_dim": 256, "tokenizer.vocab_size": 512,
+}  # fmt: skip
+# A second.
+V5P_FLOPS, V5P_BYTES = 459e12, 2765e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +71,6 @@ class Cost:
     traffic: float
 
 
-def report(
-    name: str,
-    value: float,
-    unit: str,
-    rival: str,
-    rival_value: float,
-    goal: float,
-    *,
-    more_is_met=False,
-    **more: Any,
-) -> None:
-    line = {"name": name, "value": round(value, 4), "unit": unit, "rival": rival}
-    line |= {
-        "rival_value": round(rival_value, 4),
-        "ratio": round(value / rival_value, 4) if rival_value else None,
-    }
-    met = value >= goal if more_is_met else value <= goal
-    print(json.dumps({**line, "goal": round(goal, 4), "met": met, **more}), flush=True)
-
-
 def cost(function: Callable, *args: Any) -> Cost:
     program = jax.jit(function).lower(*args).compile()
     module = parse(program.as_text())
@@ -93,8 +78,8 @@ def cost(function: Callable, *args: Any) -> Cost:
     return Cost(temporaries / MIB, product_flops(module) / 1e12, bytes_touched(module) / 1e9)
 
 
-def loss_head() -> None:
-    T, V, D = 16384, 128256, 4096
+def loss_head(smoke: bool) -> None:
+    T, V, D = (512, 1024, 256) if smoke else (16384, 128256, 4096)
     sharding = jax.sharding.SingleDeviceSharding(topology_devices("v5p:2x2x1")[0])
 
     def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -129,13 +114,15 @@ def loss_head() -> None:
     }
     costs = {name: cost(jax.value_and_grad(loss, (0, 1)), *args) for name, loss in losses.items()}
     ours = costs.pop("ours")
-    sizes = {"tokens": T, "vocabulary": V, "width": D, "device": "TPU v5p"}
+    sizes = {"tokens": T, "vocabulary": V, "width": D, "processor": "TPU v5p, compiled for"}
     for rival, theirs in costs.items():
-        report("loss_head_temporaries", ours.temporaries, "MiB", rival, theirs.temporaries, 300, **sizes)
-        goal = 1.01 * theirs.products
-        report("loss_head_products", ours.products, "TFLOP", rival, theirs.products, goal, **sizes)
-        goal = ours.products * 1e12 / V5P_FLOPS * V5P_BYTES / 1e9
-        report("loss_head_traffic", ours.traffic, "GB", rival, theirs.traffic, goal, **sizes)
+        for what, unit, goal in (
+            ("temporaries", "MiB", 300),
+            ("products", "TFLOP", 1.01 * theirs.products),
+            ("traffic", "GB", ours.products * 1e12 / V5P_FLOPS * V5P_BYTES / 1e9),
+        ):
+            mine, its = (getattr(x, what) for x in (ours, theirs))
+            report(f"loss_head_{what}", mine, unit, rival, its, goal, mine <= goal, **sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +135,9 @@ class Sent:
     hidden: float
 
 
-def attention_cost(attend: Callable[..., jax.Array], window: int = 0) -> Sent:
-    """Of `attend(q, k, v, segments, positions)` on each device of the cell, forward and backward.
+def attention_cost(attend: Callable[..., jax.Array], cell: dict[str, int], window: int = 0) -> Sent:
+    """Of `attend(q, k, v, segments, positions)` on each device of a v5e 2x4, for the sizes of `cell`, forward and
+    backward.
 
     Where the program chooses how far keys travel, it is asked about the journey that this sequence, one document,
     needs: the last branch, or with a window the one of a single hop.
@@ -164,11 +152,11 @@ def attention_cost(attend: Callable[..., jax.Array], window: int = 0) -> Sent:
         return jax.vjp(lambda q, k, v: shared(q, k, v, segments, positions), q, k, v)[1](dout)
 
     def abstract(heads: int) -> jax.ShapeDtypeStruct:
-        shape = 1, CELL["tokens"], heads, CELL["head_dim"]
+        shape = 1, cell["tokens"], heads, cell["head_dim"]
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(devices, tokens))
 
-    q, k = abstract(CELL["query_heads"]), abstract(CELL["key_heads"])
-    places = jax.ShapeDtypeStruct((1, CELL["tokens"]), jnp.int32, sharding=NamedSharding(devices, whole))
+    q, k = abstract(cell["query_heads"]), abstract(cell["key_heads"])
+    places = jax.ShapeDtypeStruct((1, cell["tokens"]), jnp.int32, sharding=NamedSharding(devices, whole))
     program = jax.jit(gradients).lower(q, k, k, q, places, places).compile()
     module, reaches = parse(program.as_text()), Ring("seq", 8).reaches
     branch = reaches.index((1, 0)) if window else len(reaches) - 1
@@ -191,9 +179,9 @@ def ours(algorithm: str, ulysses: int = 1, window: int = 0) -> Callable[..., jax
     return lambda q, k, v, segments, positions: attend(q, k, v, self_mask(segments, positions, window=window))
 
 
-def splash_under_ulysses(window: int = 0) -> Callable[..., jax.Array]:
+def splash_under_ulysses(tokens: int, window: int = 0) -> Callable[..., jax.Array]:
     """jax's own kernel in blocks of 512, of all tokens and an eighth of the heads."""
-    masks, T = splash_attention_mask, CELL["tokens"]
+    masks, T = splash_attention_mask, tokens
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks = splash_attention_kernel.BlockSizes(**{f"block_{name}": 512 for name in names})
     mask = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
@@ -212,45 +200,57 @@ def splash_under_ulysses(window: int = 0) -> Callable[..., jax.Array]:
     return attend
 
 
-def ring(window: int = 0) -> None:
-    name = "window" if window else "ring"
-    cell = {**CELL, "window": window} if window else CELL
-    mine, rival = attention_cost(ours("ring", window=window), window), "splash under Ulysses"
-    theirs = attention_cost(splash_under_ulysses(window))
-    goal = 0.30 if window else 1.41
-    report(f"{name}_sent", mine.sent, "GB", rival, theirs.sent, goal, **cell)
-    report(f"{name}_temporaries", mine.temporaries, "MiB", rival, theirs.temporaries, 900, **cell)
-    report(f"{name}_permutes", mine.count, "", rival, theirs.count, 3 if window else 21, **cell)
+def ring(smoke: bool, window: int = 0) -> None:
+    name, cell = "window" if window else "ring", SMOKE_CELL if smoke else CELL
+    more = {**cell, "window": window, "processor": "TPU v5e 2x4, compiled for"}
+    mine, rival = attention_cost(ours("ring", window=window), cell, window), "splash under Ulysses"
+    theirs = attention_cost(splash_under_ulysses(cell["tokens"], window), cell)
+    for what, unit, goal in (
+        ("sent", "GB", 0.30 if window else 1.41),
+        ("temporaries", "MiB", 900),
+        ("count", "permutes", 3 if window else 21),
+    ):
+        value, its = (getattr(x, what) for x in (mine, theirs))
+        report(f"{name}_{what}", value, unit, rival, its, goal, value <= goal, **more)
     report(
-        f"{name}_hidden", mine.hidden, "of the permutes", rival, theirs.hidden, 1, more_is_met=True, **cell
+        f"{name}_hidden", mine.hidden, "of the permutes", rival, theirs.hidden, 1, mine.hidden >= 1, **more
     )
     if not window:
-        mine = attention_cost(ours("ulysses", 8))
-        report("ulysses_sent", mine.sent, "GB", rival, theirs.sent, 0.67, **cell)
-        report("ulysses_temporaries", mine.temporaries, "MiB", rival, theirs.temporaries, 897, **cell)
+        mine = attention_cost(ours("ulysses", 8), cell)
+        for what, unit, goal in (("sent", "GB", 0.67), ("temporaries", "MiB", 897)):
+            value, its = (getattr(x, what) for x in (mine, theirs))
+            report(f"ulysses_{what}", value, unit, rival, its, goal, value <= goal, **more)
 
 
-def documents() -> None:
+def window(smoke: bool) -> None:
+    ring(smoke, 512 if smoke else 4096)
+
+
+def documents(smoke: bool) -> None:
     T, block, rng = CELL["tokens"], 512, np.random.default_rng(0)
-    kinds = {"packed": "web", "in the order drawn": "web_mixed"}
+    kinds, count = {"packed": "web", "in the order drawn": "web_mixed"}, 64
+    if smoke:
+        T, block, count, kinds = 8192, 128, 2, {"in the order drawn": "web_mixed"}
     for kind, rows in kinds.items():
-        drawn = bench_layout.ROWS[rows](T, 64, rng)
-        for shards, waiting, hops in ((8, 1.10, 3), (32, 1.25, 8)):
-            found = {name: around(drawn, RowLayout(name, shards, block)) for name in ("documents", "zigzag")}
+        drawn = bench_layout.ROWS[rows](T, count, rng)
+        for shards, waiting, hops in ((8, 1.10, 3), (32, 1.25, 8))[: 1 if smoke else 2]:
+            found = {
+                name: around(drawn, RowLayout(name, shards, block), T) for name in ("documents", "zigzag")
+            }
             goals = {"executed_over_needed": 1.3, "lockstep_forward": waiting, "lockstep_backward": waiting}
             goals |= {"hops_needed": hops, "hops_made": hops}
             for name, goal in goals.items():
                 mine, theirs = (found[layout][name] for layout in ("documents", "zigzag"))
                 more = {"rows": kind, "devices": shards, "block": block}
-                report(f"documents_{name}", mine, "", "zigzag layout", theirs, goal, **more)
+                report(f"documents_{name}", mine, "", "zigzag layout", theirs, goal, mine <= goal, **more)
 
 
-def around(rows: list[np.ndarray], layout: RowLayout) -> dict[str, float]:
+def around(rows: list[np.ndarray], layout: RowLayout, tokens: int) -> dict[str, float]:
     """Means over the rows. `hops_made`: those of the shortest journey that there is a program for."""
     found = []
     for lengths in rows:
-        order, segment_of = layout.order(lengths, CELL["tokens"])
-        segments, positions = bench_layout.fields(lengths, CELL["tokens"])
+        order, segment_of = layout.order(lengths, tokens)
+        segments, positions = bench_layout.fields(lengths, tokens)
         work = ring_work(segment_of[segments[order]], positions[order], layout.shards, layout.block)
         reach = work.reach
         made = next(r for r in Ring("seq", layout.shards).reaches if r[0] >= reach[0] and r[1] >= reach[1])
@@ -264,50 +264,49 @@ def around(rows: list[np.ndarray], layout: RowLayout) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in found])) for name in found[0]}
 
 
-def context() -> None:
-    rival, theirs = "MaxText 0.2.5, offloaded, as measured before", 14.0
+def context(smoke: bool) -> None:
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
     from configs import llama3_8b_long
 
-    for tokens, topology, offload, goal in (
+    cells = [
         (2**24, "v5p:4x4x4", (), 16.0),
         (24 * 2**20, "v5p:4x4x4", ("residual",), 24.0),
         (6 * 2**20, "v5e:16x16", (), 0.0),
         (12 * 2**20, "v5e:16x16", ("residual",), 0.0),
-    ):
+    ]
+    for tokens, topology, offload, goal in [(4096, "v5e:2x2", (), 0.0)] if smoke else cells:
         raw = llama3_8b_long.get_config()
         devices = topology_devices(topology)
         raw.data.seq_len = raw.train.tokens_per_update = tokens
         raw.mesh.seq, raw.model.offload, raw.plan.topology = len(devices), offload, topology
+        if smoke:
+            raw.update_from_flattened_dict(SMOKE_MODEL)
         config, batch = configs.check(configs.read(raw.to_dict()), len(devices))
         need = measure(make_program(config, batch, config.tokenizer.vocab_size, devices))
         more = {
             "tokens": tokens,
-            "device": topology,
             "offload": list(offload),
             "GB_per_device": need.total / 1e9,
+            "processor": f"TPU {topology}, compiled for",
         }
-        if topology.startswith("v5e"):
-            rival, theirs = "", 0.0
-        report("context", tokens / 1e6, "M tokens", rival, theirs, goal, more_is_met=True, **more)
+        rival = (
+            (None, None)
+            if topology.startswith("v5e")
+            else ("MaxText 0.2.5, offloaded, as measured before", 14.0)
+        )
+        report("context", tokens / 1e6, "M tokens", *rival, goal, tokens / 1e6 >= goal, **more)
 
 
-FIGURES = {
-    "ring": ring,
-    "window": lambda: ring(4096),
-    "documents": documents,
-    "loss_head": loss_head,
-    "context": context,
-}
+FIGURES = {"ring": ring, "window": window, "documents": documents, "loss_head": loss_head, "context": context}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("figures", nargs="+", choices=FIGURES)
-    for name in parser.parse_args().figures:
-        FIGURES[name]()
+    parser = make_parser(__doc__)
+    parser.add_argument("figures", nargs="*", choices=FIGURES, default=list(FIGURES), help="all unless given")
+    args = parser.parse_args()
+    for name in args.figures:
+        if name == "documents" or can_run(name, "libtpu", args.smoke):
+            FIGURES[name](args.smoke)
 
 
 if __name__ == "__main__":

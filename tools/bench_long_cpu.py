@@ -12,15 +12,12 @@ packed      milliseconds per 1000 tokens of an update of that GPT on rows of 327
             as many tokens in rows of 512
 
 Each side has a process of its own, and they take turns; values are medians over the rounds, ratios the medians of the
-rounds' ratios. One JSON object a line. Run it on an idle machine.
+rounds' ratios; goals are goals of the ratios. One JSON object a line. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import os
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_train import load_config
+from lines import can_run, make_parser, report
 from turns import seconds, take_turns
 
 from llmjax.build import make_program
@@ -134,59 +132,48 @@ def beside(makes: list[tuple[Any, ...]], rounds: int) -> list[list[float]]:
     return [x.values for x in take_turns([functools.partial(side, *make) for make in makes], rounds)]
 
 
-def report(
-    name: str, value: float, unit: str, rival: str, rival_value: float, ratio: float, goal: float
-) -> None:
-    """The goal is one of the ratio."""
-    line = {"name": name, "value": round(value, 3), "unit": unit, "rival": rival}
-    line |= {"rival_value": round(rival_value, 3), "ratio": round(ratio, 4), "goal": round(goal, 4)}
-    print(json.dumps({**line, "met": ratio <= goal, "cores": os.cpu_count()}), flush=True)
-
-
-def attention(rounds: int) -> None:
-    makes = {
-        "ours": attention_ours,
-        "PyTorch scaled_dot_product_attention": attention_torch,
-        "jax.nn.dot_product_attention": attention_stock,
-    }
-    for length, document in ((2048, 2048), (8192, 8192), (8192, DOCUMENT)):
+def attention(rounds: int, smoke: bool) -> None:
+    makes = {"ours": attention_ours, "jax.nn.dot_product_attention": attention_stock}
+    if can_run("attention beside PyTorch", "torch", smoke):
+        makes["PyTorch scaled_dot_product_attention"] = attention_torch
+    shapes = ((2048, 2048), (8192, 8192), (8192, DOCUMENT))
+    for length, document in ((256, 64),) if smoke else shapes:
         times = beside([(make, length, document) for make in makes.values()], rounds)
         value, *rivals = (1e3 * statistics.median(side) for side in times)
         for rival, rival_value, theirs in zip(list(makes)[1:], rivals, times[1:]):
             ratio = statistics.median(a / b for a, b in zip(times[0], theirs))
-            report(f"attention_{length}_in_{document}", value, "ms", rival, rival_value, ratio, 1.0)
+            name = f"attention_{length}_in_{document}"
+            report(name, value, "ms", rival, rival_value, 1.0, ratio <= 1.0, ratio=ratio)
 
 
-def step(rounds: int) -> None:
-    length, GiB = 65536, 2**30
+def step(rounds: int, smoke: bool) -> None:
+    length, GiB = 512 if smoke else 65536, 2**30
     peak = take_turns([functools.partial(side, update, 1, length, length)], 0)[0].peak
-    scores = HEADS * length**2 * 4
-    report(
-        "step", peak / GiB, "GiB", "scores of full attention", scores / GiB, peak / scores, 3 * GiB / scores
-    )
+    scores, most = HEADS * length**2 * 4, 3 * GiB
+    rival = "scores of full attention"
+    report("step", peak / GiB, "GiB", rival, scores / GiB, most / scores, peak <= most, tokens=length)
 
 
-def packed(rounds: int) -> None:
-    length = 32768
-    shapes = (1, length, DOCUMENT), (length // DOCUMENT, DOCUMENT, DOCUMENT)
+def packed(rounds: int, smoke: bool) -> None:
+    length, document = (512, 128) if smoke else (32768, DOCUMENT)
+    shapes = (1, length, document), (length // document, document, document)
     times = beside([(update, *shape) for shape in shapes], rounds)
     ratio = statistics.median(a / b for a, b in zip(*times))
     value, rival_value = (1e6 * statistics.median(x) / length for x in times)
-    report("packed", value, "ms per 1000 tokens", f"rows of {DOCUMENT}", rival_value, ratio, 1.3)
+    rival = f"rows of {document}"
+    report("packed", value, "ms per 1000 tokens", rival, rival_value, 1.3, ratio <= 1.3, ratio=ratio)
 
 
 FIGURES = {"attention": attention, "step": step, "packed": packed}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--rounds", type=int, default=11)
     args = parser.parse_args()
     for name in args.figures:
-        FIGURES[name](args.rounds)
+        FIGURES[name](1 if args.smoke else args.rounds, args.smoke)
 
 
 if __name__ == "__main__":

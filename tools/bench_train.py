@@ -13,10 +13,7 @@ is the median of the rounds' ratios. One JSON object a line. Run it on an idle m
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import os
 import pathlib
 import runpy
 import statistics
@@ -25,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from lines import can_run, make_parser, report
 from turns import seconds, take_turns
 
 from llmjax import config as configs
@@ -45,6 +43,15 @@ SHAPES = {  # changes to configs/base.py
         "model.model_dim": 384,
         "model.num_heads": 6,
         "tokenizer.vocab_size": 8192,
+    },
+    "smoke": {
+        **ALIKE,
+        "train.tokens_per_update": 4 * 32,
+        "data.seq_len": 32,
+        "model.num_layers": 1,
+        "model.model_dim": 32,
+        "model.num_heads": 2,
+        "tokenizer.vocab_size": 512,
     },
 }
 
@@ -176,34 +183,31 @@ def make_side(side: str, shape: str) -> tuple[Callable[[], float], tuple[int, st
     return functools.partial(seconds, update), (size, name)
 
 
-def bench(shape: str, rounds: int, rival: str) -> dict[str, object]:
+def bench(shape: str, rounds: int, rival: str) -> None:
     """Both sides in turn, `rounds` times."""
     ours, other = take_turns([functools.partial(make_side, side, shape) for side in ("ours", rival)], rounds)
     (size, _), (rival_size, rival_name) = ours.facts, other.facts
     mine, theirs = ours.values, other.values
     batch = load_config(SHAPES[shape])[1]
     ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
-    return {
-        "name": f"train_{shape}",
-        "value": round(batch.tokens_per_update / statistics.median(mine)),
-        "unit": "tokens/s",
-        "rival": f"nanoGPT-style {rival_name}, {rival}",
-        "rival_value": round(batch.tokens_per_update / statistics.median(theirs)),
-        "ratio": round(ratio, 3),
-        "goal": GOAL,
-        "met": ratio >= GOAL,
-        "parameters": size,
-        "rival_parameters": rival_size,
-        "batch": batch.describe(),
-        "cores": os.cpu_count(),
-    }
+    report(
+        f"train_{shape}",
+        round(batch.tokens_per_update / statistics.median(mine)),
+        "tokens/s",
+        f"nanoGPT-style {rival_name}, {rival}",
+        round(batch.tokens_per_update / statistics.median(theirs)),
+        GOAL,
+        ratio >= GOAL,
+        ratio=round(ratio, 3),
+        parameters=size,
+        rival_parameters=rival_size,
+        batch=batch.describe(),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser = make_parser(__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["base", "12m"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--rival",
@@ -212,8 +216,10 @@ def main() -> None:
         help="compiled: by torch.compile, which needs a C++ compiler",
     )
     args = parser.parse_args()
-    for shape in args.shapes:
-        print(json.dumps(bench(shape, args.rounds, args.rival)), flush=True)
+    shapes, rounds = (["smoke"], 1) if args.smoke else (args.shapes, args.rounds)
+    for shape in shapes:
+        if can_run(f"train_{shape}", "torch", args.smoke):
+            bench(shape, rounds, args.rival)
 
 
 if __name__ == "__main__":
