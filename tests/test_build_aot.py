@@ -57,13 +57,11 @@ QUICK = {"exec_time_optimization_effort": -1.0}
 
 
 def cases():
-    """Each engine on each mesh with the kernel of a TPU; further kernels on each mesh, in turn with the engines.
-
-    Generations of TPUs take turns.
-    """
+    """Each engine on each mesh with the kernel of a TPU; and each mesh with another kernel and an engine, which take
+    turns, as the generations of TPUs do."""
     found = [(*engine, "auto", mesh) for engine, mesh in itertools.product(WAYS, MESHES)]
-    for i, (kernel, mesh) in enumerate(itertools.product(("blockwise", "full"), MESHES)):
-        found.append((*WAYS[i % len(WAYS)], kernel, mesh))
+    for i, mesh in enumerate(MESHES):
+        found.append((*WAYS[i // 2 % len(WAYS)], ("blockwise", "full")[i % 2], mesh))
     generations = itertools.cycle(TOPOLOGIES)
     return [(*case, next(generations)) for case in found]
 
