@@ -302,9 +302,13 @@ FIGURES = {"ring": ring, "window": window, "documents": documents, "loss_head": 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("figures", nargs="*", choices=FIGURES, default=list(FIGURES), help="all unless given")
+    # With choices, argparse of Python 3.11 refuses none at all.
+    parser.add_argument("figures", nargs="*", help=f"of {', '.join(FIGURES)}; all unless given")
     args = parser.parse_args()
-    for name in args.figures:
+    unknown = [name for name in args.figures if name not in FIGURES]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no figure; use some of {', '.join(FIGURES)}")
+    for name in args.figures or FIGURES:
         if name == "documents" or can_run(name, "libtpu", args.smoke):
             FIGURES[name](args.smoke)
 
