@@ -118,7 +118,7 @@ def test_a_damaged_tokenizer_of_a_run_is_made_again_of_its_documents_and_no_othe
 def test_no_damage_of_a_tokenizer_goes_unseen(damage, name, original, tmp_path):
     tokenizer = load_tokenizer(original / "run" / "tokenizer")
     tokenizer.save(tmp_path / "tokenizer")
-    (tmp_path / "window").mkdir()  # of a run that has begun
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)  # of a run that has begun
     corpus = types.SimpleNamespace(tokenizer=tokenizer)
     harm(tmp_path / "tokenizer" / name, damage)
     if (damage, name) != ("missing", "tokenizer.json"):  # like a model made by others, which has none
