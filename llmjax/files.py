@@ -30,7 +30,7 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
     """
     path = Path(path)
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
-    with _named(path):
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path)
         unfinished = _beside(path)
@@ -55,7 +55,7 @@ def new_folder(folder: str | os.PathLike, is_whole: Callable[[Path], bool]) -> I
     replaced otherwise, be it a damaged folder or a file. On an error nothing changes.
     """
     folder = Path(folder)
-    with _named(folder):
+    with naming(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(folder)
         unfinished = _beside(folder)
@@ -103,8 +103,8 @@ def _put_in_place(unfinished: Path, folder: Path, is_whole: Callable[[Path], boo
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Gives an OSError of writing the name of the file that was to be written."""
+def naming(path: Path) -> Iterator[None]:
+    """Within it, an OSError of writing gets the name of the file that was to be written."""
     try:
         yield
     except OSError as error:

@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Callable
 
 from llmjax.errors import UserError
+from llmjax.files import naming
 
 NAME = "lock"
 TOUCH_SECONDS = 5.0
@@ -166,9 +167,10 @@ class Lock:
 
     def _sign(self, file: int) -> None:
         text = json.dumps(dataclasses.asdict(self._me)) + "\n"
-        os.ftruncate(file, 0)
-        os.pwrite(file, text.encode(), 0)
-        os.fsync(file)
+        with naming(self._path):
+            os.ftruncate(file, 0)
+            os.pwrite(file, text.encode(), 0)
+            os.fsync(file)
 
     def _touch(self) -> None:
         while not self._end.wait(TOUCH_SECONDS):
