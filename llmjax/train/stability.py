@@ -71,7 +71,7 @@ class StabilityConfig:
     """
 
     on_spike: str = "warn"
-    threshold: Annotated[float, Range(1e-3, 1e6)] = 6.0
+    threshold: Annotated[float, Range(0, 1e6, above=True)] = 6.0
     half_life: Annotated[int, Range(1, FOLD)] = 200_000
     warmup_updates: Annotated[int, Range(10, COUNT)] = 50
     max_skips: Annotated[int, Range(1, COUNT)] = 20
