@@ -383,7 +383,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert main.main(command(folder, f"--workdir={workdir}", **settings)) == 1
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and "the last 2 updates were all skipped or dropped" in err, err
-    assert re.search(r"of update 2 was not finite and left out; documents \d+\.txt \[tokens \d+:\d+\]", out)
+    assert re.search(
+        r"of update 2 was not finite and left out; by itself each document has a finite loss now; "
+        r"documents \d+\.txt \[tokens \d+:\d+\]",
+        out,
+    )
     # Update 1 itself did the damage: its parameters give no finite loss.
     assert "the last good checkpoint is of update 0 in" in err and "lower optimizer.learning_rate" in err
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
