@@ -194,7 +194,7 @@ def test_a_run_stopped_around_a_change_of_length_and_resumed_equals_one_that_was
 ):
     workdir, polls = tmp_path / "run", iter(range(100))
     monkeypatch.setattr("llmjax.train.signals.StopRequest.poll", lambda self: next(polls) == call)
-    out = run(capsys, command(folder, f"--workdir={workdir}", *GROWING, **SETTINGS))
+    out = run(capsys, command(folder, f"--workdir={workdir}", *GROWING, **SETTINGS), code=75)
     assert re.search(r"stopped after update \d( and 1 of 2 micro-steps of the next)? and saved", out)
     monkeypatch.undo()
     run(capsys, command(folder, f"--workdir={workdir}", *GROWING, **SETTINGS))

@@ -290,7 +290,7 @@ def test_the_sums_of_a_micro_step_are_those_of_the_noise_scale():
     np.testing.assert_allclose([sums["balance"], sums["balance_weight"]], auxiliary, rtol=1e-6)
 
 
-def test_sums_are_kept_in_float32_whatever_the_gradient_dtype():
+def test_sums_are_kept_in_float32_whatever_the_gradient_dtype(engine):
     def loss(params, batch, rng):
         return LossSums(jnp.sum(params["w_DF"] * batch).astype(jnp.float32), jnp.float32(1.0), {})
 
