@@ -141,3 +141,14 @@ def test_only_numerals_and_types_reach_workers():
     ):
         for name in imports(PACKAGE / file):
             assert not name.startswith("llmjax.types"), f"{file} imports {name}, which imports jax"
+
+
+def test_only_one_file_accumulates_by_optax():
+    """`train/multisteps.py`: what it calls is what `train.accumulation=multisteps` promises."""
+    users = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "MultiSteps"
+    ]
+    assert users == ["train/multisteps.py"]
