@@ -313,7 +313,7 @@ def say(result: tuple[str, str, str]) -> None:
     print(f"{ending}: {name}: {words[:300]}", file=sys.stderr, flush=True)
 
 
-PARTS = {"storage": (storage, 150, 6), "kills": (kills, 40, 2), "configs": (odd_configs, 2000, 100)}
+PARTS = {"storage": (storage, 150, 2), "kills": (kills, 40, 1), "configs": (odd_configs, 2000, 30)}
 
 
 def main() -> None:
