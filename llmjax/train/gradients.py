@@ -16,9 +16,8 @@ import optax
 
 from llmjax.types import Array, Batch, LossSums, Params
 
-LossFn = Callable[
-    [Params, Batch, Array | None], LossSums
-]  # (params, batch, rng); rng None: no dropout, all else alike
+# (params, batch, rng) -> the loss sums. Without an rng there is no dropout; nothing else changes.
+LossFn = Callable[[Params, Batch, Array | None], LossSums]
 MAIN = "loss"  # the term whose weight is that of the target tokens
 
 
