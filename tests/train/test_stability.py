@@ -178,7 +178,7 @@ def test_verdicts_replay_from_any_saved_state():
     ("changes", "sentence"),
     [
         ({"on_spike": "stop"}, "stability.on_spike='stop' is not known; use one of none, warn, skip, rewind"),
-        ({"threshold": 0.0}, "stability.threshold=0.0 must be at least 0.001"),
+        ({"threshold": 0.0}, "stability.threshold=0.0 must be greater than 0"),
         ({"threshold": math.nan}, "stability.threshold=nan"),
         ({"half_life": -1}, "stability.half_life=-1"),
         ({"warmup_updates": 9}, "stability.warmup_updates=9 must be at least 10"),
