@@ -89,7 +89,7 @@ def make_run(setting: Setting, keep_metrics: pathlib.Path | None = None) -> dict
     finally:
         shutil.rmtree(workdir, ignore_errors=True)
     updates = [line for line in lines if line["kind"] == "train"]
-    loss = [line["loss"] for line in lines if line["kind"] == "eval"][-1]
+    loss = [line["loss"] for line in lines if line["kind"] == "evaluate"][-1]
     values = dataclasses.asdict(setting) | {"tokens": updates[-1]["tokens"], "updates": len(updates)}
     return values | {"loss": round(loss, 5)}
 
