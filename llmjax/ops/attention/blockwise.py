@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from llmjax.ops import chunks
 from llmjax.ops.attention import kernel
+from llmjax.ops.attention.apart import finite, is_finite, marked
 from llmjax.ops.attention.full import HIDDEN
 from llmjax.ops.attention.kernel import Cut, Softmax
 from llmjax.ops.attention.mask import Mask, Span, blocks_of, span_of
@@ -102,7 +103,7 @@ class Blockwise:
 
             return jax.lax.scan(rows, None, (q_IKrH, q_places, *softmax))[1]
 
-        k, v = kv
+        k, v = marked(*kv)
         return jax.lax.map(sequence, (q, q_places, k, v.swapaxes(3, 4), k_places, *softmax))
 
     def backward(
@@ -110,6 +111,10 @@ class Blockwise:
     ) -> tuple[Cut | None, Cut | None]:
         q_places, k_places = _places(mask, self.block)
         scale = q.shape[-1] ** -0.5
+        # Cheaper here than a selection for each pair: products with weights of 0 are 0.
+        spoiled = ~(is_finite(lse) & is_finite(delta))
+        lse, delta = jnp.where(spoiled, jnp.inf, lse), jnp.where(spoiled, 0.0, delta)
+        q, kv, dout = finite(q), finite(kv), finite(dout)
 
         def sequence(arrays):
             of_queries, keys, dkv = arrays
@@ -147,6 +152,7 @@ class Blockwise:
 
         of_queries, keys = (q, dout, lse, delta, q_places, dq), (kv[0], kv[0].swapaxes(3, 4), kv[1], k_places)
         dq, dkv = jax.lax.map(sequence, (of_queries, keys, None if dkv is None else (dkv[0], dkv[1])))
+        dq = None if dq is None else jnp.where(spoiled[..., None], jnp.nan, dq)
         return dq, None if dkv is None else jnp.stack(dkv)
 
     def _scorer(self, mask: Mask, q_KHr: jax.Array, q_place: _Places) -> Callable[..., Any]:

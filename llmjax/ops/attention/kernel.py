@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.ops.attention.apart import finite, marked, with_spoiled, without_spoiled
 from llmjax.ops.attention.mask import Mask
 
 NOTHING = -1e20  # log-sum-exp of a query that sees nothing: far below any score, far above full.HIDDEN
@@ -28,8 +27,8 @@ Softmax = tuple[Cut, Cut]  # out and lse
 class Kernel(Protocol):
     """Attention of one device; a hashable value that holds its settings, such as soft-cap and block sizes.
 
-    Sums are float32 inside of a call and rounded to the dtype of the accumulator at its end. A kernel multiplies hidden
-    keys by weights of 0; what `apart` says of numbers that are not finite is done for it.
+    Sums are float32 inside of a call and rounded to the dtype of the accumulator at its end. A key gives nothing to a
+    query that does not see it, and takes nothing from it, whatever numbers they hold (`apart`).
     """
 
     def cut_queries(self, x_BTNH: jax.Array, K: int) -> Cut:
@@ -82,7 +81,6 @@ def _attend(kernel, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask):
 
 
 def _attend_forward(kernel, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask):
-    q_BTNH, k_BSKH, v_BSKH = marked(q_BTNH, k_BSKH, v_BSKH)
     q, kv = kernel.cut_queries(q_BTNH, sizes.K), kernel.cut_keys(k_BSKH, v_BSKH)
     out, lse = kernel.forward(q, kv, mask, begin(kernel, sizes, q_BTNH, sinks_N, q.dtype))
     out_BTNH, lse = named(kernel.join_queries(out, sizes.T), lse)
@@ -94,11 +92,8 @@ def _attend_backward(kernel, sizes, saved, dout_BTNH):
     dout_BTNH, out_BTNH = jax.lax.optimization_barrier((dout_BTNH, out_BTNH))  # kept as it is: not in float32
     dout, delta = pulled(kernel, sizes, out_BTNH, dout_BTNH)
     dsinks_N = sinks_gradient(kernel, sizes, sinks_N, lse, delta)
-    spoiled, lse, delta = without_spoiled(lse, delta)
-    arrays = finite(q), finite(kv), mask, dout, lse, delta
-    dq, dkv = kernel.backward(*arrays, jnp.zeros_like(q), jnp.zeros_like(kv))
-    dq_BTNH = kernel.join_queries(with_spoiled(dq, spoiled), sizes.T)
-    return dq_BTNH, *kernel.join_keys(dkv, sizes.S), dsinks_N, None
+    dq, dkv = kernel.backward(q, kv, mask, dout, lse, delta, jnp.zeros_like(q), jnp.zeros_like(kv))
+    return kernel.join_queries(dq, sizes.T), *kernel.join_keys(dkv, sizes.S), dsinks_N, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -125,9 +120,9 @@ def named(out_BTNH: jax.Array, lse: Cut) -> tuple[jax.Array, Cut]:
 
 
 def pulled(kernel: Kernel, sizes: Sizes, out_BTNH: jax.Array, dout_BTNH: jax.Array) -> tuple[Cut, Cut]:
-    """dout, finite, and delta = sum_H(dout * out), as the backward pass wants them."""
+    """dout and delta = sum_H(dout * out), as the backward pass wants them."""
     delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
-    return kernel.cut_queries(finite(dout_BTNH), sizes.K), _cut_rows(kernel, sizes, delta_BTN)
+    return kernel.cut_queries(dout_BTNH, sizes.K), _cut_rows(kernel, sizes, delta_BTN)
 
 
 def sinks_gradient(

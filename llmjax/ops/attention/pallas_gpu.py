@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from llmjax.ops import chunks
 from llmjax.ops.attention import kernel
+from llmjax.ops.attention.apart import finite, marked
 from llmjax.ops.attention.full import HIDDEN
 from llmjax.ops.attention.kernel import Cut, Softmax
 from llmjax.ops.attention.mask import Mask, Span, block_spans, filled
@@ -300,6 +301,8 @@ def _forward_body(
         acc, largest, total = carry
         keys = walk.keys(block)
         k_block, v_block = (walk.load(kv.at[b, keys, kv_head]) for b in at.both)
+        if not whole:
+            k_block, v_block = marked(k_block, v_block)
         scores, _ = walk.scores(q_block, k_block, softcap)
         if not whole:
             k_place = k_places[at.b, 0, keys][None], k_places[at.b, 1, keys][None]
@@ -329,13 +332,14 @@ def _backward_body_of_queries(
         keys = walk.keys(block)
         k_block, v_block = (walk.load(kv.at[b, keys, kv_head]) for b in at.both)
         scores, slope = walk.scores(q_block, k_block, softcap)
-        if not whole:
-            k_place = k_places[at.b, 0, keys][None], k_places[at.b, 1, keys][None]
-            scores = jnp.where(walk.mask.visible(*q_place, *k_place), scores, HIDDEN)
         weights = jnp.exp2(scores - lse_column)
         dscores = weights * (_dot(dout_block, v_block.T) - delta_column)
         if slope is not None:
             dscores *= slope
+        if not whole:
+            k_place = k_places[at.b, 0, keys][None], k_places[at.b, 1, keys][None]
+            dscores = jnp.where(walk.mask.visible(*q_place, *k_place), dscores, 0.0)
+            k_block = finite(k_block)
         return acc + _dot(dscores.astype(k_block.dtype), k_block)
 
     acc = at.visit(add, jnp.zeros(q_block.shape, jnp.float32))
@@ -355,14 +359,16 @@ def _backward_body_of_keys(
         rows, head = walk.queries(block), at.head * walk.G + i
         q_block, dout_block = (walk.load(x.at[at.b, rows, head]) for x in (q, dout))
         scores, slope = walk.scores(k_block, q_block, softcap)
-        if not whole:
-            q_place = q_places[at.b, 0, rows][None], q_places[at.b, 1, rows][None]
-            scores = jnp.where(walk.mask.visible(*q_place, *k_place), scores, HIDDEN)
         weights = jnp.exp2(scores - (lse[at.b, rows, head] * LOG2_E)[None])
-        dv += _dot(weights.astype(dout_block.dtype), dout_block)
         dscores = weights * (_dot(v_block, dout_block.T) - delta[at.b, rows, head][None])
         if slope is not None:
             dscores *= slope
+        if not whole:
+            q_place = q_places[at.b, 0, rows][None], q_places[at.b, 1, rows][None]
+            visible = walk.mask.visible(*q_place, *k_place)
+            weights, dscores = jnp.where(visible, weights, 0.0), jnp.where(visible, dscores, 0.0)
+            q_block, dout_block = finite(q_block), finite(dout_block)
+        dv += _dot(weights.astype(dout_block.dtype), dout_block)
         return dk + _dot(dscores.astype(q_block.dtype), q_block), dv
 
     zeros = jnp.zeros(k_block.shape, jnp.float32)

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llmjax.ops import chunks
 from llmjax.ops.attention import kernel
+from llmjax.ops.attention.apart import finite, marked
 from llmjax.ops.attention.full import HIDDEN
 from llmjax.ops.attention.kernel import Cut, Softmax
 from llmjax.ops.attention.mask import Mask, Span, block_spans, filled
@@ -266,15 +267,16 @@ def _forward_body(
         _turn_places(q_places, places)
 
     def add(whole):
-        scores = _dot(q[...].reshape(rows, H), kv[0], CONTRACT_LAST) * H**-0.5
+        keys, values = (kv[0], kv[1]) if whole else marked(kv[0], kv[1])
+        scores = _dot(q[...].reshape(rows, H), keys, CONTRACT_LAST) * H**-0.5
         scores = cap_scores(scores, softcap)
         if not whole:
-            scores = _hide(mask, scores, places, k_places)
+            scores = jnp.where(_visible(mask, places, k_places), scores, HIDDEN)
         new = jnp.maximum(largest[...], jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp(scores - new[:, :1])
         shrink = jnp.exp(largest[...] - new)
         total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-        acc[...] = acc[...] * shrink[:, :1] + _dot(weights.astype(kv.dtype), kv[1])
+        acc[...] = acc[...] * shrink[:, :1] + _dot(weights.astype(kv.dtype), values)
         largest[...] = new
 
     pl.when(flags & WHOLE != 0)(lambda: add(True))
@@ -303,14 +305,14 @@ def _backward_body_of_queries(
         _turn_places(q_places, places)
 
     def add(whole):
-        scores = capped = cap_scores(_dot(q[...].reshape(rows, H), kv[0], CONTRACT_LAST) * H**-0.5, softcap)
-        if not whole:
-            scores = _hide(mask, capped, places, k_places)
+        scores = cap_scores(_dot(q[...].reshape(rows, H), kv[0], CONTRACT_LAST) * H**-0.5, softcap)
         weights = jnp.exp(scores - lse_column[:, :1])
         dscores = weights * (_dot(dout[...].reshape(rows, H), kv[1], CONTRACT_LAST) - delta_column[:, :1])
         if softcap:
-            dscores *= 1.0 - jnp.square(capped / softcap)
-        acc[...] += _dot(dscores.astype(kv.dtype), kv[0])
+            dscores *= 1.0 - jnp.square(scores / softcap)
+        if not whole:
+            dscores = jnp.where(_visible(mask, places, k_places), dscores, 0.0)
+        acc[...] += _dot(dscores.astype(kv.dtype), kv[0] if whole else finite(kv[0]))
 
     pl.when(flags & WHOLE != 0)(lambda: add(True))
     pl.when(flags & WHOLE == 0)(lambda: add(False))
@@ -333,15 +335,18 @@ def _backward_body_of_keys(
 
     def add(whole):
         for g in range(G):
-            scores = capped = cap_scores(_dot(kv[0], q[g], CONTRACT_LAST) * H**-0.5, softcap)
-            if not whole:
-                scores = _hide(mask, capped, places, q_places, transposed=True)
+            scores = cap_scores(_dot(kv[0], q[g], CONTRACT_LAST) * H**-0.5, softcap)
             weights = jnp.exp(scores - lse[g : g + 1])
             dscores = weights * (_dot(kv[1], dout[g], CONTRACT_LAST) - delta[g : g + 1])
             if softcap:
-                dscores *= 1.0 - jnp.square(capped / softcap)
-            acc[0] += _dot(dscores.astype(q.dtype), q[g])
-            acc[1] += _dot(weights.astype(q.dtype), dout[g])
+                dscores *= 1.0 - jnp.square(scores / softcap)
+            queries, douts = q[g], dout[g]
+            if not whole:
+                visible = _visible(mask, places, q_places, transposed=True)
+                weights, dscores = jnp.where(visible, weights, 0.0), jnp.where(visible, dscores, 0.0)
+                queries, douts = finite(queries), finite(douts)
+            acc[0] += _dot(dscores.astype(q.dtype), queries)
+            acc[1] += _dot(weights.astype(q.dtype), douts)
 
     pl.when(flags & WHOLE != 0)(lambda: add(True))
     pl.when(flags & WHOLE == 0)(lambda: add(False))
@@ -356,13 +361,12 @@ def _dot(x: jax.Array, y: jax.Array, dimensions: Any = (((1,), (0,)), ((), ())))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
-def _hide(mask: Mask, scores: jax.Array, resident: Any, streamed: Any, transposed: bool = False) -> jax.Array:
-    """scores with what is not visible hidden: of the resident block along the sublanes, and the streamed along the
-    lanes; `transposed`: the keys are resident."""
+def _visible(mask: Mask, resident: Any, streamed: Any, transposed: bool = False) -> jax.Array:
+    """What is visible, of the resident block along the sublanes, and the streamed along the lanes; `transposed`: the
+    keys are resident."""
     columns = resident[0][:, :1], resident[1][:, :1]
     rows = streamed[0:1], streamed[1:2]
-    visible = mask.visible(*rows, *columns) if transposed else mask.visible(*columns, *rows)
-    return jnp.where(visible, scores, HIDDEN)
+    return mask.visible(*rows, *columns) if transposed else mask.visible(*columns, *rows)
 
 
 def _turn(row: jax.Array) -> jax.Array:

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.ops.attention.apart import finite, marked, with_spoiled, without_spoiled
 from llmjax.ops.attention.kernel import (
     Cut,
     Kernel,
@@ -92,8 +91,7 @@ def _attend(kernel, ring, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask):
 
 
 def _attend_forward(kernel, ring, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask):
-    q, *keys = marked(q_BTNH, k_BSKH, v_BSKH)
-    q, kv = kernel.cut_queries(q, sizes.K), kernel.cut_keys(*keys)
+    q, kv = kernel.cut_queries(q_BTNH, sizes.K), kernel.cut_keys(k_BSKH, v_BSKH)
     softmax = begin(kernel, sizes, q_BTNH, sinks_N, jnp.float32)
     journeys = [functools.partial(_forward, kernel, ring, sizes, reach) for reach in ring.reaches]
     out, lse = jax.lax.switch(needed_reach(ring, sizes, mask), journeys, q, kv, mask, softmax)
@@ -107,13 +105,11 @@ def _attend_backward(kernel, ring, sizes, saved, dout_BTNH):
     dout_BTNH, out_BTNH, q_BTNH = jax.lax.optimization_barrier((dout_BTNH, out_BTNH, q_BTNH))
     dout, delta = pulled(kernel, sizes, out_BTNH, dout_BTNH)
     dsinks_N = sinks_gradient(kernel, sizes, sinks_N, lse, delta)
-    spoiled, lse, delta = without_spoiled(lse, delta)
-    q = kernel.cut_queries(finite(q_BTNH), sizes.K)
+    q = kernel.cut_queries(q_BTNH, sizes.K)
     journeys = [functools.partial(_backward, kernel, ring, sizes, reach) for reach in ring.reaches]
     arrays = q, k_BSKH, v_BSKH, mask, dout, lse, delta
     dq, dkv = jax.lax.switch(needed_reach(ring, sizes, mask), journeys, *arrays)
-    dq_BTNH = kernel.join_queries(with_spoiled(dq.astype(q.dtype), spoiled), sizes.T)
-    return dq_BTNH, *kernel.join_keys(dkv, sizes.S), dsinks_N, None
+    return kernel.join_queries(dq.astype(q.dtype), sizes.T), *kernel.join_keys(dkv, sizes.S), dsinks_N, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -200,7 +196,7 @@ def _backward(
 
     def own_keys(after: Cut) -> Cut:
         k, v, _ = jax.lax.optimization_barrier((k_BSKH, v_BSKH, after))
-        return kernel.cut_keys(finite(k), finite(v))
+        return kernel.cut_keys(k, v)
 
     def add(keys: Cut, by: jax.Array | int, dq: Cut | None, dkv: Cut | None) -> tuple[Cut | None, Cut | None]:
         part = _part(ring, sizes, mask, by)
