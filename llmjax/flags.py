@@ -20,6 +20,8 @@ from llmjax.errors import UserError
 from llmjax.workdir import saved_config
 
 MODES = ("train", "evaluate", "generate", "plan")
+# Flags that some modes alone heed.
+HEEDED_BY = {"prompt": ("generate",), "prompt_file": ("generate",), "checkpoint": ("evaluate", "generate")}
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
@@ -38,6 +40,10 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
         raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
         raise UserError(f"the argument {rest[1]!r} is not a flag; write --name=value")
+    for name, modes in HEEDED_BY.items():
+        if values[name].present and values.mode not in modes:
+            uses = " or ".join(f"--mode={mode}" for mode in modes)
+            raise UserError(f"--{name} is not heeded by --mode={values.mode}; leave it out, or give {uses}")
     config = load_config(values.config, values.workdir)
     if values.config is None and not overrides.keys() <= set(_keys(config)):
         config = _complete(config, values.workdir)

@@ -261,12 +261,18 @@ def as_long_as_before(config: Config, workdir: pathlib.Path) -> Config:
 
 def run_evaluate(config: Config, batch: BatchArithmetic, workdir: pathlib.Path, checkpoint: str) -> int:
     """Prints the held-out results of a checkpoint; of what checkpoint.init_from names where there is no run yet."""
+    untrained = saved_config(workdir) is None and not standing.has_begun(workdir)
+    if untrained and checkpoint != "latest":
+        raise UserError(
+            f"--checkpoint={checkpoint} is of a run, and --workdir={workdir} holds none; "
+            "name the checkpoint of checkpoint.init_from by --config.checkpoint.init_checkpoint"
+        )
     corpus = read_corpus(config, batch, workdir)
     if corpus.held_out is None:
         raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
     asked = make_probes(corpus, config)
     program = make_program(config, batch, corpus.tokenizer.vocab_size)
-    if saved_config(workdir) is None and not standing.has_begun(workdir):
+    if untrained:
         workdir = pathlib.Path(config.checkpoint.init_from)
         update, params = initial_params(program)
     else:

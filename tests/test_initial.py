@@ -81,6 +81,9 @@ def test_it_is_scored_before_it_begins_and_better_after(folder, source, tmp_path
     words = extended(folder, workdir, source, "--mode=evaluate", data__seq_len=32, **as_it_was)
     out = run(capsys, words)
     assert f"update 6 of {source}" in out and held_out_loss(out) == f"{last['loss']:.4f}"
+    assert "--checkpoint=3 is of a run" in refuse(
+        capsys, extended(folder, workdir, source, "--mode=evaluate", "--checkpoint=3")
+    )
     before = run(capsys, extended(folder, workdir, source, "--mode=evaluate"))
     assert not workdir.exists()
     out = run(capsys, extended(folder, workdir, source))

@@ -76,6 +76,9 @@ MISTAKES = {
     "word": (["train"], "'train' is not a flag", "--name=value"),
     "prompts": (["--mode=generate", "--prompt_file=/nowhere.txt"],
                "--prompt_file=/nowhere.txt does not exist", "one prompt a line"),
+    "prompt": (["--prompt=hello"], "--prompt is not heeded by --mode=train", "or give --mode=generate"),
+    "checkpoint": (["--mode=plan", "--checkpoint=latest"], "--checkpoint is not heeded by --mode=plan",
+                   "or give --mode=evaluate or --mode=generate"),
     "topology": (["--mode=plan", "--config.plan.topology=v5p:4x4x5x6"],
                 "plan.topology='v5p:4x4x5x6'", "such as v5p:4x4x4"),
 }  # fmt: skip
@@ -250,7 +253,9 @@ def main_sources(config):
 def test_prompts_come_from_flags_and_from_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("第三\n\nfourth = 'x'\n", encoding="utf-8")
-    values, _ = parsed("--prompt=first", "--prompt=second, with a comma", f"--prompt_file={path}")
+    values, _ = parsed(
+        "--mode=generate", "--prompt=first", "--prompt=second, with a comma", f"--prompt_file={path}"
+    )
     assert main.read_prompts(values) == ["first", "second, with a comma", "第三", "fourth = 'x'"]
 
 
