@@ -44,6 +44,11 @@ def show(text: str, *, file: TextIO | None = None, end: str = "\n") -> None:
         print(text, end=end, file=file, flush=True)
 
 
+def complain(text: str) -> None:
+    """Prints what went wrong to standard error: one line, behind the name of the program."""
+    show(one_line(f"llmjax: {text}"), file=sys.stderr)
+
+
 def _escape(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

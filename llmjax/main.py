@@ -31,7 +31,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax is imported: XL
 
 import absl.logging
 
-from llmjax.escapes import one_line, show
+from llmjax.escapes import complain, show
 from llmjax.failures import FAILED, describe_failure
 from llmjax.flags import name_of, parse, read_prompts
 from llmjax.workdir import check_place
@@ -66,7 +66,7 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
         if failure is None:
             raise
         code, sentence = failure
-        show(one_line(f"llmjax: {sentence}"), file=sys.stderr)
+        complain(sentence)
         if alone and code == FAILED:
             os._exit(code)  # threads that were writing would print tracebacks while the interpreter goes down
         return code

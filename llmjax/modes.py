@@ -33,7 +33,7 @@ from llmjax.documents import (
     write_record,
 )
 from llmjax.errors import UserError
-from llmjax.escapes import one_line, show
+from llmjax.escapes import complain, show
 from llmjax.evaluate import probes
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.evaluate.not_finite import documents_not_finite
@@ -226,7 +226,7 @@ def train_in(
                 result = train(run, state, position, recorder, checkpoints, stop)
         except (TrainingFailed, FollowUpFailed) as error:
             if hosts.is_primary():
-                show(f"llmjax: {error}", file=sys.stderr)
+                complain(str(error))
                 if isinstance(error, TrainingFailed):  # an update that was under way is behind the damage
                     standing.remove_window(workdir)
                 write_report(workdir)
@@ -245,7 +245,7 @@ def train_in(
         raise
     except Exception as error:
         saved = f"training up to update {result.position.update} is saved in {workdir / 'checkpoints'}"
-        show(one_line(f"llmjax: {describe_failure(saved, what, error)}"), file=sys.stderr)
+        complain(describe_failure(saved, what, error))
         return 1
     return stop.exit_code if result.stopped else 0
 

@@ -109,3 +109,13 @@ def test_nothing_is_printed_past_the_one_place():
         if re.search(r"(?<![\w.])print\(|std(?:out|err)\.write\(", path.read_text(encoding="utf-8"))
     }
     assert found == {"escapes.py"}
+
+
+def test_every_complaint_goes_through_the_one_that_keeps_it_on_a_line():
+    package = pathlib.Path(llmjax.__file__).parent
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"file=sys.stderr", path.read_text(encoding="utf-8"))
+    }
+    assert found == {"escapes.py", "main.py"}  # main.py says that it was interrupted

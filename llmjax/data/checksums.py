@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.escapes import show
+from llmjax.escapes import complain
 from llmjax.files import write_atomically
 
 # What one first read of a document costs at most beside the document itself.
@@ -44,7 +43,7 @@ class DamagedError(UserError):
 
 def report_damage(text: str) -> None:
     """Says on stderr what was found damaged and what is done about it."""
-    show(f"llmjax: {text}", file=sys.stderr)
+    complain(text)
 
 
 def raise_other(error: Exception) -> None:

@@ -15,7 +15,6 @@ import importlib.util
 import os
 import re
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -24,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from llmjax.errors import UserError
-from llmjax.escapes import show
+from llmjax.escapes import complain
 
 EXPLICIT = ("LLMJAX_COORDINATOR", "LLMJAX_NUM_PROCESSES", "LLMJAX_PROCESS_ID")
 TIMEOUT = "LLMJAX_TIMEOUT"
@@ -101,7 +100,7 @@ def _patience(seconds: int, sentence: Callable[[], str]) -> Iterator[None]:
     """
 
     def give_up() -> None:
-        show(f"llmjax: {sentence()}; {TIMEOUT}=SECONDS waits longer", file=sys.stderr)
+        complain(f"{sentence()}; {TIMEOUT}=SECONDS waits longer")
         os._exit(2)
 
     timer = threading.Timer(seconds, give_up)

@@ -19,7 +19,6 @@ import dataclasses
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -29,7 +28,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llmjax.errors import UserError
-from llmjax.escapes import one_line, show
+from llmjax.escapes import complain
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, gather, on_primary, together
 from llmjax.ranges import COUNT, Range, check_ranges
@@ -72,7 +71,7 @@ class CheckpointConfig:
 def warn(text: str) -> None:
     """Says on stderr, once for all processes, what is wrong although the run goes on."""
     if hosts.is_primary():
-        show(one_line(f"llmjax: {text}"), file=sys.stderr)
+        complain(text)
 
 
 class Checkpoints:
