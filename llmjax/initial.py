@@ -10,9 +10,10 @@ import dataclasses
 import pathlib
 
 from llmjax.config import Config, check_init, check_resume
-from llmjax.data.checksums import DamagedError, report_damage
+from llmjax.data.checksums import DamagedError
 from llmjax.data.tokenizer import Tokenizer, load_tokenizer
 from llmjax.errors import UserError
+from llmjax.escapes import complain
 from llmjax.names import is_unicode
 from llmjax.standing import has_begun
 from llmjax.train.checkpoint import Checkpoints
@@ -88,8 +89,6 @@ def _holds_tokenizer(workdir: pathlib.Path) -> bool:
     try:
         load_tokenizer(workdir / "tokenizer")
     except DamagedError as error:
-        report_damage(
-            f"{error.reason}; it is made again if data.sources hold the documents that it was made of"
-        )
+        complain(f"{error.reason}; it is made again if data.sources hold the documents that it was made of")
         return False
     return True

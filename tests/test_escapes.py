@@ -9,8 +9,7 @@ import pytest
 
 import llmjax
 from llmjax import main
-from llmjax.data.checksums import report_damage
-from llmjax.escapes import one_line, printable, show
+from llmjax.escapes import complain, one_line, printable, show
 from llmjax.terminal import indent, say
 from llmjax.train.progress import Progress
 
@@ -61,7 +60,7 @@ PRINTERS = {
     "quoted": lambda text: say(indent(text)),
     "stream": lambda text: show(text, end=""),
     "progress": a_progress_line,
-    "damage": report_damage,
+    "complaint": complain,
 }
 
 
@@ -70,10 +69,10 @@ def test_every_printer_escapes_on_a_terminal_and_nowhere_else(name, monkeypatch)
     text = "a" + "".join(text for text in OBEYED.values() if text != "\udcff") + "b"
     for is_terminal in (True, False):
         streams = Stream(is_terminal), Stream(False)
-        out, err = reversed(streams) if name == "damage" else streams
+        out, err = reversed(streams) if name == "complaint" else streams
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
-        PRINTERS[name](text)
+        PRINTERS[name](text := one_line(text) if name == "complaint" else text)
         written = streams[0].getvalue()
         assert (printable(text) in written) == is_terminal and (text in written) != is_terminal
 

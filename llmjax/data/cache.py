@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llmjax.data.checksums import DamagedError, report_damage
+from llmjax.data.checksums import DamagedError
 from llmjax.data.sources import SourceFile, corpus_fingerprint, read_documents
 from llmjax.data.store import FORMAT_VERSION, Store, build_store, open_store
 from llmjax.data.tokenizer import (
@@ -23,6 +23,7 @@ from llmjax.data.tokenizer import (
     train_tokenizer,
 )
 from llmjax.errors import UserError
+from llmjax.escapes import complain
 from llmjax.files import new_folder
 
 
@@ -34,7 +35,7 @@ def cached_tokenizer(
     text_field: str = "text",
     on_bad_text: str = "error",
     progress: Callable[[int, int], None] | None = None,
-    report: Callable[[str], None] = report_damage,
+    report: Callable[[str], None] = complain,
 ) -> Tokenizer:
     """The tokenizer of `config.path` where that is set, else one trained on the files, now or before.
 
@@ -102,7 +103,7 @@ def cached_store(
     on_bad_text: str = "error",
     num_workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
-    report: Callable[[str], None] = report_damage,
+    report: Callable[[str], None] = complain,
 ) -> Store:
     """The store of these files and this tokenizer, built unless it is there and whole. See `build_store`.
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.escapes import complain
 from llmjax.files import write_atomically
 
 # What one first read of a document costs at most beside the document itself.
@@ -39,11 +38,6 @@ class DamagedError(UserError):
 
     def __reduce__(self):
         return DamagedError, (self.reason, self._remedy)
-
-
-def report_damage(text: str) -> None:
-    """Says on stderr what was found damaged and what is done about it."""
-    complain(text)
 
 
 def raise_other(error: Exception) -> None:

@@ -29,8 +29,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llmjax.data.checksums import DamagedError, report_damage, verify, write_checksums
+from llmjax.data.checksums import DamagedError, verify, write_checksums
 from llmjax.errors import UserError
+from llmjax.escapes import complain
 from llmjax.files import new_folder, write_atomically
 
 FORMAT = 1  # of the saved plan and of the algorithm; part of the fingerprint
@@ -261,7 +262,7 @@ def cached_plan(
     seq_len: int,
     seed: int,
     cache_dir: str | os.PathLike,
-    report: Callable[[str], None] = report_damage,
+    report: Callable[[str], None] = complain,
 ) -> PackingPlan:
     """`plan_packing`, from `cache_dir` if it was made before; the arrays are memory-mapped either way.
 
