@@ -180,8 +180,10 @@ def test_two_processes_that_see_different_things_end_with_one_sentence_each(diff
 def test_a_second_run_in_a_workdir_is_refused_and_the_first_goes_on(folder, tmp_path):
     words = command(folder, f"--workdir={tmp_path / 'run'}", **LONG)
     process = start_and_wait(words, tmp_path / "run")
+    process.send_signal(signal.SIGSTOP)  # or it might be done before the second begins
     second = start(words)
     _, err = second.communicate(timeout=300)
+    process.send_signal(signal.SIGCONT)
     assert second.returncode == 2 and err.count("\n") == 1
     assert f"is in use: process {process.pid} on " in err and "give another --workdir" in err
     finish(process)
