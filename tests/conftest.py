@@ -6,7 +6,10 @@ Tests compile many small programs and run each a few times, so code is generated
 import itertools
 import os
 import pathlib
+import signal
 
+# A job in the background of a shell ignores Ctrl-C, and so would the runs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 flags = os.environ.get("XLA_FLAGS", "")

@@ -67,12 +67,13 @@ PRINTERS = {
 @pytest.mark.parametrize("name", PRINTERS)
 def test_every_printer_escapes_on_a_terminal_and_nowhere_else(name, monkeypatch):
     text = "a" + "".join(text for text in OBEYED.values() if text != "\udcff") + "b"
+    text = one_line(text) if name == "complaint" else text
     for is_terminal in (True, False):
         streams = Stream(is_terminal), Stream(False)
         out, err = reversed(streams) if name == "complaint" else streams
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
-        PRINTERS[name](text := one_line(text) if name == "complaint" else text)
+        PRINTERS[name](text)
         written = streams[0].getvalue()
         assert (printable(text) in written) == is_terminal and (text in written) != is_terminal
 
@@ -100,21 +101,17 @@ def test_what_an_encoding_cannot_express_is_an_escape(encoding):
     assert "\\udcff" in text and text.endswith("\n") and not stream.closed
 
 
-def test_nothing_is_printed_past_the_one_place():
+def files_with(pattern):
+    """Which files of the package hold the regular expression."""
     package = pathlib.Path(llmjax.__file__).parent
-    found = {
-        str(path.relative_to(package))
-        for path in package.rglob("*.py")
-        if re.search(r"(?<![\w.])print\(|std(?:out|err)\.write\(", path.read_text(encoding="utf-8"))
-    }
-    assert found == {"escapes.py"}
+    files = package.rglob("*.py")
+    return {str(x.relative_to(package)) for x in files if re.search(pattern, x.read_text(encoding="utf-8"))}
+
+
+def test_nothing_is_printed_past_the_one_place():
+    assert files_with(r"(?<![\w.])print\(|std(?:out|err)\.write\(") == {"escapes.py"}
 
 
 def test_every_complaint_goes_through_the_one_that_keeps_it_on_a_line():
-    package = pathlib.Path(llmjax.__file__).parent
-    found = {
-        str(path.relative_to(package))
-        for path in package.rglob("*.py")
-        if re.search(r"file=sys.stderr", path.read_text(encoding="utf-8"))
-    }
-    assert found == {"escapes.py", "main.py"}  # main.py says that it was interrupted
+    # main.py says that it was interrupted.
+    assert files_with("file=sys.stderr") == {"escapes.py", "main.py"}

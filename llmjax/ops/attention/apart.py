@@ -9,6 +9,7 @@ backward  Weights and gradients of scores are selected, and queries, keys and ou
           by have 0 in the place of what is not finite. A query that sees such a number has NaN in its own scores.
 
 Blocks that see all of one another lie in one document, and need none of it.
+`blockwise`, which does not tell them from others, does the same to whole arrays, once for all blocks.
 """
 
 from __future__ import annotations

@@ -13,9 +13,8 @@ from llmjax.ops.attention.apart import answered, finite
 from llmjax.ops.attention.mask import Mask
 from llmjax.ops.logits import softcap as cap_scores
 
-HIDDEN = (
-    -1e30
-)  # score of a key that is not visible; finite, so that a row of them stays free of NaN in both passes
+# Score of a key that is not visible; finite, so that a row of them stays free of NaN in both passes.
+HIDDEN = -1e30
 
 
 def attend(
