@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from llmjax.nn.attention import Attention, KeyValue, on_each_device
 from llmjax.nn.cache import write
@@ -153,15 +154,20 @@ def _tiled_layer(
 
     def finish(params: Params, arrays: Any) -> jax.Array:
         x_BTD, out_BTNH, keys_BT = arrays
+        params, layer = params["modules"], params["layer"]
         return inner.apply({"params": params}, x_BTD, out_BTNH, keys_BT, layer, method="finish")[0]
 
-    def tiles(fn: Callable[[Params, Any], Any], names: tuple[str, ...], arrays: Any) -> Any:
-        mine, of_mine = ({name: tree[name] for name in names} for tree in (params, specs))
-        return by_tiles(fn, block.layout, c.tile, c.dtype, mine, of_mine, arrays)
+    def of(tree: Any, *names: str) -> Any:
+        return {name: tree[name] for name in names}
 
-    q, k, v = tiles(project, ("attention_norm", "attention"), (x_BTD, turn))
+    tiles = functools.partial(by_tiles, layout=block.layout, tile=c.tile, dtype=c.dtype)
+    names = ("attention_norm", "attention")
+    q, k, v = tiles(project, of(params, *names), of(specs, *names), (x_BTD, turn))
     out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="meet")
-    return tiles(finish, ("attention", "mlp_norm", "mlp"), (x_BTD, out_BTNH, keys_BT))
+    # The layer's number of a scan goes in by the front door: jax.shard_map takes no traced value from outside.
+    names = ("attention", "mlp_norm", "mlp")
+    mine = {"modules": of(params, *names), "layer": jnp.asarray(layer)}
+    return tiles(finish, mine, {"modules": of(specs, *names), "layer": PartitionSpec()}, (x_BTD, out_BTNH, keys_BT))
 
 
 def _scan_layers(

@@ -32,12 +32,13 @@ def inner_layout(layout: Layout) -> Layout:
 
 def by_tiles(
     fn: Callable[[Params, Any], Any],
-    layout: Layout,
-    tile: int,
-    dtype: str,
     params: Params,
     specs: Any,
     arrays: Any,
+    *,
+    layout: Layout,
+    tile: int,
+    dtype: str,
 ) -> Any:
     """`fn(params, arrays)`, of float32 params and arrays [B, T, ...]: a tree of arrays [B, T, ...].
 

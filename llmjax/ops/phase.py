@@ -51,11 +51,21 @@ def cos_sin(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, j
     positions: int32 [...], from 0 to 2^31 - 1. frequencies: float64 [F], radians per position.
     """
     phase = phases(positions, frequencies)
-    # The nearest quarter turn, and the rest: an eighth of a turn at most, which float32 holds finely.
-    quarter = (phase + np.uint32(1 << 29)) >> 30
-    rest = jax.lax.bitcast_convert_type(phase - (quarter << 30), jnp.int32)
-    angle = rest.astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    across, back = quarter & 1 == 1, quarter >= 2  # turned by a quarter, and by a half
-    turned_cos, turned_sin = jnp.where(across, -sin, cos), jnp.where(across, cos, sin)
-    return jnp.where(back, -turned_cos, turned_cos), jnp.where(back, -turned_sin, turned_sin)
+    # cos(x) = sin(x + a quarter turn). In a loop of two, for XLA computes the result of a loop once, but that of plain
+    # arithmetic again in every place that uses it: for each layer and head, forward and backward.
+    quarters = np.array([1 << 30, 0], np.uint32)
+    cos, sin = jax.lax.map(lambda quarter: _sin(phase + quarter), quarters)
+    return cos, sin
+
+
+def _sin(phase: jax.Array) -> jax.Array:
+    """The sine, float32, of a phase in units of 2^-32 of a turn, uint32.
+
+    sin(x) = sin(pi - x) brings the phase within a quarter of a turn of 0 while it is an integer, which loses nothing.
+    What rounding to float32 then loses is most where the sine is flat.
+    """
+    phase, mirrored = (
+        jax.lax.bitcast_convert_type(x, jnp.int32) for x in (phase, np.uint32(1 << 31) - phase)
+    )
+    near = jnp.where(jnp.abs(phase >> 1) <= 1 << 29, phase, mirrored)
+    return jnp.sin(near.astype(jnp.float32) * np.float32(2 * np.pi / 2**32))
