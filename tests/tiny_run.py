@@ -34,7 +34,8 @@ WORDS = (
     "update",
     "seed",
 )
-QUICK = "--xla_backend_optimization_level=0"  # to compile
+# What conftest.py asks of the compiler, but one device.
+QUICK = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
 CHINESE = "春江潮水连海平，海上明月共潮生。滟滟随波千万里，何处春江无月明！"
 
 
