@@ -167,7 +167,9 @@ def _tiled_layer(
     # The layer's number of a scan goes in by the front door: jax.shard_map takes no traced value from outside.
     names = ("attention", "mlp_norm", "mlp")
     mine = {"modules": of(params, *names), "layer": jnp.asarray(layer)}
-    return tiles(finish, mine, {"modules": of(specs, *names), "layer": PartitionSpec()}, (x_BTD, out_BTNH, keys_BT))
+    return tiles(
+        finish, mine, {"modules": of(specs, *names), "layer": PartitionSpec()}, (x_BTD, out_BTNH, keys_BT)
+    )
 
 
 def _scan_layers(

@@ -151,7 +151,9 @@ def test_tiles_of_a_prime_length_equal_the_whole_with_gradients_and_random_keys(
 
     def loss(tile, w, x):
         specs = {"w": jax.sharding.PartitionSpec()}
-        return jnp.sum(jnp.sin(by_tiles(fn, w, specs, (x, keys_BT), layout=Layout(), tile=tile, dtype="float32")))
+        return jnp.sum(
+            jnp.sin(by_tiles(fn, w, specs, (x, keys_BT), layout=Layout(), tile=tile, dtype="float32"))
+        )
 
     got = jax.value_and_grad(functools.partial(loss, 2 * 16), (0, 1))(w, x_BTD)
     assert -(-T // min(seen)) == count
