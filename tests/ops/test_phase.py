@@ -12,7 +12,7 @@ from llmjax.ops.rope import SCALINGS, frequencies, rotation, sinusoid
 
 LAST = 2**31 - 1
 STARTS = (0, 131_072 - 8, 2**20 - 8, 2**22 - 8, 2**24 - 8, 2**30 - 8, LAST - 15)  # of runs of 16 positions
-EXACT = 2e-7  # cos and sin in float32, and half a unit of an angle of an eighth of a turn
+EXACT = 2e-7  # the sine in float32, and half a unit of its angle
 
 
 def some_positions():

@@ -1,5 +1,7 @@
 """Positions as rotations and as sinusoids."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,15 @@ def test_position_zero_turns_nothing_and_lengths_stay():
     np.testing.assert_array_equal(y[:, 0], x[:, 0])
     np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
     assert not np.allclose(y[:, 1:], x[:, 1:])
+
+
+def test_the_compiler_makes_the_angles_of_all_layers_once():
+    def layers(x_LBTNH):
+        turn = rotation(positions(), H, 10000.0)
+        return sum(jnp.tanh(rotate(x_BTNH, *turn)) for x_BTNH in x_LBTNH)
+
+    program = jax.jit(layers).lower(jnp.ones((4, B, T, N, H))).compile().as_text()
+    assert len(re.findall(r"\b(?:sine|cosine)\(", program)) == 1
 
 
 def test_a_product_of_query_and_key_depends_on_their_distance_only():
