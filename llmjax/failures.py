@@ -66,6 +66,9 @@ _REASONS = {
     errno.ESTALE: (FAILED, "cannot be used (the network disk lost it)", "mount the disk again"),
 }
 
+# How XLA says it; the name of its error differs from version to version of jax.
+_DEVICE_MEMORY = re.compile(r"RESOURCE_EXHAUSTED: .*\bmemory\b", re.IGNORECASE)
+
 
 def describe_failure(error: BaseException) -> tuple[int, str] | None:
     """(exit code, sentence) where `error` is a refusal of the system; None where it is anything else, such as a bug."""
@@ -85,6 +88,13 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, RecursionError):
         return FAILED, "something in a file or an argument is nested too deeply to be read; write it flatter"
     number = error.errno if isinstance(error, OSError) else _system_number(error)
+    if number is None and _DEVICE_MEMORY.match(str(error)):
+        return (
+            FAILED,
+            f"a device does not have enough memory ({plain_name(str(error).splitlines()[0])}); lower "
+            "data.seq_len or what is evaluated or generated at once, raise train.accumulation_steps or set "
+            "model.remat, and see with --mode=plan what fits",
+        )
     if number is None and not isinstance(error, OSError):
         return None
     if number == errno.ENOMEM:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 import tiny_run
 from tiny_run import BASE, ROOT, command
@@ -173,6 +174,13 @@ ERRORS = {
     ),
     "bytes": (OSError(errno.ENOSPC, "No space", b"a\xff"), FAILED, r"a\xff cannot be written"),
 }
+
+
+def test_a_device_without_enough_memory_has_a_sentence():
+    with pytest.raises(Exception, match="RESOURCE_EXHAUSTED") as found:
+        jnp.zeros(2**45).block_until_ready()
+    code, sentence = describe_failure(found.value)
+    assert code == FAILED and "140737488355328 bytes" in sentence and "train.accumulation_steps" in sentence
 
 
 @pytest.mark.parametrize("name", ERRORS)
