@@ -1,24 +1,18 @@
-"""Eight simulated CPU devices, chosen before jax is imported, strict rank promotion, and where the shared data lies.
+"""Eight simulated CPU devices, chosen before jax is imported, strict rank promotion, and where the shared data lies."""
 
-Tests compile many small programs and run each a few times, so code is generated without LLVM's optimisations, and by
-the older of the CPU compiler's two ways where it still has it, which takes half the time.
-"""
-
-import importlib.metadata
 import itertools
 import os
 import pathlib
 import signal
+
+import quick
 
 # A job in the background of a shell ignores Ctrl-C, and so would the runs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 flags = os.environ.get("XLA_FLAGS", "")
-wanted = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that is not known ends the process
-    wanted += ["--xla_cpu_use_fusion_emitters=false"]
-for flag in wanted:
+for flag in ("--xla_force_host_platform_device_count=8", *quick.FLAGS):
     if flag.split("=")[0] not in flags:
         flags = f"{flags} {flag}".strip()
 os.environ["XLA_FLAGS"] = flags

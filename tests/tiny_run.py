@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from subprocess import PIPE, Popen
 
+import quick
+
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
 SETTINGS = {
@@ -34,8 +36,6 @@ WORDS = (
     "update",
     "seed",
 )
-# What conftest.py asks of the compiler, but one device.
-QUICK = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
 CHINESE = "春江潮水连海平，海上明月共潮生。滟滟随波千万里，何处春江无月明！"
 
 
@@ -59,7 +59,12 @@ def command(folder: pathlib.Path, *words: str, **settings: object) -> list[str]:
 def start(arguments: Sequence[str], stdout: int = PIPE, stderr: int = PIPE, **environment: str) -> Popen:
     """The same in a process of its own, on one CPU device."""
     env = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK, **environment}
+    env |= {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": " ".join(quick.FLAGS),
+        **environment,
+    }
     program = [sys.executable, "-m", "llmjax.main", *arguments[1:]]
     return Popen(program, cwd=ROOT, env=env, text=True, stdout=stdout, stderr=stderr)
 

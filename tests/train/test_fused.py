@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from quick import AS_FOR_USERS
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
@@ -209,7 +210,7 @@ def test_nothing_is_communicated_within_the_loop(sizes):
     window = jax.jit(make_window(loss_fn, mesh, specs, gather="update", compute_dtype="float32"))
     text = window.lower(*place(mesh, specs, make_params(), batch), np.int32(1), None).compile().as_text()
     program = parse(text)
-    assert [loop.trips for loop in loops(program)] == [None]
+    assert [loop.trips for loop in loops(program)].count(None) == 1  # that of the micro-steps
     found = collectives(program)
     assert found and all(collective.within == () for collective in found)
     assert "reduce-scatter" in {c.kind for c in found} or sizes[1] == 1
@@ -242,8 +243,10 @@ def model_sums(sizes, gather, batch, steps, dtype="float32", **shape):
     """What a window gives for `steps` micro-steps of a decoder."""
     loss, specs, params = model_loss(sizes, gather, dtype=dtype, **shape)
     mesh = mesh_of(sizes)
-    window = jax.jit(make_window(loss, mesh, specs, gather=gather, compute_dtype=dtype))
-    return window(*place(mesh, specs, params, batch), np.int32(steps), jax.random.key(7))
+    window = make_window(loss, mesh, specs, gather=gather, compute_dtype=dtype)
+    return jax.jit(window, compiler_options=AS_FOR_USERS)(
+        *place(mesh, specs, params, batch), np.int32(steps), jax.random.key(7)
+    )
 
 
 @functools.cache
@@ -277,7 +280,7 @@ def test_weights_cast_once_are_those_that_the_model_casts_itself():
     shape = {"dtype": "bfloat16", "attention": "full", "position": "learned", "use_bias": True}
     terms, sums = model_sums((1, 1, 1, 1), "update", batch, 1, **shape)
     loss, _, params = model_loss((1, 1, 1, 1), None, **shape)
-    step = jax.jit(functools.partial(micro_gradients, loss))
+    step = jax.jit(functools.partial(micro_gradients, loss), compiler_options=AS_FOR_USERS)
     expected, values = step(params, jax.tree.map(lambda x: x[0], batch), jax.random.key(7))
     np.testing.assert_array_equal(sums["loss"][0], values["loss"])
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import AS_FOR_USERS
 
 from configs.base import get_config
 from llmjax.errors import UserError
@@ -165,7 +166,7 @@ STEPS_OF_THEORY = {  # of a constant gradient, in learning rates and in the dire
 def test_a_constant_gradient_gives_the_step_of_theory_also_where_betas_change(name, letters):
     optimizer, grads = make_optimizer(config(name, constant_in="tokens"), 100), hadamard(letters)
     params, hypers = jax.tree.map(jnp.zeros_like, grads), []
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    state, update = optimizer.init(params), jax.jit(optimizer.update, compiler_options=AS_FOR_USERS)
     scale = 1.0
     for size in GROWING:
         hypers.append(optimizer.hyperparameters(50.0, size))
