@@ -29,7 +29,7 @@ from llmjax.errors import UserError
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.models.contract import Model
 from llmjax.models.gpt import GPT
-from llmjax.names import plain_name
+from llmjax.names import at_home, plain_name
 from llmjax.nn.choice import choose_kernel, choose_sharing
 from llmjax.ops.attention.share import make_attend
 from llmjax.ops.seeds import make_key
@@ -107,8 +107,8 @@ class Corpus:
 def cache_directory(config: Config) -> pathlib.Path:
     """Where tokenizers and stores are kept between runs."""
     if config.data.cache_dir:
-        return pathlib.Path(config.data.cache_dir).expanduser()
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmjax"
+        return at_home(config.data.cache_dir, "data.cache_dir")
+    return at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "data.cache_dir") / "llmjax"
 
 
 def make_corpus(

@@ -6,8 +6,12 @@ nor written, and a name may hold line ends and codes that a terminal obeys.
 
 from __future__ import annotations
 
+import os
+import pathlib
 import shlex
 import unicodedata
+
+from llmjax.errors import UserError
 
 
 def plain_name(name: object) -> str:
@@ -24,6 +28,15 @@ def _escape(character: str) -> str:
     if character.isprintable() or unicodedata.category(character) == "Zs":
         return character
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def at_home(path: str | os.PathLike, key: str) -> pathlib.Path:
+    """`path` with a leading `~` or `~user` replaced by that home folder. UserError, which names `key`, without one."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError:
+        reason = "begins with a home folder that is not known here"
+        raise UserError(f"{key}={str(path)!r} {reason}; give the whole path") from None
 
 
 def is_unicode(name: object) -> bool:

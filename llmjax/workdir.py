@@ -19,6 +19,10 @@ def check_place(workdir: pathlib.Path) -> None:
     """UserError where `workdir` neither is nor can become a folder that checkpoints can be written to."""
     if not is_unicode(workdir.absolute()):
         raise UserError(f"--workdir={workdir} is not UTF-8, as checkpoints need; give another path")
+    if "**" in str(workdir.absolute()):
+        raise UserError(
+            f"--workdir={workdir} has ** in its path, which checkpoints cannot have; give another path"
+        )
     there = next(path for path in (workdir, *workdir.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         kind = "a link to nothing" if there.is_symlink() else "a file"

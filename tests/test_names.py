@@ -108,6 +108,29 @@ def test_a_workdir_that_checkpoints_cannot_be_written_to_is_refused_at_once(fold
         assert out == "" and err.count("\n") == 1 and "is not UTF-8" in err and is_unicode(err)
 
 
+def test_a_workdir_with_two_stars_is_refused_at_once(folder, capsys):
+    assert main.main(tiny_run.command(folder, "--workdir=a**b/run")) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "--workdir=a**b/run has **" in err
+
+
+@pytest.mark.parametrize("key", ["data.cache_dir", "tokenizer.path", "data.sources", "checkpoint.init_from"])
+def test_a_home_folder_that_is_not_known_is_one_sentence(key, folder, capsys):
+    assert main.main(tiny_run.command(folder, f"--config.{key}=~nobody_of_this_name/x")) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "~nobody_of_this_name/x" in err
+
+
+def test_a_user_without_a_home_is_told_to_give_a_cache(folder, capsys, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(
+        os.path, "expanduser", lambda path: path
+    )  # as where the system does not know the user
+    assert main.main(tiny_run.command(folder, "--config.data.cache_dir=")) == 2
+    assert "data.cache_dir" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_micro_step_of_such_names_that_is_left_out_is_told_and_ends_no_run(folder, tmp_path, capsys):
     settings = {"optimizer__learning_rate": 1e30, "optimizer__warmup_updates": 0, "evaluate__every": 0,

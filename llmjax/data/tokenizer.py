@@ -31,6 +31,7 @@ import sentencepiece
 from llmjax.data.checksums import DamagedError, raise_other
 from llmjax.errors import UserError, choose
 from llmjax.files import write_atomically
+from llmjax.names import at_home
 from llmjax.ranges import Range, check_ranges
 
 TRAINER_VERSION = f"1 {sentencepiece.__version__}"  # raise the 1 when the same text would give another model
@@ -296,7 +297,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     Raises `DamagedError` where it is neither, or not what was saved.
     """
-    path = Path(path).expanduser()
+    path = at_home(path, "tokenizer.path")
     saved = _read_meta(path / _META_FILE) if os.path.lexists(path / _META_FILE) else {}
     if saved.get("kind") == "byte":
         tokenizer: Tokenizer = ByteTokenizer(saved["num_reserved"])

@@ -31,7 +31,7 @@ def turns_of(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def phases(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
-    """position * frequency / 2 pi modulo 1, in units of 2^-32 and less than 4 of these too small: uint32 [..., F].
+    """position * frequency / 2 pi modulo 1, in units of 2^-32 and less than 4 of these off: uint32 [..., F].
 
     positions: int32 [...], from 0 to 2^31 - 1. frequencies: float64 [F], radians per position.
     """

@@ -456,8 +456,13 @@ class _DigestedTree(ocp.PyTreeCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         """Called by orbax on the first process, in the thread of the save, before the folder gets its name."""
+        # orbax's own kind of path takes brackets and stars in the names of folders for patterns, finds nothing to put
+        # together, and says nothing.
+        directory = Path(directory)
         super().finalize(directory)
-        digests.write(Path(directory))
+        if not (directory / "manifest.ocdbt").exists():
+            raise OSError(f"the parts of a checkpoint were not put together in {directory}")
+        digests.write(directory)
 
 
 @ocp.args.register_with_handler(_DigestedTree, for_save=True, for_restore=True)

@@ -7,6 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -62,6 +63,25 @@ def test_a_state_comes_back_bit_for_bit_with_its_meta_in_another_process_life(tm
         assert_same(restored, state)
         assert meta == {"cursor": 12, "config": {"a": [1, 2]}, "held_out_loss": None}
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["run[2]", "*", "a ?b", "{x}", "%41#?", "a:b", "诗"])
+def test_a_state_comes_back_from_folders_of_any_name(name, tmp_path):
+    """Also where a pattern made of one folder's name would match its neighbour."""
+    neighbour = tmp_path / "run2" / name
+    for directory, update in ((neighbour, 5), (tmp_path / name / name, 3)):
+        with Checkpoints(directory) as checkpoints:
+            checkpoints.save(update, make_state(update), {})
+    with Checkpoints(tmp_path / name / name) as checkpoints:
+        assert_same(checkpoints.restore(abstract(make_state(3)))[0], make_state(3))
+
+
+def test_parts_that_were_not_put_together_are_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", lambda self, directory: None)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(OSError, match="not put together"):
+        checkpoints.save(1, make_state(1), {})
+        checkpoints.wait()
+    assert not (tmp_path / "1").exists()
 
 
 @pytest.mark.parametrize("mesh_axes", [(1, 8, 1, 1), (8, 1, 1, 1), (1, 2, 1, 4)])
