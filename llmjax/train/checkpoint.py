@@ -460,7 +460,7 @@ class _DigestedTree(ocp.PyTreeCheckpointHandler):
         # together, and says nothing.
         directory = Path(directory)
         super().finalize(directory)
-        if not (directory / "manifest.ocdbt").exists():
+        if not (directory / shelf.MERGED).exists():
             raise OSError(f"the parts of a checkpoint were not put together in {directory}")
         digests.write(directory)
 

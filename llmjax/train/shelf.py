@@ -18,6 +18,7 @@ from llmjax.train.digests import Damaged
 
 META = "meta/metadata"
 STATE = "state"
+MERGED = "manifest.ocdbt"  # in STATE: what orbax writes when it has put together what the processes wrote
 DIGEST = "digest"  # of all else in the meta, under this key
 CheckMeta = Callable[[dict], None]  # raises ValueError where a run cannot go on from a meta
 
@@ -67,6 +68,8 @@ def check(path: Path, check_meta: CheckMeta, *, contents: bool = True, part: int
         raise Damaged(f"{META}: {error}") from None
     if not (path / STATE).is_dir():
         raise Damaged(f"it has no folder {STATE}")
+    if not (path / STATE / MERGED).exists():
+        raise Damaged(f"{STATE}/{MERGED} does not exist: what the processes wrote was never put together")
     if has_digest or (path / STATE / digests.NAME).exists():
         if not has_digest:
             raise Damaged(f"{META} has lost its {DIGEST}")

@@ -9,6 +9,7 @@ import pytest
 from test_checkpoint import abstract, assert_same, make_state
 
 from llmjax.errors import UserError
+from llmjax.train import digests
 from llmjax.train.checkpoint import CheckpointConfig, Checkpoints
 
 
@@ -77,6 +78,14 @@ def old_with_empty_manifest(path):
     (path / "state" / "manifest.ocdbt").write_bytes(b"")
 
 
+def never_put_together(path):
+    """Whole by its digests, but they are of what the processes wrote, each for itself."""
+    state = path / "state"
+    (state / "manifest.ocdbt").unlink()
+    shutil.rmtree(state / "d")
+    digests.write(state)
+
+
 def old_with_names_cut(path):
     without_digests(path)
     os.truncate(path / "state" / "_METADATA", 100)
@@ -112,6 +121,7 @@ DAMAGE = {
     "a flipped bit in a manifest": lambda path: flip(path / "state" / "manifest.ocdbt"),
     "a flipped bit in names": lambda path: flip(path / "state" / "_METADATA"),
     "a flipped bit in shardings": lambda path: flip(path / "state" / "_sharding"),
+    "parts that were never put together": never_put_together,
     "an older one without arrays": old_without_arrays,
     "an older one with an empty manifest": old_with_empty_manifest,
     "an older one with names cut": old_with_names_cut,
