@@ -178,8 +178,11 @@ def test_two_processes_that_see_different_things_end_with_one_sentence_each(diff
 
 
 def test_a_second_run_in_a_workdir_is_refused_and_the_first_goes_on(folder, tmp_path):
-    words = command(folder, f"--workdir={tmp_path / 'run'}", **LONG)
-    process = start_and_wait(words, tmp_path / "run")
+    words, lock = command(folder, f"--workdir={tmp_path / 'run'}", **LONG), tmp_path / "run" / "lock"
+    process = start(words)
+    while not lock.exists() or not lock.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)  # or it might be done before the second begins
     second = start(words)
     _, err = second.communicate(timeout=300)
@@ -188,7 +191,7 @@ def test_a_second_run_in_a_workdir_is_refused_and_the_first_goes_on(folder, tmp_
     assert f"is in use: process {process.pid} on " in err and "give another --workdir" in err
     finish(process)
     assert len(tiny_run.losses(tmp_path / "run")) == LONG["train__num_updates"]
-    assert not (tmp_path / "run" / "lock").exists()
+    assert not lock.exists()
 
 
 PROBES = {"evaluate__probes": "position,context,copy"}
