@@ -164,7 +164,8 @@ def _tiled_layer(
     names = ("attention_norm", "attention")
     q, k, v = tiles(project, of(params, *names), of(specs, *names), (x_BTD, turn))
     out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="meet")
-    # The layer's number of a scan goes in by the front door: jax.shard_map takes no traced value from outside.
+    # In a scan the number of the layer is a traced value. The function within jax.shard_map must not close over one, so
+    # the number is an argument.
     names = ("attention", "mlp_norm", "mlp")
     mine = {"modules": of(params, *names), "layer": jnp.asarray(layer)}
     return tiles(

@@ -456,8 +456,8 @@ class _DigestedTree(ocp.PyTreeCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         """Called by orbax on the first process, in the thread of the save, before the folder gets its name."""
-        # orbax's own kind of path takes brackets and stars in the names of folders for patterns, finds nothing to put
-        # together, and says nothing.
+        # orbax looks for the parts of the checkpoint by a pattern. Its own kind of path also reads brackets and stars
+        # in the names of folders as patterns, and then finds no parts and raises nothing.
         directory = Path(directory)
         super().finalize(directory)
         if not (directory / shelf.MERGED).exists():
