@@ -14,11 +14,10 @@ from llmjax.data.checksums import DamagedError
 from llmjax.data.tokenizer import Tokenizer, load_tokenizer
 from llmjax.errors import UserError
 from llmjax.escapes import complain
-from llmjax.names import is_unicode
 from llmjax.standing import has_begun
 from llmjax.train.checkpoint import Checkpoints
 from llmjax.train.which import named_update
-from llmjax.workdir import saved_config
+from llmjax.workdir import check_name, saved_config
 
 SECTIONS = {"model", "data", "tokenizer", "optimizer"}  # of a saved config, that are compared
 
@@ -29,8 +28,7 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
     if not name or has_begun(workdir):
         return
     source = pathlib.Path(name)
-    if not is_unicode(source.absolute()):
-        raise UserError(f"checkpoint.init_from={name!r} is not UTF-8, as checkpoints need; move that run")
+    check_name(f"checkpoint.init_from={name!r}", source, "move that run")
     saved = saved_config(source)
     left = [source / folder for folder in ("checkpoints", "tokenizer")]
     if saved is None or not saved.keys() >= SECTIONS or not all(folder.is_dir() for folder in left):

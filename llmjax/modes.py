@@ -104,6 +104,7 @@ def run(
     check_same(seen, "give every process the same command, and a --workdir on a disk that they share")
     if mode == "train":
         with hold(workdir) as lock:
+            together(lambda: standing.check_standing(workdir, warn))
             return run_train(config, batch, workdir, started, lock)
     if mode == "evaluate":
         return run_evaluate(config, batch, workdir, checkpoint)
@@ -120,8 +121,6 @@ def check_workdir(mode: str, config: Config, workdir: pathlib.Path) -> None:
         configs.check_resume(saved, config, str(workdir))
     elif mode != "train" and not (mode == "evaluate" and config.checkpoint.init_from):
         raise UserError(f"--workdir={workdir} holds no run; train there first, or give another --workdir")
-    if mode == "train":
-        standing.check_standing(workdir, warn)
 
 
 def read_corpus(config: Config, batch: BatchArithmetic, workdir: pathlib.Path) -> Corpus:

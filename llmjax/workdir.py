@@ -17,17 +17,20 @@ from llmjax.names import is_unicode, quote
 
 def check_place(workdir: pathlib.Path) -> None:
     """UserError where `workdir` neither is nor can become a folder that checkpoints can be written to."""
-    if not is_unicode(workdir.absolute()):
-        raise UserError(f"--workdir={workdir} is not UTF-8, as checkpoints need; give another path")
-    if "**" in str(workdir.absolute()):
-        raise UserError(
-            f"--workdir={workdir} has ** in its path, which checkpoints cannot have; give another path"
-        )
+    check_name(f"--workdir={workdir}", workdir, "give another path")
     there = next(path for path in (workdir, *workdir.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         kind = "a link to nothing" if there.is_symlink() else "a file"
         where = "" if there == workdir else f" is below {there}, which"
         raise UserError(f"--workdir={workdir}{where} is {kind}; give a directory, or one to be made")
+
+
+def check_name(asked: str, workdir: pathlib.Path, remedy: str) -> None:
+    """UserError, which begins with `asked`, where orbax cannot read or write checkpoints below a path such as this."""
+    if not is_unicode(workdir.absolute()):
+        raise UserError(f"{asked} is not UTF-8, as checkpoints need; {remedy}")
+    if "**" in str(workdir.absolute()):
+        raise UserError(f"{asked} has ** in its path, which checkpoints cannot have; {remedy}")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

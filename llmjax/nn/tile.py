@@ -40,7 +40,8 @@ def by_tiles(
     tile: int,
     dtype: str,
 ) -> Any:
-    """`fn(params, arrays)`, of float32 params and arrays [B, T, ...]: a tree of arrays [B, T, ...].
+    """`fn(params, arrays)`, of float32 params, or others that no axis splits, and arrays [B, T, ...]: a tree of
+    arrays [B, T, ...].
 
     `fn` is token-wise, works in `inner_layout` and casts to `dtype` what `specs` (of the params) split over the mesh.
     A tile has at most `tile` tokens on each device; the last one may be filled up with zeros.
