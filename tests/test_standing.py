@@ -4,9 +4,12 @@ import json
 import shutil
 
 import pytest
+import tiny_run
 
-from llmjax import standing
+from llmjax import config as configs
+from llmjax import flags, main, standing
 from llmjax.errors import UserError
+from llmjax.lock import Lock
 from llmjax.train import shelf
 from llmjax.train.position import Position
 from llmjax.workdir import write_json
@@ -247,3 +250,18 @@ def test_what_processes_compare_tells_different_disks_apart(workdir, tmp_path_fa
     assert (
         standing.digest_of({"a": 1, "b": 2}) == standing.digest_of({"b": 2, "a": 1}) != standing.digest_of({})
     )
+
+
+def test_a_run_asks_for_its_workdir_before_it_judges_what_lies_there(tmp_path, capsys):
+    """The run that has it may be about to give a checkpoint its name."""
+    tiny_run.write_corpus(tmp_path / "corpus")
+    words = tiny_run.command(tmp_path, f"--workdir={tmp_path / 'run'}")
+    save(tmp_path / "run", "checkpoints", 20)
+    save(tmp_path / "run", "checkpoints", 40)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "40")
+    config, _ = configs.check(configs.read(flags.parse(words)[1]), 8)
+    write_json(tmp_path / "run" / "config.json", config.to_dict())
+    with Lock(tmp_path / "run"):
+        assert main.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "is in use" in err
