@@ -31,7 +31,7 @@ setup(
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",
     ],
-    package_data={"llmjax.train": ["report.css", "report.js"]},
+    package_data={"llmjax.report": ["report.css", "report.js"]},
     extras_require={
         "data": DATA,
         "tpu": ["jax[tpu]>=0.10"],

@@ -17,11 +17,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from llmjax.errors import UserError
-from llmjax.workdir import saved_config
-
-MODES = ("train", "evaluate", "generate", "plan")
-# Flags that some modes alone heed.
-HEEDED_BY = {"prompt": ("generate",), "prompt_file": ("generate",), "checkpoint": ("evaluate", "generate")}
+from llmjax.modes.table import MODES
+from llmjax.workdir.contents import saved_config
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
@@ -30,7 +27,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "path of a config file", flag_values=values)
     flags.DEFINE_string("workdir", None, "where everything of a run is written and found", flag_values=values)
-    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(MODES), "what to do", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "generate: a text to continue", flag_values=values)
     flags.DEFINE_string("prompt_file", None, "generate: a file with one prompt a line", flag_values=values)
     flags.DEFINE_string("checkpoint", "latest", "latest, best or an update number", flag_values=values)
@@ -40,7 +37,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
         raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
         raise UserError(f"the argument {rest[1]!r} is not a flag; write --name=value")
-    for name, modes in HEEDED_BY.items():
+    for name in sorted({flag for mode in MODES.values() for flag in mode.flags}):
+        modes = [mode for mode, known in MODES.items() if name in known.flags]
         if values[name].present and values.mode not in modes:
             uses = " or ".join(f"--mode={mode}" for mode in modes)
             raise UserError(f"--{name} is not heeded by --mode={values.mode}; leave it out, or give {uses}")
@@ -54,9 +52,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
 
 def _complete(saved: dict[str, Any], workdir: str) -> dict[str, Any]:
     """A saved config with the keys that are newer than it. Called late, because the dataclasses bring jax along."""
-    from llmjax.config import complete
+    from llmjax.config.reading import complete_config
 
-    return complete(saved, workdir)
+    return complete_config(saved, workdir)
 
 
 def load_config(path: str | None, workdir: str | None) -> dict[str, Any]:

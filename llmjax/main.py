@@ -34,7 +34,7 @@ import absl.logging
 from llmjax.escapes import complain, show
 from llmjax.failures import FAILED, describe_failure
 from llmjax.flags import name_of, parse, read_prompts
-from llmjax.workdir import check_place
+from llmjax.workdir.contents import check_place
 
 
 class _Terminated(BaseException):
@@ -52,12 +52,12 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
         prompts = read_prompts(values)
         workdir = pathlib.Path(values.workdir or f"runs/{name_of(values.config)}")
         check_place(workdir)
-        from llmjax import modes  # after the flags, for jax takes seconds to import
+        from llmjax.modes import dispatch  # after the flags, for jax takes seconds to import
 
         with _terminable(alone):
-            return modes.run(values.mode, config, workdir, prompts=prompts, checkpoint=values.checkpoint)
+            return dispatch.run(values.mode, config, workdir, prompts=prompts, checkpoint=values.checkpoint)
     except BrokenPipeError:
-        from llmjax.train.progress import silence
+        from llmjax.progress import silence
 
         silence()
         return 141
@@ -81,7 +81,7 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
 @contextlib.contextmanager
 def _terminable(alone: bool) -> Iterator[None]:
     """Lets SIGTERM end a mode in good order, as Ctrl-C does; training has its own way, and sets its own handlers."""
-    from llmjax.train.signals import end_on_second_interrupt
+    from llmjax.train.loop.stop_request import end_on_second_interrupt
 
     def end(number: int, frame: object) -> None:
         raise _Terminated

@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 from tiny_run import BASE, ROOT, command
 
-from llmjax import main, modes
+from llmjax import main
 from llmjax.errors import UserError
 from llmjax.failures import FAILED, REFUSED, describe_failure
 
@@ -29,7 +29,7 @@ def nothing_is_built(monkeypatch):
     def make_program(*args, **kwargs):
         raise UserError("a program was made")
 
-    monkeypatch.setattr(modes, "make_program", make_program)
+    tiny_run.replace_in_modes(monkeypatch, "make_program", make_program)
 
 
 # Each leaves something at `path` that cannot be used, and gives the path to name.

@@ -8,7 +8,7 @@ import tiny_run
 from tiny_run import BASE, command
 
 from configs import base
-from llmjax import main, modes
+from llmjax import main
 
 REFUSED = 2
 
@@ -33,7 +33,7 @@ def nothing_is_built(monkeypatch):
     def make_program(*args, **kwargs):
         raise AssertionError("a program was made")
 
-    monkeypatch.setattr(modes, "make_program", make_program)
+    tiny_run.replace_in_modes(monkeypatch, "make_program", make_program)
 
 
 def refuse(capsys, arguments):
@@ -245,9 +245,9 @@ def test_of_a_value_the_last_counts_and_of_a_list_all():
 
 
 def main_sources(config):
-    from llmjax import config as configs
+    from llmjax.config.reading import read_config
 
-    return configs.read(config).data.sources
+    return read_config(config).data.sources
 
 
 def test_prompts_come_from_flags_and_from_a_file(tmp_path):
@@ -275,6 +275,6 @@ def test_ctrl_c_ends_without_a_traceback(folder, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(modes, "make_corpus", interrupt)
+    tiny_run.replace_in_modes(monkeypatch, "make_corpus", interrupt)
     assert main.main(command(folder, f"--workdir={tmp_path}")) == 130
     assert capsys.readouterr().err == "\nllmjax: interrupted\n"

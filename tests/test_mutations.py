@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from configs.base import get_config
-from llmjax import config as configs
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
 from llmjax.errors import UserError
 from llmjax.escapes import one_line
 from tools import mutations
@@ -35,7 +36,7 @@ def check_outcomes(seed, count, outcome):
 
 def read_and_check(mutation):
     try:
-        configs.check(configs.read(mutation.make()), 1)
+        resolve_config(read_config(mutation.make()), 1)
     except UserError as error:
         return str(error)
     return mutations.ACCEPTED
@@ -80,7 +81,7 @@ def test_a_value_that_was_once_a_traceback_or_nonsense_is_named(name):
     raw = get_config().to_dict()
     raw[section][key] = value
     with pytest.raises(UserError, match=rf"^{section}.{key}=.*; "):
-        configs.check(configs.read(raw), 1)
+        resolve_config(read_config(raw), 1)
 
 
 @pytest.mark.parametrize("changes, key", [
@@ -93,7 +94,7 @@ def test_scalings_of_positions_that_divide_by_nothing_are_named(changes, key):
     raw = get_config().to_dict()
     raw["model"].update(changes)
     with pytest.raises(UserError, match=rf"^{key} "):
-        configs.check(configs.read(raw), 1)
+        resolve_config(read_config(raw), 1)
 
 
 def test_the_smallest_scalings_that_are_allowed_are_finite():

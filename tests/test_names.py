@@ -8,12 +8,13 @@ import subprocess
 import pytest
 import tiny_run
 
-from llmjax import config as configs
 from llmjax import flags, main
-from llmjax.build import make_corpus
-from llmjax.data.sources import list_sources, read_documents
+from llmjax.build.corpus import make_corpus
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
+from llmjax.data.sources.sources import list_sources, read_documents
 from llmjax.names import is_unicode, plain_name, quote
-from llmjax.workdir import saved_config, write_json
+from llmjax.workdir.contents import saved_config, write_json
 
 NAMES = {
     "plain.txt": "plain.txt",
@@ -57,7 +58,7 @@ def folder(tmp_path):
 
 def test_documents_of_every_name_are_read_stored_and_named(folder):
     words = tiny_run.command(folder, data__held_out_fraction=0.2)
-    config, batch = configs.check(configs.read(flags.parse(words)[1]), 1)
+    config, batch = resolve_config(read_config(flags.parse(words)[1]), 1)
     for _ in range(2):  # the second time from the cache
         corpus = make_corpus(config, batch)
         rows = list(range(corpus.train_plan.num_rows))

@@ -6,20 +6,19 @@ import typing
 
 import pytest
 
-from llmjax import config as configs
+from llmjax.config.reading import read_config
+from llmjax.config.schema import Config
 from llmjax.errors import UserError
 from llmjax.ranges import LONGEST, Range, check_ranges, ranges, shown
 
 NUMBERS = (int, float, tuple[int, ...])
 SECTIONS = {
-    name: hint
-    for name, hint in typing.get_type_hints(configs.Config).items()
-    if dataclasses.is_dataclass(hint)
+    name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)
 }
 
 
 def number_keys():
-    for section, cls in {"": configs.Config, **SECTIONS}.items():
+    for section, cls in {"": Config, **SECTIONS}.items():
         for key, hint in typing.get_type_hints(cls).items():
             if hint in NUMBERS:
                 yield section, cls, key, hint
@@ -40,7 +39,7 @@ def test_every_number_of_a_config_has_a_range_that_is_enforced(section, cls, key
         raw = base()
         (raw[section] if section else raw)[key] = (16, value) if hint not in (int, float) else value
         with pytest.raises(UserError, match=f"^{name}=.* (must|has) .*; use ") as error:
-            configs.read(raw)
+            read_config(raw)
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 

@@ -1,7 +1,7 @@
 """Every choice is a table: a name that is in none raises, and a name that is added to one is what is computed with."""
 
-import ast
 import dataclasses
+import importlib
 import inspect
 import re
 
@@ -11,20 +11,27 @@ import numpy as np
 import pytest
 
 from configs import base
-from llmjax import build, flags, modes
-from llmjax.data import layout, sources, tokenizer
+from llmjax.build.model import FAMILIES
+from llmjax.data.layout import layout
+from llmjax.data.sources import sources
+from llmjax.data.tokenizer import tokenizer
 from llmjax.errors import UserError
-from llmjax.evaluate import probes, sentences
+from llmjax.evaluate.probes import sentences, suite
 from llmjax.models.gpt import GPT
-from llmjax.nn import choice, config, position, remat
+from llmjax.modes import dispatch
+from llmjax.modes.table import MODES
+from llmjax.nn import attention_choice, config, position, remat
 from llmjax.nn.config import ModelConfig
 from llmjax.nn.layers import MLP, Norm
 from llmjax.ops import activation, norm, rope
-from llmjax.ops.attention import share
+from llmjax.ops.attention import sequence_attention
 from llmjax.parallel import mesh
 from llmjax.parallel.rules import Layout
-from llmjax.plan import traffic
-from llmjax.train import batch, clip, controller, engines, fused, muon, optimizer, probe_charts, stability
+from llmjax.plan.hlo import traffic
+from llmjax.report import probe_charts
+from llmjax.train.optim import clip, muon, optimizer
+from llmjax.train.steering import batch_schedule, controller, spikes
+from llmjax.train.update import engines, fused
 
 BTD = jnp.zeros((1, 2, 8))
 TINY = config.resolve(ModelConfig(num_layers=1, model_dim=8, num_heads=2))
@@ -50,11 +57,11 @@ def model(**changes):
 
 
 def kernel_call(name):
-    share.make_attend(name)(*(jnp.zeros((1, 2, 2, 4)),) * 3, None)
+    sequence_attention.make_attend(name)(*(jnp.zeros((1, 2, 2, 4)),) * 3, None)
 
 
 def bring(name):
-    attend = share.make_attend("blockwise", share.Sharing(name, "seq", 2))
+    attend = sequence_attention.make_attend("blockwise", sequence_attention.Sharing(name, "seq", 2))
     attend(*(jnp.zeros((1, 2, 2, 4)),) * 3, None)
 
 
@@ -67,9 +74,9 @@ def kept(name):
 
 
 def spike_limits(name):
-    settings = dataclasses.replace(stability.StabilityConfig())
+    settings = dataclasses.replace(spikes.StabilityConfig())
     object.__setattr__(settings, "on_spike", name)
-    return stability.limits(settings, stability.StabilityState())
+    return spikes.limits(settings, spikes.StabilityState())
 
 
 def wanted(name):
@@ -103,15 +110,15 @@ TABLES = {
     "remat": (remat.REMATS, Reaching(), lambda name: remat.remat(lambda x: x, name, ())),
     "remat, plan": (remat.REMATS, Reaching(), kept),
     "offload": (remat.OFFLOADS, Reaching(), lambda name: remat.remat(lambda x: x, "full", (name,))),
-    "attention": (share.ATTENTION, Reaching(),
-                  lambda name: choice.choose_kernel(dataclasses.replace(TINY, attention=name), "cpu")),
-    "kernel": (share.KERNELS, reach, kernel_call),
-    "seq_attention": (share.ALGORITHMS, reach, bring),
+    "attention": (sequence_attention.ATTENTION, Reaching(),
+                  lambda name: attention_choice.choose_kernel(dataclasses.replace(TINY, attention=name), "cpu")),
+    "kernel": (sequence_attention.KERNELS, reach, kernel_call),
+    "seq_attention": (sequence_attention.ALGORITHMS, reach, bring),
     "layout": (layout.LAYOUTS, Reaching(), lambda name: layout.RowLayout(name, 2).order(np.array([4]), 4)),
-    "batch_schedule": (batch.SCHEDULES, reach,
-                       lambda name: batch.BatchSchedule(name, ((0, 8),), 4).accumulation_steps(3)),
+    "batch_schedule": (batch_schedule.SCHEDULES, reach,
+                       lambda name: batch_schedule.BatchSchedule(name, ((0, 8),), 4).accumulation_steps(3)),
     "controller": (controller.RULES, Reaching(), wanted),
-    "on_spike": (stability.ON_SPIKE, Reaching(), spike_limits),
+    "on_spike": (spikes.ON_SPIKE, Reaching(), spike_limits),
     "optimizer": (optimizer._TRANSFORMS, reach, lambda name: optimizer_with(name=name)),
     "schedule": (optimizer.SCHEDULES, Reaching(), lambda name: optimizer_with(schedule=name)),
     "constant_in": (optimizer.CONSTANT_IN, reach, lambda name: optimizer_with(constant_in=name)),
@@ -122,7 +129,7 @@ TABLES = {
                        lambda name: tokenizer.train_tokenizer(forced(tokenizer.TokenizerConfig(), kind=name), ["a"])),
     "on_bad_text": (sources._BAD_TEXT, True, decode_badly),
     "language of a pass key": (sentences.PASS_KEYS, (reach, "", "", ""), lambda name: sentences.pass_key(name, 0)),
-    "probe, words": (probes.WORDS, reach, lambda name: probes.describe({name: [1]})),
+    "probe, words": (suite.WORDS, reach, lambda name: suite.describe({name: [1]})),
     "collective": (traffic.KINDS, Reaching(), lambda name: collective(name).sent_bytes),
     "collective, result": (traffic.KINDS, Reaching(), lambda name: collective(name).result_bytes),
 }  # fmt: skip
@@ -174,8 +181,8 @@ def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
 
     def make_and_apply():
         changed = config.resolve(dataclasses.replace(TINY, mlp_dim=0, **{key: "never_heard_of"}))
-        share.make_attend(choice.choose_kernel(changed, "cpu")[0])
-        gpt = build.FAMILIES[changed.family](changed, 16, 4)
+        sequence_attention.make_attend(attention_choice.choose_kernel(changed, "cpu")[0])
+        gpt = FAMILIES[changed.family](changed, 16, 4)
         params = gpt.init(jax.random.key(0))
         gpt.decode(params, jnp.zeros((1, 2), jnp.int32), gpt.make_cache(1, 4))
         remat.remat(lambda x: x, changed.remat, ())
@@ -189,9 +196,9 @@ NAMED = {
     "model.offload": remat.OFFLOADS,
     "tokenizer.kind": tokenizer.KINDS,
     "data.on_bad_text": sources._BAD_TEXT,
-    "mesh.seq_attention": ("auto", *share.ALGORITHMS),
+    "mesh.seq_attention": ("auto", *sequence_attention.ALGORITHMS),
     "mesh.layout": ("auto", *layout.LAYOUTS),
-    "train.batch_schedule": batch.SCHEDULES,
+    "train.batch_schedule": batch_schedule.SCHEDULES,
     "train.accumulation": engines.ENGINES,
     "train.fused_gather": fused.MANUAL,
     "optimizer.name": optimizer._TRANSFORMS,
@@ -200,8 +207,8 @@ NAMED = {
     "optimizer.constant_in": optimizer.CONSTANT_IN,
     "optimizer.clip": clip.CLIPS,
     "controller.name": controller.RULES,
-    "stability.on_spike": stability.ON_SPIKE,
-    "evaluate.probes": probes.PROBES,
+    "stability.on_spike": spikes.ON_SPIKE,
+    "evaluate.probes": suite.PROBES,
 }
 
 
@@ -214,27 +221,20 @@ def test_the_comments_of_base_name_all_that_a_table_has(key):
 
 def test_tables_of_one_noun_hold_the_same_names():
     """Where two rooms know a noun, one of which may not import the other."""
-    assert tuple(build.FAMILIES) == config.CHOICES["family"]
-    assert ("auto", *share.ALGORITHMS) == mesh.SEQ_ATTENTION
+    assert tuple(FAMILIES) == config.CHOICES["family"]
+    assert ("auto", *sequence_attention.ALGORITHMS) == mesh.SEQ_ATTENTION
     assert ("auto", *layout.LAYOUTS) == mesh.LAYOUTS
-    assert choice.TRADED.keys() == share.ALGORITHMS.keys()
-    assert {name for kernels in share.ATTENTION.values() for name in kernels.values()} == {
+    assert attention_choice.TRADED.keys() == sequence_attention.ALGORITHMS.keys()
+    assert {name for kernels in sequence_attention.ATTENTION.values() for name in kernels.values()} == {
         "full",
-        *share.KERNELS,
+        *sequence_attention.KERNELS,
     }
-    assert (
-        probes.WORDS.keys() == probes.PROBES.keys() == probe_charts.CURVES.keys() | probe_charts.GRIDS.keys()
-    )
+    assert suite.WORDS.keys() == suite.PROBES.keys() == probe_charts.CURVES.keys() | probe_charts.GRIDS.keys()
     assert sentences.PASS_KEYS.keys() == sentences.FACTS.keys() == probe_charts.LANGUAGES.keys()
 
 
-def test_every_mode_of_the_command_line_has_its_function_and_no_other_is_run():
-    dispatch = ast.parse(inspect.getsource(modes)).body
-    names = {node.name: node for node in dispatch if isinstance(node, ast.FunctionDef)}
-    called = {
-        node.func.id
-        for node in ast.walk(names["run"])
-        if isinstance(node, ast.Call) and hasattr(node.func, "id")
-    }
-    assert {f"run_{mode}" for mode in flags.MODES} <= called & names.keys()
-    assert isinstance(names["run"].body[-1], ast.Raise), "a mode that is not known must end in an error"
+def test_every_mode_has_a_file_that_runs_it_and_no_other_is_run(tmp_path):
+    for name in MODES:
+        assert callable(importlib.import_module(f"llmjax.modes.{name}").run)
+    with pytest.raises(UserError, match="--mode='dance' is not known; use one of train, "):
+        dispatch.run("dance", {}, tmp_path, prompts=(), checkpoint="latest")

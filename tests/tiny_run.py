@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import pathlib
+import pkgutil
 import random
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from subprocess import PIPE, Popen
 
+import pytest
 import quick
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -106,3 +110,26 @@ def compiled_once(folder: pathlib.Path) -> Iterator[None]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+def in_modes(name: str) -> object:
+    """What the files of llmjax/modes know as `name`."""
+    return getattr(_modes_with(name)[0], name)
+
+
+def replace_in_modes(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
+    """Replaces `name` in every file of llmjax/modes that knows it."""
+    for module in _modes_with(name):
+        monkeypatch.setattr(module, name, value)
+
+
+def _modes_with(name: str) -> list[types.ModuleType]:
+    from llmjax import modes  # not at the top: some who use this module start processes only
+
+    files = [
+        importlib.import_module(f"{modes.__name__}.{file.name}")
+        for file in pkgutil.iter_modules(modes.__path__)
+    ]
+    found = [file for file in files if hasattr(file, name)]
+    assert found, f"no file of llmjax/modes knows {name}"
+    return found

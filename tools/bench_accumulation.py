@@ -39,19 +39,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lines import can_run, make_parser, report
 from turns import take_turns
 
-from llmjax.build import Program, make_program, make_task_loss
+from llmjax.build.model import make_task_loss
+from llmjax.build.program import Program, make_program
 from llmjax.parallel.host_memory import keep_freed_memory
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.plan.hlo import NO_TRIPS, Module, Trips, loops, parse
+from llmjax.plan.hlo.parse import NO_TRIPS, Module, Trips, loops, parse
+from llmjax.plan.hlo.traffic import bytes_touched, collectives
 from llmjax.plan.topology import topology_devices
-from llmjax.plan.traffic import bytes_touched, collectives
-from llmjax.train.accumulate import Order
-from llmjax.train.engines import ENGINES
-from llmjax.train.fused import make_window
-from llmjax.train.optimizer import OptimizerConfig, make_optimizer
-from llmjax.train.state import TrainState
-from llmjax.train.steering import Measured
-from llmjax.train.step import make_fused_step, make_train_step
+from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
+from llmjax.train.steering.steering import Measured
+from llmjax.train.update.accumulate import Order
+from llmjax.train.update.engines import ENGINES
+from llmjax.train.update.fused import make_window
+from llmjax.train.update.state import TrainState
+from llmjax.train.update.step import make_fused_step, make_train_step
 from llmjax.types import Array, Batch, LossSums, Params
 
 # Micro-steps of a window.

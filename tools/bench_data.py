@@ -28,11 +28,11 @@ from grain.experimental import (
 )
 from lines import make_parser, report
 
+from llmjax.data.packing.packing import PackingPlan, plan_packing
 from llmjax.data.pipeline import PackedSequences, make_batches
-from llmjax.data.plan import PackingPlan, plan_packing
-from llmjax.data.sources import SourceFile, list_sources, read_documents
-from llmjax.data.store import Store, build_store
-from llmjax.data.tokenizer import TokenizerConfig, train_tokenizer
+from llmjax.data.sources.sources import SourceFile, list_sources, read_documents
+from llmjax.data.store.store import Store, build_store
+from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer
 
 GOAL = 20e6  # tokens/s of the pipeline alone
 TOKENS_PER_BATCH = 32768

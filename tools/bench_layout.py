@@ -22,8 +22,8 @@ from collections.abc import Callable
 import numpy as np
 from lines import make_parser, report
 
-from llmjax.data.layout import LAYOUTS, RowLayout
-from llmjax.data.plan import plan_packing
+from llmjax.data.layout.layout import LAYOUTS, RowLayout
+from llmjax.data.packing.packing import plan_packing
 from llmjax.plan.ring_work import ring_work
 
 DOCUMENTS = 100_000

@@ -37,19 +37,20 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lines import can_run, make_parser, report
 
-from llmjax import config as configs
-from llmjax.build import make_program
-from llmjax.data.layout import RowLayout
+from llmjax.build.program import make_program
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
+from llmjax.data.layout.layout import RowLayout
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.ring import Ring
-from llmjax.ops.attention.share import Sharing, make_attend
+from llmjax.ops.attention.sequence_attention import Sharing, make_attend
 from llmjax.ops.loss import softmax_cross_entropy
 from llmjax.plan.compile import measure
-from llmjax.plan.flops import product_flops
-from llmjax.plan.hlo import Instruction, Module, parse
+from llmjax.plan.hlo.flops import product_flops
+from llmjax.plan.hlo.parse import Instruction, Module, parse
+from llmjax.plan.hlo.traffic import bytes_touched, collectives
 from llmjax.plan.ring_work import ring_work
 from llmjax.plan.topology import topology_devices
-from llmjax.plan.traffic import bytes_touched, collectives
 
 MIB = 2**20
 CELL = {"tokens": 131_072, "query_heads": 32, "key_heads": 8, "head_dim": 128}
@@ -281,7 +282,7 @@ def context(smoke: bool) -> None:
         raw.mesh.seq, raw.model.offload, raw.plan.topology = len(devices), offload, topology
         if smoke:
             raw.update_from_flattened_dict(SMOKE_MODEL)
-        config, batch = configs.check(configs.read(raw.to_dict()), len(devices))
+        config, batch = resolve_config(read_config(raw.to_dict()), len(devices))
         need = measure(make_program(config, batch, config.tokenizer.vocab_size, devices))
         more = {
             "tokens": tokens,

@@ -29,9 +29,9 @@ from bench_train import load_config
 from lines import can_run, make_parser, report
 from turns import seconds, take_turns
 
-from llmjax.build import make_program
+from llmjax.build.program import make_program
 from llmjax.ops.attention.mask import self_mask
-from llmjax.ops.attention.share import make_attend
+from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.host_memory import keep_freed_memory
 from llmjax.types import Batch
 

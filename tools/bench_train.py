@@ -25,10 +25,12 @@ import numpy as np
 from lines import can_run, make_parser, report
 from turns import seconds, take_turns
 
-from llmjax import config as configs
-from llmjax.build import make_program
+from llmjax.build.program import make_program
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
+from llmjax.config.schema import Config
 from llmjax.parallel.host_memory import keep_freed_memory
-from llmjax.train.batch import BatchArithmetic
+from llmjax.train.steering.batch_schedule import BatchArithmetic
 from llmjax.types import Batch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -56,11 +58,11 @@ SHAPES = {  # changes to configs/base.py
 }
 
 
-def load_config(changes: dict[str, Any], num_devices: int = 1) -> tuple[configs.Config, BatchArithmetic]:
+def load_config(changes: dict[str, Any], num_devices: int = 1) -> tuple[Config, BatchArithmetic]:
     """configs/base.py with these changes."""
     raw = runpy.run_path(str(ROOT / "configs" / "base.py"))["get_config"]()
     raw.update_from_flattened_dict(changes)
-    return configs.check(configs.read(raw.to_dict()), num_devices)
+    return resolve_config(read_config(raw.to_dict()), num_devices)
 
 
 def packed_batch(rng: np.random.Generator, vocab: int, rows: int, length: int, first: int) -> Batch:
@@ -80,7 +82,7 @@ def packed_batch(rng: np.random.Generator, vocab: int, rows: int, length: int, f
     return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments, positions, index)
 
 
-def make_ours(config: configs.Config, batch: BatchArithmetic) -> tuple[Callable[[], float], int]:
+def make_ours(config: Config, batch: BatchArithmetic) -> tuple[Callable[[], float], int]:
     """A function that makes one update and returns its loss, and the number of parameters."""
     vocab = config.tokenizer.vocab_size
     program = make_program(config, batch, vocab)
@@ -101,7 +103,7 @@ def make_ours(config: configs.Config, batch: BatchArithmetic) -> tuple[Callable[
     return update, size
 
 
-def make_rival(config: configs.Config, batch: BatchArithmetic, compiled: bool) -> tuple[Callable, int]:
+def make_rival(config: Config, batch: BatchArithmetic, compiled: bool) -> tuple[Callable, int]:
     """The same for nanoGPT's model and update (github.com/karpathy/nanoGPT, model.py and train.py)."""
     import torch
     from torch import nn

@@ -5,8 +5,8 @@
     python tools/loss_traces.py compare before.json after.json
 
 A trace is what metrics.jsonl says of each update and each evaluation, without what the clock decides. Recorded are a
-tiny form of every file in configs/, forty configs drawn at random, and a run that is stopped after a part of its updates
-and resumed. `--change old.key=new.key` says that a key has been renamed between the two versions of the code.
+tiny form of every file in configs/, forty configs drawn at random, and a run that ends after a part of its updates and
+goes on. `--change old.key=new.key` says that a key has been renamed between the two versions of the code.
 
 Everything runs through the command line on eight simulated CPU devices, so that the script serves versions of the code
 whose insides differ. `compare` ends with the exit code 1 where anything differs.
@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import sys
 import tempfile
 
@@ -108,18 +109,24 @@ def write_corpus(folder: pathlib.Path) -> None:
     """Documents in Latin letters and in Chinese, of varied length."""
     rng = random.Random(0)
     folder.mkdir(parents=True)
-    words = "river stone cloud light loop model token batch update seed 春江 潮水 明月 海上 千里".split()
+    words = re.split(
+        " ", "river stone cloud light loop model token batch update seed 春江 潮水 明月 海上 千里"
+    )
     for i in range(60):
         (folder / f"{i:03d}.txt").write_text(" ".join(rng.choices(words, k=rng.randint(2, 120))), "utf-8")
 
 
-def run(folder: pathlib.Path, name: str, config: str, settings: dict[str, object], renamed: dict[str, str]) -> str:
+def run(
+    folder: pathlib.Path, name: str, config: str, settings: dict[str, object], renamed: dict[str, str]
+) -> str:
     """Trains in `folder`/`name`; what was said if it did not end well, else nothing."""
     values = TINY | {"data.sources": folder / "corpus", "data.cache_dir": folder / "cache"} | settings
     arguments = [f"--config.{renamed.get(key, key)}={value}" for key, value in values.items()]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = main(["llmjax", f"--config={ROOT / 'configs' / config}", f"--workdir={folder / name}", *arguments])
+        code = main(
+            ["llmjax", f"--config={ROOT / 'configs' / config}", f"--workdir={folder / name}", *arguments]
+        )
     return "" if code == 0 else f"exit code {code}: {said.getvalue().strip().splitlines()[-1]}"
 
 
@@ -135,7 +142,9 @@ def record(path: pathlib.Path, count: int, renamed: dict[str, str]) -> None:
     runs: list[tuple[str, str, dict[str, object]]] = []
     runs += [(config.stem, config.name, {}) for config in sorted((ROOT / "configs").glob("*.py"))]
     runs += [(f"drawn_{seed}", "base.py", drawn(seed)) for seed in range(count)]
-    runs += [("resumed", "base.py", {"train.num_updates": n, "optimizer.schedule_updates": 5}) for n in (3, 5)]
+    runs += [
+        ("resumed", "base.py", {"train.num_updates": n, "optimizer.schedule_updates": 5}) for n in (3, 5)
+    ]
     traces: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
@@ -166,7 +175,9 @@ def compare(before: pathlib.Path, after: pathlib.Path) -> int:
 
 
 def parse_and_run() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("files", nargs="+", type=pathlib.Path)
     parser.add_argument("--count", type=int, default=40, help="how many configs are drawn")

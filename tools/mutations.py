@@ -18,13 +18,15 @@ from typing import Any
 import jax
 
 from configs.base import get_config
-from llmjax import config as configs
-from llmjax.build import make_program
+from llmjax.build.program import make_program
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
+from llmjax.config.schema import Config
 from llmjax.errors import UserError
 from llmjax.flags import set_key
-from llmjax.modes import planned_vocab_size
+from llmjax.modes.plan import planned_vocab_size
 from llmjax.ranges import ranges
-from llmjax.train.batch import BatchArithmetic
+from llmjax.train.steering.batch_schedule import BatchArithmetic
 
 ACCEPTED = "accepted"
 NUMBERS = (
@@ -75,7 +77,7 @@ def mutations(raw: dict[str, Any], *, seed: int, count: int | None = None) -> It
 def outcome(mutation: Mutation, num_devices: int = 1) -> str:
     """ACCEPTED, or the sentence of the UserError; any other exception is a fault and goes through."""
     try:
-        config, batch = configs.check(configs.read(mutation.make()), num_devices)
+        config, batch = resolve_config(read_config(mutation.make()), num_devices)
         if config.tokenizer.path:  # would be read, which is another thing
             return ACCEPTED
         _shapes(_what_compiles(config), batch, planned_vocab_size(config.tokenizer), num_devices)
@@ -84,9 +86,9 @@ def outcome(mutation: Mutation, num_devices: int = 1) -> str:
     return ACCEPTED
 
 
-def _what_compiles(config: configs.Config) -> configs.Config:
+def _what_compiles(config: Config) -> Config:
     """`config` with fixed values in the sections that make nothing of a program: many configs share what is left."""
-    plain = configs.read(get_config().to_dict())
+    plain = read_config(get_config().to_dict())
     data = dataclasses.replace(
         plain.data, seq_len=config.data.seq_len, length_points=config.data.length_points
     )
@@ -102,7 +104,7 @@ def _what_compiles(config: configs.Config) -> configs.Config:
 
 
 @functools.lru_cache(maxsize=256)
-def _shapes(config: configs.Config, batch: BatchArithmetic, vocab_size: int, num_devices: int) -> None:
+def _shapes(config: Config, batch: BatchArithmetic, vocab_size: int, num_devices: int) -> None:
     program = make_program(config, batch, vocab_size, jax.devices()[:num_devices])
     jax.tree.map(lambda x: math.prod(x.shape), (program.abstract_state(), program.abstract_batch()))
 
@@ -111,7 +113,7 @@ def _shapes(config: configs.Config, batch: BatchArithmetic, vocab_size: int, num
 def _bounds(key: str) -> tuple[float, ...]:
     """The least and the most of a number key, and what lies just outside."""
     section, _, name = key.rpartition(".")
-    cls = typing.get_type_hints(configs.Config).get(section) if section else configs.Config
+    cls = typing.get_type_hints(Config).get(section) if section else Config
     bounds = ranges(cls).get(name)
     if bounds is None:
         return ()

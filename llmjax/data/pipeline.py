@@ -18,9 +18,9 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
-from llmjax.data.cut import cut_rows
-from llmjax.data.layout import Arrays, RowLayout, lay_out
-from llmjax.data.plan import PackingPlan, permute
+from llmjax.data.layout.layout import Arrays, RowLayout, lay_out
+from llmjax.data.packing.packing import PackingPlan, permute
+from llmjax.data.packing.shorten_rows import cut_rows
 from llmjax.errors import UserError
 from llmjax.names import plain_name
 from llmjax.ranges import Range, check_ranges
@@ -37,7 +37,7 @@ class DataConfig:
     text_field         where the text is in JSON lines and Parquet rows
     on_bad_text        what invalid UTF-8 does: "error", "skip" the document, or "replace" the bytes
     seq_len            T, positions of a packed sequence
-    length_points      how long the rows are into which it is cut, as tokens are seen; see `train/lengths.py`
+    length_points      lengths of the rows into which it is cut, as tokens are seen: `train/steering/length_schedule.py`
     held_out_fraction  of the documents, chosen by hash of their text; 0 = no held-out set
     cache_dir          of tokenizers and token stores; "" = $XDG_CACHE_HOME/llmjax or ~/.cache/llmjax
     num_workers        processes that tokenize; 0 = one per core

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.data.pipeline import PackedSequences
-from llmjax.data.tokenizer import Tokenizer
+from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.models.contract import Model
 from llmjax.ops import chunks
 from llmjax.ops.logits import softcap

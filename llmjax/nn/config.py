@@ -9,12 +9,12 @@ from llmjax.errors import UserError, choose
 from llmjax.nn.position import POSITIONS
 from llmjax.nn.remat import OFFLOADS, REMATS
 from llmjax.ops.activation import ACTIVATIONS
-from llmjax.ops.attention.share import ATTENTION
+from llmjax.ops.attention.sequence_attention import ATTENTION
 from llmjax.ops.norm import NORMS
 from llmjax.ops.rope import SCALINGS
 from llmjax.ranges import COUNT, Range, check_ranges
 
-# The tables that say what each name means; those of `family` and `dtype` lie with their readers, build.py and jax.
+# What each name means is said by tables; those of `family` and `dtype` are in build/program.py and in jax.
 CHOICES = {
     "family": ("gpt",),
     "activation": ACTIVATIONS,

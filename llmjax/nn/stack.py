@@ -22,7 +22,7 @@ from llmjax.nn.cache import write
 from llmjax.nn.config import ModelConfig, layer_windows
 from llmjax.nn.layers import MLP, Norm
 from llmjax.nn.remat import RESIDUAL, remat
-from llmjax.nn.tile import by_tiles, inner_layout
+from llmjax.nn.token_tiles import by_tiles, inner_layout
 from llmjax.ops.attention.mask import Mask
 from llmjax.ops.dropout import dropout
 from llmjax.parallel.rules import Layout

@@ -20,7 +20,7 @@ from llmjax.ranges import Range, check_ranges
 from llmjax.types import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
-# Those of llmjax/data/layout.py, and a choice among them.
+# Those of llmjax/data/layout/layout.py, and a choice among them.
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "documents")
 SEQ_ATTENTION = ("auto", "gather", "ring", "ulysses", "hybrid")
 

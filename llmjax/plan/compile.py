@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from llmjax.build import Program, make_program
+from llmjax.build.program import Program, make_program
 from llmjax.errors import UserError
 from llmjax.plan.summary import format_bytes, tree_bytes_per_device
 

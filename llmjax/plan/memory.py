@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from llmjax.build import Program
+from llmjax.build.program import Program
 from llmjax.errors import UserError
 from llmjax.plan.compile import available_memory
 from llmjax.plan.summary import format_bytes, tree_bytes_per_device

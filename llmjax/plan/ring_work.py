@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from llmjax.data import ring
+from llmjax.data.layout import ring_cost
 
 HIGHEST = np.iinfo(np.int32).max
 
@@ -39,27 +39,27 @@ class RingWork:
     @property
     def reach(self) -> tuple[int, int]:
         """How far keys travel upward and downward, in devices."""
-        return ring.reach(self.executed)
+        return ring_cost.reach(self.executed)
 
     @property
     def lockstep_slowdown(self) -> float:
         """Time over that of a perfect balance, if at each step all devices wait for the slowest."""
-        return self._slowdown(ring.lockstep_time(ring.steps(self.executed)))
+        return self._slowdown(ring_cost.lockstep_time(ring_cost.steps(self.executed)))
 
     @property
     def free_running_slowdown(self) -> float:
         """Time over that of a perfect balance, if each device waits for its keys alone."""
-        return self._slowdown(ring.free_running_time(self.executed))
+        return self._slowdown(ring_cost.free_running_time(self.executed))
 
     @property
     def one_way_hops(self) -> int:
         """Transfers in a ring of one direction."""
-        return int(np.flatnonzero(ring.by_distance(self.executed).any(axis=1)).max(initial=0))
+        return int(np.flatnonzero(ring_cost.by_distance(self.executed).any(axis=1)).max(initial=0))
 
     @property
     def one_way_lockstep_slowdown(self) -> float:
         """`lockstep_slowdown` of a ring of one direction, of n steps."""
-        return self._slowdown(ring.lockstep_time(ring.by_distance(self.executed)))
+        return self._slowdown(ring_cost.lockstep_time(ring_cost.by_distance(self.executed)))
 
     def _slowdown(self, time: float) -> float:
         return time * len(self.executed) / max(1, int(self.executed.sum()))

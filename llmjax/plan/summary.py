@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.build import Corpus, Program
-from llmjax.data.store import StoreHeader
-from llmjax.data.tokenizer import KINDS, TokenizerConfig
+from llmjax.build.corpus import Corpus
+from llmjax.build.program import Program
+from llmjax.data.store.store import StoreHeader
+from llmjax.data.tokenizer.tokenizer import KINDS, TokenizerConfig
 from llmjax.nn.remat import Widths, kept_width
 from llmjax.ops.activation import ACTIVATIONS
-from llmjax.train.controller import RULES
-from llmjax.train.optimizer import OptimizerConfig
-from llmjax.train.schedules import describe_schedule
+from llmjax.train.optim.optimizer import OptimizerConfig
+from llmjax.train.optim.schedules import describe_schedule
+from llmjax.train.steering.controller import RULES
 
 
 def tree_bytes_per_device(tree: object) -> int:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from llmjax.errors import choose
 from llmjax.ranges import COUNT, FOLD, Range, check_ranges
-from llmjax.train.engines import ENGINES
-from llmjax.train.fused import MANUAL
+from llmjax.train.update.engines import ENGINES
+from llmjax.train.update.fused import MANUAL
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,14 @@ import shutil
 import numpy as np
 import pytest
 
-from llmjax.data import cache, plan
 from llmjax.data.checksums import BLOCK_BYTES, DamagedError
-from llmjax.data.encode import encode_batches
+from llmjax.data.packing import packing
 from llmjax.data.pipeline import PackedSequences, make_batches
-from llmjax.data.sources import list_sources
-from llmjax.data.store import Store, build_store, open_store
-from llmjax.data.tokenizer import ByteTokenizer, TokenizerConfig, load_tokenizer
+from llmjax.data.sources.sources import list_sources
+from llmjax.data.store import cache
+from llmjax.data.store.encode import encode_batches
+from llmjax.data.store.store import Store, build_store, open_store
+from llmjax.data.tokenizer.tokenizer import ByteTokenizer, TokenizerConfig, load_tokenizer
 from llmjax.errors import UserError
 
 BYTES = ByteTokenizer(num_reserved=2)
@@ -86,8 +87,8 @@ def make_store(folder, report):
 
 def make_plan(folder, report):
     lengths = 2 + np.arange(200) * 7919 % 60
-    made = plan.cached_plan(lengths, np.arange(200), 64, 0, folder / "cache", report)
-    return made.fingerprint, made.num_tokens, [getattr(made, name).tolist() for name in plan.ARRAYS]
+    made = packing.cached_plan(lengths, np.arange(200), 64, 0, folder / "cache", report)
+    return made.fingerprint, made.num_tokens, [getattr(made, name).tolist() for name in packing.ARRAYS]
 
 
 THINGS = {"tokenizer": make_tokenizer, "store": make_store, "plan": make_plan}
@@ -206,9 +207,9 @@ def test_damage_that_a_run_meets_after_its_sources_changed_is_one_sentence(large
 
 def test_a_plan_of_an_older_version_is_made_again(tmp_path):
     lengths = np.full(50, 24)
-    made = plan.cached_plan(lengths, np.arange(50), 64, 0, tmp_path)
+    made = packing.cached_plan(lengths, np.arange(50), 64, 0, tmp_path)
     (tmp_path / f"plan-{made.fingerprint}" / "checksums.json").unlink()
-    again = plan.cached_plan(lengths, np.arange(50), 64, 0, tmp_path, lambda text: None)
+    again = packing.cached_plan(lengths, np.arange(50), 64, 0, tmp_path, lambda text: None)
     assert again.docs.tolist() == made.docs.tolist()
 
 
@@ -224,7 +225,7 @@ def test_damage_comes_through_the_thread_that_makes_batches_as_what_it_is(prefet
     files, folder = large
     store = build_store(folder / "store", files, BYTES)
     a_bit(folder / "store" / "tokens-00000.bin")
-    source = PackedSequences(store, plan.plan_packing(store.lengths, np.arange(40), 4096, 0), 0)
+    source = PackedSequences(store, packing.plan_packing(store.lengths, np.arange(40), 4096, 0), 0)
     with (
         make_batches(source, start=0, batch_size=40, prefetch=prefetch) as batches,
         pytest.raises(DamagedError, match="tokens-00000.bin between bytes"),

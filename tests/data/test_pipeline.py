@@ -11,12 +11,12 @@ import threading
 import numpy as np
 import pytest
 
-from llmjax.data.layout import LAYOUTS, RowLayout, lay_out
+from llmjax.data.layout.layout import LAYOUTS, RowLayout, lay_out
+from llmjax.data.packing.packing import cached_plan, plan_packing
 from llmjax.data.pipeline import DataConfig, PackedSequences, make_batches
-from llmjax.data.plan import cached_plan, plan_packing
-from llmjax.data.sources import list_sources
-from llmjax.data.store import build_store
-from llmjax.data.tokenizer import ByteTokenizer
+from llmjax.data.sources.sources import list_sources
+from llmjax.data.store.store import build_store
+from llmjax.data.tokenizer.tokenizer import ByteTokenizer
 from llmjax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]

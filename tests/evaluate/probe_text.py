@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import tiny_run
 
+from llmjax.data.packing.packing import plan_packing
 from llmjax.data.pipeline import PackedSequences
-from llmjax.data.plan import plan_packing
-from llmjax.data.tokenizer import ByteTokenizer
+from llmjax.data.tokenizer.tokenizer import ByteTokenizer
 from llmjax.evaluate.scoring import Text
 
 TOKENIZER = ByteTokenizer(num_reserved=3)  # 264 ids, which split over mesh.tensor

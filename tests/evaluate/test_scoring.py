@@ -109,7 +109,7 @@ def test_pieces_without_predictions_are_nothing():
 
 @pytest.mark.parametrize("attention", ["full", "blockwise"])
 def test_scores_do_not_depend_on_how_pieces_are_packed(attention):
-    from llmjax.ops.attention.share import make_attend
+    from llmjax.ops.attention.sequence_attention import make_attend
 
     model = dataclasses.replace(gpt(), attend=make_attend(attention))
     params = model.init(jax.random.key(1))

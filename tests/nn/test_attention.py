@@ -16,10 +16,10 @@ from llmjax.nn.config import ModelConfig, resolve
 from llmjax.nn.stack import Block
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
-from llmjax.ops.attention.share import Sharing, make_attend
+from llmjax.ops.attention.sequence_attention import Sharing, make_attend
 from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout
-from llmjax.train.fused import MANUAL
+from llmjax.train.update.fused import MANUAL
 
 B, T, D = 8, 16, 16
 CONFIG = resolve(

@@ -15,10 +15,10 @@ from llmjax.ops.attention import blockwise
 from llmjax.ops.loss import softmax_cross_entropy
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
-from llmjax.plan.flops import product_flops
-from llmjax.plan.hlo import parse
+from llmjax.plan.hlo.flops import product_flops
+from llmjax.plan.hlo.parse import parse
+from llmjax.plan.hlo.traffic import collectives
 from llmjax.plan.topology import topology_devices
-from llmjax.plan.traffic import collectives
 from llmjax.tasks.language_model import make_loss
 from llmjax.types import Batch
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import llmjax
-from llmjax import config as configs
-from llmjax.data.plan import permute, plan_packing
+from llmjax.config.reading import read_config
+from llmjax.data.packing.packing import permute, plan_packing
 from llmjax.errors import UserError
 from llmjax.ops.seeds import make_key
 
@@ -52,7 +52,7 @@ def test_a_seed_beyond_the_words_is_a_sentence(key, seed):
     section, _, name = key.rpartition(".")
     (raw[section] if section else raw)[name] = seed
     with pytest.raises(UserError, match=rf"^{key}={seed} must .*; use a value from 0 to {2**63 - 1}"):
-        configs.read(raw)
+        read_config(raw)
 
 
 def test_every_key_of_a_seed_is_made_in_one_place():

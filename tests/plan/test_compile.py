@@ -10,9 +10,10 @@ import tiny_run
 from tiny_run import BASE
 
 from configs import base
-from llmjax import config as configs
 from llmjax import main
-from llmjax.build import make_program
+from llmjax.build.program import make_program
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
 from llmjax.errors import UserError
 from llmjax.plan import compile as compile_module
 from llmjax.plan.compile import (
@@ -81,7 +82,7 @@ def make_tiny(devices=None, **changes):
     raw = base.get_config()
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     raw.update_from_flattened_dict({**tiny_run.SETTINGS, "mesh.fsdp": 2, **changes})
-    config, batch = configs.check(configs.read(raw.to_dict()), len(devices or jax.devices()))
+    config, batch = resolve_config(read_config(raw.to_dict()), len(devices or jax.devices()))
     return make_program(config, batch, 64, devices)
 
 

@@ -4,8 +4,9 @@ import jax
 import pytest
 
 from configs.base import get_config
-from llmjax import config as configs
-from llmjax.build import make_program
+from llmjax.build.program import make_program
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
 from llmjax.errors import UserError
 from llmjax.plan import memory
 from llmjax.plan.memory import check_state_fits
@@ -14,7 +15,7 @@ from llmjax.plan.memory import check_state_fits
 def program_of(**model):
     raw = get_config().to_dict()
     raw["model"] |= {"num_layers": 1, **model}
-    config, batch = configs.check(configs.read(raw), 1)
+    config, batch = resolve_config(read_config(raw), 1)
     return make_program(config, batch, 512, jax.devices()[:1])
 
 

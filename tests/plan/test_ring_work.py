@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.data.layout import LAYOUTS, RowLayout
+from llmjax.data.layout.layout import LAYOUTS, RowLayout
 from llmjax.ops.attention.mask import Span, self_mask, span_of
 from llmjax.plan.ring_work import ring_work
 

@@ -9,9 +9,11 @@ import pytest
 import tiny_run
 
 from configs import base
-from llmjax import config as configs
-from llmjax.build import make_corpus, make_program
-from llmjax.data.store import StoreHeader
+from llmjax.build.corpus import make_corpus
+from llmjax.build.program import make_program
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
+from llmjax.data.store.store import StoreHeader
 from llmjax.plan.summary import (
     activation_bytes,
     describe,
@@ -25,7 +27,7 @@ def program_for(devices, vocab_size=64, **changes):
     raw = base.get_config()
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     raw.update_from_flattened_dict({**tiny_run.SETTINGS, **changes})
-    config, batch = configs.check(configs.read(raw.to_dict()), len(devices))
+    config, batch = resolve_config(read_config(raw.to_dict()), len(devices))
     return make_program(config, batch, vocab_size, devices)
 
 
@@ -36,7 +38,7 @@ def corpus(tmp_path_factory):
     raw.update_from_flattened_dict(tiny_run.SETTINGS)
     raw.data.sources = (str(tiny_run.write_corpus(folder / "corpus")),)
     raw.data.cache_dir = str(folder / "cache")
-    return make_corpus(*configs.check(configs.read(raw.to_dict()), 8))
+    return make_corpus(*resolve_config(read_config(raw.to_dict()), 8))
 
 
 @pytest.mark.parametrize("number, text", [

@@ -7,13 +7,14 @@ import pytest
 import tiny_run
 
 from configs import base
-from llmjax import config as configs
-from llmjax.build import make_program
+from llmjax.build.program import make_program
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
+from llmjax.data.packing.packing import plan_packing
 from llmjax.data.pipeline import PackedSequences
-from llmjax.data.plan import plan_packing
-from llmjax.data.sources import list_sources, read_documents
-from llmjax.data.store import build_store
-from llmjax.data.tokenizer import TokenizerConfig, train_tokenizer
+from llmjax.data.sources.sources import list_sources, read_documents
+from llmjax.data.store.store import build_store
+from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.types import Batch
 
@@ -39,7 +40,7 @@ def program_for(tokenizer, **changes):
     sizes = {"model.num_layers": 2, "model.model_dim": 32, "model.init_std": 0.3, "data.seq_len": T,
              "train.tokens_per_update": T, "train.accumulation_steps": 1}  # fmt: skip
     raw.update_from_flattened_dict(sizes | {key.replace("__", "."): value for key, value in changes.items()})
-    config, batch = configs.check(configs.read(raw.to_dict()), 1)
+    config, batch = resolve_config(read_config(raw.to_dict()), 1)
     return make_program(config, batch, tokenizer.vocab_size, jax.devices()[:1])
 
 

@@ -1,0 +1,120 @@
+"""The host's half of a run: text, tokenizer, token store and packed sequences, made or found in a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from llmjax.config.schema import Config
+from llmjax.data.packing.packing import PackingPlan, cached_plan, check_corpus
+from llmjax.data.pipeline import PackedSequences
+from llmjax.data.sources.sources import list_sources
+from llmjax.data.store.cache import cached_store, cached_tokenizer
+from llmjax.data.store.store import Store
+from llmjax.data.tokenizer.tokenizer import Tokenizer
+from llmjax.names import at_home, plain_name
+from llmjax.train.steering.batch_schedule import BatchArithmetic
+
+Progress = Callable[[str, int, int], None]  # what is being made, how much of it is done, how much there is
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text, from documents to packed sequences. `held_out` is None where nothing is held out."""
+
+    tokenizer: Tokenizer
+    store: Store
+    train_plan: PackingPlan
+    held_out_plan: PackingPlan
+    train: PackedSequences
+    held_out: PackedSequences | None
+    held_out_ids: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """What the sequence numbers mean: a data cursor is of use only with the same fingerprint."""
+        return self.train_plan.fingerprint + self.store.header.content_fingerprint
+
+    @property
+    def held_out_bytes(self) -> int:
+        """UTF-8 bytes of the held-out text."""
+        return int(self.store.num_bytes[self.held_out_ids].sum())
+
+    def train_text(self, first: int, count: int) -> str:
+        """What `count` packed sequences from number `first` on hold, document by document, as Markdown."""
+        parts = []
+        for doc, start, stop in self.train.spans(np.arange(first, first + count)):
+            name = plain_name(self.store.name(doc))
+            text = self.tokenizer.decode(self.store.tokens(doc, start, stop).tolist())
+            parts.append(f"## {name} [tokens {start}:{stop}]\n\n{text}\n")
+        return "\n".join(parts)
+
+    def held_out_text(self, limit: int = 64 * 2**20) -> bytes:
+        """The held-out documents as bytes, whole documents until `limit` is passed."""
+        parts, size = [], 0
+        for doc in self.held_out_ids:
+            if size >= limit:
+                break
+            tokens = self.store.tokens(doc, 1, int(self.store.lengths[doc]) - 1)
+            parts.append(self.tokenizer.decode(tokens.tolist()).encode())
+            size += len(parts[-1])
+        return b"".join(parts)
+
+
+def cache_directory(config: Config) -> pathlib.Path:
+    """Where tokenizers and stores are kept between runs."""
+    if config.data.cache_dir:
+        return at_home(config.data.cache_dir, "data.cache_dir")
+    return at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "data.cache_dir") / "llmjax"
+
+
+def make_corpus(
+    config: Config, batch: BatchArithmetic, progress: Progress = lambda what, done, total: None
+) -> Corpus:
+    """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
+    data, cache = config.data, cache_directory(config)
+    files = list_sources(data.sources)
+    reading = {"text_field": data.text_field, "on_bad_text": data.on_bad_text}
+    tokenizer = cached_tokenizer(
+        cache,
+        config.tokenizer,
+        files,
+        **reading,
+        progress=functools.partial(progress, "training the tokenizer"),
+    )
+    store = cached_store(
+        cache,
+        files,
+        tokenizer,
+        **reading,
+        num_workers=data.num_workers or os.cpu_count() or 1,
+        progress=functools.partial(progress, "tokenizing"),
+    )
+    train_ids, held_out_ids = store.split(data.held_out_fraction)
+    train_plan, held_out_plan = (
+        cached_plan(store.lengths, ids, data.seq_len, config.seed, cache / "plans")
+        for ids in (train_ids, held_out_ids)
+    )
+    check_corpus(
+        train_plan,
+        held_out_plan,
+        sequences_per_update=batch.sequences_per_update,
+        held_out_fraction=data.held_out_fraction,
+    )
+    held_out = (
+        PackedSequences(store, held_out_plan, config.seed, repeat=False) if held_out_plan.num_rows else None
+    )
+    return Corpus(
+        tokenizer,
+        store,
+        train_plan,
+        held_out_plan,
+        PackedSequences(store, train_plan, config.seed),
+        held_out,
+        held_out_ids,
+    )

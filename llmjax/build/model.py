@@ -1,0 +1,43 @@
+"""The model of a config and the loss of its task, for a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llmjax.config.schema import Config
+from llmjax.models.contract import Model
+from llmjax.models.gpt import GPT
+from llmjax.nn.attention_choice import choose_kernel, choose_sharing
+from llmjax.ops.attention.sequence_attention import make_attend
+from llmjax.parallel.rules import Layout
+from llmjax.tasks.language_model import make_loss
+from llmjax.types import LossSums
+
+FAMILIES = {"gpt": GPT}
+
+
+def make_task_loss(
+    config: Config, model: Model, layout: Layout, *, training: bool
+) -> Callable[..., LossSums]:
+    """The loss of the config's task on a model laid out by `layout`: of training, with all terms, or of evaluation."""
+    softcap, z_loss = config.model.logit_softcap, config.train.z_loss if training else 0.0
+    return make_loss(
+        model,
+        logit_softcap=softcap,
+        z_loss=z_loss,
+        shards=batch_shards(layout),
+        vocab_shards=layout.axis_size("tensor"),
+    )
+
+
+def batch_shards(layout: Layout) -> tuple[int, int]:
+    """Over how many devices the sequences and the positions of a batch are split."""
+    return layout.axis_size("data") * layout.axis_size("fsdp"), layout.axis_size("seq")
+
+
+def make_model(config: Config, vocab_size: int, layout: Layout) -> Model:
+    """The model of a checked `config`."""
+    kernel, _ = choose_kernel(config.model, layout.mesh.devices.flat[0].platform)
+    sharing, _ = choose_sharing(config.model, config.mesh, layout.mesh.shape)
+    family = FAMILIES[config.model.family]
+    return family(config.model, vocab_size, config.data.seq_len, layout, make_attend(kernel, sharing))

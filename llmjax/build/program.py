@@ -1,0 +1,323 @@
+"""The devices' half of a run: mesh, model, optimizer, state and compiled steps, made from a config.
+
+`build/corpus.py` is the host's half; the two meet in the vocabulary size and in `Batch`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llmjax.build.model import batch_shards, make_model, make_task_loss
+from llmjax.config.resolve import row_layout
+from llmjax.config.schema import Config
+from llmjax.data.layout.layout import RowLayout
+from llmjax.data.pipeline import Batches, PackedSequences, make_batches
+from llmjax.errors import UserError
+from llmjax.evaluate.scoring import make_token_losses
+from llmjax.models.contract import Model
+from llmjax.nn.attention_choice import choose_kernel, choose_sharing
+from llmjax.ops.seeds import make_key
+from llmjax.parallel.hosts import local_batch_rows, make_global
+from llmjax.parallel.mesh import make_mesh
+from llmjax.parallel.rules import Layout, partition_spec
+from llmjax.train.optim.offload import HOST
+from llmjax.train.optim.optimizer import make_optimizer
+from llmjax.train.steering.batch_schedule import BatchArithmetic, make_batch_schedule
+from llmjax.train.steering.length_schedule import make_length_schedule
+from llmjax.train.steering.steering import Steering
+from llmjax.train.update.accumulate import Accumulator, Order
+from llmjax.train.update.engines import ENGINES
+from llmjax.train.update.fused import MANUAL, make_window
+from llmjax.train.update.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    resumed_state,
+    saved_state,
+    state_around,
+)
+from llmjax.train.update.statistics import make_statistics
+from llmjax.train.update.step import TrainStep, make_eval_step, make_fused_step, make_train_step
+from llmjax.types import Batch, LossSums, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What runs on the devices: the model on its mesh, the state's shape, and the compiled steps."""
+
+    config: Config
+    batch: BatchArithmetic
+    mesh: Mesh
+    model: Model
+    accumulator: Accumulator
+    steering: Steering
+    param_specs: Params
+    train_step: TrainStep
+    eval_step: Callable[[Params, Batch], LossSums]
+    statistics: Callable[[Params, Batch], dict]
+    token_losses: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.mesh)
+
+    def init(self, params: Params | None = None) -> TrainState:
+        """A fresh state, every array born in its place on the mesh; around `params`, which are donated, if given."""
+        rng = make_key(self.config.seed)
+        if params is not None:
+            return state_around(params, self.accumulator, rng, self.param_specs, self.mesh)
+        return init_state(self.model.init, self.accumulator, rng, self.param_specs, self.mesh)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return abstract_state(self.model.init, self.accumulator, self.param_specs, self.mesh)
+
+    def abstract_saved(self) -> TrainState:
+        """The same of what a checkpoint holds."""
+        own = Accumulator(self.accumulator.optimizer)
+        return abstract_state(self.model.init, own, self.param_specs, self.mesh)
+
+    def saved(self, state: TrainState) -> TrainState:
+        """What a checkpoint holds of `state`."""
+        return saved_state(state, self.accumulator)
+
+    def resumed(self, saved: TrainState) -> TrainState:
+        """The state to go on from."""
+        return resumed_state(saved, self.accumulator, self.param_specs, self.mesh)
+
+    def eval_params(self, state: TrainState) -> Params:
+        """The parameters to evaluate and generate with."""
+        return self.accumulator.eval_params(state.opt_state, state.params)
+
+    @property
+    def averages(self) -> bool:
+        """Whether `eval_params` are others than the parameters in training."""
+        return self.config.optimizer.name == "schedule_free_adamw"
+
+    @property
+    def fused(self) -> bool:
+        """Whether `train_step` is a whole update."""
+        return self.config.train.accumulation == "fused"
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, dtypes and shardings of what a call of `train_step` takes."""
+        lead = (self.steering.max_steps,) if self.fused else ()
+        shape = (*lead, self.batch.micro_batch_size, self.batch.seq_len)
+        arrays = {
+            field.name: jax.ShapeDtypeStruct(
+                shape[:-1] if field.name == "index" else shape,
+                np.float32 if field.name == "weights" else np.int32,
+                sharding=self.batch_sharding(field.name, *[None] * len(lead)),
+            )
+            for field in dataclasses.fields(Batch)
+            if field.name != "columns" or self.row_layout.moves
+        }
+        return Batch(**arrays)
+
+    @property
+    def row_layout(self) -> RowLayout:
+        """Which token of a sequence lies on which device."""
+        sharing, _ = choose_sharing(self.config.model, self.config.mesh, self.mesh.shape)
+        return row_layout(self.config, 1 if sharing is None else sharing.chunks)
+
+    @property
+    def attention(self) -> dict[str, tuple[str, str]]:
+        """What was chosen, and why: the `kernel`, and the algorithm over `mesh.seq`."""
+        sharing, why = choose_sharing(self.config.model, self.config.mesh, self.mesh.shape)
+        kernel = choose_kernel(self.config.model, self.mesh.devices.flat[0].platform)
+        return {"kernel": kernel, "mesh.seq": ("" if sharing is None else sharing.describe(), why)}
+
+    def abstract_order(self) -> Order:
+        """Shapes and dtypes of what the host decides."""
+        order = self.steering.decide(self.steering.start(), 0).order
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), order)
+
+    def lower(self) -> jax.stages.Lowered:
+        """`train_step`, traced from shapes alone and ready to compile."""
+        return self.train_step.lower(self.abstract_state(), self.abstract_batch(), self.abstract_order())
+
+    def batch_sharding(self, field: str, *lead: None) -> NamedSharding:
+        """How a field of `Batch` lies on the mesh, after leading dimensions that are not split."""
+        names = ("batch",) if field == "index" else ("batch", "length")
+        return self.layout.sharding(*lead, *names)
+
+    def place(self, arrays: dict[str, np.ndarray]) -> Batch:
+        """A batch on the devices, of which every process has made all rows."""
+        rows = local_batch_rows(self.batch_sharding("tokens"), len(arrays["tokens"]))
+        fields = {}
+        for name, array in arrays.items():
+            fields[name] = make_global(self.batch_sharding(name), array.shape, rows, array[rows])
+        return Batch(**fields)
+
+    def probe_shape(self, length: int) -> tuple[int, int]:
+        """Rows and positions of a batch for texts of `length` tokens: that of an evaluation, or where they do not fit
+        into a sequence longer and fewer rows, of about as many tokens."""
+        T, shards = self.batch.seq_len, batch_shards(self.layout)[0]
+        rows, longer = self.config.evaluate.batch_size or self.batch.micro_batch_size, -(-length // T)
+        return max(rows // longer // shards, 1) * shards, longer * T
+
+    def batches(
+        self,
+        source: PackedSequences,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        batch_size: int = 0,
+        length: int = 0,
+    ) -> Feed:
+        """Micro-batches on the devices, from sequence number `start` on; this process makes only the rows it needs.
+
+        `batch_size` sequences each, 0: a micro-batch; cut into rows of `length`, 0: whole.
+        """
+        batch_size = batch_size or self.batch.micro_batch_size
+        pieces = self.batch.seq_len // (length or self.batch.seq_len)
+        rows = local_batch_rows(self.batch_sharding("tokens"), batch_size)
+        host = make_batches(
+            source,
+            start=start,
+            stop=stop,
+            batch_size=batch_size,
+            local_rows=rows,
+            prefetch=self.config.data.prefetch,
+            layout=self.row_layout,
+            length=length,
+        )
+        # The pieces of a row follow each other, so they lie on the devices that the row would lie on.
+        rows = (rows[:, None] * pieces + np.arange(pieces)).reshape(-1)
+        return Feed(self, host, batch_size * pieces, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """An iterator of `Batch` on the devices over one of numpy arrays; to be closed."""
+
+    program: Program
+    host: Batches
+    batch_size: int
+    rows: np.ndarray
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._place(next(self.host))
+
+    def take(self, count: int) -> Batch:
+        """`count` micro-batches in one, [K, B, T], for a fused step; what is left of K is 0."""
+        micro_batches = [next(self.host) for _ in range(count)]
+        shape = (self.program.steering.max_steps,)
+        arrays = {}
+        for name, first in micro_batches[0].items():
+            arrays[name] = np.zeros((*shape, *first.shape), first.dtype)
+            np.stack([arrays_of_one[name] for arrays_of_one in micro_batches], out=arrays[name][:count])
+        return self._place(arrays, *shape)
+
+    def _place(self, arrays: dict[str, np.ndarray], *lead: int) -> Batch:
+        fields = {}
+        for name, array in arrays.items():
+            sharding = self.program.batch_sharding(name, *[None] * len(lead))
+            shape = (*lead, self.batch_size, *array.shape[len(lead) + 1 :])
+            fields[name] = make_global(sharding, shape, self.rows, array, axis=len(lead))
+        return Batch(**fields)
+
+    def close(self) -> None:
+        """Ends the thread that makes batches."""
+        self.host.close()
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def make_program(
+    config: Config,
+    batch: BatchArithmetic,
+    vocab_size: int,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    accumulates: bool = False,
+) -> Program:
+    """The program of a checked `config` on `devices` (default: all there are). Nothing is compiled or allocated yet.
+
+    `accumulates`: the state can hold an update under way even if no update of `config` has more than one micro-step.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    if vocab_size % mesh.shape["tensor"]:
+        raise UserError(
+            f"the tokenizer's {vocab_size} ids are not divisible by mesh.tensor={mesh.shape['tensor']}; "
+            "change mesh.tensor"
+        )
+    _check_host_memory(config, mesh)
+    model = make_model(config, vocab_size, Layout(mesh))
+    steering = make_steering(config, batch, mesh)
+    fused = config.train.accumulation == "fused"
+    engine = ENGINES[config.train.accumulation]
+    accumulator = engine(steering.optimizer, max(steering.max_steps, 1 + accumulates))
+    loss = make_task_loss(config, model, model.layout, training=True)
+    held_out_loss = make_task_loss(config, model, model.layout, training=False)
+    token_losses = make_token_losses(
+        model, logit_softcap=config.model.logit_softcap, shards=batch_shards(model.layout)
+    )
+    param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    state = abstract_state(model.init, accumulator, param_specs, mesh)
+    if fused:
+        # Each device sums the gradients of its own sequences, with a model that sees no more than those.
+        local = make_model(config, vocab_size, Layout(mesh, MANUAL[config.train.fused_gather]))
+        local_loss = make_task_loss(config, local, local.layout, training=True)
+        window = make_window(
+            local_loss, mesh, param_specs, gather=config.train.fused_gather, compute_dtype=config.model.dtype
+        )
+        step = make_fused_step(window, steering.optimizer)
+    else:
+        step = make_train_step(loss, accumulator)
+    return Program(
+        config=config,
+        batch=batch,
+        mesh=mesh,
+        model=model,
+        accumulator=accumulator,
+        steering=steering,
+        param_specs=param_specs,
+        train_step=jax.jit(
+            step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)
+        ),
+        eval_step=jax.jit(make_eval_step(held_out_loss)),
+        statistics=jax.jit(make_statistics(model.activations, loss)),
+        token_losses=jax.jit(token_losses, out_shardings=Layout(mesh).sharding(None, None)),
+    )
+
+
+def _check_host_memory(config: Config, mesh: Mesh) -> None:
+    """UserError where something is to lie in a host's memory that its devices cannot reach."""
+    device = mesh.devices.flat[0]
+    key = "optimizer.offload" if config.optimizer.offload else "model.offload" if config.model.offload else ""
+    if key and HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(
+            f"{key} needs memory of the kind {HOST!r}, which {device.platform.upper()} devices do not have here; "
+            f"turn {key} off"
+        )
+
+
+def make_steering(config: Config, batch: BatchArithmetic, mesh: Mesh) -> Steering:
+    """What decides about each update of the run."""
+    train, parts = config.train, 1
+    if train.accumulation == "fused":
+        parts = math.prod(mesh.shape[axis] for axis in MANUAL[train.fused_gather])
+    return Steering(
+        schedule=make_batch_schedule(train.batch_schedule, train.batch_points, batch),
+        lengths=make_length_schedule(config.data.length_points, batch.seq_len, mesh.shape["seq"]),
+        optimizer=make_optimizer(config.optimizer, train.num_updates),
+        controller=config.controller,
+        stability=config.stability,
+        tokens_per_update=batch.tokens_per_update,
+        num_tokens=train.num_updates * batch.tokens_per_update,
+        parts_per_micro_step=parts,
+    )

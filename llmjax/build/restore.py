@@ -1,0 +1,136 @@
+"""How a run takes up what lies in a workdir: alone there, from the newest good save, with the parameters asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+from llmjax.build.corpus import Corpus
+from llmjax.build.corpus_record import describe_difference
+from llmjax.build.program import Program, make_program
+from llmjax.config.reading import read_optimizer
+from llmjax.errors import UserError
+from llmjax.parallel import hosts
+from llmjax.parallel.agreement import from_primary, together
+from llmjax.terminal import say
+from llmjax.train.checkpoint.checkpoint import CheckpointConfig, Checkpoints, warn
+from llmjax.train.checkpoint.which import named_update
+from llmjax.train.loop.run_position import Position
+from llmjax.train.update.state import TrainState
+from llmjax.types import Params
+from llmjax.workdir import standing
+from llmjax.workdir.contents import saved_config
+from llmjax.workdir.lock import Lock, wait_to_see
+
+WINDOW = CheckpointConfig(every=0, keep=1, keep_best=False)  # of an update stopped between two micro-steps
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path) -> Iterator[Callable[[], None]]:
+    """Keeps other runs out of `workdir`; gives what raises UserError once one has taken it over nevertheless."""
+    with contextlib.ExitStack() as stack:
+        lock = together(lambda: stack.enter_context(Lock(workdir, warn)) if hosts.is_primary() else None)
+        token = from_primary(lock and lock.token)
+        together(lambda: wait_to_see(workdir, token))
+        yield lock.check if lock else lambda: None
+
+
+def open_checkpoints(
+    workdir: pathlib.Path,
+    folder: str,
+    config: CheckpointConfig,
+    check_lock: Callable[[], None] = lambda: None,
+) -> Checkpoints:
+    """The checkpoints in a folder of `workdir`, for a run that trains there."""
+    return Checkpoints(
+        workdir / folder,
+        config,
+        check_meta=standing.check_meta,
+        before_save=check_lock,
+        on_saved=standing.note_saved(workdir, folder),
+    )
+
+
+def resume_or_init(
+    program: Program, corpus: Corpus, checkpoints: Checkpoints, workdir: pathlib.Path
+) -> tuple[TrainState, Position]:
+    """The state and position of the newest good checkpoint, or of the update that was stopped after it, or fresh ones.
+
+    UserError where there were checkpoints and none of them is good: a run never begins again in silence.
+    """
+    with contextlib.ExitStack() as stack:
+        sources = [checkpoints]
+        if standing.has_window(workdir):
+            sources.append(stack.enter_context(open_checkpoints(workdir, "window", WINDOW)))
+        metas = {}
+        for source in sources:
+            if source.latest() is not None:
+                with contextlib.suppress(
+                    UserError
+                ):  # where none is left: each that was damaged has been named
+                    metas[source] = source.read_meta(source.verify())
+        if not metas:
+            together(lambda: standing.check_standing(workdir, warn))
+            if standing.has_begun(workdir):
+                warn(f"no checkpoint in {workdir} has shown a finite loss; the run begins again")
+            params = None
+            if program.config.checkpoint.init_from:
+                update, params = initial_params(program)
+                say(
+                    f"beginning with the parameters of update {update} of {program.config.checkpoint.init_from}"
+                )
+            return program.init(params), Position()
+        newest = max(metas, key=lambda source: metas[source]["cursor"])
+        if different := describe_difference(workdir, metas[newest]["data_fingerprint"], corpus):
+            raise UserError(
+                f"{different}, so its data cursor means nothing here; restore them or use another --workdir"
+            )
+        if newest is checkpoints:
+            return restore(program, checkpoints)
+        position = Position.from_meta(metas[newest])
+        position.check_window(program.batch.micro_batch_size, program.fused)
+        return newest.restore(program.abstract_state())[0], position
+
+
+def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
+    """The latest checkpoint's state, to train on from, and its position."""
+    saved, meta = checkpoints.restore(program.abstract_saved())
+    return program.resumed(saved), Position.from_meta(meta)
+
+
+def initial_params(program: Program) -> tuple[int, Params]:
+    """Update and parameters of the checkpoint that checkpoint.init_from and checkpoint.init_checkpoint name."""
+    config = program.config
+    source = pathlib.Path(config.checkpoint.init_from)
+    trained_with = read_optimizer(saved_config(source), source)
+    if trained_with != config.optimizer:  # which may keep the parameters to go on from in its state
+        config = dataclasses.replace(config, optimizer=trained_with)
+        program = make_program(
+            config, program.batch, program.model.vocab_size, list(program.mesh.devices.flat)
+        )
+    return load_params(program, source, config.checkpoint.init_checkpoint, "checkpoint.init_checkpoint")
+
+
+def load_params(
+    program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
+) -> tuple[int, Params]:
+    """Update and parameters of the checkpoint `latest`, `best` or a number, fit to evaluate and generate with.
+
+    `key` is where the name was given, for errors. Of `latest` the newest good one is meant, of the others that alone.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} holds no checkpoints; train there first, or give another --workdir")
+    with Checkpoints(
+        workdir / "checkpoints",
+        program.config.checkpoint,
+        read_only=True,
+        check_meta=standing.check_meta,
+    ) as checkpoints:
+        update = named_update(checkpoints, key, checkpoint)
+        if program.averages:
+            saved, meta = checkpoints.restore(program.abstract_saved(), update)
+            return meta["update"], program.eval_params(program.resumed(saved))
+        params, meta = checkpoints.restore_params(program.abstract_saved().params, update)
+        return meta["update"], params

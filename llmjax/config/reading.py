@@ -1,0 +1,162 @@
+"""The one reader of config files and of saved configs: nested mappings become a `Config`.
+
+A config file has every key. The config.json of an older run has none of the keys that are newer than the run: there the
+default of the dataclass is taken, so the default of a new key must keep the meaning of the runs that did not know it.
+What new runs do is said by configs/base.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmjax.config.schema import Config
+from llmjax.errors import UserError
+from llmjax.ranges import shown
+from llmjax.train.optim.optimizer import OptimizerConfig
+
+# The keys that every version has written: a saved config without one of them is damaged. All others have a default.
+FIRST_KEYS = {
+    "": "seed",
+    "model": "family num_layers model_dim num_heads num_kv_heads head_dim mlp_dim activation norm norm_eps position "
+    "rope_theta qk_norm use_bias tie_embeddings logit_softcap dropout init_std scan_layers remat attention dtype",
+    "tokenizer": "kind path vocab_size train_bytes character_coverage num_reserved",
+    "data": "sources text_field on_bad_text seq_len held_out_fraction cache_dir num_workers prefetch",
+    "mesh": "data fsdp seq tensor",
+    "train": "num_updates tokens_per_update micro_batch_size accumulation_steps z_loss",
+    "optimizer": "name learning_rate schedule warmup_updates final_lr_fraction decay_fraction beta1 beta2 eps "
+    "weight_decay clip_norm",
+    "evaluate": "every batch_size",
+    "checkpoint": "every keep keep_best",
+    "generate": "max_tokens temperature top_k top_p seed",
+    "plan": "topology",
+}
+
+
+def read_config(raw: Mapping[str, Any]) -> Config:
+    """The Config of nested mappings that have every key; UserError names the first wrong one."""
+    return _read_section(Config, raw, "")
+
+
+def complete_config(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
+    """The saved config of the run in `workdir` with the defaults of the keys that are newer than the run.
+
+    UserError where a key is not known here, as in the run of a newer version, and where one is missing that every
+    version has written.
+    """
+    return _complete_section(Config, saved, "", f"{workdir}/config.json")
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The type of each field of a dataclass."""
+    return typing.get_type_hints(cls)
+
+
+def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[str, Any]:
+    prefix = f"{section}." if section else ""
+    if not isinstance(saved, Mapping):
+        raise UserError(f"{path} has {section}={shown(saved)}, which is no section of keys; restore the file")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in saved:
+        if key not in fields:
+            raise UserError(
+                f"{path} has the key {prefix}{key}, which this version of llmjax does not know"
+                f"{did_you_mean(key, fields)}; use the version that wrote it"
+            )
+    hints, values = _hints(cls), {}
+    for key, field in fields.items():
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _complete_section(hints[key], saved.get(key, {}), prefix + key, path)
+        elif key in saved:
+            values[key] = saved[key]
+        elif key in FIRST_KEYS.get(section, "").split():
+            raise UserError(f"{path} lacks the key {prefix}{key}, which every run has; restore the file")
+        else:
+            values[key] = list(field.default) if isinstance(field.default, tuple) else field.default
+    return values
+
+
+def read_optimizer(saved: Mapping[str, Any], workdir: Any) -> OptimizerConfig:
+    """The optimizer of the saved config of the run in `workdir`."""
+    return _read_section(OptimizerConfig, complete_config(saved, workdir)["optimizer"], "optimizer.")
+
+
+def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
+    hints = _hints(cls)
+    for key in raw:
+        if key not in hints:
+            raise UserError(f"config key {prefix}{key} is not known{did_you_mean(key, hints)}")
+    missing = [key for key in hints if key not in raw]
+    if missing:
+        raise UserError(
+            f"config key {prefix}{missing[0]} is missing; start from configs/base.py, which lists every key"
+        )
+    values = {}
+    for key, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(raw[key], Mapping):
+                raise UserError(
+                    f"config key {prefix}{key}={shown(raw[key])} must be a section of keys; start from configs/base.py"
+                )
+            values[key] = _read_section(hint, raw[key], f"{prefix}{key}.")
+        else:
+            values[key] = _read_value(raw[key], hint, prefix + key)
+    return cls(**values)
+
+
+def _read_value(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the type `hint`, or a UserError; an int may stand for a float, one string for a tuple of strings, and
+    strings for whole numbers in a tuple."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:  # no float is so large, and no range either: it stays what it is
+            return value
+    if hint == tuple[int, ...]:
+        values = value if isinstance(value, list | tuple) else (value,)
+        if (numbers := _whole_numbers(values)) is not None:
+            return numbers
+    elif typing.get_origin(hint) is tuple:
+        values = (value,) if isinstance(value, str) else value
+        if isinstance(values, list | tuple) and all(isinstance(v, str) for v in values):
+            _check_text(value, values, key)
+            return tuple(part for v in values for part in v.split(",") if part)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if isinstance(value, str):
+            _check_text(value, (value,), key)
+        return value
+    lists = {tuple[int, ...]: "list of whole numbers"}
+    name = hint.__name__ if isinstance(hint, type) else lists.get(hint, "list of strings")
+    raise UserError(f"{key}={shown(value)} is of type {type(value).__name__}; give a value of type {name}")
+
+
+def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:
+    """The whole numbers in `values`, which may be numbers or texts with commas between them; None for others."""
+    if not all(isinstance(v, int | str) and not isinstance(v, bool) for v in values):
+        return None
+    parts: list[Any] = []
+    for v in values:
+        parts += [part for part in v.split(",") if part] if isinstance(v, str) else [v]
+    try:
+        return tuple(map(int, parts))
+    except ValueError:
+        return None
+
+
+def _check_text(value: Any, texts: Sequence[str], key: str) -> None:
+    """UserError for the character of code 0, which ends a text wherever the operating system reads it."""
+    if any("\0" in text for text in texts):
+        raise UserError(
+            f"{key}={shown(value)} has a character of code 0, which no name can hold; leave it out"
+        )
+
+
+def did_you_mean(word: str, words: typing.Iterable[str]) -> str:
+    """The end of an error message: the likeliest of `words`, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,106 @@
+"""Fills in what a config leaves to be derived, and checks every rule that two sections share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from llmjax.config.reading import did_you_mean
+from llmjax.config.schema import Config
+from llmjax.data.layout.layout import RowLayout
+from llmjax.data.tokenizer.tokenizer import KINDS
+from llmjax.errors import UserError
+from llmjax.evaluate.probes.suite import PROBES
+from llmjax.nn.attention_choice import choose_sharing
+from llmjax.nn.config import resolve
+from llmjax.nn.position import POSITIONS
+from llmjax.parallel.mesh import mesh_shape
+from llmjax.train.steering.batch_schedule import BatchArithmetic, make_batch_schedule, resolve_batch
+from llmjax.train.steering.controller import RULES
+from llmjax.train.steering.length_schedule import make_length_schedule
+
+
+def resolve_config(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
+    """`config` with the model's derived sizes filled in, and the arithmetic of its batches on `num_devices` devices.
+
+    Every rule that crosses sections is checked here, before anything is read, compiled or written.
+    """
+    config = dataclasses.replace(config, model=resolve(config.model))
+    data, fsdp, seq, tensor = mesh_shape(config.mesh, num_devices)
+    model, T = config.model, config.data.seq_len
+    if T % seq:
+        raise UserError(f"data.seq_len={T} is not divisible by mesh.seq={seq}; change one of them")
+    for key, size in (
+        ("num_heads", model.num_heads),
+        ("num_kv_heads", model.num_kv_heads),
+        ("mlp_dim", model.mlp_dim),
+    ):
+        if size % tensor:
+            raise UserError(
+                f"model.{key}={size} is not divisible by mesh.tensor={tensor}; change one of them"
+            )
+    sharing, _ = choose_sharing(
+        model, config.mesh, {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor}
+    )
+    row_layout(config, 1 if sharing is None else sharing.chunks).check(T)
+    if model.model_dim % (fsdp * seq):
+        raise UserError(
+            f"model.model_dim={model.model_dim} is not divisible by mesh.fsdp x mesh.seq={fsdp * seq}, over which "
+            "parameters are split; change one of them"
+        )
+    if model.window > T:
+        raise UserError(
+            f"model.window={model.window} is longer than data.seq_len={T}; use at most {T}, or 0 for no window"
+        )
+    train = config.train
+    batch = resolve_batch(
+        train.tokens_per_update, T, train.micro_batch_size, train.accumulation_steps, data * fsdp
+    )
+    make_batch_schedule(train.batch_schedule, train.batch_points, batch)
+    make_length_schedule(config.data.length_points, T, seq)
+    if RULES[config.controller.name].decides and train.batch_schedule != "constant":
+        raise UserError(
+            f"controller.name={config.controller.name!r} and train.batch_schedule={train.batch_schedule!r} both decide "
+            "the batch size; set controller.name=none or train.batch_schedule=constant"
+        )
+    if config.evaluate.batch_size % (data * fsdp):
+        raise UserError(
+            f"evaluate.batch_size={config.evaluate.batch_size} is not divisible by the {data * fsdp} shards of "
+            "the batch (mesh.data x mesh.fsdp); change one of them"
+        )
+    _check_probes(config)
+    if (
+        not config.tokenizer.path
+        and KINDS[config.tokenizer.kind].trained
+        and config.tokenizer.vocab_size % tensor
+    ):
+        raise UserError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
+            "change one of them"
+        )
+    return config, batch
+
+
+def row_layout(config: Config, chunks: int) -> RowLayout:
+    """Which token of a sequence lies on which device, if queries and keys meet in so many `chunks` of it."""
+    if chunks == 1:
+        return RowLayout()
+    name = "documents" if config.mesh.layout == "auto" else config.mesh.layout
+    return RowLayout(name, chunks, block=512 if config.data.seq_len // chunks >= 8192 else 128)
+
+
+def _check_probes(config: Config) -> None:
+    probes, lengths, T = config.evaluate.probes, config.evaluate.probe_lengths, config.data.seq_len
+    for name in probes:
+        if name not in PROBES:
+            hint = did_you_mean(name, PROBES) or f"; use some of {', '.join(PROBES)}"
+            raise UserError(f"evaluate.probes has {name!r}, which is not known{hint}")
+    if probes and not config.data.held_out_fraction:
+        raise UserError(
+            f"evaluate.probes={probes} need held-out documents but data.held_out_fraction=0 leaves none; "
+            "raise it, or set evaluate.probes to ()"
+        )
+    if POSITIONS[config.model.position].table and max(lengths, default=0) > T:
+        raise UserError(
+            f"evaluate.probe_lengths has {max(lengths)}, but model.position={config.model.position!r} has positions "
+            f"for data.seq_len={T} tokens only; use at most {T}"
+        )

@@ -1,0 +1,89 @@
+"""Which keys may change when a run goes on, and which when a new run begins with another run's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmjax.config.reading import complete_config
+from llmjax.config.schema import Config
+from llmjax.errors import UserError
+from llmjax.nn.position import POSITIONS
+from llmjax.ranges import shown
+
+FREE_ON_RESUME = (
+    "mesh", "controller", "stability", "evaluate", "generate", "plan",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
+    "train.num_updates", "train.batch_schedule", "train.batch_points", "train.micro_batch_size",
+    "train.accumulation_steps", "train.accumulation", "train.fused_gather", "train.statistics_every",
+    "data.sources", "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
+    "optimizer.learning_rate", "optimizer.offload", "optimizer.schedule_updates",
+    "model.scan_layers", "model.remat", "model.offload", "model.tile", "model.attention",
+)  # fmt: skip
+
+
+def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None:
+    """UserError where `config` means another run than the one saved in `workdir`, naming the keys.
+
+    What only says how the work is cut, how long it goes on, or what is written beside it may change; so may what
+    is there to be changed under way: how batch and sequences grow, what is done about spikes, and the learning rate,
+    which is lowered to go on from before a divergence.
+    """
+    old, new = _flatten(complete_config(saved, workdir)), _flatten(config.to_dict())
+    changed = [key for key in sorted(new) if old.get(key) != new[key]]
+    changed = [
+        key for key in changed if key not in FREE_ON_RESUME and key.split(".")[0] not in FREE_ON_RESUME
+    ]
+    if changed:
+        text = ", ".join(f"{key} ({shown(old.get(key))} there, {shown(new[key])} here)" for key in changed)
+        raise UserError(
+            f"workdir {workdir} holds a run of another config: {text}; use another --workdir or the old values"
+        )
+
+
+FREE_ON_INIT = (
+    "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "logit_softcap", "window", "global_every",
+    "attention_softcap", "dropout", "init_std", "scan_layers", "remat", "offload", "tile",
+    "attention", "dtype",
+)  # fmt: skip
+
+
+def check_init(saved: Mapping[str, Any], config: Config) -> None:
+    """UserError where a run of `config` cannot begin with the parameters of the run of config `saved`.
+
+    What does not shape the parameters may differ: how positions turn, what attention sees, how it is computed.
+    """
+    source = f"the run in checkpoint.init_from={config.checkpoint.init_from!r}"
+    saved, new = complete_config(saved, config.checkpoint.init_from), config.to_dict()
+    there, here = saved["model"], new["model"]
+    for key in here:
+        if key not in FREE_ON_INIT and here[key] != there[key]:
+            raise UserError(
+                f"model.{key}={here[key]!r}, but {source} has {there[key]!r}; use that value to begin with its "
+                "parameters"
+            )
+    length = saved["data"]["seq_len"]
+    if POSITIONS[config.model.position].table and config.data.seq_len != length:
+        raise UserError(
+            f"model.position={config.model.position!r} knows the {length} positions of {source} and no others, not "
+            f"those of data.seq_len={config.data.seq_len}; keep {length}, or extend a model of model.position=rope"
+        )
+    there, here = saved["tokenizer"], new["tokenizer"]
+    if there["path"] or here["path"]:
+        return
+    for key in here:
+        if here[key] != there[key]:
+            raise UserError(
+                f"tokenizer.{key}={here[key]!r}, but {source} has {there[key]!r}, and its tokenizer is used; "
+                "set the same value"
+            )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

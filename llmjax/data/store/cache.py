@@ -1,0 +1,152 @@
+"""Tokenizers and stores made once and found again, by a hash of everything that they depend on.
+
+The key of a corpus is its files' names, sizes and times of change, so looking it up reads no text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmjax.data.checksums import DamagedError
+from llmjax.data.sources.sources import SourceFile, corpus_fingerprint, read_documents
+from llmjax.data.store.store import FORMAT_VERSION, Store, build_store, open_store
+from llmjax.data.tokenizer.tokenizer import (
+    KINDS,
+    TRAINER_VERSION,
+    Tokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+    train_tokenizer,
+)
+from llmjax.errors import UserError
+from llmjax.escapes import complain
+from llmjax.files import new_folder
+
+
+def cached_tokenizer(
+    cache_dir: str | os.PathLike,
+    config: TokenizerConfig,
+    files: Sequence[SourceFile],
+    *,
+    text_field: str = "text",
+    on_bad_text: str = "error",
+    progress: Callable[[int, int], None] | None = None,
+    report: Callable[[str], None] = complain,
+) -> Tokenizer:
+    """The tokenizer of `config.path` where that is set, else one trained on the files, now or before.
+
+    `progress(done, total)` is called with bytes of the files while they are read for training. A damaged one is
+    trained again, which `report` is told.
+    """
+    if config.path:
+        return load_tokenizer(config.path)
+    fixed = KINDS[config.kind].fixed
+    if fixed is not None:
+        return fixed(config.num_reserved)
+    settings = [
+        config.kind,
+        config.vocab_size,
+        config.train_bytes,
+        config.character_coverage,
+        config.num_reserved,
+        text_field,
+        on_bad_text,
+        TRAINER_VERSION,
+    ]
+    directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
+    if os.path.lexists(directory):
+        try:
+            return _load_whole(directory)
+        except DamagedError as error:
+            report(f"{error.reason}; it is trained again on data.sources")
+
+    def texts():
+        done, total = 0, sum(file.size for file in files)
+        for file in files:
+            for document in read_documents(file, text_field=text_field, on_bad_text=on_bad_text):
+                yield document.text
+            done += file.size
+            if progress is not None:
+                progress(done, total)
+
+    tokenizer = train_tokenizer(config, texts())
+    with new_folder(directory, _holds_tokenizer) as unfinished:
+        tokenizer.save(unfinished)
+    return tokenizer
+
+
+def _load_whole(directory: Path) -> Tokenizer:
+    """The tokenizer saved in a folder, with its fingerprint to check it by."""
+    if not (directory / "tokenizer.json").is_file():
+        raise DamagedError(f"tokenizer {str(directory)!r} is damaged (tokenizer.json is missing)")
+    return load_tokenizer(directory)
+
+
+def _holds_tokenizer(directory: Path) -> bool:
+    try:
+        _load_whole(directory)
+    except DamagedError:
+        return False
+    return True
+
+
+def cached_store(
+    cache_dir: str | os.PathLike,
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    *,
+    text_field: str = "text",
+    on_bad_text: str = "error",
+    num_workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    report: Callable[[str], None] = complain,
+) -> Store:
+    """The store of these files and this tokenizer, built unless it is there and whole. See `build_store`.
+
+    One that is damaged is built again, which `report` is told: at once, or when the damage is read in mid-run.
+    """
+    settings = [tokenizer.fingerprint, text_field, on_bad_text, FORMAT_VERSION]
+    directory = Path(cache_dir) / f"store-{_key(corpus_fingerprint(files), settings)}"
+
+    def build(progress: Callable[[int, int], None] | None) -> Store:
+        return build_store(
+            directory,
+            files,
+            tokenizer,
+            text_field=text_field,
+            on_bad_text=on_bad_text,
+            num_workers=num_workers,
+            progress=progress,
+        )
+
+    def build_again(error: DamagedError) -> None:
+        if any(_has_changed(file) for file in files):
+            raise UserError(f"{error.reason}, and data.sources changed since the run began: start it again.")
+        report(f"{error.reason}; it is built again from data.sources")
+        build(None)
+
+    store = None
+    if os.path.lexists(directory):
+        try:
+            store = open_store(directory, tokenizer)
+        except DamagedError as error:
+            report(f"{error.reason}; it is built again from data.sources")
+    store = build(progress) if store is None else store
+    store.remake = build_again
+    return store
+
+
+def _has_changed(file: SourceFile) -> bool:
+    try:
+        stat = os.stat(file.path)
+    except OSError:
+        return True
+    return (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns)
+
+
+def _key(corpus: str, settings: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps([corpus, *settings]).encode()).hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""From a raw config to the mode that it is for: what all modes check before any of them begins."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from llmjax.config.init_from import check_initial
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
+from llmjax.config.resume import check_resume
+from llmjax.config.schema import Config
+from llmjax.errors import UserError, choose
+from llmjax.modes.request import Request
+from llmjax.modes.table import MODES, Mode
+from llmjax.parallel import hosts
+from llmjax.parallel.agreement import check_same, together
+from llmjax.parallel.host_memory import has_accelerator, keep_freed_memory
+from llmjax.plan.topology import topology_devices
+from llmjax.train.checkpoint.checkpoint import warn
+from llmjax.train.checkpoint.which import check_name
+from llmjax.workdir import standing
+
+
+def run(
+    name: str, raw: Mapping[str, Any], workdir: pathlib.Path, *, prompts: Sequence[str], checkpoint: str
+) -> int:
+    """Runs the mode `name`; the exit code."""
+    started = time.perf_counter()
+    mode = choose(MODES, "--mode", name)
+    check_name("--checkpoint", checkpoint)
+    config = read_config(raw)
+    if not has_accelerator():
+        keep_freed_memory()
+    hosts.initialize()
+    on_topology = mode.for_topology and bool(config.plan.topology)
+    devices = topology_devices(config.plan.topology) if on_topology else jax.devices()
+    config, batch = resolve_config(config, len(devices))
+    if not on_topology:
+        together(lambda: check_workdir(mode, config, workdir))
+        seen = {"the config": f"one of digest {standing.digest_of(config.to_dict())}"}
+        seen |= standing.describe(workdir, folders=name == "train")
+        check_same(seen, "give every process the same command, and a --workdir on a disk that they share")
+    request = Request(config, batch, workdir, devices, tuple(prompts), checkpoint, started)
+    return importlib.import_module(f"llmjax.modes.{name}").run(request)
+
+
+def check_workdir(mode: Mode, config: Config, workdir: pathlib.Path) -> None:
+    """UserError where what lies in `workdir` is not what `mode` with this config can go on from."""
+    check_initial(config, workdir)
+    if mode.for_topology:
+        return
+    saved = standing.config_of(workdir, warn)
+    if saved is not None:
+        check_resume(saved, config, str(workdir))
+    elif mode.needs == "run" or (mode.needs == "parameters" and not config.checkpoint.init_from):
+        raise UserError(f"--workdir={workdir} holds no run; train there first, or give another --workdir")

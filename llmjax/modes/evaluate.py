@@ -1,0 +1,96 @@
+"""`--mode=evaluate`: the held-out results of a checkpoint, and what compressors make of the same text."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+from llmjax.build.corpus import Corpus
+from llmjax.build.corpus_record import (
+    describe_difference,
+    mend_tokenizer,
+    trained_on,
+)
+from llmjax.build.program import Program, make_program
+from llmjax.build.restore import (
+    initial_params,
+    load_params,
+)
+from llmjax.errors import UserError
+from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
+from llmjax.modes.corpus import read_corpus
+from llmjax.modes.probe import make_probes, probe
+from llmjax.modes.request import Request
+from llmjax.parallel import hosts
+from llmjax.report.report import write_report
+from llmjax.terminal import format_table, say
+from llmjax.train.loop.stop_request import Watch
+from llmjax.types import Params
+from llmjax.workdir import standing
+from llmjax.workdir.contents import saved_config
+
+COMPRESSED = 8 * 2**20  # bytes of held-out text that gzip and xz are tried on
+
+
+def run(request: Request) -> int:
+    """Prints the held-out results of a checkpoint; of what checkpoint.init_from names where there is no run yet."""
+    config, batch = request.config, request.batch
+    workdir, checkpoint = request.workdir, request.checkpoint
+    untrained = saved_config(workdir) is None and not standing.has_begun(workdir)
+    if untrained and checkpoint != "latest":
+        raise UserError(
+            f"--checkpoint={checkpoint} is of a run, and --workdir={workdir} holds none; "
+            "name the checkpoint of checkpoint.init_from by --config.checkpoint.init_checkpoint"
+        )
+    corpus = read_corpus(config, batch, workdir)
+    if corpus.held_out is None:
+        raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
+    asked = make_probes(corpus, config)
+    program = make_program(config, batch, corpus.tokenizer.vocab_size)
+    if untrained:
+        workdir = pathlib.Path(config.checkpoint.init_from)
+        update, params = initial_params(program)
+    else:
+        update, params = load_params(program, workdir, checkpoint)
+    if different := describe_difference(workdir, trained_on(workdir, update), corpus):
+        say(f"{different}; what follows is of those here\n")
+    if hosts.is_primary():
+        mend_tokenizer(workdir, corpus, different)
+    results = score_held_out(program, corpus, params)
+    rows = {
+        "checkpoint": f"update {update} of {workdir}",
+        "held out": f"{corpus.held_out_plan.num_documents:,} documents, {corpus.held_out_bytes:,} bytes, "
+        f"{corpus.held_out_plan.num_tokens:,} tokens",
+    }
+    say(format_table(rows | describe_results(results) | describe_compression(corpus)))
+    if asked:
+        probe(program, asked, params, update, workdir)
+        if hosts.is_primary():
+            say(format_table({"report": str(write_report(workdir))}))
+    return 0
+
+
+def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watch = iter) -> dict[str, float]:
+    """Loss, perplexity and bits per byte over every held-out target; `watch` sees the batches go by."""
+    size = program.config.evaluate.batch_size or program.batch.micro_batch_size
+    with program.batches(corpus.held_out, stop=corpus.held_out_plan.num_rows, batch_size=size) as feed:
+        return evaluate(program.eval_step, params, watch(feed), corpus.held_out_bytes)
+
+
+def describe_results(results: Mapping[str, float]) -> dict[str, str]:
+    """Held-out results in words."""
+    return {
+        "held-out loss": f"{results['loss']:.4f} nats per token",
+        "perplexity": f"{results['perplexity']:.2f}",
+        "bits per byte": f"{results['bits_per_byte']:.3f}",
+    }
+
+
+def describe_compression(corpus: Corpus) -> dict[str, str]:
+    """What gzip and xz make of the held-out text."""
+    text = corpus.held_out_text(COMPRESSED)
+    part = "" if len(text) >= corpus.held_out_bytes else f", on the first {len(text):,} bytes"
+    return {
+        name: f"{bits:.3f} bits per byte of the same text{part}"
+        for name, bits in compressed_bits_per_byte(text).items()
+    }

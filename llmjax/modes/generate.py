@@ -1,0 +1,86 @@
+"""`--mode=generate`: continues prompts, and the samples that a training run takes of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from llmjax.build.corpus import Corpus
+from llmjax.build.program import Program, make_program
+from llmjax.build.restore import (
+    load_params,
+)
+from llmjax.config.init_from import own_tokenizer
+from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from llmjax.escapes import show
+from llmjax.generate.generate import make_generator
+from llmjax.modes.request import Request
+from llmjax.nn.position import POSITIONS
+from llmjax.parallel import hosts
+from llmjax.terminal import say
+from llmjax.train.loop.stop_request import Watch
+from llmjax.types import Params
+
+SAMPLE_PROMPT = 64  # tokens of a held-out document that the samples of a run continue
+
+
+def run(request: Request) -> int:
+    """Continues the prompts: one is streamed, several are shown one after the other when all are done."""
+    tokenizer = own_tokenizer(request.workdir)
+    program = make_program(request.config, request.batch, tokenizer.vocab_size)
+    _, params = load_params(program, request.workdir, request.checkpoint)
+    prompts = list(request.prompts) or [""]
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    decoders = [StreamDecoder(tokenizer, continuing=bool(prompt)) for prompt in prompts]
+    texts = list(prompts)
+    streams = len(prompts) == 1 and hosts.is_primary()
+    if streams:
+        show(prompts[0], end="")
+    for new in generator(program, tokenizer)(params, ids):
+        for row, token in enumerate(new):
+            if token is not None:
+                text = decoders[row].push(token)
+                texts[row] += text
+                if streams:
+                    show(text, end="")
+    for row, decoder in enumerate(decoders):
+        rest = decoder.flush()
+        texts[row] += rest
+        if streams:
+            show(rest)
+    if not streams:
+        for number, text in enumerate(texts, 1):
+            say(f"--- {number}\n{text}")
+    return 0
+
+
+def sample_texts(
+    program: Program, corpus: Corpus, params: Params, watch: Watch = iter
+) -> list[tuple[str, str]]:
+    """(prompt, continuation) of the longest held-out document's beginning, or of nothing where none is held out.
+
+    `watch` sees each token go by.
+    """
+    tokenizer, store, prompt = corpus.tokenizer, corpus.store, [corpus.tokenizer.bos_id]
+    if len(corpus.held_out_ids):
+        doc = int(corpus.held_out_ids[np.argmax(store.lengths[corpus.held_out_ids])])
+        length = min(SAMPLE_PROMPT, int(store.lengths[doc]) // 2, program.config.data.seq_len // 2)
+        prompt = store.tokens(doc, 0, max(length, 1)).tolist()
+    new = [ids[0] for ids in watch(generator(program, tokenizer)(params, [prompt])) if ids[0] is not None]
+    return [(tokenizer.decode(prompt[1:]), tokenizer.decode(new))]
+
+
+def generator(
+    program: Program, tokenizer: Tokenizer
+) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list]]:
+    """Sampling with the config's settings; ids that stand for no text, other than the end, are never drawn."""
+    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
+    learned = POSITIONS[program.config.model.position].table
+    return make_generator(
+        program.model,
+        program.config.generate,
+        eos_id=tokenizer.eos_id,
+        banned_ids=sorted(special - {tokenizer.eos_id}),
+        max_positions=program.config.data.seq_len if learned else 0,
+    )

@@ -1,0 +1,47 @@
+"""`--mode=plan`: says what a config means and compiles its step, for the devices at hand or for a named topology."""
+
+from __future__ import annotations
+
+from llmjax.build.corpus import make_corpus
+from llmjax.build.corpus_record import (
+    describe_difference,
+    trained_on,
+)
+from llmjax.build.program import make_program
+from llmjax.config.init_from import resumes, with_tokenizer
+from llmjax.data.tokenizer.tokenizer import KINDS, TokenizerConfig, load_tokenizer
+from llmjax.modes.request import Request
+from llmjax.plan.advice import remarks
+from llmjax.plan.compile import compile_step
+from llmjax.plan.summary import describe, describe_program
+from llmjax.terminal import StageProgress, format_table, say
+from llmjax.workdir import standing
+
+
+def run(request: Request) -> int:
+    """Says what the config means and compiles its step; with plan.topology it does without the corpus."""
+    config, batch, workdir = request.config, request.batch, request.workdir
+    if config.plan.topology:
+        program = make_program(config, batch, planned_vocab_size(config.tokenizer), request.devices)
+        rows = describe_program(program, attended=(config.data.seq_len + 1) / 2)
+    else:
+        with StageProgress() as progress:
+            corpus = make_corpus(with_tokenizer(config, workdir), batch, progress)
+        under_way = standing.has_begun(workdir) and resumes(config, workdir)
+        if under_way and (different := describe_difference(workdir, trained_on(workdir), corpus)):
+            say(f"{different}; training does not go on with these\n")
+        program = make_program(config, batch, corpus.tokenizer.vocab_size)
+        rows = describe(corpus, program, workdir)
+    say(f"plan\n{format_table(rows)}")
+    for remark in remarks(program):
+        say(f"note: {remark}")
+    say(format_table(compile_step(program, say)))
+    return 0
+
+
+def planned_vocab_size(config: TokenizerConfig) -> int:
+    """How many ids the tokenizer will have, without the corpus that it may be trained on."""
+    if config.path:
+        return load_tokenizer(config.path).vocab_size
+    fixed = KINDS[config.kind].fixed
+    return config.vocab_size if fixed is None else fixed(config.num_reserved).vocab_size

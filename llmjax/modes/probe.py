@@ -1,0 +1,52 @@
+"""Runs the probes of long context that a config asks for, and writes what they show."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from llmjax.build.corpus import Corpus
+from llmjax.build.program import Program
+from llmjax.config.schema import Config
+from llmjax.evaluate.probes import suite
+from llmjax.evaluate.scoring import Arrays, Probe, Text
+from llmjax.parallel import hosts
+from llmjax.terminal import format_table, say
+from llmjax.train.loop.stop_request import Watch
+from llmjax.types import Params
+from llmjax.workdir.contents import write_json
+
+
+def make_probes(corpus: Corpus, config: Config) -> dict[str, Probe]:
+    """The probes that the config asks for."""
+    if corpus.held_out is None:
+        return {}
+    text = Text(corpus.held_out, corpus.held_out_ids, corpus.tokenizer)
+    return suite.make_probes(config.evaluate.probes, config.evaluate.probe_lengths, text)
+
+
+def probe(
+    program: Program,
+    asked: Mapping[str, Probe],
+    params: Params,
+    update: int,
+    workdir: pathlib.Path,
+    watch: Watch = iter,
+) -> None:
+    """Runs the probes on the parameters of `update`, says what they show and writes it to suite.json.
+
+    `watch` sees each batch of texts go by.
+    """
+    if not asked:
+        return
+    say(f"\nprobing {', '.join(asked)}")
+
+    def losses(params: Params, arrays: Arrays) -> tuple[Any, Any]:
+        (arrays,) = watch([arrays])
+        return program.token_losses(params, program.place(arrays))
+
+    results = suite.run_probes(asked, losses, params, program.probe_shape)
+    if hosts.is_primary():
+        write_json(workdir / "probes.json", {"update": update, **results})
+    say(format_table(suite.describe(results)))

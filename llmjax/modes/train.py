@@ -1,0 +1,174 @@
+"""`--mode=train`: trains from wherever the workdir stands, then probes, summarizes and writes the report.
+
+A workdir holds config.json (resolved), metrics.jsonl, tensorboard/, checkpoints/, tokenizer/, samples.md, summary.json
+and report.html; probes.json where there were probes, documents/ where text was written out to be looked at, and window/
+while a stopped update is open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable
+
+from llmjax.build.corpus import Corpus
+from llmjax.build.corpus_record import (
+    save_tokenizer,
+    write_record,
+)
+from llmjax.build.program import make_program
+from llmjax.build.restore import (
+    hold,
+    open_checkpoints,
+    resume_or_init,
+)
+from llmjax.config.schema import Config
+from llmjax.escapes import complain
+from llmjax.modes.corpus import read_corpus
+from llmjax.modes.evaluate import describe_compression, describe_results
+from llmjax.modes.loop_parts import make_run
+from llmjax.modes.probe import make_probes, probe
+from llmjax.modes.request import Request
+from llmjax.parallel import hosts
+from llmjax.parallel.agreement import together
+from llmjax.plan.advice import remarks
+from llmjax.plan.memory import check_state_fits
+from llmjax.plan.summary import describe
+from llmjax.report.report import write_report
+from llmjax.terminal import format_table, indent, say
+from llmjax.train.checkpoint.checkpoint import warn
+from llmjax.train.loop.loop import train
+from llmjax.train.loop.run import Result
+from llmjax.train.loop.stop_request import OUTPUT_CLOSED, Stopped, StopRequest
+from llmjax.train.loop.upkeep import FollowUpFailed, TrainingFailed, describe_failure
+from llmjax.workdir import standing
+from llmjax.workdir.contents import commands, last_sample, saved_config, write_json
+from llmjax.workdir.recorder import Recorder
+
+
+def run(request: Request) -> int:
+    """Trains from wherever the workdir stands to train.num_updates, and writes its report; the exit code."""
+    with hold(request.workdir) as check_lock:
+        together(lambda: standing.check_standing(request.workdir, warn))
+        with StopRequest(at_once=True) as stop:
+            try:
+                return train_until(stop, request, check_lock)
+            except Stopped:  # before or after training, which is stopped in its own way
+                say("\nstopped; the same command goes on from there")
+                return stop.exit_code
+
+
+def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], None]) -> int:
+    """Trains to the end or until `stop` asks for it; the exit code. Stopped where there is no training to be saved.
+
+    `check_lock` raises where another run has taken the workdir.
+    """
+    config, batch, workdir = request.config, request.batch, request.workdir
+    corpus = read_corpus(config, batch, workdir)
+    asked = make_probes(corpus, config)
+    under_way = standing.has_window(workdir)
+    so_far = saved_config(workdir)
+    program = make_program(config, batch, corpus.tokenizer.vocab_size, accumulates=under_way)
+    check_state_fits(program)
+    with open_checkpoints(workdir, "checkpoints", config.checkpoint, check_lock) as checkpoints:
+        state, position = resume_or_init(program, corpus, checkpoints, workdir)
+        steering = program.steering
+        finished = position.tokens >= steering.num_tokens
+        if hosts.is_primary():
+            standing.check_metrics(workdir, position.update, warn)
+            lasting = config if not finished else as_long_as_before(config, workdir)
+            write_json(workdir / "config.json", lasting.to_dict())
+            save_tokenizer(workdir, corpus.tokenizer)
+            write_record(workdir, corpus)
+        plan = describe(corpus, program, workdir, position.update)
+        say(f"plan\n{format_table(plan)}\n")
+        for remark in [] if finished else remarks(program, so_far, position.tokens):
+            say(f"note: {remark}\n")
+        ready = f"ready after {time.perf_counter() - request.started:.0f} s"
+        done = f"finished: {position.update:,} updates are done, and train.num_updates="
+        done += f"{config.train.num_updates} asks for no more"
+        say(done if finished else f"{ready}; the first update compiles")
+        recorder = Recorder(
+            workdir,
+            resume_update=position.update,
+            num_tokens=steering.num_tokens,
+            tokens_per_update=steering.tokens_per_update,
+            on_closed=lambda: stop.ask(OUTPUT_CLOSED),
+        )
+        run = make_run(program, corpus, workdir, checkpoints, stop, check_lock)
+        try:
+            with recorder:
+                result = train(run, state, position, recorder, checkpoints, stop)
+        except (TrainingFailed, FollowUpFailed) as error:
+            if hosts.is_primary():
+                complain(str(error))
+                if isinstance(error, TrainingFailed):  # an update that was under way is behind the damage
+                    standing.remove_window(workdir)
+                write_report(workdir)
+            return 1
+    if hosts.is_primary() and result.position.window is None:
+        standing.remove_window(workdir)
+    what = "probing"
+    try:
+        if not result.stopped:
+            params = program.eval_params(result.state)
+            probe(program, asked, params, result.position.update, workdir, stop.watch)
+        what = "writing its summary and report"
+        if hosts.is_primary():
+            finish(corpus, workdir, config, result, plan, trained=not finished)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        saved = f"training up to update {result.position.update} is saved in {workdir / 'checkpoints'}"
+        complain(describe_failure(saved, what, error))
+        return 1
+    return stop.exit_code if result.stopped else 0
+
+
+def as_long_as_before(config: Config, workdir: pathlib.Path) -> Config:
+    """`config` with the train.num_updates of the run in `workdir`, should that be more: nothing done is undone."""
+    saved = saved_config(workdir)
+    if saved is None or saved["train"]["num_updates"] <= config.train.num_updates:
+        return config
+    train = dataclasses.replace(config.train, num_updates=saved["train"]["num_updates"])
+    return dataclasses.replace(config, train=train)
+
+
+def finish(
+    corpus: Corpus,
+    workdir: pathlib.Path,
+    config: Config,
+    result: Result,
+    plan: dict[str, str],
+    trained: bool = True,
+) -> None:
+    """The closing words, and the files that repeat them: summary.json and report.html."""
+    results = {}
+    if result.position.evaluation is not None:
+        results = describe_results(result.position.evaluation) | describe_compression(corpus)
+    sample = last_sample(workdir / "samples.md")
+    opening = (
+        sample[0].strip().split("\n")[0][:20] if sample and config.data.sources != ("stdlib",) else "import "
+    )
+    done = math.ceil(result.position.tokens / (config.train.tokens_per_update or 1))
+    following = commands(workdir, max(config.train.num_updates, done), opening)
+    write_json(
+        workdir / "summary.json",
+        {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},
+    )
+    report = write_report(workdir)
+    if result.stopped:
+        window = result.position.window
+        where = f"after update {result.position.update}"
+        if window is not None:
+            where += f" and {len(window.metrics)} of {window.steps} micro-steps of the next"
+        say(f"\nstopped {where} and saved; go on with\n  {following['resume']}")
+        return
+    if sample is not None:
+        say(f"\nsample: after\n{indent(sample[0])}\nthe model continued\n{indent(sample[1])}")
+    rows = format_table(results | {"report": str(report)})
+    seconds = f"{result.position.seconds:.0f} s"
+    say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before, after {seconds}\n{rows}")
+    say(f"\nnext\n{format_table(following)}")

@@ -1,0 +1,91 @@
+"""Which attention a model gets: the kernel of each device, and how devices share a sequence. Names in, reasons out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from llmjax.errors import UserError, choose
+from llmjax.nn.config import ModelConfig
+from llmjax.ops.attention.sequence_attention import ATTENTION, Sharing
+from llmjax.parallel.mesh import MeshConfig
+
+
+def choose_kernel(model: ModelConfig, platform: str) -> tuple[str, str]:
+    """The kernel that model.attention asks for on `platform` (cpu, gpu, tpu), and why."""
+    kernels = choose(ATTENTION, "model.attention", model.attention)
+    kernel = kernels.get(platform, kernels.get(""))
+    if kernel is None:
+        platforms = " or a ".join(name.upper() for name in kernels)
+        others = " or ".join(
+            name for name, of in ATTENTION.items() if (platform in of or "" in of) and name != "full"
+        )
+        raise UserError(
+            f"model.attention={model.attention!r} needs a {platforms}, not a {platform.upper()}; use {others}"
+        )
+    return (
+        kernel,
+        f"the kernel for a {platform.upper()}" if model.attention == "auto" else "as model.attention says",
+    )
+
+
+def choose_sharing(
+    model: ModelConfig, mesh: MeshConfig, sizes: Mapping[str, int]
+) -> tuple[Sharing | None, str]:
+    """How the devices of mesh.seq share a sequence, None where each has whole ones, and why; `sizes` of the mesh axes.
+
+    `auto`: as much Ulysses as there are key/value heads for every device, since that moves the least and evens out
+    documents of any length, and a ring for the rest.
+    """
+    n, name, degree = sizes["seq"], mesh.seq_attention, mesh.ulysses
+    others = tuple(axis for axis in ("data", "fsdp") if sizes[axis] > 1)
+    N, K = model.num_heads // sizes["tensor"], model.num_kv_heads // sizes["tensor"]
+    if degree and name != "hybrid":
+        raise UserError(
+            f"mesh.ulysses={degree} is without effect for mesh.seq_attention={name!r}; use hybrid or mesh.ulysses=0"
+        )
+    if n == 1:
+        return None, "whole sequences on each device"
+    why = "as mesh.seq_attention says"
+    dealt = math.gcd(K, n)
+    if name == "auto":
+        why = f"{K} key/value heads a device for {n} devices"
+        name = "ulysses" if dealt == n else "hybrid" if dealt > 1 else "ring"
+        if model.attention == "full" and name != "ulysses":
+            name, why = "gather", "full attention needs all keys at once"
+    if name in ("ring", "hybrid") and model.attention == "full":
+        raise UserError(
+            f"model.attention='full' needs all keys at once, which mesh.seq_attention={name!r} brings in parts; use "
+            "gather or ulysses, or another model.attention"
+        )
+    traded = choose(TRADED, "mesh.seq_attention", name)(degree, N, dealt, n)
+    return Sharing(name, "seq", n, traded, others), why
+
+
+def _none(degree: int, N: int, dealt: int, n: int) -> int:
+    return 1
+
+
+def _all(degree: int, N: int, dealt: int, n: int) -> int:
+    if N % n:
+        raise UserError(
+            f"mesh.seq_attention='ulysses' cannot deal {N} query heads a device (model.num_heads / mesh.tensor) to "
+            f"mesh.seq={n} devices; use ring or hybrid, or change one of them"
+        )
+    return n
+
+
+def _some(degree: int, N: int, dealt: int, n: int) -> int:
+    possible = [u for u in range(2, n) if n % u == 0 and N % u == 0]
+    if not possible or (degree and degree not in possible):
+        hint = f"use one of {', '.join(map(str, possible))}" if possible else "use ring or ulysses"
+        raise UserError(
+            f"mesh.seq_attention='hybrid' with mesh.ulysses={degree} cannot deal {N} query heads a device "
+            f"(model.num_heads / mesh.tensor) in groups of the mesh.seq={n} devices; {hint}"
+        )
+    return degree or max((u for u in possible if dealt % u == 0), default=possible[-1])
+
+
+# How many of the n devices trade heads, by the algorithms of `ops.attention.share`: (mesh.ulysses, query heads of a
+# device, how many devices its key/value heads can be dealt to, n).
+TRADED = {"gather": _none, "ring": _none, "ulysses": _all, "hybrid": _some}

@@ -1,0 +1,39 @@
+"""What in a config cannot do what it says, in one sentence each: for the start of a run, not an error.
+
+A run may be the beginning of a longer one, or a trial of a few updates; only who started it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmjax.build.program import Program
+from llmjax.config.reading import read_optimizer
+from llmjax.train.optim.schedules import describe_jump, schedule_length, schedule_remarks
+
+
+def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: int = 0) -> list[str]:
+    """The sentences for a run of `program`; `saved` is the config with which its first `tokens` tokens were seen."""
+    config, steering = program.config, program.steering
+    found = schedule_remarks(config.optimizer, config.train.num_updates)
+    found += _unreached("train.batch_points", steering.schedule.points, steering.num_tokens)
+    found += _unreached("data.length_points", steering.lengths.points, steering.num_tokens)
+    if saved is not None and tokens:
+        old_length = schedule_length(read_optimizer(saved, "the run"), saved["train"]["num_updates"])
+        done = tokens / steering.tokens_per_update
+        jump = describe_jump(config.optimizer, config.train.num_updates, old_length, done)
+        found += [jump] if jump else []
+    return found
+
+
+def _unreached(key: str, points: tuple[tuple[int, int], ...], num_tokens: int) -> list[str]:
+    """A sentence for the first point that begins after the run has ended."""
+    beyond = [(seen, value) for seen, value in points if seen > num_tokens > 0]
+    if not beyond:
+        return []
+    seen, value = beyond[0]
+    return [
+        f"{key} has {seen}:{value}, but the run ends after {num_tokens} tokens, before that; raise train.num_updates "
+        "or lower the tokens of the point"
+    ]

@@ -1,0 +1,125 @@
+"""What lies in a folder of checkpoints: which look whole, which do not, and how a damaged one is set aside.
+
+A checkpoint is the folder `N`, the number of its update, with `state/` (the arrays and their digests) and
+`meta/metadata` (JSON). A damaged one is renamed to `damaged-N` and never deleted: orbax looks only at numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from llmjax.errors import UserError
+from llmjax.train.checkpoint import digests
+from llmjax.train.checkpoint.digests import Damaged
+
+META = "meta/metadata"
+STATE = "state"
+MERGED = "manifest.ocdbt"  # in STATE: what orbax writes when it has put together what the processes wrote
+DIGEST = "digest"  # of all else in the meta, under this key
+CheckMeta = Callable[[dict], None]  # raises ValueError where a run cannot go on from a meta
+
+
+def numbers(folder: Path) -> list[int]:
+    """The updates that something in `folder` is named after, ascending; none where there is no such folder."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+
+def set_aside(folder: Path) -> list[str]:
+    """The names of the damaged checkpoints that were set aside in `folder`."""
+    return sorted(path.name for path in folder.glob("damaged-*"))
+
+
+def read_meta(path: Path) -> dict:
+    """The meta of the checkpoint in `path`, without its digest; raises Damaged where it is not what was written."""
+    meta, _ = _read_meta(path)
+    return meta
+
+
+def with_digest(meta: dict) -> dict:
+    """`meta` as it is written."""
+    plain = json.loads(json.dumps(meta))
+    return {**plain, DIGEST: digests.of_json(plain)}
+
+
+def has_digests(path: Path) -> bool:
+    """Whether the checkpoint in `path` can be compared with what was written; those of older versions cannot."""
+    return _read_meta(path)[1] or (path / STATE / digests.NAME).exists()
+
+
+def check(path: Path, check_meta: CheckMeta, *, contents: bool = True, part: int = 0, parts: int = 1) -> None:
+    """Raises Damaged, saying why, where the checkpoint in `path` is not whole; `contents` as in `digests.check`."""
+    if not path.is_dir():
+        raise Damaged("it is a file and no folder")
+    meta, has_digest = _read_meta(path)
+    loss = meta.get("held_out_loss")
+    if loss is not None and (isinstance(loss, bool) or not isinstance(loss, int | float)):
+        raise Damaged(f"{META} has held_out_loss={loss!r}")
+    try:
+        check_meta(meta)
+    except ValueError as error:
+        raise Damaged(f"{META}: {error}") from None
+    if not (path / STATE).is_dir():
+        raise Damaged(f"it has no folder {STATE}")
+    if not (path / STATE / MERGED).exists():
+        raise Damaged(f"{STATE}/{MERGED} does not exist: what the processes wrote was never put together")
+    if has_digest or (path / STATE / digests.NAME).exists():
+        if not has_digest:
+            raise Damaged(f"{META} has lost its {DIGEST}")
+        digests.check(path / STATE, contents=contents, part=part, parts=parts)
+    else:
+        _check_old(path / STATE)
+
+
+def _check_old(state: Path) -> None:
+    """Raises Damaged where a file of arrays without digests is visibly no such file."""
+    for file in sorted(state.rglob("*")):
+        if file.is_file() and not file.stat().st_size:
+            raise Damaged(f"{file.relative_to(state.parent).as_posix()} is empty")
+    try:
+        json.loads((state / "_METADATA").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Damaged(f"{STATE}/_METADATA: {error.strerror}") from None
+    except ValueError:
+        raise Damaged(f"{STATE}/_METADATA is not JSON") from None
+
+
+def move_aside(folder: Path, update: int) -> str:
+    """Renames the checkpoint of `update` in `folder`, so that nothing takes it for a good one; its new name."""
+    name, number = f"damaged-{update}", 1
+    while (folder / name).exists():
+        number += 1
+        name = f"damaged-{update}-{number}"
+    try:
+        (folder / str(update)).rename(folder / name)
+    except OSError as error:
+        raise UserError(
+            f"the checkpoint {folder / str(update)} is damaged and cannot be renamed to {name} ({error.strerror}); "
+            "move it away"
+        ) from None
+    return name
+
+
+def _read_meta(path: Path) -> tuple[dict, bool]:
+    """The meta in `path`, and whether it had a digest, which then was right."""
+    try:
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Damaged(f"{META}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise Damaged(f"{META} is not JSON") from None
+    if not isinstance(meta, dict):
+        raise Damaged(f"{META} holds no keys but a {type(meta).__name__}")
+    if DIGEST not in meta:
+        return meta, False
+    digest = meta.pop(DIGEST)
+    if digest != digests.of_json(meta):
+        raise Damaged(f"{META} has other contents than were written")
+    return meta, True

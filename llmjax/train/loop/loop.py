@@ -1,0 +1,343 @@
+"""The training loop: updates one after the other, with the host never in the way of the device.
+
+Everything is dispatched asynchronously. The metrics of an update are fetched only when the next one has been
+dispatched, so the device always has work. The loop drains before it evaluates or saves, so the metrics file
+holds every line that belongs to a checkpoint. What is done between two updates is in `upkeep.py`.
+
+A run is at a `Position`. A loop started from a restored state and its position goes on bit for bit like one
+that never stopped, also in the middle of an update: batches follow from the cursor, randomness from the
+update, decisions from what was observed, each from nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+
+from llmjax.errors import UserError
+from llmjax.train.checkpoint.checkpoint import Checkpoints
+from llmjax.train.loop.run import Record, Result, Run, State
+from llmjax.train.loop.run_clock import Clock
+from llmjax.train.loop.run_position import OpenWindow, Position
+from llmjax.train.loop.stop_request import Stopped, StopRequest
+from llmjax.train.loop.update_totals import (
+    MicroMetrics,
+    guiltiest,
+    mean_metrics,
+    measure,
+    micro_metrics,
+    total,
+)
+from llmjax.train.loop.upkeep import TrainingFailed, Upkeep
+from llmjax.train.steering import spikes
+from llmjax.train.steering.spikes import ON_SPIKE, Spike
+from llmjax.train.steering.steering import Decision, Measured
+
+__all__ = ["TrainingFailed", "train"]
+
+MAX_REWINDS = 10  # to one and the same checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dispatched:
+    """An update under way: where the run stands after it, what was decided, its metrics on the device."""
+
+    position: Position
+    decision: Decision
+    metrics: list[dict[str, jax.Array]]
+    before: tuple[MicroMetrics, ...]  # of micro-steps done before the run was resumed
+    data_wait: float
+    is_open: bool  # stopped before its last micro-step
+
+
+def train(
+    run: Run,
+    state: State,
+    position: Position,
+    recorder: Record,
+    checkpoints: Checkpoints,
+    stop: StopRequest | None = None,
+) -> Result:
+    """Trains from `position` to the end of the run, or until SIGTERM or Ctrl-C; saves before it returns.
+
+    `state` is donated. `stop` is a request that is already being listened to; without one, train listens itself.
+    Raises TrainingFailed and saves nothing of what failed, and FollowUpFailed where all is saved, but an evaluation,
+    samples or statistics failed.
+    """
+    if int(state.update) != position.update:
+        raise ValueError(f"the state is at update {int(state.update)}, the position at {position.update}")
+    position.check_window(run.micro_batch_size, run.fused)
+    with stop.deferred() if stop is not None else StopRequest() as stop:
+        loop = _Loop(run, state, position, recorder, checkpoints, stop)
+        with contextlib.closing(loop):
+            return loop.run_to_end()
+
+
+class _Loop:
+    """A run in motion: the state and position after what was dispatched, and the update not yet recorded."""
+
+    def __init__(
+        self,
+        run: Run,
+        state: State,
+        position: Position,
+        recorder: Record,
+        checkpoints: Checkpoints,
+        stop: StopRequest,
+    ):
+        self.run, self.state, self.position = run, state, position
+        self.recorder, self.checkpoints, self.stop = recorder, checkpoints, stop
+        self.histories = position.histories or (run.steering.start(),) * 2
+        self.clock = Clock(position.seconds)
+        self.upkeep = Upkeep(run, position, recorder, checkpoints, stop, self.clock)
+        self.pending: _Dispatched | None = None
+        self.batches: Any = None
+        self.length = 0  # of their rows
+        self.batch: Any = None  # the last one dispatched
+        self.rewinds = 0  # to the checkpoint that is now the latest
+
+    def run_to_end(self) -> Result:
+        try:
+            self.position = self.upkeep.begin(self.state, self._position_now(), self._last_batch)
+            stopped = self._train()
+        except Stopped:
+            stopped = True
+        self.checkpoints.wait()
+        return Result(self.state, self._position_now(), stopped)
+
+    def _train(self) -> bool:
+        """Update after update; whether it was asked to stop."""
+        stopped = False
+        while not self.upkeep.ends(self.position) and not stopped:
+            dispatched = self.dispatch()
+            if self.settle():
+                continue  # back before what was just dispatched
+            stopped = dispatched.is_open or (self.stop.poll() and not self.upkeep.ends(dispatched.position))
+            self.position = dispatched.position
+            if dispatched.is_open:
+                self.save_window(dispatched)
+                break
+            self.pending = dispatched
+            if not (stopped or self.upkeep.pauses(self.position)) or self.settle():
+                stopped = False
+                continue
+            self.position, saved = self.upkeep.pause(
+                self.state, self._position_now(), self._last_batch, stopped
+            )
+            self.rewinds = 0 if saved else self.rewinds
+            self.clock.restart()
+        return stopped
+
+    def close(self) -> None:
+        """Ends the thread that makes batches."""
+        if self.batches is not None:
+            self.batches.close()
+            self.batches = None
+
+    def dispatch(self) -> _Dispatched:
+        """Starts the micro-steps of one update, waiting for batches but not for the device.
+
+        A wish to stop is heeded between two micro-steps: then the update stays open.
+        """
+        run, position, window = self.run, self.position, self.position.window
+        before = () if window is None else window.metrics
+        # The same history whether or not the last update was recorded already.
+        history = self.histories[0 if self.pending is None else 1]
+        decision = run.steering.decide(history, position.tokens, 0 if window is None else window.steps)
+        if self.length != decision.length:
+            self.close()
+            self.clock.forget()  # the step compiles
+        if self.batches is None:
+            self.batches, self.length = run.make_batches(position.cursor, decision.length), decision.length
+        metrics: list[dict[str, jax.Array]] = []
+        left, waited, is_open = decision.steps - len(before), 0.0, False
+        while left and not is_open:
+            count = left if run.fused else 1
+            began = time.perf_counter()
+            self.batch = self.batches.take(count) if run.fused else next(self.batches, None)
+            waited += time.perf_counter() - began
+            if self.batch is None:
+                raise UserError(
+                    f"the data ended within update {position.update + 1}; lower train.num_updates"
+                )
+            self.state, values = run.step(self.state, self.batch, decision.order)
+            metrics.append(values)
+            left -= count
+            is_open = left > 0 and self.stop.poll()
+        done = decision.steps - left
+        position = dataclasses.replace(
+            position, cursor=position.cursor + (done - len(before)) * run.micro_batch_size
+        )
+        if not is_open:
+            position = dataclasses.replace(
+                position,
+                update=position.update + 1,
+                tokens=position.tokens + done * run.micro_batch_size * run.seq_len,
+                before=position.tokens,
+                evaluation=None,
+                window=None,
+            )
+        return _Dispatched(position, decision, metrics, before, waited, is_open)
+
+    def settle(self) -> bool:
+        """Waits for the update under way, records it, reacts to what happened in it; True where the run went back."""
+        if self.pending is None:
+            return False
+        done, self.pending = self.pending, None
+        steps = self._fetch(done)
+        seconds = self.clock.lap()
+        update = done.position.update
+        if steps[-1]["is_update"] != 1:
+            raise RuntimeError(f"update {update} did not end after {len(steps)} micro-steps")
+        measured = measure(steps)
+        history, spike = self.run.steering.observe(self.histories[1], done.decision, measured)
+        self.histories = (self.histories[1], history)
+        self.recorder.train(update, self._values(done, steps, seconds))
+        for number, step in enumerate(steps):
+            if step["dropped"]:
+                self._report("dropped", done, len(steps), number, self._left_out(done, steps, number))
+        self._take_note(done, steps, measured, spike)
+        went_back = False
+        if spike is not None:
+            went_back = self._react(spike, done, steps, measured.applied)
+        reason = spikes.stop_reason(self.run.steering.stability, history.stability)
+        if reason is not None and not went_back:
+            raise self.upkeep.fail(reason, self.state, self._position_now())
+        return went_back
+
+    def _take_note(
+        self, done: _Dispatched, steps: list[MicroMetrics], measured: Measured, spike: Spike | None
+    ) -> None:
+        """Tells the upkeep what became of an update."""
+        is_dropped, update = total(steps, "dropped") > 0, done.position.update
+        overflows = not math.isfinite(measured.grad_norm)
+        left_out = not measured.applied and spike is None and (is_dropped or overflows)
+        if left_out and not is_dropped:
+            text = f"update {update} was left out, for the norm of its gradient is {measured.grad_norm}"
+            self.recorder.event(update, "dropped", text)
+        finite = measured.weight > 0 and math.isfinite(measured.mean_loss)
+        position = dataclasses.replace(done.position, histories=self.histories, seconds=self.clock.total())
+        self.upkeep.observe(position, finite=finite, applied=measured.applied, left_out=left_out)
+
+    def _last_batch(self) -> Any:
+        """The batches that the last call of the step took, made anew where the run was stopped since."""
+        if self.batch is None:
+            run, position = self.run, self.position
+            steps = 1
+            if run.fused:
+                trained = position.tokens - position.before
+                steps = max(trained // (run.micro_batch_size * run.seq_len), 1)
+            first = max(position.cursor - steps * run.micro_batch_size, 0)
+            batches = run.make_batches(first, run.steering.lengths.length(position.before))
+            with contextlib.closing(batches):
+                self.batch = batches.take(steps) if run.fused else next(batches)
+        return self.batch
+
+    def save_window(self, dispatched: _Dispatched) -> None:
+        """Saves an update under way, with its micro-steps' numbers, in the place kept for such."""
+        window = OpenWindow(
+            dispatched.decision.steps, self.run.micro_batch_size, tuple(self._fetch(dispatched))
+        )
+        self.position = dataclasses.replace(self.position, window=window)
+        self.recorder.flush()
+        self.run.save_window(self.state, self.run.meta | self._position_now().to_meta())
+
+    def _react(self, spike: Spike, done: _Dispatched, steps: list[MicroMetrics], applied: bool) -> bool:
+        reaction = ON_SPIKE[self.run.steering.stability.on_spike]
+        text = f"{spike.sentence}; {reaction.words[not applied]}"
+        self._report("spike", done, len(steps), guiltiest(steps, spike.kind), f"stands out: {text}")
+        return reaction.rewinds and self._rewind(done, spike)
+
+    def _rewind(self, done: _Dispatched, spike: Spike) -> bool:
+        """Back to the latest checkpoint, but on with the data after the spike."""
+        self.checkpoints.wait()
+        if self.checkpoints.latest() is None:
+            self.recorder.event(
+                done.position.update, "spike", "there is no checkpoint to go back to; trained on"
+            )
+            return False
+        self.rewinds += 1
+        if self.rewinds > MAX_REWINDS:
+            reason = f"{MAX_REWINDS} times in a row a spike came after going back"
+            raise self.upkeep.fail(reason, self.state, self._position_now())
+        self.state, position = self.run.restore()
+        self.position = dataclasses.replace(position, cursor=done.position.cursor)
+        self.histories = position.histories or (self.run.steering.start(),) * 2
+        self.close()
+        self.upkeep.went_back()
+        self.recorder.rewind(position.update)
+        skipped = done.position.cursor - position.cursor
+        way = f"back from update {done.position.update} to {position.update}, past {skipped:,} sequences"
+        self.recorder.event(position.update, "rewind", f"{way}: {spike.sentence}")
+        self.clock.restart()
+        return True
+
+    def _left_out(self, done: _Dispatched, steps: list[MicroMetrics], number: int) -> str:
+        """How much of a micro-step was left out, and on account of which of its documents."""
+        parts, dropped = self.run.steering.parts_per_micro_step, int(steps[number]["dropped"])
+        of_parts = f" in {dropped} of {parts} parts" if dropped < parts else ""
+        text = f"was not finite{of_parts} and left out{' there' if of_parts else ''}"
+        if self.run.name_guilty is None:
+            return text
+        size = self.run.micro_batch_size
+        first = done.position.cursor - (len(steps) - number) * size
+        return f"{text}; {self.run.name_guilty(self.state, first, size)}"
+
+    def _report(self, event: str, done: _Dispatched, count: int, number: int, text: str) -> None:
+        """Records what happened in one micro-step of an update, with its documents."""
+        size, update = self.run.micro_batch_size, done.position.update
+        first = done.position.cursor - (count - number) * size
+        try:
+            path = self.run.write_documents(f"update-{update}-{event}-{number + 1}", first, size)
+            written = f"written to {path}"
+        except OSError as error:  # a full disk must not end a run for the sake of a message
+            written = f"not written ({error.strerror})"
+        documents = self.run.describe_batch(first, size)
+        where = f"micro-step {number + 1} of {count} of update {update}"
+        self.recorder.event(update, event, f"{where} {text}; {documents}, {written}")
+
+    def _fetch(self, done: _Dispatched) -> list[MicroMetrics]:
+        fetched = jax.device_get(done.metrics)
+        return [*done.before, *micro_metrics(fetched, done.decision.steps, self.run.fused)]
+
+    def _values(
+        self, done: _Dispatched, steps: list[MicroMetrics], seconds: float | None
+    ) -> dict[str, float | str]:
+        """The line of an update in the metrics file."""
+        run = self.run
+        positions = len(steps) * run.micro_batch_size * run.seq_len
+        values: dict[str, float | str] = {
+            "tokens": done.position.tokens,
+            "seconds": self.clock.total(),
+            **mean_metrics(steps),
+            "learning_rate": done.decision.learning_rate,
+            "accumulation_steps": len(steps),
+            "seq_len": done.decision.length,
+            "packing_efficiency": total(steps, "weight") / positions,
+            "data_wait": done.data_wait,
+        }
+        noise_scale = self.histories[1].controller.noise_scale
+        if noise_scale is not None:
+            values["noise_scale"] = noise_scale
+        if done.decision.reason:
+            values["reason"] = done.decision.reason
+        dropped = total(steps, "dropped")
+        if dropped:
+            values["dropped"] = dropped
+        if not steps[-1]["applied"]:
+            values["skipped"] = 1
+        if seconds is not None:
+            trained = len(steps) - len(done.before)
+            values["tokens_per_second"] = trained * run.micro_batch_size * run.seq_len / seconds
+            if run.peak_flops:
+                flops = run.flops_per_token[done.decision.length]
+                values["mfu"] = flops * values["tokens_per_second"] / run.peak_flops
+        return values
+
+    def _position_now(self) -> Position:
+        return dataclasses.replace(self.position, seconds=self.clock.total(), histories=self.histories)

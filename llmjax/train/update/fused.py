@@ -1,0 +1,149 @@
+"""All micro-steps of an update in one compiled function: gradients summed on each device, reduced once in the end.
+
+A loop of micro-steps that leaves the mesh to the compiler adds gradients up over the devices in every one of
+them, since a split batch beside replicated parameters allows nothing else. Here the axes of the batch are manual
+(`jax.shard_map`): a gradient is its device's own until the one reduction after the loop, whose bytes do not
+grow with the number of micro-steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from llmjax.parallel.rules import without_axes
+from llmjax.train.update.gradients import (
+    MAIN,
+    LossFn,
+    Terms,
+    TermSums,
+    add_terms,
+    empty_terms,
+    micro_gradients,
+)
+from llmjax.types import Array, Batch, LossSums, Params
+
+# When weights are gathered over `fsdp` -> the mesh axes over which gradients stay apart until the window ends.
+MANUAL = {"update": ("data", "fsdp"), "micro_step": ("data",)}
+FLOAT32 = ("scale", "bias")  # how the names of parameters end that models use in float32
+TABLES = ("embedding_VD", "positions_TD")  # a lookup's gradient adds up many tokens in the dtype of its table
+
+Sums = dict[str, Array]
+Window = Callable[[Params, Batch, Array, Array | None], tuple[Terms, Sums]]
+
+
+def make_window(
+    loss_fn: LossFn, mesh: Mesh, param_specs: Params, *, gather: str, compute_dtype: str
+) -> Window:
+    """`window(params, batch, steps, rng) -> (Terms, sums)`, for jit: the sums of the first `steps` micro-steps.
+
+    params  float32, laid out on `mesh` by `param_specs`; the summed gradients come out alike
+    batch   fields with a leading dimension K, the most micro-steps there can be: [K, M, T], and `index` [K, M],
+            laid out (None, ("data", "fsdp"), "seq")
+    steps   int32 [], traced: one compile serves 1 to K
+    rng     one key for all micro-steps, or None
+
+    The M sequences are cut into parts, each of which sums gradients of its own; a part that is not finite is
+    left out alone, since no device hears of the others before the loop has ended. `loss_fn` sees the M / parts
+    sequences of one part; its model is built with a `Layout` whose `manual` is MANUAL[gather].
+
+    gather  "update": one part a device along data and fsdp. Weights are gathered over fsdp once, in
+            `compute_dtype` where the model casts them anyway, and gradients are summed whole.
+            "micro_step": one part an index of `data`. Weights are gathered over fsdp where they are used, and
+            gradients are reduced over fsdp in each micro-step and summed in shards.
+
+    A micro-step's gradient of a cast weight is rounded to `compute_dtype`, and so is its reduction over fsdp
+    within a micro-step; all sums over micro-steps and parts are float32.
+
+    sums, float32 [K], 0 from `steps` on: each value of `micro_gradients`, added up over the parts (so that
+    `square_norm` and `weight_square` are of each part, and `dropped` counts parts), and `parts`, how many hold
+    any weight.
+    """
+    manual = MANUAL[gather]
+    split = tuple(axis for axis in manual if mesh.shape[axis] > 1)  # XLA fails at sums over an axis of size 1
+    automatic = tuple(axis for axis in mesh.axis_names if axis not in manual)
+    outer = jax.tree.map(lambda spec: without_axes(spec, automatic), param_specs)
+    inner = jax.tree.map(lambda spec: without_axes(spec, manual), param_specs)
+    sharded = functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(outer, PartitionSpec(None, manual), PartitionSpec(), PartitionSpec()),
+        axis_names={*manual},
+        check_vma=False,  # with it on, the gradient for a replicated weight is summed over devices at once
+    )
+
+    def constrain(tree: Params) -> Params:
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, inner)
+
+    def loss(weights: Params, batch: Batch, rng: Array | None) -> LossSums:
+        return loss_fn(_whole_tables(weights, inner), batch, rng)
+
+    def micro_step(weights: Params, batch: Batch, i: Array | int, rng: Array | None) -> tuple[Terms, Sums]:
+        terms, values = micro_gradients(loss, weights, jax.tree.map(lambda x: x[i], batch), rng)
+        return terms, {**values, "parts": (values["weight"] > 0).astype(jnp.float32)}
+
+    def names(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Sums, Sums]:
+        terms, values = micro_step(_gathered(params, outer, compute_dtype), batch, 0, rng)
+        return {name: term.weight for name, term in terms.items()}, values
+
+    def window(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
+        terms, values = jax.eval_shape(sharded(names, out_specs=PartitionSpec()), params, batch, steps, rng)
+
+        def part(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
+            weights = constrain(_gathered(params, outer, compute_dtype))
+
+            def body(i: Array, sums: tuple[Terms, Sums]) -> tuple[Terms, Sums]:
+                micro_terms, micro_values = micro_step(weights, batch, i, rng)
+                total = add_terms(sums[0], micro_terms)
+                total = {name: TermSums(constrain(t.grads), t.weight) for name, t in total.items()}
+                return total, jax.tree.map(lambda row, value: row.at[i].set(value), sums[1], micro_values)
+
+            rows = {name: jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], jnp.float32) for name in values}
+            start = empty_terms(weights, tuple(name for name in terms if name != MAIN)), rows
+            total, rows = jax.lax.fori_loop(0, steps, body, start)
+            total = {name: _reduced(term, outer, split) for name, term in total.items()}
+            total = {name: TermSums(constrain(t.grads), t.weight) for name, t in total.items()}
+            return total, jax.lax.psum(rows, split)
+
+        specs = {name: TermSums(outer, PartitionSpec()) for name in terms}, PartitionSpec()
+        return sharded(part, out_specs=specs)(params, batch, steps, rng)
+
+    return window
+
+
+def _gathered(params: Params, specs: Params, compute_dtype: str) -> Params:
+    """What the micro-steps compute with: weights whole over fsdp as far as `specs` shard them, and cast."""
+
+    def gathered(path: tuple, x: Array, spec: PartitionSpec) -> Array:
+        name = path[-1].key
+        x = x if name.endswith(FLOAT32) or name in TABLES else x.astype(compute_dtype)
+        return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else x
+
+    return jax.tree_util.tree_map_with_path(gathered, params, specs)
+
+
+def _whole_tables(weights: Params, specs: Params) -> Params:
+    """`weights` with the tables whole over fsdp and seq: XLA fails to partition a lookup in a table cut both ways."""
+
+    def whole(path: tuple, x: Array, spec: PartitionSpec) -> Array:
+        wider = without_axes(spec, ("fsdp", "seq"))
+        is_cut = path[-1].key in TABLES and wider != spec
+        return jax.lax.with_sharding_constraint(x, wider) if is_cut else x
+
+    return jax.tree_util.tree_map_with_path(whole, weights, specs)
+
+
+def _reduced(term: TermSums, specs: Params, axes: tuple[str, ...]) -> TermSums:
+    """The sum over the parts, which lie along the mesh axes `axes`; sharded over fsdp where `specs` say so."""
+
+    def reduced(x: Array, spec: PartitionSpec) -> Array:
+        if "fsdp" not in axes or "fsdp" not in spec:
+            return jax.lax.psum(x, axes)
+        shard = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+        return jax.lax.psum(shard, tuple(axis for axis in axes if axis != "fsdp"))
+
+    return TermSums(jax.tree.map(reduced, term.grads, specs), jax.lax.psum(term.weight, axes))

@@ -1,0 +1,213 @@
+"""The run's record: `metrics.jsonl`, TensorBoard events, and what the terminal shows.
+
+One JSON object a line. `{"kind": "train", "update": n, ...}` once per update, with
+
+    tokens                positions consumed since the run began, padding included (sequences x seq_len)
+    seconds               wall time since the run began, added up over resumed parts
+    loss                  mean per target token, exact over the update's micro-steps
+    learning_rate, grad_norm, accumulation_steps
+    seq_len               of the rows trained on
+    packing_efficiency    summed target weights / positions
+    data_wait             seconds of this update spent waiting for the next batch
+    tokens_per_second     absent where the step compiled: at a start, and before another seq_len
+    mfu                   model FLOPs per second / peak; absent where the device's peak is unknown
+    noise_scale           of the gradient, in target tokens; absent before it was measured
+    reason                why a controller chose this accumulation_steps; absent without one
+    dropped               micro-steps that were not finite and left out; absent where none was
+    skipped               1 where the parameters did not move; absent otherwise
+
+and `{"kind": "evaluate", "update", "tokens", "seconds", "loss", "perplexity", "bits_per_byte"}` on held-out
+text, `{"kind": "statistics", "update", "tokens", "seconds", ...}` of the layers (see `statistics.py`), and
+`{"kind": "event", "update", "event", "text"}` for what a person should know. Numbers that JSON cannot hold are
+written "nan", "inf", "-inf".
+
+A resumed run continues the file where its checkpoint stood: later lines, and a torn last one, are cut first; other
+lines that cannot be read are moved to metrics.unreadable.jsonl. So the file has neither gaps nor duplicates, and, apart
+from `TIMING` fields, equals that of a run that never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from llmjax.files import write_atomically
+from llmjax.parallel import hosts
+from llmjax.progress import Progress
+from llmjax.workdir.metrics import read_line
+
+UNREADABLE = "metrics.unreadable.jsonl"  # beside metrics.jsonl
+TIMING = ("seconds", "tokens_per_second", "data_wait", "mfu")
+
+
+class Recorder:
+    """Writes metrics into `workdir`, from the first process only; a context manager, which closes the files.
+
+    resume_update   the update from which the run goes on; what was recorded after it is dropped
+    num_tokens      at which the run ends, for the progress display
+    tokens_per_update  of an update of the usual size, likewise
+    on_closed       called where standard output was closed by whoever read it
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        resume_update: int,
+        num_tokens: int,
+        tokens_per_update: int,
+        on_closed: Callable[[], None] = lambda: None,
+    ):
+        self._primary = hosts.is_primary()
+        if not self._primary:
+            return
+        self._workdir, self._opened = Path(workdir), 0
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        unreadable = truncate(self._workdir / "metrics.jsonl", resume_update)
+        self._open(resume_update)
+        self._progress = Progress(num_tokens, tokens_per_update, on_closed)
+        if unreadable:
+            self._progress.say(
+                f"metrics.jsonl: lines that cannot be read ({unreadable:,}) were moved to {UNREADABLE}; the record "
+                "goes on without them"
+            )
+
+    def _open(self, update: int) -> None:
+        self._opened += 1
+        self._file = (self._workdir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(
+            str(self._workdir / "tensorboard"),
+            purge_step=update + 1,
+            flush_secs=10,
+            # Its time is in seconds: names could collide.
+            filename_suffix=f".{update}.{os.getpid()}.{self._opened}",
+        )
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def train(self, update: int, values: dict[str, float | str]) -> None:
+        """Records one update."""
+        if self._primary:
+            self._write("train", update, values)
+            self._progress.train(update, values)
+
+    def evaluate(self, update: int, values: dict[str, float]) -> None:
+        """Records one evaluation on held-out text."""
+        if self._primary:
+            self._write("evaluate", update, values)
+            self._progress.evaluate(update, values)
+
+    def statistics(self, update: int, values: dict[str, Any]) -> None:
+        """Records what the layers look like: numbers, lists of numbers, and dicts of both."""
+        if self._primary:
+            self._write("statistics", update, values)
+
+    def event(self, update: int, event: str, text: str) -> None:
+        """Records and shows what a person should know."""
+        if self._primary:
+            self._write("event", update, {"event": event, "text": text})
+            self._progress.say(f"update {update}  {event}: {text}")
+
+    def rewind(self, update: int) -> None:
+        """Forgets what was recorded after `update`, to which the run has gone back."""
+        if self._primary:
+            self._file.close()
+            self._board.close()
+            truncate(self._workdir / "metrics.jsonl", update, keep_rewinds=True)
+            self._open(update)
+
+    def forget(self, update: int) -> None:
+        """Forgets the evaluation and the statistics of `update`, the last one, for they are made anew."""
+        if self._primary:
+            self._file.close()
+            truncate(self._workdir / "metrics.jsonl", update, keep_rewinds=True, of_update=("train", "event"))
+            self._file = (self._workdir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._primary:
+            self._progress.say(text)
+
+    def flush(self) -> None:
+        """Puts everything recorded so far on disk, as a checkpoint that follows it relies on."""
+        if self._primary:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
+
+    def close(self) -> None:
+        """Ends the progress display and closes the files."""
+        if self._primary:
+            self._progress.close()
+            self._file.close()
+            self._board.close()
+
+    def _write(self, kind: str, update: int, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "update": update} | _plain(values)) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float) and math.isfinite(value):  # tensorboardX complains of others
+                self._board.add_scalar(f"{kind}/{name}", value, update)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, str) or math.isfinite(value):
+        return value
+    return str(float(value))
+
+
+def read_metrics(workdir: str | Path) -> list[dict]:
+    """The lines of a run's `metrics.jsonl`, all numbers as floats, without a torn last line."""
+    path = Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = (read_line(line) for line in path.read_bytes().splitlines())
+    return [line for line in lines if line is not None]
+
+
+def truncate(
+    path: Path, update: int, keep_rewinds: bool = False, of_update: Sequence[str] | None = None
+) -> int:
+    """Drops from a metrics file, in one step, all lines after `update` and a torn last one.
+
+    Other lines that cannot be read are moved to a file beside it, to whose end they are added. Returns how many.
+
+    What was recorded of going back to `update` itself happened after it, and goes unless `keep_rewinds`. Of the
+    lines of `update` itself stay those whose kind is in `of_update`; None: all.
+    """
+    if not path.exists():
+        return 0
+    old = path.read_bytes()
+    parsed = [(line, read_line(line)) for line in old.splitlines()]
+    last_is_torn = bool(parsed) and parsed[-1][1] is None and not old.endswith(b"\n")
+    unreadable = [line for line, values in parsed if values is None and line.strip()]
+    unreadable = unreadable[:-1] if last_is_torn else unreadable
+    if unreadable:
+        aside = path.with_name(UNREADABLE)
+        before = aside.read_bytes() if aside.exists() else b""
+        write_atomically(aside, before + b"".join(line + b"\n" for line in unreadable))
+
+    def stays(values: dict) -> bool:
+        if of_update is not None and values["update"] == update and values.get("kind") not in of_update:
+            return False
+        rewound_here = values.get("event") == "rewind" and values["update"] == update
+        return values["update"] <= update and (keep_rewinds or not rewound_here)
+
+    new = b"".join(line + b"\n" for line, values in parsed if values is not None and stays(values))
+    if new != old:
+        write_atomically(path, new)
+    return len(unreadable)

@@ -1,0 +1,183 @@
+"""Where a workdir stands: what was saved in it, whether that is still there, and whether all processes see the same.
+
+`saved.json` says which save was the last to be finished. It lies outside of the folders of checkpoints, so that a
+folder that is gone (a volume that is not mounted) is not mistaken for a run that has still to begin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llmjax.errors import UserError
+from llmjax.train.checkpoint import shelf
+from llmjax.train.checkpoint.digests import Damaged
+from llmjax.train.loop.run_position import Position
+from llmjax.workdir.contents import saved_config, write_json
+from llmjax.workdir.metrics import read_metrics
+
+SAVED = "saved.json"
+FOLDERS = ("checkpoints", "window")  # of updates done, and of one under way
+
+
+def note_saved(workdir: pathlib.Path, folder: str) -> Callable[[int | None, dict], None]:
+    """What writes down that a checkpoint in `folder` of the workdir is complete: (its number, its meta) -> None.
+
+    Without a number: that there is none any more, each having been given up as worth nothing.
+    """
+
+    def note(number: int | None, meta: dict) -> None:
+        write_json(workdir / SAVED, {"folder": folder, "number": number, "update": meta.get("update")})
+
+    return note
+
+
+def check_meta(meta: Mapping[str, Any]) -> None:
+    """ValueError, saying why, where a run cannot go on from what a checkpoint says beside its arrays."""
+    Position.from_meta(dict(meta))
+    for name, kind in (("config", dict), ("data_fingerprint", str)):
+        if not isinstance(meta.get(name), kind):
+            raise ValueError(
+                f"{name} is missing" if name not in meta else f"{name} is a {type(meta[name]).__name__}"
+            )
+
+
+def has_begun(workdir: pathlib.Path) -> bool:
+    """Whether the run in `workdir` has something to go on from."""
+    return any(shelf.numbers(workdir / folder) for folder in FOLDERS)
+
+
+def has_window(workdir: pathlib.Path) -> bool:
+    """Whether a stopped update is kept in `workdir`."""
+    return bool(shelf.numbers(workdir / "window"))
+
+
+def remove_window(workdir: pathlib.Path) -> None:
+    """Deletes the stopped update in `workdir`, which has been gone on with and saved since; not what was set aside."""
+    folder = workdir / "window"
+    for number in shelf.numbers(folder):
+        shutil.rmtree(folder / str(number), ignore_errors=True)
+    if folder.is_dir() and not shelf.set_aside(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_standing(workdir: pathlib.Path, warn: Callable[[str], None]) -> None:
+    """UserError where a run was saved in `workdir` and nothing is left of it; `warn` says where only the last is gone.
+
+    A run that was killed before its first checkpoint has nothing to lose, and may begin again.
+    """
+    last = _last_saved(workdir)
+    if has_begun(workdir):
+        if last and not (workdir / last).exists():
+            warn(
+                f"{workdir / SAVED} says that {last} was saved last, but it is not there any more; going on from the "
+                "newest that is"
+            )
+        return
+    if last and any(workdir.glob(f"{last}.orbax-checkpoint-tmp*")):
+        return  # it died between noting its first save and giving it its name
+    if reason := _why_saved(workdir, last):
+        raise UserError(
+            f"--workdir={workdir} holds no checkpoint, although {reason}; mount or restore {workdir / 'checkpoints'}, "
+            "or use another --workdir to begin again"
+        )
+
+
+def check_metrics(workdir: pathlib.Path, update: int, warn: Callable[[str], None]) -> None:
+    """Says where metrics.jsonl lacks updates that were done before `update`, from where the run goes on."""
+    path = workdir / "metrics.jsonl"
+    if not update:
+        return
+    lines = read_metrics(path).train
+    last = int(lines[-1]["update"]) if lines else 0
+    if last < update:
+        state = f"ends at update {last}" if path.exists() else "is gone"
+        warn(f"{path} {state}, but the run goes on after update {update}; its curves will have a gap")
+
+
+def config_of(workdir: pathlib.Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """The resolved config of the run in `workdir`, or None where there is no run.
+
+    Where config.json is gone, a checkpoint has it too.
+    """
+    saved = saved_config(workdir)
+    if saved is not None:
+        return saved
+    for folder in FOLDERS:
+        for number in reversed(shelf.numbers(workdir / folder)):
+            try:
+                config = shelf.read_meta(workdir / folder / str(number)).get("config")
+            except Damaged:
+                continue
+            if isinstance(config, dict):
+                warn(f"{workdir / 'config.json'} is gone; the config in {folder}/{number} is used")
+                return config
+    if has_begun(workdir):
+        raise UserError(
+            f"--workdir={workdir} holds checkpoints but no config.json that says of what; restore it, or use another "
+            "--workdir"
+        )
+    return None
+
+
+def describe(workdir: pathlib.Path, *, folders: bool) -> dict[str, str]:
+    """What this process sees in `workdir`, to be compared with what others see; with `folders`, checkpoints as well."""
+    seen = {}
+    for name in ("config.json", "tokenizer/tokenizer.json"):
+        path = workdir / name
+        seen[f"{name} of --workdir"] = (
+            f"one of digest {_digest(path.read_bytes())}" if path.is_file() else "none"
+        )
+    for folder in FOLDERS if folders else ():
+        updates = shelf.numbers(workdir / folder)
+        seen[f"{folder} of --workdir"] = ", ".join(map(str, updates)) or "nothing"
+    return seen
+
+
+def digest_of(config: Mapping[str, Any]) -> str:
+    """A few letters that differ where two configs do."""
+    return _digest(json.dumps(config, sort_keys=True).encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _last_saved(workdir: pathlib.Path) -> str:
+    """The last finished save, such as checkpoints/60; nothing where none was noted, or all were given up."""
+    path = workdir / SAVED
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return "" if saved["number"] is None else f"{saved['folder']}/{int(saved['number'])}"
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return "something"
+
+
+def _why_saved(workdir: pathlib.Path, last: str) -> str:
+    """What shows that something was saved in `workdir`; nothing where its run may have been killed before that."""
+    if last:
+        return f"{SAVED} says that {last} was saved"
+    for folder in FOLDERS:
+        if aside := shelf.set_aside(workdir / folder):
+            return f"{folder}/{aside[-1]} shows that there was one"
+    if (workdir / SAVED).exists():
+        return ""
+    # What older versions left, which wrote no saved.json. A second save waited for the first to be finished.
+    if (workdir / "summary.json").exists():
+        return "summary.json shows that its run was saved at the end"
+    config, lines = saved_config(workdir), read_metrics(workdir / "metrics.jsonl").train
+    if not config or not lines or any("skipped" in line for line in lines):
+        return ""
+    try:
+        between = config["checkpoint"]["every"] * config["train"]["tokens_per_update"]
+    except KeyError:
+        return ""
+    if between and lines[-1].get("tokens", 0) > 2 * between:
+        return f"metrics.jsonl goes on after the second, to update {int(lines[-1]['update'])}"
+    return ""

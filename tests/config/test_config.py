@@ -1,0 +1,285 @@
+"""Every config file reads, every key has one owner, and every mistake gets one sentence with key, value and remedy."""
+
+import dataclasses
+import importlib
+import json
+import math
+import pathlib
+import re
+import typing
+
+import pytest
+
+from llmjax.config.reading import FIRST_KEYS, complete_config, read_config, read_optimizer
+from llmjax.config.resolve import resolve_config
+from llmjax.config.resume import check_init, check_resume
+from llmjax.config.schema import Config
+from llmjax.errors import UserError
+from llmjax.flags import parse
+from llmjax.train.steering.controller import ControllerConfig
+from llmjax.train.steering.spikes import StabilityConfig
+from llmjax.workdir.contents import write_json
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def load(name="base", **changes):
+    raw = importlib.import_module(f"configs.{name}").get_config()
+    for key, value in changes.items():
+        section, _, leaf = key.rpartition("__")
+        (raw[section] if section else raw)[leaf] = value
+    return raw.to_dict()
+
+
+def check(num_devices=1, **changes):
+    return resolve_config(read_config(load(**changes)), num_devices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_reads(name):
+    config = read_config(load(name))
+    resolve_config(config, math.prod(map(int, re.findall(r"\d+", config.plan.topology.partition(":")[2]))))
+
+
+def test_base_lists_every_key_with_a_comment():
+    text = (ROOT / "configs" / "base.py").read_text(encoding="utf-8")
+    for section, hint in typing.get_type_hints(Config).items():
+        if not dataclasses.is_dataclass(hint):
+            continue
+        for field in dataclasses.fields(hint):
+            assert re.search(rf"\b{section}\.{field.name} = [^\n]*", text), f"{section}.{field.name}"
+    assignments = re.findall(r"^    \w+\.(\w+) = (?!.*ConfigDict)(.*)$", text, re.M)
+    for key, rest in assignments:
+        assert "#" in rest, f"{key} has no comment"
+
+
+def test_the_resolved_config_survives_json():
+    config, _ = check()
+    assert read_config(json.loads(json.dumps(config.to_dict()))) == config
+
+
+BAD = {
+    "window": ({"model__window": 513}, r"model.window=513 is longer than data.seq_len=512; use at most 512"),
+    "head split": ({"model__num_heads": 3}, r"model.num_heads=3 does not divide model.model_dim=128"),
+    "group split": (
+        {"model__num_kv_heads": 3},
+        r"model.num_heads=4 must be a multiple of model.num_kv_heads=3",
+    ),
+    "choice": (
+        {"model__activation": "swigloo"},
+        r"model.activation='swigloo' is not known; use one of swiglu",
+    ),
+    "dropout": ({"model__dropout": 1.5}, r"model.dropout=1.5"),
+    "not closing": ({"train__tokens_per_update": 8000}, r"train.tokens_per_update=8000 .* data.seq_len=512"),
+    "product": ({"train__micro_batch_size": 3}, r"train.micro_batch_size=3 x train.accumulation_steps=2"),
+    "sources": ({"data__sources": ()}, r"data.sources"),
+    "bad text": ({"data__on_bad_text": "ignore"}, r"data.on_bad_text='ignore'"),
+    "schedule": ({"optimizer__schedule": "cosin"}, r"optimizer.schedule='cosin'"),
+    "temperature": ({"generate__temperature": -1.0}, r"generate.temperature=-1.0"),
+    "top_p": ({"generate__top_p": 0.0}, r"generate.top_p=0.0"),
+    "evaluate": ({"evaluate__every": -1}, r"evaluate.every=-1"),
+    "probe": (
+        {"evaluate__probes": ("position", "pasky")},
+        r"evaluate.probes has 'pasky', .*did you mean 'passkey'",
+    ),
+    "strange probe": (
+        {"evaluate__probes": ("xyz",)},
+        r"evaluate.probes has 'xyz', .* use some of position, context",
+    ),
+    "probe length": (
+        {"evaluate__probe_lengths": (16, 0)},
+        r"evaluate.probe_lengths=\(16, 0\) has 0, which must be at least 1",
+    ),
+    "long probe": (
+        {"evaluate__probe_lengths": (512, 513), "model__position": "learned"},
+        r"evaluate.probe_lengths has 513, but model.position='learned' .* data.seq_len=512 .*use at most 512",
+    ),
+    "nothing to probe": (
+        {"evaluate__probes": ("copy",), "data__held_out_fraction": 0.0},
+        r"evaluate.probes=\('copy',\) need held-out documents but data.held_out_fraction=0 leaves none",
+    ),
+    "keep": ({"checkpoint__keep": 0}, r"checkpoint.keep=0"),
+    "vocabulary": ({"tokenizer__vocab_size": 100}, r"tokenizer.vocab_size = 100"),
+    "layout": (
+        {"mesh__layout": "zigzig"},
+        r"mesh.layout='zigzig' is not known; use one of auto, contiguous, zigzag",
+    ),
+    "z_loss": ({"train__z_loss": -0.1}, r"train.z_loss=-0.1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_value_is_named(case):
+    changes, pattern = BAD[case]
+    with pytest.raises(UserError, match=pattern) as error:
+        check(**changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes, pattern", [
+    ({"mesh__seq": 3, "mesh__data": -1}, r"mesh .*seq=3.* 8 devices"),
+    ({"mesh__seq": 8, "data__seq_len": 516, "train__tokens_per_update": 516 * 16}, r"data.seq_len=516 .* mesh.seq=8"),
+    ({"mesh__seq": 8, "mesh__seq_attention": "ring", "mesh__layout": "zigzag", "data__seq_len": 520,
+      "train__tokens_per_update": 520 * 16},
+     r"data.seq_len=520 is not divisible by 2 x mesh.seq=8, which mesh.layout='zigzag' needs"),
+    ({"mesh__tensor": 8}, r"model.num_heads=4 is not divisible by mesh.tensor=8"),
+    ({"mesh__data": 4}, r"takes 4 devices but there are 8"),
+    ({"mesh__data": -1, "mesh__fsdp": -1}, r"mesh.data=-1 and mesh.fsdp=-1"),
+    ({"train__accumulation_steps": 2}, r"train.micro_batch_size=4 is not divisible by the 8 shards"),
+    ({"evaluate__batch_size": 3, "train__accumulation_steps": 1}, r"evaluate.batch_size=3 is not .* the 8 shards"),
+])  # fmt: skip
+def test_a_mesh_that_does_not_fit_is_named(changes, pattern):
+    with pytest.raises(UserError, match=pattern):
+        check(num_devices=8, **changes)
+
+
+def test_unknown_missing_and_mistyped_keys_are_named():
+    raw = load()
+    raw["model"]["num_layer"] = 3
+    with pytest.raises(UserError, match="model.num_layer is not known; did you mean 'num_layers'"):
+        read_config(raw)
+    raw = load()
+    del raw["optimizer"]["beta1"]
+    with pytest.raises(UserError, match="optimizer.beta1 is missing"):
+        read_config(raw)
+    for value in ("4", 4.5, True, None):
+        raw = load()
+        raw["model"]["num_layers"] = value
+        with pytest.raises(UserError, match="model.num_layers=.* give a value of type int"):
+            read_config(raw)
+
+
+def test_sources_may_be_one_string_or_many():
+    for value, expected in (
+        ("a.txt", ("a.txt",)),
+        ("a.txt,b.txt", ("a.txt", "b.txt")),
+        (("a", "b"), ("a", "b")),
+    ):
+        raw = load()
+        raw["data"]["sources"] = value
+        assert read_config(raw).data.sources == expected
+
+
+def test_lengths_may_be_whole_numbers_or_their_texts():
+    for value, expected in (
+        (64, (64,)),
+        ("64,128", (64, 128)),
+        (("64", "128"), (64, 128)),
+        ((64, 128), (64, 128)),
+        ((), ()),
+    ):
+        raw = load()
+        raw["evaluate"]["probe_lengths"] = value
+        assert read_config(raw).evaluate.probe_lengths == expected
+    for value in ("64k", 1.5, (True,), None):
+        raw = load()
+        raw["evaluate"]["probe_lengths"] = value
+        with pytest.raises(
+            UserError, match="evaluate.probe_lengths=.* give a value of type list of whole numbers"
+        ):
+            read_config(raw)
+
+
+def test_lengths_beyond_seq_len_are_allowed_where_positions_have_no_end():
+    for position in ("rope", "sinusoidal"):
+        check(model__position=position, evaluate__probe_lengths=(1024,))
+
+
+def test_a_resumed_run_must_mean_the_same():
+    saved = check()[0].to_dict()
+    for free in (
+        {"train__num_updates": 900},
+        {"train__accumulation_steps": 4},
+        {"evaluate__every": 7},
+        {"model__remat": "full"},
+        {"mesh__layout": "documents"},
+    ):
+        check_resume(saved, check(**free)[0], "runs/base")
+    with pytest.raises(UserError, match=r"model.num_layers \(4 there, 8 here\), seed \(0 there, 1 here\)"):
+        check_resume(saved, check(model__num_layers=8, seed=1)[0], "runs/base")
+
+
+def saved_keys():
+    return [(section, key) for section, keys in load().items() if isinstance(keys, dict) for key in keys]
+
+
+def saved_run(tmp_path, **changes):
+    saved = check(**changes)[0].to_dict()
+    write_json(tmp_path / "config.json", saved)
+    return saved
+
+
+@pytest.mark.parametrize("section, key", [("", "seed"), *saved_keys()])
+def test_an_older_run_that_lacks_a_key_takes_its_default_or_is_named(section, key, tmp_path):
+    saved = saved_run(tmp_path)
+    asked = read_config(saved)
+    owner = saved[section] if section else saved
+    del owner[key]
+    name = f"{section}.{key}" if section else key
+    write_json(tmp_path / "config.json", saved)
+    words = ["llmjax", f"--workdir={tmp_path}", "--config.generate.seed=3"]
+    if key in FIRST_KEYS.get(section, "").split():
+        with pytest.raises(UserError, match=rf"config.json lacks the key {re.escape(name)}, .*; restore"):
+            parse(words)
+        with pytest.raises(UserError, match=rf"lacks the key {re.escape(name)},"):
+            check_resume(saved, asked, str(tmp_path))
+        return
+    field = typing.get_type_hints(Config)[section].__dataclass_fields__[key]
+    assert field.default is not dataclasses.MISSING, f"{name} is new and has no default for older runs"
+    completed = read_config(parse(words)[1])
+    default = dataclasses.replace(getattr(asked, section), **{key: field.default})
+    assert getattr(completed, section) == default
+    # The default is compared, not nothing: the same is no other run, and another value is.
+    expected = dataclasses.replace(asked, **{section: default})
+    check_resume(saved, expected, str(tmp_path))
+    check_init(saved, expected)
+
+
+def test_an_older_run_that_lacks_sections_takes_their_defaults(tmp_path):
+    saved = saved_run(tmp_path)
+    for section in ("controller", "stability"):
+        del saved[section]
+    write_json(tmp_path / "config.json", saved)
+    config = read_config(parse(["llmjax", f"--workdir={tmp_path}", "--config.controller.k_max=9"])[1])
+    assert config.controller == ControllerConfig(k_max=9) and config.stability == StabilityConfig()
+
+
+def test_a_changed_value_of_a_key_that_the_run_is_older_than_is_named_with_its_default(tmp_path):
+    saved = saved_run(tmp_path)
+    del saved["model"]["window"], saved["optimizer"]["clip"]
+    config = check(model__window=8, optimizer__clip="block")[0]
+    with pytest.raises(UserError, match=r"model.window \(0 there, 8 here\), optimizer.clip \('global' there"):
+        check_resume(saved, config, str(tmp_path))
+    del saved["model"]["attention_sinks"]
+    with pytest.raises(UserError, match=r"model.attention_sinks=True, but .* has False"):
+        check_init(saved, check(model__attention_sinks=True)[0])
+
+
+def test_a_run_of_a_newer_version_is_named_by_its_key(tmp_path):
+    saved = saved_run(tmp_path)
+    saved["model"]["experts"] = 8
+    write_json(tmp_path / "config.json", saved)
+    pattern = (
+        "config.json has the key model.experts, which this version of llmjax does not know.*use the version"
+    )
+    with pytest.raises(UserError, match=pattern):
+        parse(["llmjax", f"--workdir={tmp_path}"])
+    for reader in (
+        lambda: check_resume(saved, check()[0], str(tmp_path)),
+        lambda: check_init(saved, check()[0]),
+        lambda: read_optimizer(saved, tmp_path),
+    ):
+        with pytest.raises(UserError, match="has the key model.experts"):
+            reader()
+    for broken in ({"model": 3}, {"model": None}, {"optimizer": [1]}):
+        with pytest.raises(UserError, match=f"{next(iter(broken))}=.* is no section of keys"):
+            complete_config({**check()[0].to_dict(), **broken}, tmp_path)
+
+
+def test_a_config_file_still_has_every_key(tmp_path):
+    for section, key in saved_keys():
+        raw = load()
+        del raw[section][key]
+        with pytest.raises(UserError, match=rf"{section}.{key} is missing; start from configs/base.py"):
+            read_config(raw)
