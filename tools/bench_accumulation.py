@@ -48,9 +48,9 @@ from llmjax.plan.hlo.traffic import bytes_touched, collectives
 from llmjax.plan.topology import topology_devices
 from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.steering.steering import Measured
-from llmjax.train.update.accumulate import Order
+from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.engines import ENGINES
-from llmjax.train.update.fused import make_window
+from llmjax.train.update.fused import make_update_sums
 from llmjax.train.update.state import TrainState
 from llmjax.train.update.step import make_fused_step, make_train_step
 from llmjax.types import Array, Batch, LossSums, Params
@@ -93,11 +93,11 @@ class Engines:
     params: Params
     mesh: Mesh
 
-    def order(self) -> Order:
+    def order(self) -> UpdateInputs:
         hyper = make_optimizer(OPTIMIZER, 100).hyperparameters(0.0, 1.0)
         floats = {f.name: jnp.float32(getattr(hyper, f.name)) for f in dataclasses.fields(hyper)}
         limit = jnp.float32(jnp.inf)
-        return Order(jnp.int32(STEPS), dataclasses.replace(hyper, **floats), limit, limit)
+        return UpdateInputs(jnp.int32(STEPS), dataclasses.replace(hyper, **floats), limit, limit)
 
     def batch(self, *lead: int) -> Batch:
         rows, index = jnp.ones((*lead, 1, 8)), jnp.zeros((*lead, 1), jnp.int32)
@@ -110,22 +110,21 @@ class Engines:
         return TrainState(params, accumulator.init(params), jnp.zeros([], jnp.int32), jax.random.key(0))
 
     def micro_step(
-        self, engine: str, state: TrainState, batch: Batch, order: Order, grads: Params
+        self, engine: str, state: TrainState, batch: Batch, order: UpdateInputs, grads: Params
     ) -> TrainState:
         def loss(params: Params, batch: Batch, rng: Array) -> LossSums:
             return LossSums(given(params, grads), jnp.sum(batch.weights), {})
 
-        return make_train_step(loss, ENGINES[engine](make_optimizer(OPTIMIZER, 100), STEPS))(
-            state, batch, order
-        )
+        accumulate = ENGINES[engine](make_optimizer(OPTIMIZER, 100), STEPS).micro_step
+        return make_train_step(loss, accumulate)(state, batch, order)
 
-    def fused(self, state: TrainState, batch: Batch, order: Order) -> TrainState:
+    def fused(self, state: TrainState, batch: Batch, order: UpdateInputs) -> TrainState:
         def loss(params: Params, batch: Batch, rng: Array) -> LossSums:
             weight = jnp.sum(batch.weights)
             return LossSums(given(params, jax.tree.map(lambda p: weight * p, params)), weight, {})
 
         specs = jax.tree.map(lambda _: PartitionSpec(), self.params)
-        window = make_window(loss, self.mesh, specs, gather="update", compute_dtype="float32")
+        window = make_update_sums(loss, self.mesh, specs, gather="update", compute_dtype="float32")
         return make_fused_step(window, make_optimizer(OPTIMIZER, 100))(state, batch, order)
 
     @staticmethod
@@ -209,7 +208,7 @@ def make_side(make_window: Callable, keep: bool, width: int) -> tuple[Callable[[
         name: 0.02 * jax.random.normal(jax.random.key(1), x.shape)
         for name, x in matrices(MATRICES, width).items()
     }
-    window = make_window(params, jax.tree.map(lambda p: 1e-3 * p, params))
+    window = make_update_sums(params, jax.tree.map(lambda p: 1e-3 * p, params))
     window()
     return window, None
 
@@ -314,7 +313,7 @@ def bench_controller(rounds: int, smoke: bool) -> None:
         decision = steering.decide(history, 0)
         start = time.perf_counter()
         for _ in range(decision.steps):
-            state, _ = program.train_step(state, batch, decision.order)
+            state, _ = program.train_step(state, batch, decision.inputs)
         jax.block_until_ready(state)
         update = time.perf_counter()
         for _ in range(decision.steps):

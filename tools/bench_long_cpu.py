@@ -108,7 +108,7 @@ def update(rows: int, length: int, document: int) -> Work:
     weights, index = np.ones((rows, length), np.float32), np.arange(rows, dtype=np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], weights, *columns(rows, length, document), index)
     batch = jax.device_put(batch, jax.tree.map(lambda x: x.sharding, program.abstract_batch()))
-    order = program.steering.decide(program.steering.start(), 0).order
+    order = program.steering.decide(program.steering.start(), 0).inputs
 
     def run() -> None:
         nonlocal state

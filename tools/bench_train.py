@@ -92,7 +92,7 @@ def make_ours(config: Config, batch: BatchArithmetic) -> tuple[Callable[[], floa
     micro = [packed_batch(rng, vocab, rows, batch.seq_len, i * rows) for i in range(batch.accumulation_steps)]
     shardings = jax.tree.map(lambda x: x.sharding, program.abstract_batch())
     micro = [jax.device_put(b, shardings) for b in micro]
-    order = program.steering.decide(program.steering.start(), 0).order
+    order = program.steering.decide(program.steering.start(), 0).inputs
 
     def update() -> float:
         nonlocal state

@@ -18,7 +18,7 @@ from llmjax.config.resolve import row_layout
 from llmjax.config.schema import Config
 from llmjax.data.layout.layout import RowLayout
 from llmjax.data.pipeline import Batches, PackedSequences, make_batches
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.models.contract import Model
 from llmjax.nn.attention_choice import choose_kernel, choose_sharing
@@ -31,9 +31,9 @@ from llmjax.train.optim.optimizer import make_optimizer
 from llmjax.train.steering.batch_schedule import BatchArithmetic, make_batch_schedule
 from llmjax.train.steering.length_schedule import make_length_schedule
 from llmjax.train.steering.steering import Steering
-from llmjax.train.update.accumulate import Accumulator, Order
+from llmjax.train.update.accumulate import UpdateInputs
+from llmjax.train.update.engine import Engine, EngineOptions
 from llmjax.train.update.engines import ENGINES
-from llmjax.train.update.fused import MANUAL, make_window
 from llmjax.train.update.state import (
     TrainState,
     abstract_state,
@@ -43,7 +43,7 @@ from llmjax.train.update.state import (
     state_around,
 )
 from llmjax.train.update.statistics import make_statistics
-from llmjax.train.update.step import TrainStep, make_eval_step, make_fused_step, make_train_step
+from llmjax.train.update.step import TrainStep, make_eval_step
 from llmjax.types import Batch, LossSums, Params
 
 
@@ -55,7 +55,7 @@ class Program:
     batch: BatchArithmetic
     mesh: Mesh
     model: Model
-    accumulator: Accumulator
+    engine: Engine
     steering: Steering
     param_specs: Params
     train_step: TrainStep
@@ -71,43 +71,38 @@ class Program:
         """A fresh state, every array born in its place on the mesh; around `params`, which are donated, if given."""
         rng = make_key(self.config.seed)
         if params is not None:
-            return state_around(params, self.accumulator, rng, self.param_specs, self.mesh)
-        return init_state(self.model.init, self.accumulator, rng, self.param_specs, self.mesh)
+            return state_around(params, self.engine, rng, self.param_specs, self.mesh)
+        return init_state(self.model.init, self.engine, rng, self.param_specs, self.mesh)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
-        return abstract_state(self.model.init, self.accumulator, self.param_specs, self.mesh)
+        return abstract_state(self.model.init, self.engine, self.param_specs, self.mesh)
 
     def abstract_saved(self) -> TrainState:
         """The same of what a checkpoint holds."""
-        own = Accumulator(self.accumulator.optimizer)
+        own = Engine(self.engine.optimizer)
         return abstract_state(self.model.init, own, self.param_specs, self.mesh)
 
     def saved(self, state: TrainState) -> TrainState:
         """What a checkpoint holds of `state`."""
-        return saved_state(state, self.accumulator)
+        return saved_state(state, self.engine)
 
     def resumed(self, saved: TrainState) -> TrainState:
         """The state to go on from."""
-        return resumed_state(saved, self.accumulator, self.param_specs, self.mesh)
+        return resumed_state(saved, self.engine, self.param_specs, self.mesh)
 
     def eval_params(self, state: TrainState) -> Params:
         """The parameters to evaluate and generate with."""
-        return self.accumulator.eval_params(state.opt_state, state.params)
+        return self.engine.eval_params(state.opt_state, state.params)
 
     @property
     def averages(self) -> bool:
         """Whether `eval_params` are others than the parameters in training."""
         return self.config.optimizer.name == "schedule_free_adamw"
 
-    @property
-    def fused(self) -> bool:
-        """Whether `train_step` is a whole update."""
-        return self.config.train.accumulation == "fused"
-
     def abstract_batch(self) -> Batch:
         """Shapes, dtypes and shardings of what a call of `train_step` takes."""
-        lead = (self.steering.max_steps,) if self.fused else ()
+        lead = self.engine.lead
         shape = (*lead, self.batch.micro_batch_size, self.batch.seq_len)
         arrays = {
             field.name: jax.ShapeDtypeStruct(
@@ -133,14 +128,14 @@ class Program:
         kernel = choose_kernel(self.config.model, self.mesh.devices.flat[0].platform)
         return {"kernel": kernel, "mesh.seq": ("" if sharing is None else sharing.describe(), why)}
 
-    def abstract_order(self) -> Order:
+    def abstract_inputs(self) -> UpdateInputs:
         """Shapes and dtypes of what the host decides."""
-        order = self.steering.decide(self.steering.start(), 0).order
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), order)
+        inputs = self.steering.decide(self.steering.start(), 0).inputs
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), inputs)
 
     def lower(self) -> jax.stages.Lowered:
         """`train_step`, traced from shapes alone and ready to compile."""
-        return self.train_step.lower(self.abstract_state(), self.abstract_batch(), self.abstract_order())
+        return self.train_step.lower(self.abstract_state(), self.abstract_batch(), self.abstract_inputs())
 
     def batch_sharding(self, field: str, *lead: None) -> NamedSharding:
         """How a field of `Batch` lies on the mesh, after leading dimensions that are not split."""
@@ -211,7 +206,7 @@ class Feed:
     def take(self, count: int) -> Batch:
         """`count` micro-batches in one, [K, B, T], for a fused step; what is left of K is 0."""
         micro_batches = [next(self.host) for _ in range(count)]
-        shape = (self.program.steering.max_steps,)
+        shape = self.program.engine.lead
         arrays = {}
         for name, first in micro_batches[0].items():
             arrays[name] = np.zeros((*shape, *first.shape), first.dtype)
@@ -257,33 +252,30 @@ def make_program(
         )
     _check_host_memory(config, mesh)
     model = make_model(config, vocab_size, Layout(mesh))
-    steering = make_steering(config, batch, mesh)
-    fused = config.train.accumulation == "fused"
-    engine = ENGINES[config.train.accumulation]
-    accumulator = engine(steering.optimizer, max(steering.max_steps, 1 + accumulates))
+    make_engine = choose(ENGINES, "train.accumulation", config.train.accumulation)
+    engine = make_engine(
+        make_optimizer(config.optimizer, config.train.num_updates),
+        options=EngineOptions(config.train.fused_gather, config.model.dtype),
+    )
+    steering = make_steering(config, batch, mesh, engine)
+    engine = dataclasses.replace(engine, max_steps=max(steering.max_steps, 1 + accumulates))
     loss = make_task_loss(config, model, model.layout, training=True)
     held_out_loss = make_task_loss(config, model, model.layout, training=False)
     token_losses = make_token_losses(
         model, logit_softcap=config.model.logit_softcap, shards=batch_shards(model.layout)
     )
     param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
-    state = abstract_state(model.init, accumulator, param_specs, mesh)
-    if fused:
-        # Each device sums the gradients of its own sequences, with a model that sees no more than those.
-        local = make_model(config, vocab_size, Layout(mesh, MANUAL[config.train.fused_gather]))
-        local_loss = make_task_loss(config, local, local.layout, training=True)
-        window = make_window(
-            local_loss, mesh, param_specs, gather=config.train.fused_gather, compute_dtype=config.model.dtype
-        )
-        step = make_fused_step(window, steering.optimizer)
-    else:
-        step = make_train_step(loss, accumulator)
+    state = abstract_state(model.init, engine, param_specs, mesh)
+    # Where gradients stay apart, each device works with a model that sees no more than its own sequences.
+    local = make_model(config, vocab_size, Layout(mesh, engine.manual)) if engine.manual else model
+    local_loss = make_task_loss(config, local, local.layout, training=True)
+    step = engine.make_step(local_loss, mesh, param_specs)
     return Program(
         config=config,
         batch=batch,
         mesh=mesh,
         model=model,
-        accumulator=accumulator,
+        engine=engine,
         steering=steering,
         param_specs=param_specs,
         train_step=jax.jit(
@@ -306,18 +298,16 @@ def _check_host_memory(config: Config, mesh: Mesh) -> None:
         )
 
 
-def make_steering(config: Config, batch: BatchArithmetic, mesh: Mesh) -> Steering:
+def make_steering(config: Config, batch: BatchArithmetic, mesh: Mesh, engine: Engine) -> Steering:
     """What decides about each update of the run."""
-    train, parts = config.train, 1
-    if train.accumulation == "fused":
-        parts = math.prod(mesh.shape[axis] for axis in MANUAL[train.fused_gather])
+    train = config.train
     return Steering(
         schedule=make_batch_schedule(train.batch_schedule, train.batch_points, batch),
         lengths=make_length_schedule(config.data.length_points, batch.seq_len, mesh.shape["seq"]),
-        optimizer=make_optimizer(config.optimizer, train.num_updates),
+        optimizer=engine.optimizer,
         controller=config.controller,
         stability=config.stability,
         tokens_per_update=batch.tokens_per_update,
         num_tokens=train.num_updates * batch.tokens_per_update,
-        parts_per_micro_step=parts,
+        parts_per_micro_step=math.prod(mesh.shape[axis] for axis in engine.manual),
     )

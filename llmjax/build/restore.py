@@ -90,7 +90,7 @@ def resume_or_init(
         if newest is checkpoints:
             return restore(program, checkpoints)
         position = Position.from_meta(metas[newest])
-        position.check_window(program.batch.micro_batch_size, program.fused)
+        position.check_window(program.batch.micro_batch_size, program.engine.stops_within)
         return newest.restore(program.abstract_state())[0], position
 
 

@@ -79,7 +79,7 @@ def make_run(
             windows.save(meta["cursor"], state, meta)
 
     def loss(state: TrainState, batch: Batch) -> float:
-        sums = program.eval_step(program.eval_params(state), one_micro_batch(program, batch))
+        sums = program.eval_step(program.eval_params(state), program.engine.one_micro_batch(batch))
         sums = jax.device_get(sums)
         return float(sums.loss) / max(float(sums.weight), 1.0)
 
@@ -95,7 +95,7 @@ def make_run(
         seq_len=batch.seq_len,
         evaluate_every=config.evaluate.every,
         statistics_every=config.train.statistics_every,
-        fused=program.fused,
+        engine=program.engine,
         step=program.train_step,
         make_batches=lambda cursor, length: program.batches(corpus.train, start=cursor, length=length),
         evaluate=None if corpus.held_out is None else held_out,
@@ -118,12 +118,7 @@ def make_run(
     )
 
 
-def one_micro_batch(program: Program, batch: Batch) -> Batch:
-    """The first micro-batch of what a call of the step takes."""
-    return jax.tree.map(lambda x: x[0], batch) if program.fused else batch
-
-
 def layer_statistics(program: Program, state: TrainState, batch: Batch) -> dict[str, Any]:
     """The statistics of each layer on a micro-batch, as plain numbers."""
-    values = jax.device_get(program.statistics(state.params, one_micro_batch(program, batch)))
+    values = jax.device_get(program.statistics(state.params, program.engine.one_micro_batch(batch)))
     return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), values)

@@ -111,7 +111,7 @@ def _describe_attention(program: Program) -> str:
 
 def _describe_batch(program: Program) -> str:
     steering, text = program.steering, program.batch.describe()
-    if program.fused:
+    if not program.engine.stops_within:
         text += ", fused"
     if steering.schedule.kind != "constant":
         points = " ".join(f"{seen}:{size}" for seen, size in steering.schedule.points)

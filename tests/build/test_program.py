@@ -67,10 +67,10 @@ def trace(program, seed=0, layout=RowLayout()):  # noqa: B008
     for update in range(UPDATES):
         whole = ragged_batch(rng, 16) | {"index": np.arange(16, dtype=np.int32) + 16 * update}
         whole = lay_out(whole, layout)
-        order, sums = steering.decide(steering.start(), update * 16 * T).order, []
+        order, sums = steering.decide(steering.start(), update * 16 * T).inputs, []
         parts = [{k: v[start : start + size] for k, v in whole.items()} for start in range(0, 16, size)]
         lead = ()
-        if program.fused:
+        if not program.engine.stops_within:
             parts, lead = [{k: np.stack([part[k] for part in parts]) for k in whole}], (None,)
         for part in parts:
             batch = Batch(**{k: jax.device_put(v, program.batch_sharding(k, *lead)) for k, v in part.items()})
@@ -236,9 +236,9 @@ def test_the_loss_of_training_is_that_of_evaluation_and_further_terms_have_their
     for z_loss in (0.0, 1.0):
         changes = {"train__z_loss": z_loss, "train__accumulation_steps": 1, "train__accumulation": engine}
         program = program_for(jax.devices()[:1], **changes)
-        state, order = program.init(), program.steering.decide(program.steering.start(), 0).order
+        state, order = program.init(), program.steering.decide(program.steering.start(), 0).inputs
         held_out = program.eval_step(state.params, Batch(**fields))
-        batch = {name: x[None] for name, x in fields.items()} if program.fused else fields
+        batch = {name: x[None] for name, x in fields.items()} if not program.engine.stops_within else fields
         metrics = jax.tree.map(
             lambda x: float(np.sum(x)), program.train_step(state, Batch(**batch), order)[1]
         )
@@ -262,7 +262,7 @@ def test_one_compile_serves_the_run_and_the_state_keeps_its_place():
     program = program_for(jax.devices(), mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
     state = program.init()
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    compiled, counter, order = [], [], program.steering.decide(program.steering.start(), 0).order
+    compiled, counter, order = [], [], program.steering.decide(program.steering.start(), 0).inputs
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: counter.append(event))
     for update in range(3):
         batch = ragged_batch(np.random.default_rng(update), 8) | {"index": np.arange(8, dtype=np.int32)}

@@ -115,6 +115,6 @@ def test_a_train_step_lowers_for_gpus(accumulation, gather, mesh, monkeypatch):
     devices = jax.devices()[: math.prod(MESHES[mesh].values())]
     settings = {"train.accumulation": accumulation, "train.fused_gather": gather}
     program = make_program(devices, **settings, **MESHES[mesh])
-    arguments = program.abstract_state(), program.abstract_batch(), program.abstract_order()
+    arguments = program.abstract_state(), program.abstract_batch(), program.abstract_inputs()
     text = program.train_step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call") >= 3

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.ops.attention.test_blockwise import assert_equal, make_inputs, packed, run
 
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.nn.token_tiles import by_tiles
@@ -18,6 +17,7 @@ from llmjax.ops.loss import OTHERS, TPU, softmax_cross_entropy
 from llmjax.parallel.rules import Layout
 from llmjax.types import Batch
 from tests.evaluate.fake_models import Copier
+from tests.ops.attention.test_blockwise import assert_equal, make_inputs, packed, run
 from tests.ops.test_loss import expected, sums_and_gradients, walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

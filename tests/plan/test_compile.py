@@ -45,7 +45,7 @@ def test_the_step_is_compiled_for_the_devices_at_hand_without_running_it():
     program = make_tiny()
     rows = compile_step(program)
     arguments = tree_bytes_per_device((program.abstract_state(), program.abstract_batch()))
-    order = sum(x.dtype.itemsize for x in jax.tree.leaves(program.abstract_order()))
+    order = sum(x.dtype.itemsize for x in jax.tree.leaves(program.abstract_inputs()))
     assert re.fullmatch(r"in \d+ s", rows["compiled"])
     assert f"arguments {format_bytes(arguments + order)}" in rows["needs"]
 

@@ -49,10 +49,10 @@ def trace(program):
     for _ in range(UPDATES):
         decision, sums = steering.decide(steering.start(), tokens), []
         with program.batches(source, start=cursor, length=decision.length) as feed:
-            for _ in range(1 if program.fused else decision.steps):
-                batch = feed.take(decision.steps) if program.fused else next(feed)
+            for _ in range(1 if not program.engine.stops_within else decision.steps):
+                batch = feed.take(decision.steps) if not program.engine.stops_within else next(feed)
                 assert batch.tokens.shape[-1] == decision.length
-                state, metrics = program.train_step(state, batch, decision.order)
+                state, metrics = program.train_step(state, batch, decision.inputs)
                 sums.append(jax.tree.map(lambda x: float(np.sum(x)), jax.device_get(metrics)))
         cursor += decision.steps * program.batch.micro_batch_size
         tokens += decision.steps * program.batch.micro_batch_size * T
@@ -119,8 +119,8 @@ def test_cut_rows_have_the_loss_and_gradient_of_whole_ones_whose_documents_end_a
         cut = next(feed)
     assert cut.tokens.shape == (64, length)
     state, decision = program.init(), program.steering.decide(program.steering.start(), 0)
-    _, expected = program.train_step(state, Batch(**by_hand), decision.order)
-    _, found = program.train_step(program.init(), cut, decision.order)
+    _, expected = program.train_step(state, Batch(**by_hand), decision.inputs)
+    _, found = program.train_step(program.init(), cut, decision.inputs)
     for name in ("loss", "weight", "accuracy", "grad_norm", "square_total"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from typing import Any
 
 import jax
@@ -26,17 +25,16 @@ from llmjax.train.loop.run_clock import Clock
 from llmjax.train.loop.run_position import OpenWindow, Position
 from llmjax.train.loop.stop_request import Stopped, StopRequest
 from llmjax.train.loop.update_totals import (
-    MicroMetrics,
-    guiltiest,
     mean_metrics,
     measure,
-    micro_metrics,
     total,
+    worst_micro_step,
 )
 from llmjax.train.loop.upkeep import TrainingFailed, Upkeep
 from llmjax.train.steering import spikes
 from llmjax.train.steering.spikes import ON_SPIKE, Spike
 from llmjax.train.steering.steering import Decision, Measured
+from llmjax.train.update.engine import MicroMetrics
 
 __all__ = ["TrainingFailed", "train"]
 
@@ -71,7 +69,7 @@ def train(
     """
     if int(state.update) != position.update:
         raise ValueError(f"the state is at update {int(state.update)}, the position at {position.update}")
-    position.check_window(run.micro_batch_size, run.fused)
+    position.check_window(run.micro_batch_size, run.engine.stops_within)
     with stop.deferred() if stop is not None else StopRequest() as stop:
         loop = _Loop(run, state, position, recorder, checkpoints, stop)
         with contextlib.closing(loop):
@@ -154,35 +152,32 @@ class _Loop:
             self.clock.forget()  # the step compiles
         if self.batches is None:
             self.batches, self.length = run.make_batches(position.cursor, decision.length), decision.length
-        metrics: list[dict[str, jax.Array]] = []
-        left, waited, is_open = decision.steps - len(before), 0.0, False
-        while left and not is_open:
-            count = left if run.fused else 1
-            began = time.perf_counter()
-            self.batch = self.batches.take(count) if run.fused else next(self.batches, None)
-            waited += time.perf_counter() - began
-            if self.batch is None:
-                raise UserError(
-                    f"the data ended within update {position.update + 1}; lower train.num_updates"
-                )
-            self.state, values = run.step(self.state, self.batch, decision.order)
-            metrics.append(values)
-            left -= count
-            is_open = left > 0 and self.stop.poll()
-        done = decision.steps - left
-        position = dataclasses.replace(
-            position, cursor=position.cursor + (done - len(before)) * run.micro_batch_size
-        )
+        left = decision.steps - len(before)
+        try:
+            made = run.engine.update(
+                run.step,
+                self.state,
+                self.batches,
+                decision.inputs,
+                left=left,
+                is_asked_to_stop=self.stop.poll,
+            )
+        except StopIteration:
+            text = f"the data ended within update {position.update + 1}; lower train.num_updates"
+            raise UserError(text) from None
+        self.state, self.batch = made.state, made.batch
+        is_open = made.steps < left
+        position = dataclasses.replace(position, cursor=position.cursor + made.steps * run.micro_batch_size)
         if not is_open:
             position = dataclasses.replace(
                 position,
                 update=position.update + 1,
-                tokens=position.tokens + done * run.micro_batch_size * run.seq_len,
+                tokens=position.tokens + decision.steps * run.micro_batch_size * run.seq_len,
                 before=position.tokens,
                 evaluation=None,
                 window=None,
             )
-        return _Dispatched(position, decision, metrics, before, waited, is_open)
+        return _Dispatched(position, decision, made.metrics, before, made.waited, is_open)
 
     def settle(self) -> bool:
         """Waits for the update under way, records it, reacts to what happened in it; True where the run went back."""
@@ -228,14 +223,12 @@ class _Loop:
         """The batches that the last call of the step took, made anew where the run was stopped since."""
         if self.batch is None:
             run, position = self.run, self.position
-            steps = 1
-            if run.fused:
-                trained = position.tokens - position.before
-                steps = max(trained // (run.micro_batch_size * run.seq_len), 1)
+            trained = (position.tokens - position.before) // (run.micro_batch_size * run.seq_len)
+            steps = 1 if run.engine.stops_within else max(trained, 1)
             first = max(position.cursor - steps * run.micro_batch_size, 0)
             batches = run.make_batches(first, run.steering.lengths.length(position.before))
             with contextlib.closing(batches):
-                self.batch = batches.take(steps) if run.fused else next(batches)
+                self.batch, _ = run.engine.next_batch(batches, steps)
         return self.batch
 
     def save_window(self, dispatched: _Dispatched) -> None:
@@ -250,7 +243,7 @@ class _Loop:
     def _react(self, spike: Spike, done: _Dispatched, steps: list[MicroMetrics], applied: bool) -> bool:
         reaction = ON_SPIKE[self.run.steering.stability.on_spike]
         text = f"{spike.sentence}; {reaction.words[not applied]}"
-        self._report("spike", done, len(steps), guiltiest(steps, spike.kind), f"stands out: {text}")
+        self._report("spike", done, len(steps), worst_micro_step(steps, spike.kind), f"stands out: {text}")
         return reaction.rewinds and self._rewind(done, spike)
 
     def _rewind(self, done: _Dispatched, spike: Spike) -> bool:
@@ -303,7 +296,7 @@ class _Loop:
 
     def _fetch(self, done: _Dispatched) -> list[MicroMetrics]:
         fetched = jax.device_get(done.metrics)
-        return [*done.before, *micro_metrics(fetched, done.decision.steps, self.run.fused)]
+        return [*done.before, *self.run.engine.micro_metrics(fetched, done.decision.steps)]
 
     def _values(
         self, done: _Dispatched, steps: list[MicroMetrics], seconds: float | None

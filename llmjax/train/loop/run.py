@@ -10,6 +10,7 @@ import jax
 
 from llmjax.train.loop.run_position import Position
 from llmjax.train.steering.steering import Steering
+from llmjax.train.update.engine import Engine
 
 State = Any  # as in `state.TrainState`
 Evaluation = dict[str, float]
@@ -52,11 +53,10 @@ class Run:
     seq_len             positions per sequence
     evaluate_every      updates between evaluations; 0: only at the end
     statistics_every    updates between per-layer statistics; 0: never
-    fused               whether one call of `step` is a whole update
-    step                (state, batch, order) -> (state, metrics): a micro-step, or with `fused` the micro-steps of
-                        an update; metrics as in `step.make_train_step`
+    engine              of gradient accumulation: how `step` is called
+    step                (state, batch, inputs) -> (state, metrics), compiled; metrics as in `step.make_train_step`
     make_batches        (cursor, length) -> an iterator of batches on the devices, from that sequence on, cut into rows
-                        of `length`, with `close()`; with `fused` it has `take(k)`, k micro-batches in one
+                        of `length`: an `engine.Feed` with `close()`
     evaluate            state -> held-out `loss`, `perplexity`, `bits_per_byte` (the same on every process), or None
                         where nothing is held out
     restore             () -> the state and the position of the latest checkpoint
@@ -76,6 +76,7 @@ class Run:
     """
 
     steering: Steering
+    engine: Engine
     micro_batch_size: int
     seq_len: int
     evaluate_every: int
@@ -87,7 +88,6 @@ class Run:
     write_documents: Callable[[str, int, int], str]
     save_window: Callable[[State, dict], None]
     statistics_every: int = 0
-    fused: bool = False
     sample: Callable[[State, int], None] = lambda state, update: None
     statistics: Callable[[State, Any], dict[str, Any]] = lambda state, batch: {}
     loss: Callable[[State, Any], float] | None = None

@@ -48,7 +48,7 @@ class Position:
     window: OpenWindow | None = None
     owes: bool = False
 
-    def check_window(self, micro_batch_size: int, fused: bool) -> None:
+    def check_window(self, micro_batch_size: int, stops_within: bool) -> None:
         """UserError where the update that is under way cannot be gone on with as the run is now configured."""
         window = self.window
         if window is None:
@@ -61,9 +61,9 @@ class Position:
                 f"{stopped} of {window.micro_batch_size} sequences, but now a micro-step has {micro_batch_size}; "
                 f"resume with train.micro_batch_size={window.micro_batch_size} until the next checkpoint"
             )
-        if fused:
+        if not stops_within:
             raise UserError(
-                f"{stopped}, from where train.accumulation='fused' cannot go on; resume with "
+                f"{stopped}, from where this train.accumulation cannot go on; resume with "
                 "train.accumulation=in_place until the next checkpoint"
             )
 

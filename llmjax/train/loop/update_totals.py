@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from llmjax.train.steering.steering import Measured
+from llmjax.train.update.engine import MicroMetrics
 
-MicroMetrics = dict[str, float]
 OF_THE_UPDATE = ("is_update", "applied", "mean_loss", "grad_norm", "square_total")  # of the last micro-step
 OF_THE_PARTS = ("square_norm", "weight_square", "parts", "dropped")
-
-
-def micro_metrics(fetched: Sequence[dict[str, Any]], steps: int, fused: bool) -> list[MicroMetrics]:
-    """Floats by micro-step, of a dict of scalars each or, fused, of one dict of rows of which `steps` count."""
-    if fused:
-        (rows,) = fetched
-        return [{name: float(row[i]) for name, row in rows.items()} for i in range(steps)]
-    return [{name: float(value) for name, value in step.items()} for step in fetched]
 
 
 def total(steps: Sequence[MicroMetrics], name: str) -> float:
@@ -58,16 +49,16 @@ def mean_metrics(steps: Sequence[MicroMetrics]) -> dict[str, float]:
 
 
 # By the kind of a spike, the size of a micro-step's part in it.
-GUILT: dict[str, Callable[[MicroMetrics], float]] = {
+SHARE_IN_SPIKE: dict[str, Callable[[MicroMetrics], float]] = {
     "loss": lambda step: step["loss"] / step["weight"],
     "gradient norm": lambda step: step["square_norm"] / step["weight"] ** 2,
 }
 
 
-def guiltiest(steps: Sequence[MicroMetrics], kind: str) -> int:
+def worst_micro_step(steps: Sequence[MicroMetrics], kind: str) -> int:
     """Which micro-step has the largest mean loss, or for a gradient spike the largest mean gradient."""
 
     def size(step: MicroMetrics) -> float:
-        return GUILT[kind](step) if step["weight"] else -math.inf
+        return SHARE_IN_SPIKE[kind](step) if step["weight"] else -math.inf
 
     return max(range(len(steps)), key=lambda i: size(steps[i]))

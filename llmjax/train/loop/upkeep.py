@@ -231,7 +231,7 @@ class Upkeep:
             with contextlib.closing(
                 run.make_batches(0, run.steering.lengths.length(position.before))
             ) as batches:
-                batch = batches.take(1) if run.fused else next(batches)
+                batch, _ = run.engine.next_batch(batches, 1)
             values = [run.loss(state, batch)]
             if deep:
                 values += jax.tree.leaves(run.statistics(state, batch))

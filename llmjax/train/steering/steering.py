@@ -1,6 +1,6 @@
 """What the host decides about each update before it begins: how many micro-steps, which hyperparameters, which limits.
 
-An order is a pure function of the tokens seen and of what was observed up to the last update but one. The
+A decision is a pure function of the tokens seen and of what was observed up to the last update but one. The
 device never waits for a decision, since metrics are fetched one update late anyway, and a resumed run decides
 as one that never stopped.
 """
@@ -19,7 +19,7 @@ from llmjax.train.steering.batch_schedule import BatchSchedule
 from llmjax.train.steering.controller import RULES, ControllerConfig, ControllerState, Observation
 from llmjax.train.steering.length_schedule import LengthSchedule
 from llmjax.train.steering.spikes import Limits, Spike, StabilityConfig, StabilityState
-from llmjax.train.update.accumulate import Order
+from llmjax.train.update.accumulate import UpdateInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ class History:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """The order of one update, with what the host keeps of it: k, why, the length of rows, a spike's limits."""
+    """The inputs of one update, with what the host keeps of it: k, why, the length of rows, a spike's limits."""
 
-    order: Order
+    inputs: UpdateInputs
     steps: int
     length: int
     learning_rate: float
@@ -115,13 +115,13 @@ class Steering:
         as_float32 = {
             field.name: np.float32(getattr(hyper, field.name)) for field in dataclasses.fields(hyper)
         }
-        order = Order(
+        inputs = UpdateInputs(
             np.int32(steps),
             dataclasses.replace(hyper, **as_float32),
             np.float32(on_device.loss),
             np.float32(on_device.grad_norm),
         )
-        return Decision(order, steps, self.lengths.length(tokens), hyper.learning_rate, limits, reason)
+        return Decision(inputs, steps, self.lengths.length(tokens), hyper.learning_rate, limits, reason)
 
     def observe(
         self, history: History, decision: Decision, measured: Measured

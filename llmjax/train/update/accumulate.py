@@ -21,13 +21,13 @@ import optax
 
 from llmjax.train.optim.offload import fetch, stash
 from llmjax.train.optim.optimizer import Hyperparameters, Optimizer, OptState
-from llmjax.train.update.gradients import MAIN, Terms, empty_terms, mean_gradient, total_weight
+from llmjax.train.update.gradients import MAIN, Terms, mean_gradient, total_weight
 from llmjax.types import Array, Params
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Order:
+class UpdateInputs:
     """What the host decides about an update before it begins: numbers on the host, scalars in the step.
 
     steps       int32, micro-steps of the window; heeded by its first micro-step only
@@ -43,7 +43,7 @@ class Order:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Closing:
+class Outcome:
     """How a window ended; all 0 before its last micro-step.
 
     is_update  bool [], the window has ended
@@ -63,7 +63,7 @@ class Closing:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Window:
+class PartialUpdate:
     """An update under way. Both engines that sum over several calls keep it in the state of `optax.MultiSteps`, so
     that either goes on with an update that the other began.
 
@@ -81,8 +81,8 @@ def update_from_sums(
     opt_state: OptState,
     terms: Terms,
     loss: Array,
-    order: Order,
-) -> tuple[Params, OptState, Closing]:
+    inputs: UpdateInputs,
+) -> tuple[Params, OptState, Outcome]:
     """What a finished update changes: the amounts to add to `params`, the new optimizer state, and how it closed.
 
     `update` is the `Optimizer`'s. `terms` are the gradient sums and `loss` is the loss sum of the main term. Where the
@@ -95,10 +95,12 @@ def update_from_sums(
     mean_loss = loss / jnp.where(main.weight > 0, main.weight, 1.0)
     square_total = (norm * weight) ** 2 if len(terms) == 1 else optax.tree.norm(main.grads, squared=True)
     # Finite gradients can be so large that their norm is not: no clipping brings those back.
-    applied = (weight > 0) & jnp.isfinite(norm) & (mean_loss <= order.loss_limit) & (norm <= order.norm_limit)
-    updates, new_state = update(grads, opt_state, params, order.hyper)
+    applied = (
+        (weight > 0) & jnp.isfinite(norm) & (mean_loss <= inputs.loss_limit) & (norm <= inputs.norm_limit)
+    )
+    updates, new_state = update(grads, opt_state, params, inputs.hyper)
     opt_state = select(applied, new_state, opt_state)
-    return updates, opt_state, Closing(jnp.array(True), applied, mean_loss, norm, square_total)
+    return updates, opt_state, Outcome(jnp.array(True), applied, mean_loss, norm, square_total)
 
 
 def applied_to(params: Params, updates: Params, applied: Array) -> Params:
@@ -112,55 +114,11 @@ def select(condition: Array, new: Any, old: Any) -> Any:
 
 
 def close_update(
-    optimizer: Optimizer, params: Params, opt_state: OptState, terms: Terms, loss: Array, order: Order
-) -> tuple[Params, OptState, Closing]:
+    optimizer: Optimizer, params: Params, opt_state: OptState, terms: Terms, loss: Array, inputs: UpdateInputs
+) -> tuple[Params, OptState, Outcome]:
     """The new parameters and optimizer state of a finished update, and how it closed, see `update_from_sums`."""
     opt_state = fetch(opt_state) if optimizer.offload else opt_state
-    arrays = params, opt_state, terms, loss, order
-    updates, opt_state, closing = update_from_sums(optimizer.update, *arrays)
-    params = applied_to(params, updates, closing.applied)
-    return params, stash(opt_state) if optimizer.offload else opt_state, closing
-
-
-@dataclasses.dataclass(frozen=True)
-class Accumulator:
-    """The state of an engine that takes gradient sums, up to `max_steps` of them to an update.
-
-    Between updates only the optimizer's own state means anything: `canonical` gives it, and `restore` takes it up
-    again, with any engine and any `max_steps`, so that a checkpoint between updates never says how its batches were
-    cut. An engine that sums over several calls wraps it into a `Window` (`keeps_sums`).
-
-    terms  names of the loss terms with weights of their own, each of which is summed apart
-    """
-
-    optimizer: Optimizer
-    max_steps: int = 1
-    terms: tuple[str, ...] = ()
-
-    @property
-    def keeps_sums(self) -> bool:
-        """Whether the state holds the sums of an update under way. An engine that makes it in one call has none."""
-        return False
-
-    def init(self, params: Params) -> OptState:
-        """The state before the first update."""
-        return self.restore(self.optimizer.init(params), params, jnp.zeros([], jnp.int32))
-
-    def restore(self, opt_state: OptState, params: Params, update: Array) -> OptState:
-        """The state after `update` updates, with no micro-step done since, from the optimizer's own state."""
-        if not self.keeps_sums:
-            return opt_state
-        empty = {"terms": empty_terms(params, self.terms), "loss": jnp.zeros([], jnp.float32)}
-        return Window(
-            jnp.ones([], jnp.int32),
-            optax.MultiStepsState(jnp.zeros([], jnp.int32), update, opt_state, empty),
-        )
-
-    def canonical(self, state: OptState) -> OptState:
-        """The optimizer's own state, all there is to save between two updates."""
-        return state.multi.inner_opt_state if self.keeps_sums else state
-
-    def eval_params(self, state: OptState, params: Params) -> Params:
-        """The parameters to evaluate and to generate with."""
-        own = self.canonical(state)
-        return self.optimizer.eval_params(fetch(own) if self.optimizer.offload else own, params)
+    arrays = params, opt_state, terms, loss, inputs
+    updates, opt_state, outcome = update_from_sums(optimizer.update, *arrays)
+    params = applied_to(params, updates, outcome.applied)
+    return params, stash(opt_state) if optimizer.offload else opt_state, outcome

@@ -7,9 +7,9 @@ fused       one compiled call for each update, in which every device sums its ow
 
 from __future__ import annotations
 
-from llmjax.train.update.accumulate import Accumulator
+from llmjax.train.update.engine import Engine
+from llmjax.train.update.fused import Fused
 from llmjax.train.update.in_place import InPlace
 from llmjax.train.update.multisteps import MultiSteps
 
-# Each engine's state. That of `fused`, whose sums live within one call, is the optimizer's own.
-ENGINES: dict[str, type[Accumulator]] = {"in_place": InPlace, "multisteps": MultiSteps, "fused": Accumulator}
+ENGINES: dict[str, type[Engine]] = {"in_place": InPlace, "multisteps": MultiSteps, "fused": Fused}

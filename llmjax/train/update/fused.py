@@ -8,6 +8,7 @@ grow with the number of micro-steps.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from llmjax.parallel.rules import without_axes
+from llmjax.train.update.engine import WholeUpdate
 from llmjax.train.update.gradients import (
     MAIN,
     LossFn,
@@ -25,21 +27,36 @@ from llmjax.train.update.gradients import (
     empty_terms,
     micro_gradients,
 )
+from llmjax.train.update.step import TrainStep, make_fused_step
 from llmjax.types import Array, Batch, LossSums, Params
 
-# When weights are gathered over `fsdp` -> the mesh axes over which gradients stay apart until the window ends.
+# When weights are gathered over `fsdp` -> the mesh axes over which gradients stay apart until the update ends.
 MANUAL = {"update": ("data", "fsdp"), "micro_step": ("data",)}
 FLOAT32 = ("scale", "bias")  # how the names of parameters end that models use in float32
 TABLES = ("embedding_VD", "positions_TD")  # a lookup's gradient adds up many tokens in the dtype of its table
 
 Sums = dict[str, Array]
-Window = Callable[[Params, Batch, Array, Array | None], tuple[Terms, Sums]]
+UpdateSums = Callable[[Params, Batch, Array, Array | None], tuple[Terms, Sums]]
 
 
-def make_window(
+@dataclasses.dataclass(frozen=True)
+class Fused(WholeUpdate):
+    """One compiled call for each update, in which every device sums its own gradients and they are reduced once."""
+
+    @property
+    def manual(self) -> tuple[str, ...]:
+        return MANUAL[self.options.gather]
+
+    def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Params) -> TrainStep:
+        return make_fused_step(
+            make_update_sums(loss_fn, mesh, param_specs, **dataclasses.asdict(self.options)), self.optimizer
+        )
+
+
+def make_update_sums(
     loss_fn: LossFn, mesh: Mesh, param_specs: Params, *, gather: str, compute_dtype: str
-) -> Window:
-    """`window(params, batch, steps, rng) -> (Terms, sums)`, for jit: the sums of the first `steps` micro-steps.
+) -> UpdateSums:
+    """`sum_update(params, batch, steps, rng) -> (Terms, sums)`, for jit: the sums of the first `steps` micro-steps.
 
     params  float32, laid out on `mesh` by `param_specs`; the summed gradients come out alike
     batch   fields with a leading dimension K, the most micro-steps there can be: [K, M, T], and `index` [K, M],
@@ -90,7 +107,7 @@ def make_window(
         terms, values = micro_step(_gathered(params, outer, compute_dtype), batch, 0, rng)
         return {name: term.weight for name, term in terms.items()}, values
 
-    def window(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
+    def sum_update(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
         terms, values = jax.eval_shape(sharded(names, out_specs=PartitionSpec()), params, batch, steps, rng)
 
         def part(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
@@ -112,7 +129,7 @@ def make_window(
         specs = {name: TermSums(outer, PartitionSpec()) for name in terms}, PartitionSpec()
         return sharded(part, out_specs=specs)(params, batch, steps, rng)
 
-    return window
+    return sum_update
 
 
 def _gathered(params: Params, specs: Params, compute_dtype: str) -> Params:

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.train.optim.optimizer import OptState
-from llmjax.train.update.accumulate import Accumulator, Closing, Order, Window, close_update
+from llmjax.train.update.accumulate import Outcome, PartialUpdate, UpdateInputs, close_update
+from llmjax.train.update.engine import EachMicroStep
 from llmjax.train.update.gradients import Terms, add_terms
 from llmjax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class InPlace(Accumulator):
+class InPlace(EachMicroStep):
     """With `max_steps` = 1 there is nothing to add up, and the state is the optimizer's own."""
 
     @property
@@ -27,13 +28,12 @@ class InPlace(Accumulator):
         return self.max_steps > 1
 
     def micro_step(
-        self, params: Params, state: OptState, terms: Terms, loss: Array, order: Order
-    ) -> tuple[Params, OptState, Closing]:
-        """Takes the sums of a micro-batch, all of them finite; on the last micro-step of an update, updates."""
+        self, params: Params, state: OptState, terms: Terms, loss: Array, inputs: UpdateInputs
+    ) -> tuple[Params, OptState, Outcome]:
         if not self.keeps_sums:
-            return close_update(self.optimizer, params, state, terms, loss, order)
+            return close_update(self.optimizer, params, state, terms, loss, inputs)
         multi, before = state.multi, state.multi.acc_grads
-        steps = jnp.where(multi.mini_step == 0, order.steps, state.steps).astype(jnp.int32)
+        steps = jnp.where(multi.mini_step == 0, inputs.steps, state.steps).astype(jnp.int32)
         sums = {"terms": add_terms(before["terms"], terms), "loss": before["loss"] + loss}
         mini_step = multi.mini_step + 1
         is_update = mini_step >= steps
@@ -41,19 +41,19 @@ class InPlace(Accumulator):
 
         def close(_: Array, carry: tuple) -> tuple:
             params, own, sums, _ = carry
-            params, own, closing = close_update(
-                self.optimizer, params, own, sums["terms"], sums["loss"], order
+            params, own, outcome = close_update(
+                self.optimizer, params, own, sums["terms"], sums["loss"], inputs
             )
-            return params, own, jax.tree.map(jnp.zeros_like, sums), closing
+            return params, own, jax.tree.map(jnp.zeros_like, sums), outcome
 
         # A loop of no or one turn: XLA changes its state in place, but copies what a conditional keeps.
-        carry = params, multi.inner_opt_state, sums, Closing(is_update, jnp.array(False), zero, zero, zero)
+        carry = params, multi.inner_opt_state, sums, Outcome(is_update, jnp.array(False), zero, zero, zero)
         turns = is_update.astype(jnp.int32)
-        params, own, sums, closing = jax.lax.fori_loop(0, turns, close, carry)
+        params, own, sums, outcome = jax.lax.fori_loop(0, turns, close, carry)
         multi = multi._replace(
             mini_step=jnp.where(is_update, 0, mini_step),
             gradient_step=multi.gradient_step + turns,
             inner_opt_state=own,
             acc_grads=sums,
         )
-        return params, Window(steps, multi), closing
+        return params, PartialUpdate(steps, multi), outcome

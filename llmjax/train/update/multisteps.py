@@ -22,20 +22,20 @@ import optax
 from llmjax.train.optim.offload import fetch, stash
 from llmjax.train.optim.optimizer import OptState
 from llmjax.train.update.accumulate import (
-    Accumulator,
-    Closing,
-    Order,
-    Window,
+    Outcome,
+    PartialUpdate,
+    UpdateInputs,
     applied_to,
     select,
     update_from_sums,
 )
+from llmjax.train.update.engine import EachMicroStep
 from llmjax.train.update.gradients import Terms
 from llmjax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiSteps(Accumulator):
+class MultiSteps(EachMicroStep):
     """Runs the optimizer on every micro-step, as `optax.MultiSteps` does, and keeps the result of the last."""
 
     @property
@@ -43,17 +43,16 @@ class MultiSteps(Accumulator):
         return True
 
     def micro_step(
-        self, params: Params, state: OptState, terms: Terms, loss: Array, order: Order
-    ) -> tuple[Params, OptState, Closing]:
-        """Takes the sums of a micro-batch, all of them finite; on the last micro-step of an update, updates."""
+        self, params: Params, state: OptState, terms: Terms, loss: Array, inputs: UpdateInputs
+    ) -> tuple[Params, OptState, Outcome]:
         before, offload = state.multi, self.optimizer.offload
-        steps = jnp.where(before.mini_step == 0, order.steps, state.steps).astype(jnp.int32)
+        steps = jnp.where(before.mini_step == 0, inputs.steps, state.steps).astype(jnp.int32)
 
         def update(sums: dict, own: OptState, params: Params) -> tuple[dict, OptState]:
-            arrays = params, own, sums["terms"], sums["loss"], order
-            updates, own, closing = update_from_sums(self.optimizer.update, *arrays)
-            numbers = jax.tree.map(lambda x: x.astype(jnp.float32), closing)
-            return {"params": updates, "closing": numbers}, own
+            arrays = params, own, sums["terms"], sums["loss"], inputs
+            updates, own, outcome = update_from_sums(self.optimizer.update, *arrays)
+            numbers = jax.tree.map(lambda x: x.astype(jnp.float32), outcome)
+            return {"params": updates, "outcome": numbers}, own
 
         inner = optax.GradientTransformation(self.optimizer.init, update)
         multi = optax.MultiSteps(inner, every_k_schedule=lambda _: steps, use_grad_mean=False)
@@ -64,10 +63,10 @@ class MultiSteps(Accumulator):
         is_update = multi.has_updated(after)
         # MultiSteps multiplies by 0 what is not to count, and 0 x inf is not a number: select instead.
         empty = jax.tree.map(jnp.zeros_like, after.acc_grads)
-        closing = select(is_update, updates["closing"], jax.tree.map(jnp.zeros_like, updates["closing"]))
-        closing = dataclasses.replace(closing, is_update=is_update, applied=closing.applied > 0)
+        outcome = select(is_update, updates["outcome"], jax.tree.map(jnp.zeros_like, updates["outcome"]))
+        outcome = dataclasses.replace(outcome, is_update=is_update, applied=outcome.applied > 0)
         after = after._replace(
             acc_grads=select(is_update, empty, after.acc_grads),
             inner_opt_state=stash(after.inner_opt_state) if offload else after.inner_opt_state,
         )
-        return applied_to(params, updates["params"], closing.applied), Window(steps, after), closing
+        return applied_to(params, updates["params"], outcome.applied), PartialUpdate(steps, after), outcome

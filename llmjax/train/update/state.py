@@ -9,19 +9,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.train.optim.offload import is_stashed, stashed
-from llmjax.train.optim.optimizer import OptState
-from llmjax.train.update.accumulate import Accumulator
+from llmjax.train.optim.optimizer import Optimizer, OptState
 from llmjax.types import Array, Params
 
 InitParams = Callable[[Array], Params]  # rng -> a nested dict of arrays
 Specs = Any  # the same nested dict, of PartitionSpec
+
+
+class StateKeeper(Protocol):
+    """What the state asks of an `Engine`."""
+
+    optimizer: Optimizer
+
+    def init(self, params: Params) -> OptState: ...
+
+    def restore(self, opt_state: OptState, params: Params, update: Array) -> OptState: ...
+
+    def canonical(self, state: OptState) -> OptState: ...
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +41,7 @@ class TrainState:
     """All that training changes, but for the data cursor.
 
     params     nested dict of float32 arrays
-    opt_state  of the accumulator: the optimizer's own, and within a window the sums so far
+    opt_state  of the engine: the optimizer's own, and within an update the sums so far
     update     int32 [], updates done
     rng        typed random key [], never changes; an update draws from fold_in(rng, update)
     """
@@ -42,40 +53,38 @@ class TrainState:
 
 
 def init_state(
-    init_params: InitParams, accumulator: Accumulator, rng: Array, param_specs: Specs, mesh: Mesh
+    init_params: InitParams, engine: StateKeeper, rng: Array, param_specs: Specs, mesh: Mesh
 ) -> TrainState:
     """A new state, initialised in shards: no parameter and no moment is ever whole on one device.
 
     `init_params(rng)` gives unboxed parameters, `param_specs` has their structure. The numbers do not depend
     on the mesh.
     """
-    shardings = jax.tree.map(
-        lambda x: x.sharding, abstract_state(init_params, accumulator, param_specs, mesh)
-    )
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(init_params, engine, param_specs, mesh))
     # Drawing random numbers is much code for one run: on the CPU, LLVM takes five times longer to optimise it than not.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    return jax.jit(_create(init_params, accumulator), out_shardings=shardings, compiler_options=options)(rng)
+    return jax.jit(_create(init_params, engine), out_shardings=shardings, compiler_options=options)(rng)
 
 
 def state_around(
-    params: Params, accumulator: Accumulator, rng: Array, param_specs: Specs, mesh: Mesh
+    params: Params, engine: StateKeeper, rng: Array, param_specs: Specs, mesh: Mesh
 ) -> TrainState:
     """The new state that `init_state` gives for the same `rng`, but with these parameters, which are donated."""
 
     def create(params: Params, rng: Array) -> TrainState:
-        return _begin(params, accumulator, jax.random.split(rng)[1])
+        return _begin(params, engine, jax.random.split(rng)[1])
 
-    shapes, offload = jax.eval_shape(create, params, rng), accumulator.optimizer.offload
+    shapes, offload = jax.eval_shape(create, params, rng), engine.optimizer.offload
     shardings = state_shardings(shapes, param_specs, mesh, offload=offload)
     return jax.jit(create, donate_argnums=0, out_shardings=shardings)(params, rng)
 
 
 def abstract_state(
-    init_params: InitParams, accumulator: Accumulator, param_specs: Specs, mesh: Mesh
+    init_params: InitParams, engine: StateKeeper, param_specs: Specs, mesh: Mesh
 ) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: enough to compile a step or restore a checkpoint."""
-    state = jax.eval_shape(_create(init_params, accumulator), jax.random.key(0))
-    shardings = state_shardings(state, param_specs, mesh, offload=accumulator.optimizer.offload)
+    state = jax.eval_shape(_create(init_params, engine), jax.random.key(0))
+    shardings = state_shardings(state, param_specs, mesh, offload=engine.optimizer.offload)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
@@ -116,34 +125,34 @@ def state_shardings(
     return dataclasses.replace(shardings, opt_state=own)
 
 
-def saved_state(state: TrainState, accumulator: Accumulator) -> TrainState:
+def saved_state(state: TrainState, engine: StateKeeper) -> TrainState:
     """What a checkpoint holds, between two updates: it does not depend on how batches are cut."""
-    return dataclasses.replace(state, opt_state=accumulator.canonical(state.opt_state))
+    return dataclasses.replace(state, opt_state=engine.canonical(state.opt_state))
 
 
-def resumed_state(saved: TrainState, accumulator: Accumulator, param_specs: Specs, mesh: Mesh) -> TrainState:
+def resumed_state(saved: TrainState, engine: StateKeeper, param_specs: Specs, mesh: Mesh) -> TrainState:
     """The state to train on from, of a `saved_state` with the same or another number of micro-steps."""
 
     def resume(saved: TrainState) -> TrainState:
         return dataclasses.replace(
-            saved, opt_state=accumulator.restore(saved.opt_state, saved.params, saved.update)
+            saved, opt_state=engine.restore(saved.opt_state, saved.params, saved.update)
         )
 
-    shapes, offload = jax.eval_shape(resume, saved), accumulator.optimizer.offload
+    shapes, offload = jax.eval_shape(resume, saved), engine.optimizer.offload
     shardings = state_shardings(shapes, param_specs, mesh, offload=offload)
     return jax.jit(resume, out_shardings=shardings)(saved)
 
 
-def _create(init_params: InitParams, accumulator: Accumulator) -> Callable[[Array], TrainState]:
+def _create(init_params: InitParams, engine: StateKeeper) -> Callable[[Array], TrainState]:
     def create(rng: Array) -> TrainState:
         init_rng, train_rng = jax.random.split(rng)
-        return _begin(init_params(init_rng), accumulator, train_rng)
+        return _begin(init_params(init_rng), engine, train_rng)
 
     return create
 
 
-def _begin(params: Params, accumulator: Accumulator, rng: Array) -> TrainState:
-    return TrainState(params, accumulator.init(params), jnp.zeros([], jnp.int32), rng)
+def _begin(params: Params, engine: StateKeeper, rng: Array) -> TrainState:
+    return TrainState(params, engine.init(params), jnp.zeros([], jnp.int32), rng)
 
 
 def _matching_spec(

@@ -12,18 +12,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llmjax.train.optim.optimizer import Optimizer
-from llmjax.train.update.accumulate import Accumulator, Closing, Order, close_update
+from llmjax.train.optim.optimizer import Optimizer, OptState
+from llmjax.train.update.accumulate import Outcome, UpdateInputs, close_update
 from llmjax.train.update.gradients import LossFn, Terms, micro_gradients
 from llmjax.train.update.state import TrainState
 from llmjax.types import Array, Batch, LossSums, Params
 
 Metrics = dict[str, Array]
-TrainStep = Callable[[TrainState, Batch, Order], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Batch, UpdateInputs], tuple[TrainState, Metrics]]
+# (params, opt_state, the gradient sums of a micro-batch, its loss sum, inputs) -> what they become, and the outcome
+Accumulate = Callable[[Params, OptState, Terms, Array, UpdateInputs], tuple[Params, OptState, Outcome]]
 
 
-def make_train_step(loss_fn: LossFn, accumulator: Accumulator) -> TrainStep:
-    """`train_step(state, batch, order) -> (state, metrics)`, one micro-step; jit it with `state` donated.
+def make_train_step(loss_fn: LossFn, accumulate: Accumulate) -> TrainStep:
+    """`train_step(state, batch, inputs) -> (state, metrics)`, one micro-step; jit it with `state` donated.
 
     On a mesh also give jit the shardings of the state as `out_shardings`: left free, the compiler changes
     some of them, and the next call compiles anew.
@@ -33,57 +35,55 @@ def make_train_step(loss_fn: LossFn, accumulator: Accumulator) -> TrainStep:
     was cut.
 
     metrics, all float32 []: the sums of `micro_gradients`, and
-      is_update, applied, mean_loss, grad_norm, square_total: of the update, see `Closing`; 0 on micro-steps
+      is_update, applied, mean_loss, grad_norm, square_total: of the update, see `Outcome`; 0 on micro-steps
       that do not end one
     """
 
-    def train_step(state: TrainState, batch: Batch, order: Order) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, inputs: UpdateInputs) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.update)
         terms, sums = micro_gradients(loss_fn, state.params, batch, rng)
-        params, opt_state, closing = accumulator.micro_step(
-            state.params, state.opt_state, terms, sums["loss"], order
-        )
-        return _advance(state, params, opt_state, closing), sums | _as_metrics(closing)
+        params, opt_state, outcome = accumulate(state.params, state.opt_state, terms, sums["loss"], inputs)
+        return _advance(state, params, opt_state, outcome), sums | _as_metrics(outcome)
 
     return train_step
 
 
 def make_fused_step(
-    window: Callable[[Params, Batch, Array, Array], tuple[Terms, Metrics]], optimizer: Optimizer
+    sum_update: Callable[[Params, Batch, Array, Array], tuple[Terms, Metrics]], optimizer: Optimizer
 ) -> TrainStep:
-    """`fused_step(state, batches, order) -> (state, metrics)`: the order's k micro-steps and the update, in one call.
+    """`fused_step(state, batches, inputs) -> (state, metrics)`: k micro-steps and the end of the update, in one call.
 
-    `window` is that of `fused.make_window`; `batches` is a Batch whose fields have a leading dimension K, of which
-    the first k count. metrics as those of `make_train_step`, float32 [K] each, the update's in element k - 1.
+    `sum_update` is as `fused.make_update_sums` makes it. `batches` is a Batch whose fields have a leading dimension K,
+    of which the first k count. metrics as those of `make_train_step`, float32 [K] each, the update's in element k - 1.
     """
 
-    def fused_step(state: TrainState, batches: Batch, order: Order) -> tuple[TrainState, Metrics]:
+    def fused_step(state: TrainState, batches: Batch, inputs: UpdateInputs) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.update)
-        terms, sums = window(state.params, batches, order.steps, rng)
-        params, opt_state, closing = close_update(
-            optimizer, state.params, state.opt_state, terms, jnp.sum(sums["loss"]), order
+        terms, sums = sum_update(state.params, batches, inputs.steps, rng)
+        params, opt_state, outcome = close_update(
+            optimizer, state.params, state.opt_state, terms, jnp.sum(sums["loss"]), inputs
         )
-        last = jnp.arange(batches.index.shape[0]) == order.steps - 1
-        closing_K = {name: jnp.where(last, value, 0.0) for name, value in _as_metrics(closing).items()}
-        return _advance(state, params, opt_state, closing), sums | closing_K
+        last = jnp.arange(batches.index.shape[0]) == inputs.steps - 1
+        outcome_K = {name: jnp.where(last, value, 0.0) for name, value in _as_metrics(outcome).items()}
+        return _advance(state, params, opt_state, outcome), sums | outcome_K
 
     return fused_step
 
 
-def _advance(state: TrainState, params: Params, opt_state: object, closing: Closing) -> TrainState:
-    update = state.update + closing.is_update.astype(jnp.int32)
+def _advance(state: TrainState, params: Params, opt_state: object, outcome: Outcome) -> TrainState:
+    update = state.update + outcome.is_update.astype(jnp.int32)
     return dataclasses.replace(state, params=params, opt_state=opt_state, update=update)
 
 
-def _as_metrics(closing: Closing) -> Metrics:
-    fields = dataclasses.fields(closing)
-    return {field.name: getattr(closing, field.name).astype(jnp.float32) for field in fields}
+def _as_metrics(outcome: Outcome) -> Metrics:
+    fields = dataclasses.fields(outcome)
+    return {field.name: getattr(outcome, field.name).astype(jnp.float32) for field in fields}
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Batch], LossSums]:
     """`eval_step(params, batch) -> LossSums`, without dropout; add the sums of all batches, then divide once.
 
     `loss_fn` is the loss that evaluation reports, without the terms that only training has. `params` are those of
-    `Accumulator.eval_params`.
+    `Engine.eval_params`.
     """
     return lambda params, batch: loss_fn(params, batch, None)

@@ -121,7 +121,7 @@ def test_a_model_that_learns_to_copy_is_seen_to():
     probes = {"copy": make_copy(text, (8, 16, 32))}
     before = results_of(program, program.eval_params(state), probes)["copy"]
     for update in range(updates):
-        order = program.steering.decide(program.steering.start(), update * rows * T).order
+        order = program.steering.decide(program.steering.start(), update * rows * T).inputs
         batch = program.place(repeated_letters(rng, letters, rows, update * rows))
         state, _ = program.train_step(state, batch, order)
     after = results_of(program, program.eval_params(state), probes)["copy"]

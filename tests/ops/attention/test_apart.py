@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.ops.attention.test_blockwise import packed
 
 from llmjax.ops.attention import blockwise, full, kernel, pallas_gpu, sequence_attention
 from llmjax.ops.attention.mask import self_mask
@@ -14,6 +13,7 @@ from llmjax.ops.attention.pallas_tpu import PallasTPU
 from llmjax.ops.dropout import dropout
 from llmjax.ops.loss import OTHERS, TPU, softmax_cross_entropy
 from tests.ops.attention import test_sequence_attention
+from tests.ops.attention.test_blockwise import packed
 from tests.ops.test_loss import walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 from quick import AS_FOR_USERS
+
+from llmjax.ops.attention import blockwise, full, kernel, pallas_gpu, ring
+from llmjax.ops.attention.mask import Mask, block_spans, cross_mask, self_mask
+from llmjax.ops.attention.pairs import list_rows
+from llmjax.ops.attention.pallas_gpu import PallasGPU
 from tests.ops.attention.test_blockwise import (
     MASKS,
     PACKED,
@@ -21,11 +26,6 @@ from tests.ops.attention.test_blockwise import (
     run,
     without_sinks,
 )
-
-from llmjax.ops.attention import blockwise, full, kernel, pallas_gpu, ring
-from llmjax.ops.attention.mask import Mask, block_spans, cross_mask, self_mask
-from llmjax.ops.attention.pairs import list_rows
-from llmjax.ops.attention.pallas_gpu import PallasGPU
 
 # by jax 0.12, which still has it
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from tests.ops.attention.test_blockwise import assert_equal, assert_moves_alone, packed
 
 from llmjax.ops.attention import full, kernel, pallas_tpu, ring
 from llmjax.ops.attention.mask import block_spans, cross_mask, self_mask
 from llmjax.ops.attention.pairs import FIRST, LAST, WHOLE, list_pairs
 from llmjax.ops.attention.pallas_tpu import PallasTPU
+from tests.ops.attention.test_blockwise import assert_equal, assert_moves_alone, packed
 
 B, T, N, H = 2, 300, 4, 16
 SEGMENTS, POSITIONS = packed([[140, 1, 139], [300]], T)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from tests.ops.attention.test_blockwise import assert_equal, assert_moves_alone, packed
 
 from llmjax.ops.attention import full, ring, sequence_attention, ulysses
 from llmjax.ops.attention.mask import cross_mask, self_mask
 from llmjax.ops.attention.sequence_attention import Sharing, make_attend
+from tests.ops.attention.test_blockwise import assert_equal, assert_moves_alone, packed
 
 B, T, N, H = 2, 32, 8, 4
 DOCUMENTS = packed([[9, 1, 14], [32]], T)

@@ -34,10 +34,13 @@ from llmjax.train.steering.controller import ControllerConfig
 from llmjax.train.steering.length_schedule import make_length_schedule
 from llmjax.train.steering.spikes import StabilityConfig
 from llmjax.train.steering.steering import Steering
+from llmjax.train.update.fused import Fused
+from llmjax.train.update.in_place import InPlace
 from llmjax.workdir.recorder import TIMING, Recorder, read_metrics
 
 ROOT = pathlib.Path(__file__).parents[3]
 STEPS, SIZE, LENGTH, NUM_UPDATES = 2, 4, 8, 12
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_updates=0), 1)
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +63,7 @@ def quadratic(params, x_BT, noise):
     return jnp.sum((x_BT * (params["w"] + noise)[None, :] - 1.0) ** 2)
 
 
-def micro_step(state, x_BT, order):
+def micro_step(state, x_BT, inputs):
     """Gradient descent on a quadratic over a window of micro-batches, with noise drawn for each update."""
     noise = 0.01 * jax.random.normal(jax.random.fold_in(state.rng, state.update), (LENGTH,))
     loss, grads = jax.value_and_grad(quadratic)(state.params, x_BT, noise)
@@ -68,14 +71,14 @@ def micro_step(state, x_BT, order):
     weight = jnp.where(finite, jnp.float32(x_BT.size - 4), 0.0)
     loss, grad = jnp.where(finite, loss, 0.0), jnp.where(finite, grads["w"], 0.0)
     old = state.opt_state
-    steps = jnp.where(old["count"] == 0, order.steps, old["steps"])
+    steps = jnp.where(old["count"] == 0, inputs.steps, old["steps"])
     sums = jnp.stack([old["loss"] + loss, old["weight"] + weight])
     total, count = old["sum"] + grad, old["count"] + 1
     ends, norm = count == steps, jnp.linalg.norm(total) / jnp.maximum(sums[1], 1.0)
     mean = sums[0] / jnp.maximum(sums[1], 1.0)
-    applied = ends & (sums[1] > 0) & (mean <= order.loss_limit) & (norm <= order.norm_limit)
+    applied = ends & (sums[1] > 0) & (mean <= inputs.loss_limit) & (norm <= inputs.norm_limit)
     params = {
-        "w": jnp.where(applied, state.params["w"] - order.hyper.learning_rate * total, state.params["w"])
+        "w": jnp.where(applied, state.params["w"] - inputs.hyper.learning_rate * total, state.params["w"])
     }
     opt_state = {
         "sum": jnp.where(ends, 0.0, total),
@@ -123,9 +126,7 @@ def make_steering(num_updates=NUM_UPDATES, points=(), lengths=(), **settings):
     return Steering(
         schedule=make_batch_schedule("piecewise" if points else "constant", points, batch),
         lengths=make_length_schedule(lengths, LENGTH),
-        optimizer=make_optimizer(
-            OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_updates=0), 1
-        ),
+        optimizer=OPTIMIZER,
         controller=ControllerConfig(**controlled),
         stability=StabilityConfig(**stable),
         tokens_per_update=batch.tokens_per_update,
@@ -136,6 +137,7 @@ def make_steering(num_updates=NUM_UPDATES, points=(), lengths=(), **settings):
 def make_run(num_updates=NUM_UPDATES, points=(), steering=(), **changes):
     run = Run(
         steering=make_steering(num_updates, points, **dict(steering)),
+        engine=InPlace(OPTIMIZER, STEPS),
         micro_batch_size=SIZE,
         seq_len=LENGTH,
         evaluate_every=4,
@@ -212,10 +214,10 @@ def raise_at(call, step=None):
     """The step, but for an error at its `call`-th call, from 0."""
     step, calls = step or make_run().step, iter(range(10**6))
 
-    def failing(state, batch, order):
+    def failing(state, batch, inputs):
         if next(calls) == call:
             raise KeyboardInterrupt
-        return step(state, batch, order)
+        return step(state, batch, inputs)
 
     return failing
 
@@ -267,10 +269,10 @@ def test_a_run_asked_to_stop_saves_at_once_and_goes_on_as_if_it_had_not(whole, t
     asked = iter(range(NUM_UPDATES * STEPS))
     step = make_run().step
 
-    def asking(state, batch, order):
+    def asking(state, batch, inputs):
         if next(asked) == update * STEPS - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(state, batch, order)
+        return step(state, batch, inputs)
 
     stopped = start_or_resume(tmp_path, make_run(step=asking))
     assert stopped.stopped and stopped.position.update == update == saved_updates(tmp_path)[-1]
@@ -294,9 +296,9 @@ def test_metrics_are_fetched_one_update_late(tmp_path, monkeypatch):
     run = make_run(num_updates=3, evaluate_every=0)
     step = run.step
 
-    def counting(state, batch, order):
+    def counting(state, batch, inputs):
         events.append("step")
-        return step(state, batch, order)
+        return step(state, batch, inputs)
 
     get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: events.append("fetch") or get(x))
@@ -381,10 +383,10 @@ def test_a_run_stopped_between_any_two_micro_steps_goes_on_as_if_it_had_not(tmp_
     whole = start_or_resume(tmp_path / "whole", run)
     asked = iter(range(100))
 
-    def asking(state, batch, order):
+    def asking(state, batch, inputs):
         if next(asked) == call:
             os.kill(os.getpid(), signal.SIGTERM)
-        return run.step(state, batch, order)
+        return run.step(state, batch, inputs)
 
     stopped = start_or_resume(tmp_path / "parts", dataclasses.replace(run, step=asking))
     assert stopped.stopped and stopped.position.cursor == (call + 1) * SIZE
@@ -396,10 +398,10 @@ def test_a_run_stopped_between_any_two_micro_steps_goes_on_as_if_it_had_not(tmp_
 def test_a_size_changed_in_mid_update_is_that_of_the_next_update(tmp_path):
     run, asked = make_run(num_updates=6, points=("0:96",)), iter(range(100))
 
-    def asking(state, batch, order):
+    def asking(state, batch, inputs):
         if next(asked) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return run.step(state, batch, order)
+        return run.step(state, batch, inputs)
 
     stopped = start_or_resume(tmp_path, dataclasses.replace(run, step=asking))
     assert len(stopped.position.window.metrics) == 2 and stopped.position.window.steps == 3
@@ -443,10 +445,10 @@ def test_the_length_follows_from_the_tokens_seen_and_batches_go_on_at_the_cursor
     for call in (3, 7, 8, 13, 14):  # in mid-update, before and after each change
         asked = iter(range(100))
 
-        def asking(state, batch, order, asked=asked, call=call):
+        def asking(state, batch, inputs, asked=asked, call=call):
             if next(asked) == call:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return run.step(state, batch, order)
+            return run.step(state, batch, inputs)
 
         stopped = start_or_resume(tmp_path / f"{call}", dataclasses.replace(run, step=asking))
         assert stopped.stopped and stopped.position.cursor == (call + 1) * SIZE
@@ -509,10 +511,10 @@ def test_a_rewind_goes_back_to_the_checkpoint_and_on_after_the_spike(tmp_path):
     # and a run that died after it comes to the same
     calls = iter(range(1000))
 
-    def failing(state, batch, order):
+    def failing(state, batch, inputs):
         if next(calls) == 50:
             raise KeyboardInterrupt
-        return run.step(state, batch, order)
+        return run.step(state, batch, inputs)
 
     with pytest.raises(KeyboardInterrupt):
         start_or_resume(tmp_path / "b", dataclasses.replace(run, step=failing), every=6)
@@ -544,10 +546,10 @@ def test_a_controller_decides_alike_however_often_the_run_stops(tmp_path):
     assert len(set(steps)) > 1
     calls = iter(range(1000))
 
-    def asking(state, batch, order):
+    def asking(state, batch, inputs):
         if next(calls) % 9 == 8:
             os.kill(os.getpid(), signal.SIGTERM)
-        return run.step(state, batch, order)
+        return run.step(state, batch, inputs)
 
     result = None
     while result is None or result.stopped:
@@ -578,8 +580,8 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
             train(make_run(), make_state(), Position(update=3), recorder, checkpoints)
         step = make_run().step
 
-        def endless(state, batch, order):
-            state, metrics = step(state, batch, order)
+        def endless(state, batch, inputs):
+            state, metrics = step(state, batch, inputs)
             return state, {**metrics, "is_update": jnp.float32(0)}
 
         with pytest.raises(RuntimeError, match=r"update 1 did not end after 2 micro-steps"):
@@ -594,7 +596,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
             train(make_run(), make_state(), open_window, recorder, checkpoints)
         open_window = Position(window=OpenWindow(4, SIZE, ({"loss": 1.0},)))
         with pytest.raises(UserError, match=r"resume with train.accumulation=in_place"):
-            train(make_run(fused=True), make_state(), open_window, recorder, checkpoints)
+            train(make_run(engine=Fused(OPTIMIZER, 4)), make_state(), open_window, recorder, checkpoints)
 
 
 def test_batches_are_closed_however_the_loop_ends(tmp_path):

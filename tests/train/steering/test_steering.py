@@ -48,7 +48,7 @@ def test_a_constant_batch_has_the_learning_rates_of_its_updates():
     steering = make_steering()
     rates = [steering.decide(steering.start(), u * 256).learning_rate for u in range(10)]
     np.testing.assert_allclose(rates, [0.25, 0.5, 0.75, *np.linspace(1.0, 0.1, 7)], rtol=1e-6)
-    order = steering.decide(steering.start(), 256).order
+    order = steering.decide(steering.start(), 256).inputs
     assert order.steps == 4 and order.steps.dtype == np.int32
     assert order.hyper.learning_rate == np.float32(0.5) and order.loss_limit == np.inf
 
@@ -81,7 +81,7 @@ def test_the_last_update_is_cut_at_the_end_of_the_run():
 
 def test_an_update_under_way_keeps_its_size():
     steering = make_steering()
-    assert steering.decide(steering.start(), 0, steps=7).order.steps == 7
+    assert steering.decide(steering.start(), 0, steps=7).inputs.steps == 7
 
 
 def test_the_controller_sets_k_and_says_why():
@@ -106,7 +106,7 @@ def test_the_device_gets_limits_only_where_it_is_to_skip(on_spike):
         loss = 20.0 if update == 25 else 2.0 + 0.01 * (-1) ** update
         history, spike = steering.observe(history, decision, measured(loss=loss))
         spikes.append(spike)
-        on_device = decision.order.loss_limit
+        on_device = decision.inputs.loss_limit
         assert np.isfinite(on_device) == (on_spike == "skip" and update >= 10)
         assert on_spike != "skip" or on_device == np.float32(decision.limits.loss)
     assert [i for i, spike in enumerate(spikes) if spike] == ([] if on_spike == "none" else [25])

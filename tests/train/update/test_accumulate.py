@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from llmjax.train.optim.optimizer import Hyperparameters, Optimizer, OptimizerConfig, make_optimizer
-from llmjax.train.update.accumulate import Order
+from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.engines import ENGINES
 from llmjax.train.update.gradients import MAIN, TermSums, micro_gradients
 from llmjax.types import LossSums
@@ -72,9 +72,9 @@ def adamw(**changes):
     return make_optimizer(OptimizerConfig(**{"warmup_updates": 2, "eps": 1e-3, **changes}), UPDATES)
 
 
-def make_order(optimizer, k, update=0, loss_limit=np.inf, norm_limit=np.inf):
+def make_inputs(optimizer, k, update=0, loss_limit=np.inf, norm_limit=np.inf):
     hyper = optimizer.hyperparameters(float(update), 1.0)
-    return jax.tree.map(jnp.float32, Order(0.0, hyper, loss_limit, norm_limit)), jnp.int32(k)
+    return jax.tree.map(jnp.float32, UpdateInputs(0.0, hyper, loss_limit, norm_limit)), jnp.int32(k)
 
 
 class Trainer:
@@ -83,29 +83,29 @@ class Trainer:
     def __init__(self, engine, optimizer, max_steps, loss_fn=without_auxiliary):
         terms = ("balance",) if loss_fn is not without_auxiliary else ()
         self.optimizer, self.accumulator = optimizer, ENGINES[engine](optimizer, max_steps, terms)
-        self.params, self.closings, self.sums, self.traces = init_params(), [], [], 0
+        self.params, self.outcomes, self.sums, self.traces = init_params(), [], [], 0
         self.state = self.accumulator.init(self.params)
 
         @jax.jit
-        def step(params, state, batch, order, k):
+        def step(params, state, batch, inputs, k):
             self.traces += 1
             terms, sums = micro_gradients(loss_fn, params, batch, None)
-            order = dataclasses.replace(order, steps=k)
-            return *self.accumulator.micro_step(params, state, terms, sums["loss"], order), sums
+            inputs = dataclasses.replace(inputs, steps=k)
+            return *self.accumulator.micro_step(params, state, terms, sums["loss"], inputs), sums
 
         self._step = step
 
     def step(self, batch, k, **limits):
-        order, steps = make_order(self.optimizer, k, self.updates, **limits)
+        inputs, steps = make_inputs(self.optimizer, k, self.updates, **limits)
         batch = tuple(jnp.asarray(a, jnp.float32) for a in batch)
-        self.params, self.state, closing, sums = self._step(self.params, self.state, batch, order, steps)
-        self.closings.append(jax.device_get(closing))
+        self.params, self.state, outcome, sums = self._step(self.params, self.state, batch, inputs, steps)
+        self.outcomes.append(jax.device_get(outcome))
         self.sums.append(jax.device_get(sums))
         return self
 
     @property
     def updates(self):
-        return sum(bool(closing.is_update) for closing in self.closings)
+        return sum(bool(outcome.is_update) for outcome in self.outcomes)
 
     def window(self, data, k, **limits):
         for micro in range(k):
@@ -177,7 +177,7 @@ def test_k_changes_from_update_to_update_without_compiling_anew(engine):
             trainer.step([a[row : row + 1] for a in rows], k)
     assert relative_error(trainer.params, whole.params) <= 1e-6
     assert trainer.traces == 1
-    assert [bool(c.is_update) for c in trainer.closings] == [i in (0, 64, 68) for i in range(69)]
+    assert [bool(c.is_update) for c in trainer.outcomes] == [i in (0, 64, 68) for i in range(69)]
 
 
 def test_k_within_a_window_is_that_of_its_first_micro_step(engine):
@@ -187,7 +187,7 @@ def test_k_within_a_window_is_that_of_its_first_micro_step(engine):
     for micro, k in enumerate((4, 1, 8, 2)):
         overridden.step(cut(data, 4, micro), k)
     jax.tree.map(np.testing.assert_array_equal, overridden.params, plain.params)
-    assert [bool(c.is_update) for c in overridden.closings] == [False] * 3 + [True]
+    assert [bool(c.is_update) for c in overridden.outcomes] == [False] * 3 + [True]
 
 
 def test_an_open_window_goes_on_where_its_state_was_saved(engine):
@@ -232,7 +232,7 @@ def test_an_update_of_which_nothing_is_left_moves_nothing(engine, k):
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     a, b = (t.accumulator.canonical(t.state) for t in (after, before))
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert after.closings[-1].is_update and not after.closings[-1].applied
+    assert after.outcomes[-1].is_update and not after.outcomes[-1].applied
     after.window([data[0], data[1], 0 * data[2]], k)  # nor does one in which nothing has a weight
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
 
@@ -242,14 +242,14 @@ def test_an_update_beyond_a_limit_is_not_applied(engine, k):
     data = [a[0] for a in make_data()]
     trainer = Trainer(engine, gradient_descent(), k).window(data, k)
     loss = sum(s["loss"] for s in trainer.sums) / sum(s["weight"] for s in trainer.sums)
-    norm = trainer.closings[-1].grad_norm
+    norm = trainer.outcomes[-1].grad_norm
     for limits, applied in (
         ({"loss_limit": loss * 1.01, "norm_limit": norm * 1.01}, True),
         ({"loss_limit": loss * 0.99}, False),
         ({"norm_limit": norm * 0.99}, False),
     ):
         again = Trainer(engine, gradient_descent(), k).window(data, k, **limits)
-        assert again.closings[-1].applied == applied
+        assert again.outcomes[-1].applied == applied
         expected = trainer.params if applied else init_params()
         jax.tree.map(np.testing.assert_array_equal, again.params, expected)
         # and the window that follows starts from nothing
@@ -273,7 +273,7 @@ def test_clipping_comes_after_the_division(engine, k):
     step = optax.tree.norm(jax.tree.map(jnp.subtract, init_params(), trainer.params))
     np.testing.assert_allclose(step, 0.5, rtol=1e-5)
     grads = jax.grad(lambda p: without_auxiliary(p, (x, y, w), None).loss)(init_params())
-    norms = [c.grad_norm for c in trainer.closings]
+    norms = [c.grad_norm for c in trainer.outcomes]
     np.testing.assert_allclose(norms, [0.0] * (k - 1) + [optax.tree.norm(grads) / w.sum()], rtol=1e-5)
     # and so the scale of the weights means nothing, though the sums grow with it
     heavy = Trainer(engine, optimizer, k).window((x, y, 1024 * w), k)
@@ -299,9 +299,9 @@ def test_sums_are_kept_in_float32_whatever_the_gradient_dtype(engine):
     for value in [256.0] + [1.0] * 7:  # 256 + 1 = 256 in bfloat16
         terms, sums = micro_gradients(loss, params, jnp.full((2, 2), value, jnp.bfloat16), None)
         assert terms[MAIN].grads["w_DF"].dtype == jnp.float32
-        order, k = make_order(gradient_descent(), 9)
-        order = dataclasses.replace(order, steps=k)
-        _, state, _ = accumulator.micro_step(params, state, terms, sums["loss"], order)
+        inputs, k = make_inputs(gradient_descent(), 9)
+        inputs = dataclasses.replace(inputs, steps=k)
+        _, state, _ = accumulator.micro_step(params, state, terms, sums["loss"], inputs)
     np.testing.assert_array_equal(state.multi.acc_grads["terms"][MAIN].grads["w_DF"], 263.0)
 
 
@@ -322,7 +322,7 @@ def test_the_optimizer_in_place_runs_once_per_update(engine, runs):
     "optimizer", [gradient_descent(), adamw(), adamw(name="lion")], ids=["sgd", "adamw", "lion"]
 )
 def test_engines_that_sum_agree_to_the_last_bit_on_the_same_gradients(optimizer):
-    """They add in the same order and divide once, so nothing may differ, neither in an update nor after it.
+    """They add in the same inputs and divide once, so nothing may differ, neither in an update nor after it.
 
     Run operation by operation, since what the compiler fuses it rounds in its own way.
     """
@@ -339,14 +339,14 @@ def test_engines_that_sum_agree_to_the_last_bit_on_the_same_gradients(optimizer)
         (4, 4, faulty, np.inf),
         (4, 3, faulty, np.inf),
     ):
-        order, steps_k = make_order(optimizer, k, norm_limit=limit)
-        order = dataclasses.replace(order, steps=steps_k)
+        inputs, steps_k = make_inputs(optimizer, k, norm_limit=limit)
+        inputs = dataclasses.replace(inputs, steps=steps_k)
         for micro in range(done):
             batch = tuple(jnp.asarray(a, jnp.float32) for a in cut(data, k, micro))
             terms, sums = gradients(states[0][0], batch)
             with jax.disable_jit():
                 results = [
-                    engine.micro_step(*state, terms, sums["loss"], order)
+                    engine.micro_step(*state, terms, sums["loss"], inputs)
                     for engine, state in zip(engines, states, strict=True)
                 ]
             for other in results[1:]:
@@ -386,13 +386,13 @@ def test_optax_multisteps_does_the_accumulating(monkeypatch):
 def test_sums_that_overflow_leave_nothing_behind(engine):
     """Finite micro-gradients may add up to infinity, which times 0 is not a number."""
     accumulator, params = ENGINES[engine](gradient_descent(), 2), {"w_DF": jnp.zeros((2, 2))}
-    state, (order, k) = accumulator.init(params), make_order(gradient_descent(), 2, norm_limit=1e30)
-    order = dataclasses.replace(order, steps=k)
+    state, (inputs, k) = accumulator.init(params), make_inputs(gradient_descent(), 2, norm_limit=1e30)
+    inputs = dataclasses.replace(inputs, steps=k)
     for value, applied in ((3e38, False), (1.0, True)):
         for _ in range(2):
             terms = {MAIN: TermSums({"w_DF": jnp.full((2, 2), value)}, jnp.float32(1.0))}
-            params, state, closing = accumulator.micro_step(params, state, terms, jnp.float32(0.0), order)
-        assert closing.is_update and closing.applied == applied
+            params, state, outcome = accumulator.micro_step(params, state, terms, jnp.float32(0.0), inputs)
+        assert outcome.is_update and outcome.applied == applied
     np.testing.assert_allclose(params["w_DF"], -RATE, rtol=1e-6)
 
 
@@ -406,13 +406,13 @@ def test_the_state_between_updates_does_not_show_k(name):
 
 
 def test_micro_steps_between_updates_copy_no_state():
-    """On the CPU's compiled program: everything outside the closing loop works in place."""
+    """On the CPU's compiled program: everything outside the outcome loop works in place."""
     accumulator, params = ENGINES["in_place"](adamw(), 2), {"w_DF": jnp.zeros((64, 64))}
     state, terms = accumulator.init(params), {MAIN: TermSums(params, jnp.float32(1.0))}
-    order, k = make_order(adamw(), 2)
+    inputs, k = make_inputs(adamw(), 2)
     step = jax.jit(accumulator.micro_step, donate_argnums=(0, 1))
-    order = dataclasses.replace(order, steps=k)
-    text = step.lower(params, state, terms, jnp.float32(1.0), order).compile().as_text()
+    inputs = dataclasses.replace(inputs, steps=k)
+    text = step.lower(params, state, terms, jnp.float32(1.0), inputs).compile().as_text()
     entry = text[text.index("ENTRY") :]
     assert " while(" in entry
     assert "f32[64,64]{1,0} copy(" not in entry
@@ -421,12 +421,12 @@ def test_micro_steps_between_updates_copy_no_state():
 def test_an_update_whose_gradient_norm_overflows_moves_nothing(engine):
     trainer = Trainer(engine, adamw(), 4)
     huge = TermSums(jax.tree.map(lambda p: jnp.full_like(p, 1e25), trainer.params), jnp.float32(1))
-    order, steps = make_order(trainer.optimizer, 1)
-    order = dataclasses.replace(order, steps=steps)
-    params, state, closing = trainer.accumulator.micro_step(
-        trainer.params, trainer.state, {MAIN: huge}, jnp.float32(1), order
+    inputs, steps = make_inputs(trainer.optimizer, 1)
+    inputs = dataclasses.replace(inputs, steps=steps)
+    params, state, outcome = trainer.accumulator.micro_step(
+        trainer.params, trainer.state, {MAIN: huge}, jnp.float32(1), inputs
     )
-    assert closing.is_update and closing.grad_norm == np.inf and not closing.applied
+    assert outcome.is_update and outcome.grad_norm == np.inf and not outcome.applied
     jax.tree.map(np.testing.assert_array_equal, params, trainer.params)
     a, b = (trainer.accumulator.canonical(state) for state in (state, trainer.state))
     jax.tree.map(np.testing.assert_array_equal, a, b)

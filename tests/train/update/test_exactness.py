@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
-from llmjax.train.update.accumulate import Order
+from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.engines import ENGINES
-from llmjax.train.update.fused import make_window
+from llmjax.train.update.fused import make_update_sums
 from llmjax.train.update.state import TrainState
 from llmjax.train.update.step import make_fused_step, make_train_step
 from llmjax.types import Batch, LossSums
@@ -108,10 +108,10 @@ def train(engine, devices, k, terms):
     specs = {name: P() for name in init_params()}
     accumulator = ENGINES[engine](OPTIMIZER, k, terms)
     if engine == "fused":
-        window = make_window(loss, mesh, specs, gather="micro_step", compute_dtype="float32")
+        window = make_update_sums(loss, mesh, specs, gather="micro_step", compute_dtype="float32")
         step = make_fused_step(window, OPTIMIZER)
     else:
-        step = make_train_step(loss, accumulator)
+        step = make_train_step(loss, accumulator.micro_step)
     replicated = NamedSharding(mesh, P())
     params = jax.device_put(init_params(), replicated)
     state = TrainState(params, accumulator.init(params), jnp.int32(0), jax.random.key(0))
@@ -119,12 +119,12 @@ def train(engine, devices, k, terms):
     step = jax.jit(step, donate_argnums=0, out_shardings=(replicated, None))
     for update, batch in enumerate(make_batches()):
         hyper = jax.tree.map(np.float32, OPTIMIZER.hyperparameters(update, 1.0))
-        order = Order(np.int32(k), hyper, np.float32(np.inf), np.float32(np.inf))
+        inputs = UpdateInputs(np.int32(k), hyper, np.float32(np.inf), np.float32(np.inf))
         parts, spec = cut(batch, k), P("data")
         if engine == "fused":
             parts, spec = [jax.tree.map(lambda *x: np.stack(x), *parts)], P(None, "data")
         for part in parts:
-            state, metrics = step(state, jax.device_put(part, NamedSharding(mesh, spec)), order)
+            state, metrics = step(state, jax.device_put(part, NamedSharding(mesh, spec)), inputs)
         assert np.sum(metrics["applied"]) == 1
     assert int(state.update) == UPDATES
     return jax.device_get(state.params)

@@ -54,7 +54,7 @@ def step_jaxpr(preset, changes):
     raw.update_from_flattened_dict(SIZES | MESHES.get(preset, {}) | changes)
     config, batch = resolve_config(read_config(raw.to_dict()), 8)
     program = make_program(config, batch, VOCABULARY, jax.devices())
-    arguments = program.abstract_state(), program.abstract_batch(), program.abstract_order()
+    arguments = program.abstract_state(), program.abstract_batch(), program.abstract_inputs()
     return jax.make_jaxpr(program.train_step)(*arguments).jaxpr
 
 

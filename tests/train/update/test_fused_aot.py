@@ -17,7 +17,7 @@ from llmjax.plan.hlo.parse import parse
 from llmjax.plan.hlo.traffic import collectives
 from llmjax.plan.topology import topology_devices
 from llmjax.tasks.language_model import make_loss
-from llmjax.train.update.fused import MANUAL, make_window
+from llmjax.train.update.fused import MANUAL, make_update_sums
 from llmjax.types import Batch
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -42,7 +42,7 @@ def compiled(capacity, gather="update", **sizes):
     model = GPT(config, VOCAB, LENGTH, layout, blockwise.attend)
     loss = make_loss(model, logit_softcap=0.0, z_loss=0.0, shards=(layout.axis_size("fsdp"), 1))
     specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
-    window = jax.jit(make_window(loss, mesh, specs, gather=gather, compute_dtype=config.dtype))
+    window = jax.jit(make_update_sums(loss, mesh, specs, gather=gather, compute_dtype=config.dtype))
 
     def abstract(shape, dtype, *axes):
         sharding = NamedSharding(mesh, PartitionSpec(*axes))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.train.optim.optimizer import _TRANSFORMS, OptimizerConfig, make_optimizer
-from llmjax.train.update.accumulate import Order
+from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.in_place import InPlace
 from llmjax.train.update.state import (
     TrainState,
@@ -55,7 +55,7 @@ def mesh_of(data, fsdp, tensor):
     return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
 
 
-def accumulator_of(name, k=2):
+def engine_of(name, k=2):
     return InPlace(make_optimizer(OptimizerConfig(name=name, schedule="constant", warmup_updates=0), 8), k)
 
 
@@ -65,14 +65,16 @@ def loss_fn(params, batch, rng):
     return LossSums(jnp.sum(batch) * distance, jnp.sum(batch), {})
 
 
-def run(state, accumulator, mesh, batches):
+def run(state, engine, mesh, batches):
     shardings = state_shardings(state, SPECS, mesh)
-    step = jax.jit(make_train_step(loss_fn, accumulator), donate_argnums=0, out_shardings=(shardings, None))
-    hyper = jax.tree.map(np.float32, accumulator.optimizer.hyperparameters(0.0, 1.0))
-    order = Order(np.int32(accumulator.max_steps), hyper, np.float32(np.inf), np.float32(np.inf))
+    step = jax.jit(
+        make_train_step(loss_fn, engine.micro_step), donate_argnums=0, out_shardings=(shardings, None)
+    )
+    hyper = jax.tree.map(np.float32, engine.optimizer.hyperparameters(0.0, 1.0))
+    inputs = UpdateInputs(np.int32(engine.max_steps), hyper, np.float32(np.inf), np.float32(np.inf))
     for batch in batches:
         batch = jax.device_put(jnp.asarray(batch), NamedSharding(mesh, P(("data", "fsdp"))))
-        state, _ = step(state, batch, order)
+        state, _ = step(state, batch, inputs)
     return state
 
 
@@ -82,8 +84,8 @@ def numbers(state):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_eight_devices_hold_the_numbers_of_one_each_its_own_shards(name):
-    accumulator, mesh, single = accumulator_of(name), mesh_of(2, 2, 2), mesh_of(1, 1, 1)
-    make = functools.partial(init_state, init_params, accumulator, jax.random.key(3), SPECS)
+    engine, mesh, single = engine_of(name), mesh_of(2, 2, 2), mesh_of(1, 1, 1)
+    make = functools.partial(init_state, init_params, engine, jax.random.key(3), SPECS)
     one, eight = make(single), make(mesh)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
     jax.tree.map(close, numbers(one), numbers(eight))
@@ -113,19 +115,19 @@ def test_eight_devices_hold_the_numbers_of_one_each_its_own_shards(name):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(
         close,
-        numbers(run(one, accumulator, single, batches)),
-        numbers(run(eight, accumulator, mesh, batches)),
+        numbers(run(one, engine, single, batches)),
+        numbers(run(eight, engine, mesh, batches)),
     )
 
 
 def test_initialisation_holds_nothing_whole_on_one_device():
     shapes = {"w_up_DF": (1024, 1024)}
-    mesh, accumulator = mesh_of(1, 8, 1), accumulator_of("adamw", k=2)
+    mesh, engine = mesh_of(1, 8, 1), engine_of("adamw", k=2)
     init = lambda rng: {name: jax.random.normal(rng, shape) for name, shape in shapes.items()}  # noqa: E731
-    abstract = abstract_state(init, accumulator, {"w_up_DF": P("fsdp")}, mesh)
+    abstract = abstract_state(init, engine, {"w_up_DF": P("fsdp")}, mesh)
     program = jax.jit(
         lambda rng: TrainState(
-            params := init(rng), accumulator.init(params), jnp.zeros([], jnp.int32), jax.random.key(0)
+            params := init(rng), engine.init(params), jnp.zeros([], jnp.int32), jax.random.key(0)
         ),
         out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
     )
@@ -136,9 +138,9 @@ def test_initialisation_holds_nothing_whole_on_one_device():
 
 
 def test_the_abstract_state_is_that_of_the_initialised_one():
-    accumulator, mesh = accumulator_of("adamw"), mesh_of(2, 2, 2)
-    abstract = abstract_state(init_params, accumulator, SPECS, mesh)
-    state = init_state(init_params, accumulator, jax.random.key(0), SPECS, mesh)
+    engine, mesh = engine_of("adamw"), mesh_of(2, 2, 2)
+    abstract = abstract_state(init_params, engine, SPECS, mesh)
+    state = init_state(init_params, engine, jax.random.key(0), SPECS, mesh)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(state)):
         assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, b.ndim)
@@ -146,10 +148,10 @@ def test_the_abstract_state_is_that_of_the_initialised_one():
 
 def test_a_leaf_belongs_to_the_longest_parameter_path_that_ends_its_own():
     """`scale` at the top and `layers/norm/scale` share an ending."""
-    mesh, accumulator = mesh_of(1, 2, 1), accumulator_of("adamw")
+    mesh, engine = mesh_of(1, 2, 1), engine_of("adamw")
     specs = {"norm": {"scale": P("fsdp")}, "scale": P()}
     init = lambda rng: {"norm": {"scale": jnp.ones(4)}, "scale": jnp.ones(4)}  # noqa: E731
-    state = abstract_state(init, accumulator, specs, mesh)
+    state = abstract_state(init, engine, specs, mesh)
     sums = state.opt_state.multi.acc_grads["terms"]["loss"].grads
     assert sums["norm"]["scale"].sharding.spec == P("fsdp") and sums["scale"].sharding.spec == P()
 
@@ -162,7 +164,7 @@ def test_a_run_of_four_micro_steps_resumes_as_one_of_two_and_as_one_of_one(name)
     def cut(update, k):
         return list(update.reshape(k, -1))
 
-    four = accumulator_of(name, 4)
+    four = engine_of(name, 4)
     state = init_state(init_params, four, jax.random.key(1), SPECS, mesh)
     state = run(state, four, mesh, [micro for u in updates[:2] for micro in cut(u, 4)])
     saved = saved_state(state, four)
@@ -171,7 +173,7 @@ def test_a_run_of_four_micro_steps_resumes_as_one_of_two_and_as_one_of_one(name)
     expected = numbers(saved_state(expected, four))
     assert expected.update == 4
     for k in (2, 1):
-        other = accumulator_of(name, k)
+        other = engine_of(name, k)
         resumed = resumed_state(jax.tree.map(lambda x: x.copy(), saved), other, SPECS, mesh)
         assert k == 1 or resumed.opt_state.multi.gradient_step == 2
         resumed = run(resumed, other, mesh, [micro for u in updates[2:] for micro in cut(u, k)])
@@ -181,7 +183,7 @@ def test_a_run_of_four_micro_steps_resumes_as_one_of_two_and_as_one_of_one(name)
 
 def test_a_new_state_can_be_donated():
     """No two of its arrays may share a buffer, though schedule-free starts with a copy of the parameters."""
-    accumulator, mesh = accumulator_of("schedule_free_adamw", 1), mesh_of(1, 1, 1)
-    state = init_state(init_params, accumulator, jax.random.key(1), SPECS, mesh)
-    run(state, accumulator, mesh, np.ones((1, 8), np.float32))
+    engine, mesh = engine_of("schedule_free_adamw", 1), mesh_of(1, 1, 1)
+    state = init_state(init_params, engine, jax.random.key(1), SPECS, mesh)
+    run(state, engine, mesh, np.ones((1, 8), np.float32))
     assert state.params["embedding_VD"].is_deleted()

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
-from llmjax.train.update.accumulate import Order
+from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.in_place import InPlace
 from llmjax.train.update.state import init_state, state_shardings
 from llmjax.train.update.step import make_eval_step, make_train_step
@@ -55,29 +55,29 @@ class Setup:
         self.mesh = make_mesh(mesh_config or MeshConfig(), devices)
         config = OptimizerConfig(**{"warmup_updates": 4, "learning_rate": 0.05, **optimizer})
         self.optimizer, self.k, self.traces = make_optimizer(config, 40), k, 0
-        self.accumulator = InPlace(self.optimizer, k)
+        self.engine = InPlace(self.optimizer, k)
 
         def counted(*args):
             self.traces += 1
             return loss_fn(*args)
 
-        self.state = init_state(init_params, self.accumulator, jax.random.key(0), SPECS, self.mesh)
+        self.state = init_state(init_params, self.engine, jax.random.key(0), SPECS, self.mesh)
         shardings = state_shardings(self.state, SPECS, self.mesh)
-        step = make_train_step(counted, self.accumulator)
+        step = make_train_step(counted, self.engine.micro_step)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         self.batch_sharding = NamedSharding(self.mesh, P(("data", "fsdp")))
 
     def put(self, batch):
         return jax.device_put(batch, self.batch_sharding)
 
-    def order(self, number=0):
+    def inputs(self, number=0):
         hyper = jax.tree.map(np.float32, self.optimizer.hyperparameters(number // self.k, 1.0))
-        return Order(np.int32(self.k), hyper, np.float32(np.inf), np.float32(np.inf))
+        return UpdateInputs(np.int32(self.k), hyper, np.float32(np.inf), np.float32(np.inf))
 
     def run(self, batches):
         metrics = []
         for number, batch in enumerate(batches):
-            self.state, m = self.step(self.state, self.put(batch), self.order(number))
+            self.state, m = self.step(self.state, self.put(batch), self.inputs(number))
             metrics.append(m)
         return jax.tree.map(float, metrics)
 
@@ -87,7 +87,7 @@ class Setup:
 def test_one_compiled_step_serves_all_updates_and_learns(k, mesh_config):
     setup = Setup(k, mesh_config)
     setup.step = setup.step.lower(
-        setup.state, setup.put(make_batch(0)), setup.order()
+        setup.state, setup.put(make_batch(0)), setup.inputs()
     ).compile()  # takes these types only
     metrics = setup.run(make_batch(i) for i in range(36))
     assert int(setup.state.update) == 36 // k
@@ -140,13 +140,13 @@ def test_a_step_is_traced_once():
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_step_says_nothing_to_the_host(k):
     setup = Setup(k, MeshConfig(data=8))
-    batches, order = (
+    batches, inputs = (
         [setup.put(make_batch(i)) for i in range(4)],
-        jax.device_put(setup.order(), NamedSharding(setup.mesh, P())),
+        jax.device_put(setup.inputs(), NamedSharding(setup.mesh, P())),
     )
     with jax.transfer_guard("disallow"):
         for batch in batches:
-            setup.state, _ = setup.step(setup.state, batch, order)
+            setup.state, _ = setup.step(setup.state, batch, inputs)
 
 
 def test_a_loss_that_is_not_finite_is_dropped():
