@@ -38,13 +38,13 @@ from llmjax.main import main  # noqa: E402
 CLOCK = ("seconds", "tokens_per_second", "data_wait", "mfu", "save_seconds", "peak_bytes")
 TINY = {
     "model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 4, "model.num_kv_heads": 0, "model.head_dim": 0,
-    "model.mlp_dim": 64, "model.window": 0, "tokenizer.kind": "byte", "tokenizer.path": "", "data.seq_len": 64,
-    "data.held_out_fraction": 0.1, "data.num_workers": 1, "data.length_points": "", "train.num_updates": 5,
-    "train.tokens_per_update": 2048, "train.micro_batch_size": 0, "train.accumulation_steps": 2,
-    "train.batch_schedule": "constant", "train.batch_points": "", "optimizer.warmup_updates": 2,
-    "optimizer.schedule_updates": 0, "evaluate.every": 2, "evaluate.batch_size": 8, "checkpoint.every": 2,
-    "checkpoint.init_from": "", "generate.max_tokens": 3, "mesh.data": -1, "mesh.fsdp": 1, "mesh.seq": 1,
-    "mesh.tensor": 1, "plan.topology": "",
+    "model.mlp_dim": 64, "model.window": 0, "tokenizer.kind": "byte", "tokenizer.num_reserved": 15,
+    "tokenizer.path": "", "data.seq_len": 64, "data.held_out_fraction": 0.1, "data.num_workers": 1,
+    "data.length_points": "", "train.num_updates": 5, "train.tokens_per_update": 2048, "train.micro_batch_size": 0,
+    "train.accumulation_steps": 2, "train.batch_schedule": "constant", "train.batch_points": "",
+    "optimizer.warmup_updates": 2, "optimizer.schedule_updates": 0, "evaluate.every": 2, "evaluate.batch_size": 8,
+    "checkpoint.every": 2, "checkpoint.init_from": "", "generate.max_tokens": 3, "mesh.data": -1, "mesh.fsdp": 1,
+    "mesh.seq": 1, "mesh.tensor": 1, "plan.topology": "",
 }  # fmt: skip
 # What is drawn: a key with the values that it may get. Each draw keeps to what the rules of the config allow.
 CHOICES = {
