@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from param_axes import BY_NAME
 
 from configs import base
 from llmjax.build.model import FAMILIES
@@ -89,7 +90,7 @@ def optimizer_with(**changes):
     settings = optimizer.OptimizerConfig()
     for key, value in changes.items():
         object.__setattr__(settings, key, value)
-    made = optimizer.make_optimizer(settings, 100)
+    made = optimizer.make_optimizer(settings, 100, BY_NAME)
     made.hyperparameters(10.0, 1.0)
     made.init({"w_DF": jnp.zeros((2, 2))})
 
@@ -123,7 +124,7 @@ TABLES = {
     "schedule": (optimizer.SCHEDULES, Reaching(), lambda name: optimizer_with(schedule=name)),
     "constant_in": (optimizer.CONSTANT_IN, reach, lambda name: optimizer_with(constant_in=name)),
     "muon_form": (muon.MUON_FORMS, reach, lambda name: optimizer_with(name="muon", muon_form=name)),
-    "clip": (clip.CLIPS, reach, lambda name: clip.make_clip(name, 1.0)),
+    "clip": (clip.CLIPS, reach, lambda name: clip.make_clip(name, 1.0, BY_NAME)),
     "fused_gather": (fused.MANUAL, (), lambda name: fused.MANUAL[name]),
     "tokenizer kind": (tokenizer.KINDS, Reaching(),
                        lambda name: tokenizer.train_tokenizer(forced(tokenizer.TokenizerConfig(), kind=name), ["a"])),

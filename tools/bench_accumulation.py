@@ -46,7 +46,8 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.plan.hlo.parse import NO_TRIPS, Module, Trips, loops, parse
 from llmjax.plan.hlo.traffic import bytes_touched, collectives
 from llmjax.plan.topology import topology_devices
-from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
+from llmjax.train.optim.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from llmjax.train.optim.param_roles import Roles
 from llmjax.train.steering.steering import Measured
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.engines import ENGINES
@@ -93,8 +94,16 @@ class Engines:
     params: Params
     mesh: Mesh
 
+    @property
+    def roles(self) -> Roles:
+        return Roles(jax.tree.map(lambda _: ("embed", "mlp"), self.params))
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return make_optimizer(OPTIMIZER, 100, self.roles)
+
     def order(self) -> UpdateInputs:
-        hyper = make_optimizer(OPTIMIZER, 100).hyperparameters(0.0, 1.0)
+        hyper = self.optimizer.hyperparameters(0.0, 1.0)
         floats = {f.name: jnp.float32(getattr(hyper, f.name)) for f in dataclasses.fields(hyper)}
         limit = jnp.float32(jnp.inf)
         return UpdateInputs(jnp.int32(STEPS), dataclasses.replace(hyper, **floats), limit, limit)
@@ -105,7 +114,7 @@ class Engines:
         return Batch(ones, ones, rows, ones, ones, index)
 
     def state(self, engine: str) -> TrainState:
-        accumulator = ENGINES[engine](make_optimizer(OPTIMIZER, 100), STEPS)
+        accumulator = ENGINES[engine](self.optimizer, STEPS)
         params = jax.tree.map(jnp.copy, self.params)
         return TrainState(params, accumulator.init(params), jnp.zeros([], jnp.int32), jax.random.key(0))
 
@@ -115,7 +124,7 @@ class Engines:
         def loss(params: Params, batch: Batch, rng: Array) -> LossSums:
             return LossSums(given(params, grads), jnp.sum(batch.weights), {})
 
-        accumulate = ENGINES[engine](make_optimizer(OPTIMIZER, 100), STEPS).micro_step
+        accumulate = ENGINES[engine](self.optimizer, STEPS).micro_step
         return make_train_step(loss, accumulate)(state, batch, order)
 
     def fused(self, state: TrainState, batch: Batch, order: UpdateInputs) -> TrainState:
@@ -124,8 +133,10 @@ class Engines:
             return LossSums(given(params, jax.tree.map(lambda p: weight * p, params)), weight, {})
 
         specs = jax.tree.map(lambda _: PartitionSpec(), self.params)
-        window = make_update_sums(loss, self.mesh, specs, gather="update", compute_dtype="float32")
-        return make_fused_step(window, make_optimizer(OPTIMIZER, 100))(state, batch, order)
+        window = make_update_sums(
+            loss, self.mesh, specs, self.roles, gather="update", compute_dtype="float32"
+        )
+        return make_fused_step(window, self.optimizer)(state, batch, order)
 
     @staticmethod
     def stock() -> optax.MultiSteps:
@@ -200,7 +211,7 @@ def fused_window(params: Params, grads: Params) -> Callable[[], dict[str, float]
     return window
 
 
-def make_side(make_window: Callable, keep: bool, width: int) -> tuple[Callable[[], dict[str, float]], None]:
+def make_side(make_update: Callable, keep: bool, width: int) -> tuple[Callable[[], dict[str, float]], None]:
     """A process that measures a window, of MATRICES matrices, whenever it is asked."""
     if keep:
         keep_freed_memory()
@@ -208,7 +219,7 @@ def make_side(make_window: Callable, keep: bool, width: int) -> tuple[Callable[[
         name: 0.02 * jax.random.normal(jax.random.key(1), x.shape)
         for name, x in matrices(MATRICES, width).items()
     }
-    window = make_update_sums(params, jax.tree.map(lambda p: 1e-3 * p, params))
+    window = make_update(params, jax.tree.map(lambda p: 1e-3 * p, params))
     window()
     return window, None
 

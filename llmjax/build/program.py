@@ -25,9 +25,10 @@ from llmjax.nn.attention_choice import choose_kernel, choose_sharing
 from llmjax.ops.seeds import make_key
 from llmjax.parallel.hosts import local_batch_rows, make_global
 from llmjax.parallel.mesh import make_mesh
-from llmjax.parallel.rules import Layout, partition_spec
+from llmjax.parallel.rules import Layout, is_axes, partition_spec
 from llmjax.train.optim.offload import HOST
 from llmjax.train.optim.optimizer import make_optimizer
+from llmjax.train.optim.param_roles import Roles
 from llmjax.train.steering.batch_schedule import BatchArithmetic, make_batch_schedule
 from llmjax.train.steering.length_schedule import make_length_schedule
 from llmjax.train.steering.steering import Steering
@@ -252,9 +253,10 @@ def make_program(
         )
     _check_host_memory(config, mesh)
     model = make_model(config, vocab_size, Layout(mesh))
+    roles = Roles(model.axes())
     make_engine = choose(ENGINES, "train.accumulation", config.train.accumulation)
     engine = make_engine(
-        make_optimizer(config.optimizer, config.train.num_updates),
+        make_optimizer(config.optimizer, config.train.num_updates, roles),
         options=EngineOptions(config.train.fused_gather, config.model.dtype),
     )
     steering = make_steering(config, batch, mesh, engine)
@@ -264,12 +266,12 @@ def make_program(
     token_losses = make_token_losses(
         model, logit_softcap=config.model.logit_softcap, shards=batch_shards(model.layout)
     )
-    param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=is_axes)
     state = abstract_state(model.init, engine, param_specs, mesh)
     # Where gradients stay apart, each device works with a model that sees no more than its own sequences.
     local = make_model(config, vocab_size, Layout(mesh, engine.manual)) if engine.manual else model
     local_loss = make_task_loss(config, local, local.layout, training=True)
-    step = engine.make_step(local_loss, mesh, param_specs)
+    step = engine.make_step(local_loss, mesh, param_specs, roles)
     return Program(
         config=config,
         batch=batch,
@@ -282,7 +284,7 @@ def make_program(
             step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)
         ),
         eval_step=jax.jit(make_eval_step(held_out_loss)),
-        statistics=jax.jit(make_statistics(model.activations, loss)),
+        statistics=jax.jit(make_statistics(model.activations, loss, roles)),
         token_losses=jax.jit(token_losses, out_shardings=Layout(mesh).sharding(None, None)),
     )
 

@@ -23,7 +23,7 @@ from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import Mask, self_mask
 from llmjax.ops.dropout import dropout, token_keys
 from llmjax.ops.logits import softcap
-from llmjax.parallel.rules import Layout, partition_spec
+from llmjax.parallel.rules import Layout, is_axes, partition_spec
 from llmjax.types import Batch, Params
 
 
@@ -39,9 +39,9 @@ class Embedding(nn.Module):
         c, D = self.config, self.config.model_dim
         matrix(self, "embedding_VD", (self.vocab_size, D), ("vocab", "embed"), c.init_std)
         if POSITIONS[c.position].table:
-            matrix(self, "positions_TD", (self.max_positions, D), (None, "embed"), c.init_std)
+            matrix(self, "positions_TD", (self.max_positions, D), ("positions", "embed"), c.init_std)
         if not c.tie_embeddings:
-            matrix(self, "unembedding_VD", (self.vocab_size, D), ("vocab", "embed"), c.init_std)
+            matrix(self, "unembedding_VD", (self.vocab_size, D), ("classes", "embed"), c.init_std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +133,8 @@ class GPT:
         mask = self._mask(batch)
         specs = None
         if self.config.tile:
-            is_names = lambda x: isinstance(x, tuple)  # noqa: E731
             specs = jax.tree.map(
-                lambda names: partition_spec(names[1:]), self.axes()["layers"], is_leaf=is_names
+                lambda names: partition_spec(names[1:]), self.axes()["layers"], is_leaf=is_axes
             )
         turn = self._turn(batch.positions)
         x_BTD = run_stack(self._block, params["layers"], x_BTD, turn, mask, keys_BT=keys_BT, specs=specs)

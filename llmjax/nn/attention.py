@@ -31,12 +31,14 @@ class Attention(nn.Module):
         self.wq_DNH = matrix(self, "wq_DNH", (D, N, H), ("embed", "heads", "head_dim"), std, c.dtype)
         self.wk_DKH = matrix(self, "wk_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype)
         self.wv_DKH = matrix(self, "wv_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype)
-        self.wo_DNH = matrix(self, "wo_DNH", (D, N, H), ("embed", "heads", "head_dim"), out_std, c.dtype)
+        self.wo_DNH = matrix(
+            self, "wo_DNH", (D, N, H), ("residual", "heads_in", "head_dim_in"), out_std, c.dtype
+        )
         if c.use_bias:
             self.q_bias = vector(self, "q_bias", (N, H), ("heads", "head_dim"), 0.0)
             self.k_bias = vector(self, "k_bias", (K, H), ("kv_heads", "head_dim"), 0.0)
             self.v_bias = vector(self, "v_bias", (K, H), ("kv_heads", "head_dim"), 0.0)
-            self.out_bias = vector(self, "out_bias", (D,), (None,), 0.0)
+            self.out_bias = vector(self, "out_bias", (D,), ("feature",), 0.0)
         if c.qk_norm:
             self.q_norm, self.k_norm = (Norm("rmsnorm", c.norm_eps) for _ in range(2))
         self.sink_bias = vector(self, "sink_bias", (N,), ("heads",), 0.0) if c.attention_sinks else None

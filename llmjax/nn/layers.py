@@ -17,7 +17,7 @@ def matrix(
     module: nn.Module,
     name: str,
     shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
+    axes: tuple[str, ...],
     std: float,
     dtype: str = "float32",
 ) -> jax.Array:
@@ -27,7 +27,7 @@ def matrix(
 
 
 def vector(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], value: float
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], value: float
 ) -> jax.Array:
     """A float32 parameter that starts constant: scales at 1, biases at 0. Never decayed."""
     return module.param(
@@ -67,9 +67,9 @@ class Norm(nn.Module):
         normalize = choose(NORMS, "model.norm", self.kind)
         y = normalize(x.astype(jnp.float32), self.eps)
         shape = (1,) * (x.ndim - 1) + (x.shape[-1],)
-        y = y * vector(self, "scale", shape[-1:], (None,), 1.0).reshape(shape)
+        y = y * vector(self, "scale", shape[-1:], ("feature",), 1.0).reshape(shape)
         if normalize.has_bias and self.use_bias:
-            y = y + vector(self, "bias", shape[-1:], (None,), 0.0).reshape(shape)
+            y = y + vector(self, "bias", shape[-1:], ("feature",), 0.0).reshape(shape)
         return y.astype(x.dtype)
 
 
@@ -89,7 +89,9 @@ class MLP(nn.Module):
         activation = choose(ACTIVATIONS, "model.activation", c.activation)
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
         w_up_DF = matrix(self, "w_up_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
-        w_down_DF = matrix(self, "w_down_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), out_std, c.dtype)
+        w_down_DF = matrix(
+            self, "w_down_DF", (c.model_dim, c.mlp_dim), ("residual", "mlp_in"), out_std, c.dtype
+        )
         up_BTF = product(x_BTD, w_up_DF, self.layout)
         if c.use_bias:
             up_BTF = add_bias(up_BTF, vector(self, "up_bias", (c.mlp_dim,), ("mlp",), 0.0))
@@ -101,5 +103,5 @@ class MLP(nn.Module):
         h_BTF = self.layout.constrain(h_BTF, "batch", "length", "mlp")
         out_BTD = product(h_BTF, w_down_DF.T, self.layout)
         if c.use_bias:
-            out_BTD = add_bias(out_BTD, vector(self, "down_bias", (c.model_dim,), (None,), 0.0))
+            out_BTD = add_bias(out_BTD, vector(self, "down_bias", (c.model_dim,), ("feature",), 0.0))
         return self.layout.constrain(out_BTD, "batch", "length", None)

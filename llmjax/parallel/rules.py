@@ -1,7 +1,8 @@
 """The one table from logical axes to mesh axes, and the `Layout` that applies it.
 
-Models name what a dimension *is* (`batch`, `length`, `mlp`); this table alone says where it lives. Parameters and
-activations share the table, so `embed` is the sharded dimension of a parameter, and activations leave it `None`.
+Models name what a dimension is (`batch`, `length`, `mlp`). This table alone says where it lies, and what it does in a
+parameter: all that is known of a parameter's role follows from the names of its dimensions. Parameters and activations
+share the table, so `embed` is the sharded dimension of a parameter, and activations leave it `None`.
 Devices that share a sequence share the parameters too, as those of `fsdp` do.
 """
 
@@ -14,17 +15,63 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.types import UserError
 
-RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "length": ("seq",),
-    "embed": ("fsdp", "seq"),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "mlp": ("tensor",),
-    "vocab": ("tensor",),
-    "layers": (),
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A logical axis: the mesh axes that split it, and what a dimension of a parameter that has its name does.
+
+    mesh  names of mesh axes; none: every device has all of it
+    side  "inputs": the parameter is applied by a sum over this dimension. "outputs": it is not. "rows": the number of
+          a token picks one row of it. "classes": the output head chooses among its entries. "stack": each entry is a
+          parameter of its own. "": only activations have such a dimension
+    """
+
+    mesh: tuple[str, ...] = ()
+    side: str = ""
+
+
+RULES: dict[str, Axis] = {
+    "batch": Axis(("data", "fsdp")),
+    "length": Axis(("seq",)),
+    "layers": Axis((), "stack"),
+    "vocab": Axis(("tensor",), "rows"),
+    "positions": Axis((), "rows"),
+    "classes": Axis(("tensor",), "classes"),
+    # What a matrix reads from the residual stream, and what it adds to it.
+    "embed": Axis(("fsdp", "seq"), "inputs"),
+    "residual": Axis(("fsdp", "seq"), "outputs"),
+    # Inside of a layer: what its first matrices make, and the same where its last ones read it.
+    "heads": Axis(("tensor",), "outputs"),
+    "kv_heads": Axis(("tensor",), "outputs"),
+    "head_dim": Axis((), "outputs"),
+    "heads_in": Axis(("tensor",), "inputs"),
+    "head_dim_in": Axis((), "inputs"),
+    "mlp": Axis(("tensor",), "outputs"),
+    "mlp_in": Axis(("tensor",), "inputs"),
+    # Of vectors along the residual stream or a head, which are small and whole on every device.
+    "feature": Axis((), "outputs"),
 }
+
+
+def is_axes(x: object) -> bool:
+    """Whether `x` is a leaf of a tree of logical axes: a tuple of names."""
+    return isinstance(x, tuple)
+
+
+def _axis(name: str) -> Axis:
+    if name not in RULES:
+        raise UserError(f"logical axis {name!r} is not in the rules table; use one of {', '.join(RULES)}")
+    return RULES[name]
+
+
+def side_of(name: str) -> str:
+    """What a dimension of a parameter does that is called `name`, see `Axis`; UserError where that is not known."""
+    side = _axis(name).side
+    if not side:
+        raise UserError(
+            f"logical axis {name!r} is one of activations; give this dimension of a parameter another"
+        )
+    return side
 
 
 def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
@@ -38,9 +85,7 @@ def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
         if name is None:
             entries.append(None)
             continue
-        if name not in RULES:
-            raise UserError(f"logical axis {name!r} is not in the rules table; use one of {', '.join(RULES)}")
-        axes = RULES[name]
+        axes = _axis(name).mesh
         for axis in axes:
             if axis in used:
                 raise UserError(

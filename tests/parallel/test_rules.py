@@ -12,7 +12,7 @@ from llmjax.parallel.rules import RULES, Layout, partition_spec, without_axes
 
 
 def test_the_table_names_only_axes_of_the_mesh():
-    assert {axis for axes in RULES.values() for axis in axes} == set(AXES)
+    assert {axis for rule in RULES.values() for axis in rule.mesh} == set(AXES)
 
 
 @pytest.mark.parametrize("names, spec", [

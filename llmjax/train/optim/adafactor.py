@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmjax.train.optim.matrices import map_named, matrix_axes
+from llmjax.train.optim.param_roles import Role, Roles
 from llmjax.types import Array, Params
 
 # By which the decay of the second moment approaches 1: 1 - update ** -exponent.
@@ -30,11 +30,11 @@ class AdafactorState(NamedTuple):
     columns: Params
 
 
-def scale_by_adafactor(largest_decay: Array | float) -> optax.GradientTransformation:
+def scale_by_adafactor(largest_decay: Array | float, roles: Roles) -> optax.GradientTransformation:
     """Divides the gradient by the root of its second moment, whose decay is 0 at first and grows to `largest_decay`.
 
     The second moment of element (i, j) of a matrix is rows[i] * columns[j] / mean(rows). Which axes make the rows and
-    the columns follows from the dimension letters of a leaf's name, as for Muon; embeddings are matrices here too,
+    the columns follows from the logical axes of a parameter, as for Muon; embeddings are matrices here too,
     and layers never are an axis of one. Scales and biases are vectors, a matrix of one column each, of which rows,
     columns and mean give the whole second moment back. The mean of the squares needs no correction of a bias, since
     the first decay is 0.
@@ -42,7 +42,7 @@ def scale_by_adafactor(largest_decay: Array | float) -> optax.GradientTransforma
 
     def init(params: Params) -> AdafactorState:
         def zeros(side: int) -> Params:
-            return map_named(lambda name, x: jnp.zeros_like(_mean(x, _axes(name, x)[side])), params)
+            return roles.map(lambda role, x: jnp.zeros_like(_mean(x, _sides(role)[side])), params)
 
         return AdafactorState(jnp.zeros([], jnp.int32), rows=zeros(1), columns=zeros(0))
 
@@ -52,21 +52,21 @@ def scale_by_adafactor(largest_decay: Array | float) -> optax.GradientTransforma
         decay = jnp.minimum(1.0 - (state.count + 1.0) ** -EXPONENT, largest_decay)
 
         def follow(old: Params, side: int) -> Params:
-            means = map_named(lambda name, g: _mean(g * g + EPS, _axes(name, g)[side]), grads)
+            means = roles.map(lambda role, g: _mean(g * g + EPS, _sides(role)[side]), grads)
             return jax.tree.map(lambda v, mean: decay * v + (1.0 - decay) * mean, old, means)
 
         rows, columns = follow(state.rows, 1), follow(state.columns, 0)
-        total = map_named(lambda name, r: _mean(r, _axes(name, r)[0]), rows)
+        total = roles.map(lambda role, r: _mean(r, _sides(role)[0]), rows)
         updates = jax.tree.map(lambda g, r, c, t: g * (r / t) ** -0.5 * c**-0.5, grads, rows, columns, total)
         return updates, AdafactorState(optax.safe_increment(state.count), rows, columns)
 
     return optax.GradientTransformation(init, update)
 
 
-def _axes(name: str, x: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of rows and of columns; a vector has no columns."""
-    rows, columns = matrix_axes(name, x.ndim)
-    return rows or tuple(range(x.ndim)), columns
+def _sides(role: Role) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dimensions of rows and of columns; all of a vector are rows."""
+    rows, columns = role.sides
+    return rows or tuple(range(len(role.axes))), columns
 
 
 def _mean(x: Array, axes: tuple[int, ...]) -> Array:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from llmjax.train.optim.matrices import map_named, muon_dimensions
 from llmjax.train.optim.moments import OptState, follow_decay
+from llmjax.train.optim.param_roles import Roles
 from llmjax.types import Array, Params
 
 # Jordan et al. 2024; Liu et al. 2025.
@@ -20,7 +20,7 @@ MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2
 
 
-def scale_by_muon(momentum: Array | float, form: str) -> optax.GradientTransformation:
+def scale_by_muon(momentum: Array | float, form: str, roles: Roles) -> optax.GradientTransformation:
     """The direction of a Muon update, for trees of matrices only, with the root mean square of AdamW's update.
 
     `momentum` is the decay of this update; `form` is one of `MUON_FORMS`. The momentum is Nesterov's. Newton and
@@ -39,23 +39,23 @@ def scale_by_muon(momentum: Array | float, form: str) -> optax.GradientTransform
     square 1 / sqrt(max(m, n)); times 0.2 sqrt(max(m, n)) it has that of AdamW's update, so that one learning rate and
     one decay serve all parameters (Liu et al. 2025). Jordan iterates in bfloat16, and this in float32.
     """
-    inner = optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=_dimensions)
+
+    def dimensions(params: Params) -> Params:
+        return roles.map(lambda role, _: MuonDimensionNumbers(*role.sides), params)
+
+    inner = optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=dimensions)
     orthogonal = MUON_FORMS[form](inner, momentum)
 
     def update(grads: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
         updates, state = orthogonal.update(grads, state, params)
-        return jax.tree.map(_match_rms, updates, _dimensions(updates)), state
+        return jax.tree.map(_match_rms, updates, dimensions(updates)), state
 
     return optax.GradientTransformation(orthogonal.init, update)
 
 
-def muon_labels(params: Params) -> Params:
-    """`muon` for the matrices inside the network and `adamw` for embeddings, norms and biases."""
-    return map_named(lambda name, x: "muon" if muon_dimensions(name, x.ndim) else "adamw", params)
-
-
-def _dimensions(params: Params) -> Params:
-    return map_named(lambda name, x: muon_dimensions(name, x.ndim), params)
+def muon_labels(roles: Roles) -> Callable[[Params], Params]:
+    """`muon` for the matrices inside the network and `adamw` for embeddings, the output head, norms and biases."""
+    return lambda params: roles.map(lambda role, _: "muon" if role.is_hidden_matrix else "adamw", params)
 
 
 def _match_rms(x: Array, numbers: MuonDimensionNumbers) -> Array:

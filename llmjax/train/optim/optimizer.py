@@ -2,8 +2,7 @@
 
 Every optimizer is the same chain: clip the gradient (Pascanu et al. 2013), precondition, add decoupled weight
 decay to everything but norms and biases (Loshchilov and Hutter 2019), multiply by the learning rate.
-Decisions are taken by the *name* of a leaf, never by its rank alone, since a weight may carry a leading layer
-dimension.
+What a parameter is (matrix, table or vector) follows from its logical axes, see `param_roles`.
 
 What changes from update to update (`Hyperparameters`) is computed on the host in float64, as a function of
 the tokens seen and of the size of the update, and enters the compiled step as scalars: a schedule can follow
@@ -23,9 +22,9 @@ from llmjax.errors import UserError, choose
 from llmjax.ranges import COUNT, Range, check_ranges
 from llmjax.train.optim.adafactor import scale_by_adafactor
 from llmjax.train.optim.clip import CLIPS, make_clip
-from llmjax.train.optim.matrices import decay_mask
 from llmjax.train.optim.moments import OptState, follow_decay, scale_by_adam
 from llmjax.train.optim.muon import MUON_FORMS, MUON_MOMENTUM, muon_labels, scale_by_muon
+from llmjax.train.optim.param_roles import Roles
 from llmjax.train.optim.schedules import SCHEDULES, make_schedule
 from llmjax.types import Array, Params
 
@@ -153,8 +152,11 @@ class Optimizer:
     offload: bool = False
 
 
-def make_optimizer(config: OptimizerConfig, num_updates: int) -> Optimizer:
-    """The optimizer of `config` for a run of `num_updates` updates of train.tokens_per_update tokens."""
+def make_optimizer(config: OptimizerConfig, num_updates: int, roles: Roles) -> Optimizer:
+    """The optimizer of `config` for a run of `num_updates` updates of train.tokens_per_update tokens.
+
+    `roles` are those of the parameters that it will be given.
+    """
     schedule, scaling = make_schedule(config, num_updates), BATCH_SCALING[config.batch_scaling]
 
     def hyperparameters(done: float, size: float) -> Hyperparameters:
@@ -166,7 +168,9 @@ def make_optimizer(config: OptimizerConfig, num_updates: int) -> Optimizer:
         return Hyperparameters(scale * schedule(done + (size + 1) / 2), decay, *betas)
 
     def chain(hyper: Hyperparameters) -> optax.GradientTransformation:
-        return optax.chain(make_clip(config.clip, config.clip_norm), _TRANSFORMS[config.name](config, hyper))
+        return optax.chain(
+            make_clip(config.clip, config.clip_norm, roles), _TRANSFORMS[config.name](config, hyper, roles)
+        )
 
     def eval_params(opt_state: OptState, params: Params) -> Params:
         if config.name != "schedule_free_adamw":
@@ -182,39 +186,41 @@ def make_optimizer(config: OptimizerConfig, num_updates: int) -> Optimizer:
     )
 
 
-def _decay_and_scale(hyper: Hyperparameters) -> tuple[optax.GradientTransformation, ...]:
+def _decay_and_scale(hyper: Hyperparameters, roles: Roles) -> tuple[optax.GradientTransformation, ...]:
     return (
-        optax.add_decayed_weights(hyper.weight_decay, decay_mask),
+        optax.add_decayed_weights(hyper.weight_decay, roles.matrices_and_tables),
         optax.scale_by_learning_rate(hyper.learning_rate),
     )
 
 
-def _adamw(config: OptimizerConfig, hyper: Hyperparameters) -> optax.GradientTransformation:
-    return optax.chain(scale_by_adam(hyper.beta1, hyper.beta2, config.eps), *_decay_and_scale(hyper))
+def _adamw(config: OptimizerConfig, hyper: Hyperparameters, roles: Roles) -> optax.GradientTransformation:
+    return optax.chain(scale_by_adam(hyper.beta1, hyper.beta2, config.eps), *_decay_and_scale(hyper, roles))
 
 
-def _lion(config: OptimizerConfig, hyper: Hyperparameters) -> optax.GradientTransformation:
-    return optax.chain(optax.scale_by_lion(hyper.beta1, hyper.beta2), *_decay_and_scale(hyper))
+def _lion(config: OptimizerConfig, hyper: Hyperparameters, roles: Roles) -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_lion(hyper.beta1, hyper.beta2), *_decay_and_scale(hyper, roles))
 
 
-def _adafactor(config: OptimizerConfig, hyper: Hyperparameters) -> optax.GradientTransformation:
+def _adafactor(config: OptimizerConfig, hyper: Hyperparameters, roles: Roles) -> optax.GradientTransformation:
     """Adafactor as Zhai et al. (2022, section 3.4) use it, so that AdamW's learning rate carries over.
 
     Factored second moment and momentum, but neither parameter scaling nor per-tensor update clipping: both
     would depend on whether layers are stacked. Momentum begins at zero and its bias is not corrected, as theirs.
     """
     momentum = optax.ema(hyper.beta1, debias=False) if config.beta1 > 0 else optax.identity()
-    return optax.chain(scale_by_adafactor(hyper.beta2), momentum, *_decay_and_scale(hyper))
+    return optax.chain(scale_by_adafactor(hyper.beta2, roles), momentum, *_decay_and_scale(hyper, roles))
 
 
-def _muon(config: OptimizerConfig, hyper: Hyperparameters) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig, hyper: Hyperparameters, roles: Roles) -> optax.GradientTransformation:
     """Muon on the matrices inside the network, AdamW on embeddings, norms and biases. See `muon.scale_by_muon`."""
-    direction = scale_by_muon(hyper.momentum, config.muon_form)
-    matrices = optax.chain(direction, *_decay_and_scale(hyper))
-    return optax.partition({"muon": matrices, "adamw": _adamw(config, hyper)}, muon_labels)
+    direction = scale_by_muon(hyper.momentum, config.muon_form, roles)
+    matrices = optax.chain(direction, *_decay_and_scale(hyper, roles))
+    return optax.partition({"muon": matrices, "adamw": _adamw(config, hyper, roles)}, muon_labels(roles))
 
 
-def _schedule_free_adamw(config: OptimizerConfig, hyper: Hyperparameters) -> optax.GradientTransformation:
+def _schedule_free_adamw(
+    config: OptimizerConfig, hyper: Hyperparameters, roles: Roles
+) -> optax.GradientTransformation:
     """Averaging in place of momentum and of a decaying learning rate (Defazio et al. 2024).
 
     Gradients are taken at y, the parameters of the training state; evaluation wants x, see `eval_params`. How far y
@@ -222,12 +228,12 @@ def _schedule_free_adamw(config: OptimizerConfig, hyper: Hyperparameters) -> opt
     """
     rms = optax.scale_by_rms(hyper.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
     rms = follow_decay(rms, hyper.beta2, config.beta2)
-    inner = optax.chain(rms, *_decay_and_scale(hyper))
+    inner = optax.chain(rms, *_decay_and_scale(hyper, roles))
     # A function, since optax wants its square, which weighs an iterate in the average, in the state's dtype.
     return optax.contrib.schedule_free(inner, lambda count: hyper.learning_rate, b1=config.beta1)
 
 
-_TRANSFORMS: dict[str, Callable[[OptimizerConfig, Hyperparameters], optax.GradientTransformation]] = {
+_TRANSFORMS: dict[str, Callable[[OptimizerConfig, Hyperparameters, Roles], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "lion": _lion,
     "adafactor": _adafactor,

@@ -1,45 +1,131 @@
-"""The blocks of a network: its embedding, each of its layers, its final norm.
+"""What each parameter is (matrix, lookup table or vector), read from the logical axes of its dimensions.
 
-A block is a top-level entry of the parameters; where its leaves are stacked over layers, every layer is one.
-Whether they are is read from names: `wq_DNH` has three dimensions of its own, so any further, leading ones
-count layers. Names without letters (norm scales, biases) follow the leaves beside them.
+`model.axes()` names the dimensions of every parameter, and the table in `parallel/rules.py` says what a dimension of
+that name does when the parameter is applied. Optimizers, clipping and the engines of accumulation ask here. Nothing
+follows from how a parameter is called or how many dimensions it has.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from llmjax.parallel.rules import is_axes, side_of
 from llmjax.types import Array, Params
 
-
-def dimension_letters(name: str) -> str:
-    """The letters at the end of a leaf's name, "DNH" of `wq_DNH`; "" where it has none."""
-    end = name.rsplit("_", 1)[-1]
-    return end if end.isupper() else ""
+Axes = Any  # the tree of the parameters with a tuple of logical axis names in the place of each array
 
 
-def layer_dims(name: str, block: Params) -> int:
-    """How many leading dimensions the leaves of a block, a top-level entry called `name`, have for layers.
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """The dimensions of one parameter by what they do, as their numbers.
 
-    Raises ValueError where the names of its leaves disagree.
+    layers   leading ones, of which each index is a layer with a parameter of its own
+    stack    copies that are parameters of their own: layers, and others such as experts
+    rows     rows of a table, of which a token's number picks one
+    classes  what the output head chooses among
+    inputs   summed over when the parameter is applied
+    outputs  the rest
     """
-    leaves = [(str(path[-1].key), x.ndim) for path, x in jax.tree_util.tree_leaves_with_path({name: block})]
-    counts = {ndim - len(dimension_letters(leaf)) for leaf, ndim in leaves if dimension_letters(leaf)}
-    counts = counts or {ndim - 1 for _, ndim in leaves}  # scales and biases alone: a vector each
-    if len(counts) != 1 or min(counts) < 0:
-        raise ValueError(f"the dimension letters of {name!r} leave {sorted(counts)} dimensions for layers")
-    return counts.pop()
+
+    axes: tuple[str, ...]
+    layers: tuple[int, ...]
+    stack: tuple[int, ...]
+    rows: tuple[int, ...]
+    classes: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, axes: tuple[str, ...]) -> Role:
+        """The role of a parameter with these logical axes; UserError for one that the rules table lacks."""
+        sides: dict[str, tuple[int, ...]] = {
+            side: () for side in ("stack", "rows", "classes", "inputs", "outputs")
+        }
+        for dimension, name in enumerate(axes):
+            sides[side_of(name)] += (dimension,)
+        layers = tuple(i for i, name in enumerate(axes) if name == "layers")
+        if layers != tuple(range(len(layers))):
+            raise ValueError(f"of the axes {axes} the layers must come first")
+        return cls(axes, layers, **sides)
+
+    @property
+    def is_vector(self) -> bool:
+        """A norm's scale or a bias, which is added or multiplied. Never decayed, and always used in float32."""
+        return not self.inputs
+
+    @property
+    def is_table(self) -> bool:
+        """A table from which rows are looked up."""
+        return bool(self.rows)
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """A matrix inside the network: neither a table nor the output head, nor a vector."""
+        return bool(self.inputs) and not self.rows and not self.classes
+
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The dimensions of both sides of a matrix or table, that of the first one first; ((), ()) of a vector.
+
+        ValueError where the dimensions of one side do not lie together.
+        """
+        if self.is_vector:
+            return (), ()
+        others = tuple(sorted({*self.rows, *self.classes, *self.outputs}))
+        first, second = sorted((self.inputs, others))
+        if first + second != tuple(sorted(first + second)) or not first:
+            raise ValueError(f"the axes {self.axes} do not describe a matrix with two sides")
+        return first, second
 
 
-def block_norms(tree: Params) -> dict[str, Array]:
-    """The norm over all leaves of each top-level entry: float32 [L] where it is stacked, one for a layer, else []."""
-    norms = {}
-    for name, block in tree.items():
-        lead = layer_dims(name, block)
-        squares = [
-            jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(lead, x.ndim)))
-            for x in jax.tree.leaves(block)
-        ]
-        norms[name] = jnp.sqrt(sum(squares[1:], squares[0]))
-    return norms
+class Roles:
+    """The role of every parameter of a model, by its place in the tree of parameters."""
+
+    def __init__(self, axes: Axes):
+        leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
+        self._roles = {path: Role.of(names) for path, names in leaves}
+
+    def role(self, path: tuple[Any, ...], leaf: Array) -> Role:
+        """The role of the parameter at a `path` of jax.tree_util."""
+        return self._roles[path]
+
+    def map(self, function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+        """`function(role, leaf, ...)` of every leaf of trees like the parameters, from which some may be missing."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf, *rest: function(self.role(path, leaf), leaf, *rest), tree, *others
+        )
+
+    def matrices_and_tables(self, params: Params) -> Params:
+        """True for every parameter that decays: for all but norm scales and biases."""
+        return self.map(lambda role, _: not role.is_vector, params)
+
+    def block_norms(self, tree: Params) -> dict[str, Array]:
+        """The norm over all leaves of each top-level entry of a tree like the parameters.
+
+        float32 [L], one norm a layer, where the entry's leaves are stacked over layers, else []. ValueError where some
+        leaves of an entry are stacked over layers and others are not.
+        """
+        squares: dict[str, list[Array]] = {}
+        stacks: dict[str, set[tuple[int, ...]]] = {}
+
+        def add(role: Role, x: Array, path: tuple[Any, ...]) -> None:
+            rest = tuple(range(len(role.layers), x.ndim))
+            squares.setdefault(path[0].key, []).append(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=rest))
+            stacks.setdefault(path[0].key, set()).add(role.layers)
+
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            add(self.role(path, x), x, path)
+        if mixed := [name for name, found in stacks.items() if len(found) > 1]:
+            raise ValueError(f"some leaves of {mixed[0]!r} are stacked over layers and others are not")
+        # In the order of the tree, and so is what is made of it.
+        return {name: jnp.sqrt(sum(squares[name][1:], squares[name][0])) for name in tree}
+
+    def stacked(self, tree: Params) -> list[str]:
+        """The top-level entries of `tree` whose leaves are stacked over layers."""
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return list(dict.fromkeys(path[0].key for path, x in leaves if self.role(path, x).layers))

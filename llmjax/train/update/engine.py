@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from llmjax.train.optim.offload import fetch
 from llmjax.train.optim.optimizer import Optimizer, OptState
+from llmjax.train.optim.param_roles import Roles
 from llmjax.train.update.accumulate import Outcome, PartialUpdate, UpdateInputs
 from llmjax.train.update.gradients import LossFn, Terms, empty_terms
 from llmjax.train.update.step import Metrics, TrainStep, make_train_step
@@ -121,7 +122,7 @@ class Engine:
         """The mesh axes along which gradients stay apart until the update ends; models are built for that."""
         return ()
 
-    def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Specs) -> TrainStep:
+    def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Specs, roles: Roles) -> TrainStep:
         """`step(state, batch, inputs) -> (state, metrics)`, to be jitted with `state` donated.
 
         `loss_fn` is of a model whose `Layout` has the axes `manual`.
@@ -188,7 +189,7 @@ class EachMicroStep(Engine):
         """Takes the sums of a micro-batch, all of them finite; on the last micro-step of an update, updates."""
         raise NotImplementedError
 
-    def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Specs) -> TrainStep:
+    def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Specs, roles: Roles) -> TrainStep:
         return make_train_step(loss_fn, self.micro_step)
 
     @property

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from llmjax.parallel.rules import without_axes
+from llmjax.train.optim.param_roles import Role, Roles
 from llmjax.train.update.engine import WholeUpdate
 from llmjax.train.update.gradients import (
     MAIN,
@@ -32,8 +33,6 @@ from llmjax.types import Array, Batch, LossSums, Params
 
 # When weights are gathered over `fsdp` -> the mesh axes over which gradients stay apart until the update ends.
 MANUAL = {"update": ("data", "fsdp"), "micro_step": ("data",)}
-FLOAT32 = ("scale", "bias")  # how the names of parameters end that models use in float32
-TABLES = ("embedding_VD", "positions_TD")  # a lookup's gradient adds up many tokens in the dtype of its table
 
 Sums = dict[str, Array]
 UpdateSums = Callable[[Params, Batch, Array, Array | None], tuple[Terms, Sums]]
@@ -47,14 +46,15 @@ class Fused(WholeUpdate):
     def manual(self) -> tuple[str, ...]:
         return MANUAL[self.options.gather]
 
-    def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Params) -> TrainStep:
+    def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Params, roles: Roles) -> TrainStep:
         return make_fused_step(
-            make_update_sums(loss_fn, mesh, param_specs, **dataclasses.asdict(self.options)), self.optimizer
+            make_update_sums(loss_fn, mesh, param_specs, roles, **dataclasses.asdict(self.options)),
+            self.optimizer,
         )
 
 
 def make_update_sums(
-    loss_fn: LossFn, mesh: Mesh, param_specs: Params, *, gather: str, compute_dtype: str
+    loss_fn: LossFn, mesh: Mesh, param_specs: Params, roles: Roles, *, gather: str, compute_dtype: str
 ) -> UpdateSums:
     """`sum_update(params, batch, steps, rng) -> (Terms, sums)`, for jit: the sums of the first `steps` micro-steps.
 
@@ -97,21 +97,21 @@ def make_update_sums(
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, inner)
 
     def loss(weights: Params, batch: Batch, rng: Array | None) -> LossSums:
-        return loss_fn(_whole_tables(weights, inner), batch, rng)
+        return loss_fn(_whole_tables(weights, inner, roles), batch, rng)
 
     def micro_step(weights: Params, batch: Batch, i: Array | int, rng: Array | None) -> tuple[Terms, Sums]:
         terms, values = micro_gradients(loss, weights, jax.tree.map(lambda x: x[i], batch), rng)
         return terms, {**values, "parts": (values["weight"] > 0).astype(jnp.float32)}
 
     def names(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Sums, Sums]:
-        terms, values = micro_step(_gathered(params, outer, compute_dtype), batch, 0, rng)
+        terms, values = micro_step(_gathered(params, outer, compute_dtype, roles), batch, 0, rng)
         return {name: term.weight for name, term in terms.items()}, values
 
     def sum_update(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
         terms, values = jax.eval_shape(sharded(names, out_specs=PartitionSpec()), params, batch, steps, rng)
 
         def part(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
-            weights = constrain(_gathered(params, outer, compute_dtype))
+            weights = constrain(_gathered(params, outer, compute_dtype, roles))
 
             def body(i: Array, sums: tuple[Terms, Sums]) -> tuple[Terms, Sums]:
                 micro_terms, micro_values = micro_step(weights, batch, i, rng)
@@ -132,26 +132,26 @@ def make_update_sums(
     return sum_update
 
 
-def _gathered(params: Params, specs: Params, compute_dtype: str) -> Params:
+def _gathered(params: Params, specs: Params, compute_dtype: str, roles: Roles) -> Params:
     """What the micro-steps compute with: weights whole over fsdp as far as `specs` shard them, and cast."""
 
-    def gathered(path: tuple, x: Array, spec: PartitionSpec) -> Array:
-        name = path[-1].key
-        x = x if name.endswith(FLOAT32) or name in TABLES else x.astype(compute_dtype)
+    def gathered(role: Role, x: Array, spec: PartitionSpec) -> Array:
+        # Vectors are used in float32, and the gradient of a table adds up many tokens in the dtype of the table.
+        x = x if role.is_vector or role.is_table else x.astype(compute_dtype)
         return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else x
 
-    return jax.tree_util.tree_map_with_path(gathered, params, specs)
+    return roles.map(gathered, params, specs)
 
 
-def _whole_tables(weights: Params, specs: Params) -> Params:
+def _whole_tables(weights: Params, specs: Params, roles: Roles) -> Params:
     """`weights` with the tables whole over fsdp and seq: XLA fails to partition a lookup in a table cut both ways."""
 
-    def whole(path: tuple, x: Array, spec: PartitionSpec) -> Array:
+    def whole(role: Role, x: Array, spec: PartitionSpec) -> Array:
         wider = without_axes(spec, ("fsdp", "seq"))
-        is_cut = path[-1].key in TABLES and wider != spec
+        is_cut = role.is_table and wider != spec
         return jax.lax.with_sharding_constraint(x, wider) if is_cut else x
 
-    return jax.tree_util.tree_map_with_path(whole, weights, specs)
+    return roles.map(whole, weights, specs)
 
 
 def _reduced(term: TermSums, specs: Params, axes: tuple[str, ...]) -> TermSums:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.train.optim.param_roles import block_norms
+from llmjax.train.optim.param_roles import Roles
 from llmjax.train.update.gradients import LossFn
 from llmjax.types import Array, Batch, Params
 
@@ -21,7 +21,7 @@ Statistics = dict[str, Any]  # of arrays; "other" holds a dict of arrays for eac
 
 
 def make_statistics(
-    activations: Callable[[Params, Batch], dict[str, Array]], loss_fn: LossFn
+    activations: Callable[[Params, Batch], dict[str, Array]], loss_fn: LossFn, roles: Roles
 ) -> Callable[[Params, Batch], Statistics]:
     """`statistics(params, batch)`, to be jitted: a forward pass, and a forward and a backward pass, without dropout.
 
@@ -30,6 +30,8 @@ def make_statistics(
       gradient_norm    of the block's parameters (also in `other`); every loss term is divided by its weight
       parameter_norm   (also in `other`)
       gradient_ratio   gradient norm / parameter norm, 0 where the parameters are all 0 (also in `other`)
+
+    A family with several stacks of layers has the name of the stack before each of the last three.
 
     What is not finite comes out as it is. A batch without weight has a gradient of 0.
     """
@@ -42,7 +44,10 @@ def make_statistics(
         )
 
     def statistics(params: Params, batch: Batch) -> Statistics:
-        gradient_norms, parameter_norms = block_norms(jax.grad(mean_loss)(params, batch)), block_norms(params)
+        gradient_norms, parameter_norms = (
+            roles.block_norms(jax.grad(mean_loss)(params, batch)),
+            roles.block_norms(params),
+        )
         of_blocks = {
             block: {
                 "gradient_norm": gradient_norms[block],
@@ -53,7 +58,10 @@ def make_statistics(
             }
             for block, norm in parameter_norms.items()
         }
-        layers = of_blocks.pop("layers")
+        layers: dict[str, Array] = {}
+        for stack in (stacks := roles.stacked(params)):
+            prefix = f"{stack}_" if len(stacks) > 1 else ""
+            layers |= {prefix + name: value for name, value in of_blocks.pop(stack).items()}
         return {**activations(params, batch), **layers, "other": of_blocks}
 
     return statistics

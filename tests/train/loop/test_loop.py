@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from param_axes import BY_NAME
 
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
@@ -40,7 +41,9 @@ from llmjax.workdir.recorder import TIMING, Recorder, read_metrics
 
 ROOT = pathlib.Path(__file__).parents[3]
 STEPS, SIZE, LENGTH, NUM_UPDATES = 2, 4, 8, 12
-OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_updates=0), 1)
+OPTIMIZER = make_optimizer(
+    OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_updates=0), 1, BY_NAME
+)
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from param_axes import BY_NAME
 
 from configs.gpt2_124m import get_config
 from llmjax.config.reading import read_config
@@ -17,6 +18,7 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout
 from llmjax.train.optim.adafactor import scale_by_adafactor
 from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
+from llmjax.train.optim.param_roles import Roles
 
 # The rank of a leaf's layers, then its rows and columns as whoever reads its name would write them down.
 MATRICES = {
@@ -48,7 +50,7 @@ def gradients_of(name, shape, updates=3):
 
 def directions(gradients):
     """What the transformation makes of each, float32; `gradients` by name, updates first."""
-    transformation = scale_by_adafactor(0.95)
+    transformation = scale_by_adafactor(0.95, BY_NAME)
     state = transformation.init(jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), gradients))
     update, out = jax.jit(transformation.update), []
     for i in range(len(next(iter(gradients.values())))):
@@ -86,7 +88,7 @@ def test_the_second_moments_of_gpt2_hold_less_than_a_hundredth_of_its_parameters
     layout = Layout(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     gpt = GPT(model, 50304, config.data.seq_len, layout, make_attend("full", None))
     params = jax.eval_shape(gpt.init, jax.random.key(0))
-    optimizer = make_optimizer(OptimizerConfig(name="adafactor", beta1=0.0), 1)
+    optimizer = make_optimizer(OptimizerConfig(name="adafactor", beta1=0.0), 1, Roles(gpt.axes()))
     state = jax.eval_shape(optimizer.init, params)
     parameters, held = (sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for tree in (params, state))
     assert 1.2e8 < parameters < 1.3e8

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from param_axes import BY_NAME
 from quick import AS_FOR_USERS
 
 from configs.base import get_config
@@ -18,7 +19,6 @@ from llmjax.train.optim.optimizer import (
     SCHEDULES,
     Optimizer,
     OptimizerConfig,
-    decay_mask,
     make_optimizer,
 )
 
@@ -84,7 +84,7 @@ def test_config_is_the_optimizer_section_of_the_base_config():
 
 
 def test_the_optimizer_follows_the_schedule_it_reports():
-    optimizer = make_optimizer(config("lion", schedule="linear", warmup_updates=3), 8)
+    optimizer = make_optimizer(config("lion", schedule="linear", warmup_updates=3), 8, BY_NAME)
     params, state = {"w_DF": jnp.zeros((2, 2))}, None
     state = optimizer.init(params)
     for update in range(8):
@@ -94,7 +94,7 @@ def test_the_optimizer_follows_the_schedule_it_reports():
 
 
 def test_one_large_update_has_the_mean_learning_rate_of_the_small_ones_in_its_place():
-    optimizer = make_optimizer(config(schedule="linear", warmup_updates=10), 100)
+    optimizer = make_optimizer(config(schedule="linear", warmup_updates=10), 100, BY_NAME)
     for done, size in ((0, 1), (2, 4), (10, 8), (50, 16), (84, 16)):
         small = [optimizer.hyperparameters(done + i, 1.0).learning_rate for i in range(size)]
         large = optimizer.hyperparameters(done, float(size)).learning_rate
@@ -103,21 +103,23 @@ def test_one_large_update_has_the_mean_learning_rate_of_the_small_ones_in_its_pl
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_without_warmup_the_first_update_is_at_the_peak_however_small_its_batch(schedule):
-    optimizer = make_optimizer(config(schedule=schedule), 100)
+    optimizer = make_optimizer(config(schedule=schedule), 100, BY_NAME)
     for size in (1 / 64, 0.25, 1.0):
         assert optimizer.hyperparameters(0.0, size).learning_rate == 0.01, size
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)])
 def test_the_learning_rate_grows_with_the_batch_as_asked(scaling, factor):
-    hyper = make_optimizer(config(batch_scaling=scaling), 100).hyperparameters(50.0, 4.0)
+    hyper = make_optimizer(config(batch_scaling=scaling), 100, BY_NAME).hyperparameters(50.0, 4.0)
     np.testing.assert_allclose(hyper.learning_rate, 0.01 * factor, rtol=1e-12)
     assert (hyper.beta1, hyper.beta2, hyper.momentum) == (0.9, 0.95, 0.95)
 
 
 @pytest.mark.parametrize("scaling", ["none", "sqrt", "linear"])
 def test_what_is_constant_in_tokens_forgets_as_much_in_one_large_update_as_in_many_small(scaling):
-    optimizer = make_optimizer(config(weight_decay=0.1, batch_scaling=scaling, constant_in="tokens"), 100)
+    optimizer = make_optimizer(
+        config(weight_decay=0.1, batch_scaling=scaling, constant_in="tokens"), 100, BY_NAME
+    )
     small, large = optimizer.hyperparameters(50.0, 0.5), optimizer.hyperparameters(50.0, 4.0)
     for name in ("beta1", "beta2", "momentum"):
         np.testing.assert_allclose(getattr(small, name) ** 8, getattr(large, name), rtol=1e-12)
@@ -164,7 +166,7 @@ STEPS_OF_THEORY = {  # of a constant gradient, in learning rates and in the dire
 @pytest.mark.parametrize("letters", ["DF", "VD"])  # a matrix of the inside, and an embedding
 @pytest.mark.parametrize("name", NAMES)
 def test_a_constant_gradient_gives_the_step_of_theory_also_where_betas_change(name, letters):
-    optimizer, grads = make_optimizer(config(name, constant_in="tokens"), 100), hadamard(letters)
+    optimizer, grads = make_optimizer(config(name, constant_in="tokens"), 100, BY_NAME), hadamard(letters)
     params, hypers = jax.tree.map(jnp.zeros_like, grads), []
     state, update = optimizer.init(params), jax.jit(optimizer.update, compiler_options=AS_FOR_USERS)
     scale = 1.0
@@ -187,7 +189,7 @@ def test_a_constant_gradient_gives_the_step_of_theory_also_where_betas_change(na
 @pytest.mark.parametrize("constant_in", ["updates", "tokens"])
 def test_muons_direction_weighs_gradients_as_its_betas_say(constant_in):
     """Nesterov's momentum with the bias corrected (Dozat 2016), the next beta taken to be that of this update."""
-    optimizer = make_optimizer(config("muon", constant_in=constant_in), 100)
+    optimizer = make_optimizer(config("muon", constant_in=constant_in), 100, BY_NAME)
     rng, shape = np.random.default_rng(3), (8, 8)
     params = {"w_DF": jnp.zeros(shape)}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
@@ -216,7 +218,7 @@ def test_every_optimizer_descends_a_quadratic(name):
     def loss(params):
         return sum(jnp.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(target)))
 
-    optimizer = make_optimizer(config(name, learning_rate=0.1, clip_norm=10.0, warmup_updates=2), 60)
+    optimizer = make_optimizer(config(name, learning_rate=0.1, clip_norm=10.0, warmup_updates=2), 60, BY_NAME)
     params, state = run(optimizer, start, jax.grad(loss), 60)
     assert loss(optimizer.eval_params(state, params)) < 0.1 * loss(start)
 
@@ -228,13 +230,14 @@ def test_weight_decay_shrinks_matrices_and_embeddings_but_not_norms_and_biases(n
         "embedding_VD": jnp.ones((5, 16)),
         "norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)},
     }
-    optimizer = make_optimizer(config(name, learning_rate=0.5, weight_decay=0.1), 10)
+    optimizer = make_optimizer(config(name, learning_rate=0.5, weight_decay=0.1), 10, BY_NAME)
     after, state = run(optimizer, params, functools.partial(jax.tree.map, jnp.zeros_like), 1)
     after = optimizer.eval_params(state, after)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(after)):
         factor = 1.0 if path[-1].key in ("scale", "bias", "q_bias") else 1.0 - 0.5 * 0.1
         np.testing.assert_allclose(y, factor * x, rtol=1e-5, err_msg=str(path))
-    assert decay_mask(params)["embedding_VD"] and not decay_mask(params)["norm"]["scale"]
+    decays = BY_NAME.matrices_and_tables(params)
+    assert decays["embedding_VD"] and not decays["norm"]["scale"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -243,15 +246,15 @@ def test_the_global_norm_is_clipped_before_anything_else(name):
     grads = jax.tree.map(lambda x: 100.0 * x, normal(3, SHAPES))
     norm = optax.tree.norm(grads)
     clipped = jax.tree.map(lambda g: g * 0.5 / norm, grads)
-    a, _ = run(make_optimizer(config(name, clip_norm=0.5), 4), params, lambda _: grads, 1)
-    b, _ = run(make_optimizer(config(name, clip_norm=0.0), 4), params, lambda _: clipped, 1)
+    a, _ = run(make_optimizer(config(name, clip_norm=0.5), 4, BY_NAME), params, lambda _: grads, 1)
+    b, _ = run(make_optimizer(config(name, clip_norm=0.0), 4, BY_NAME), params, lambda _: clipped, 1)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), a, b)
 
 
 def test_adamw_is_that_of_optax():
     params, grads = normal(2, SHAPES), normal(3, SHAPES)
-    reference = optax.adamw(0.01, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=decay_mask)
-    a, _ = run(make_optimizer(config(weight_decay=0.1), 9), params, lambda _: grads, 3)
+    reference = optax.adamw(0.01, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=BY_NAME.matrices_and_tables)
+    a, _ = run(make_optimizer(config(weight_decay=0.1), 9, BY_NAME), params, lambda _: grads, 3)
     b, _ = apply(reference, params, lambda _: grads, 3)
     millionth = functools.partial(
         np.testing.assert_allclose, rtol=1e-6, atol=1e-6 * 0.01
@@ -264,7 +267,7 @@ def test_stacked_layers_are_updated_like_single_layers(name):
     wide = {"w_up_DF": (128, 130)}  # large enough for Adafactor to factor
     params = {"layers": {**stacked(4)["layers"], **normal(4, {k: (3, *s) for k, s in wide.items()})}}
     grads = {"layers": {**stacked(5)["layers"], **normal(5, {k: (3, *s) for k, s in wide.items()})}}
-    optimizer = make_optimizer(config(name, weight_decay=0.1), 9)
+    optimizer = make_optimizer(config(name, weight_decay=0.1), 9, BY_NAME)
     together, _ = run(optimizer, params, lambda _: grads, 2)
 
     def apart(tree):
@@ -283,7 +286,7 @@ def as_matrix(name, x):
 
 def test_muon_orthogonalizes_every_matrix_of_every_layer_with_the_rms_of_adamw():
     params, grads = stacked(6), stacked(7)
-    after, _ = run(make_optimizer(config("muon"), 4), params, lambda _: grads, 1)
+    after, _ = run(make_optimizer(config("muon"), 4, BY_NAME), params, lambda _: grads, 1)
     for name in MATRICES:
         for x, y in zip(params["layers"][name], after["layers"][name]):
             step = as_matrix(name, x - y) / 0.01
@@ -297,7 +300,7 @@ def test_muon_on_stacked_weights_is_that_of_optax_on_each_matrix():
         return {f"{name}{i}": as_matrix(name, tree["layers"][name][i]) for name in MATRICES for i in range(3)}
 
     params, pull = stacked(8), stacked(9)
-    optimizer = make_optimizer(config("muon", learning_rate=0.5, weight_decay=0.1), 4)
+    optimizer = make_optimizer(config("muon", learning_rate=0.5, weight_decay=0.1), 4, BY_NAME)
     reference = optax.contrib.muon(0.5, weight_decay=0.1, consistent_rms=0.2)
     add = functools.partial(jax.tree.map, jnp.add)  # gradients that turn as the parameters move
     after, _ = run(optimizer, params, functools.partial(add, pull), 3)
@@ -314,14 +317,14 @@ def test_muon_leaves_embeddings_norms_and_biases_to_adamw():
         "q_bias": (2, 4),
     }
     params, grads = normal(10, shapes), normal(11, shapes)
-    a, _ = run(make_optimizer(config("muon", weight_decay=0.1), 4), params, lambda _: grads, 2)
-    b, _ = run(make_optimizer(config("adamw", weight_decay=0.1), 4), params, lambda _: grads, 2)
+    a, _ = run(make_optimizer(config("muon", weight_decay=0.1), 4, BY_NAME), params, lambda _: grads, 2)
+    b, _ = run(make_optimizer(config("adamw", weight_decay=0.1), 4, BY_NAME), params, lambda _: grads, 2)
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_schedule_free_evaluates_the_average_of_its_iterates_by_squared_learning_rate():
     params, rng, iterates = normal(12, SHAPES), np.random.default_rng(0), []
-    optimizer = make_optimizer(config("schedule_free_adamw", warmup_updates=3), 9)
+    optimizer = make_optimizer(config("schedule_free_adamw", warmup_updates=3), 9, BY_NAME)
     state, one = optimizer.init(params), jax.jit(optimizer.update)
     for update in range(4):
         grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from param_axes import BY_NAME
 
 from llmjax.train.loop.run_position import OpenWindow, Position
 from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
@@ -22,7 +23,7 @@ def make_steering(points=(), name="none", on_spike="warn", num_updates=10, lengt
     return Steering(
         schedule=make_batch_schedule("piecewise" if points else "constant", points, BATCH),
         lengths=make_length_schedule(lengths, BATCH.seq_len),
-        optimizer=make_optimizer(config, num_updates),
+        optimizer=make_optimizer(config, num_updates, BY_NAME),
         controller=ControllerConfig(name=name, k_min=2, k_max=32, half_life=1000),
         stability=StabilityConfig(on_spike=on_spike, warmup_updates=10),
         tokens_per_update=BATCH.tokens_per_update,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from param_axes import BY_NAME
 
 from llmjax.train.optim.optimizer import Hyperparameters, Optimizer, OptimizerConfig, make_optimizer
 from llmjax.train.update.accumulate import UpdateInputs
@@ -69,7 +70,7 @@ def gradient_descent():
 
 def adamw(**changes):
     """With an eps that keeps the first update from magnifying rounding to the size of the learning rate."""
-    return make_optimizer(OptimizerConfig(**{"warmup_updates": 2, "eps": 1e-3, **changes}), UPDATES)
+    return make_optimizer(OptimizerConfig(**{"warmup_updates": 2, "eps": 1e-3, **changes}), UPDATES, BY_NAME)
 
 
 def make_inputs(optimizer, k, update=0, loss_limit=np.inf, norm_limit=np.inf):
@@ -398,7 +399,7 @@ def test_sums_that_overflow_leave_nothing_behind(engine):
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_the_state_between_updates_does_not_show_k(name):
-    optimizer, params = make_optimizer(OptimizerConfig(name=name), 9), init_params()
+    optimizer, params = make_optimizer(OptimizerConfig(name=name), 9, BY_NAME), init_params()
     engines = [engine(optimizer, k) for k in (1, 2, 8) for engine in ENGINES.values()]
     states = [engine.canonical(engine.init(params)) for engine in engines]
     assert len({jax.tree.structure(state) for state in states}) == 1

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from param_axes import BY_NAME
 
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
@@ -29,7 +30,7 @@ CUTS = (1, 2, 3, 4, 8, 16, 64)
 TERMS = {"lm": (), "lm and auxiliary": ("balance",)}
 # An eps that keeps the first update from magnifying rounding to the size of the learning rate.
 OPTIMIZER = make_optimizer(
-    OptimizerConfig(name="adamw", learning_rate=0.05, warmup_updates=2, eps=1e-3), UPDATES
+    OptimizerConfig(name="adamw", learning_rate=0.05, warmup_updates=2, eps=1e-3), UPDATES, BY_NAME
 )
 
 
@@ -108,7 +109,7 @@ def train(engine, devices, k, terms):
     specs = {name: P() for name in init_params()}
     accumulator = ENGINES[engine](OPTIMIZER, k, terms)
     if engine == "fused":
-        window = make_update_sums(loss, mesh, specs, gather="micro_step", compute_dtype="float32")
+        window = make_update_sums(loss, mesh, specs, BY_NAME, gather="micro_step", compute_dtype="float32")
         step = make_fused_step(window, OPTIMIZER)
     else:
         step = make_train_step(loss, accumulator.micro_step)

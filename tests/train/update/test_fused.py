@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from param_axes import BY_NAME
 from quick import AS_FOR_USERS
 
 from llmjax.models.gpt import GPT
@@ -93,7 +94,7 @@ def mesh_of(sizes):
 def toy_window(sizes, gather, batch, loss=loss_fn, dtype="float32"):
     """`run(steps) -> (terms, sums)`, and the jitted window behind it."""
     mesh, specs = mesh_of(sizes), specs_of(AXES)
-    window = jax.jit(make_update_sums(loss, mesh, specs, gather=gather, compute_dtype=dtype))
+    window = jax.jit(make_update_sums(loss, mesh, specs, BY_NAME, gather=gather, compute_dtype=dtype))
     arguments = place(mesh, specs, make_params(), batch)
     return (lambda steps: window(*arguments, np.int32(steps), None)), window
 
@@ -207,7 +208,9 @@ def test_an_embedding_gathers_the_gradients_of_repeated_tokens_exactly(sizes, ga
 def test_nothing_is_communicated_within_the_loop(sizes):
     batch = make_batch()
     mesh, specs = mesh_of(sizes), specs_of(AXES)
-    window = jax.jit(make_update_sums(loss_fn, mesh, specs, gather="update", compute_dtype="float32"))
+    window = jax.jit(
+        make_update_sums(loss_fn, mesh, specs, BY_NAME, gather="update", compute_dtype="float32")
+    )
     lowered = window.lower(*place(mesh, specs, make_params(), batch), np.int32(1), None)
     program = parse(lowered.compile(compiler_options=AS_FOR_USERS).as_text())
     assert [loop.trips for loop in loops(program)] == [None]
@@ -243,7 +246,7 @@ def model_sums(sizes, gather, batch, steps, dtype="float32", **shape):
     """What a window gives for `steps` micro-steps of a decoder."""
     loss, specs, params = model_loss(sizes, gather, dtype=dtype, **shape)
     mesh = mesh_of(sizes)
-    window = make_update_sums(loss, mesh, specs, gather=gather, compute_dtype=dtype)
+    window = make_update_sums(loss, mesh, specs, BY_NAME, gather=gather, compute_dtype=dtype)
     return jax.jit(window, compiler_options=AS_FOR_USERS)(
         *place(mesh, specs, params, batch), np.int32(steps), jax.random.key(7)
     )

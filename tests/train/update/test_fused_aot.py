@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from param_axes import BY_NAME
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
@@ -42,7 +43,7 @@ def compiled(capacity, gather="update", **sizes):
     model = GPT(config, VOCAB, LENGTH, layout, blockwise.attend)
     loss = make_loss(model, logit_softcap=0.0, z_loss=0.0, shards=(layout.axis_size("fsdp"), 1))
     specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
-    window = jax.jit(make_update_sums(loss, mesh, specs, gather=gather, compute_dtype=config.dtype))
+    window = jax.jit(make_update_sums(loss, mesh, specs, BY_NAME, gather=gather, compute_dtype=config.dtype))
 
     def abstract(shape, dtype, *axes):
         sharding = NamedSharding(mesh, PartitionSpec(*axes))

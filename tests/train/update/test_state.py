@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from param_axes import BY_NAME
 
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.train.optim.optimizer import _TRANSFORMS, OptimizerConfig, make_optimizer
@@ -56,7 +57,9 @@ def mesh_of(data, fsdp, tensor):
 
 
 def engine_of(name, k=2):
-    return InPlace(make_optimizer(OptimizerConfig(name=name, schedule="constant", warmup_updates=0), 8), k)
+    return InPlace(
+        make_optimizer(OptimizerConfig(name=name, schedule="constant", warmup_updates=0), 8, BY_NAME), k
+    )
 
 
 def loss_fn(params, batch, rng):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from param_axes import BY_NAME
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.attention import Attention
@@ -51,7 +52,7 @@ def loss_of(model):
 
 @functools.partial(jax.jit, static_argnums=0)
 def statistics(model, params, batch):
-    return make_statistics(model.activations, loss_of(model))(params, batch)
+    return make_statistics(model.activations, loss_of(model), BY_NAME)(params, batch)
 
 
 def measure(model, params, batch):
@@ -118,7 +119,7 @@ def test_norms_are_those_of_separate_trees_and_every_term_is_divided_by_its_weig
         return sums.loss / sums.weight + sums.auxiliary["decay"][0] / 70.0
 
     grads = jax.device_get(jax.jit(jax.grad(plain))(params))
-    got = jax.device_get(jax.jit(make_statistics(model.activations, loss_fn))(params, batch))
+    got = jax.device_get(jax.jit(make_statistics(model.activations, loss_fn, BY_NAME))(params, batch))
     of_layers = lambda tree: [norms(jax.tree.map(lambda x: x[i], tree["layers"])) for i in range(L)]  # noqa: B023, E731
     np.testing.assert_allclose(got["gradient_norm"], of_layers(grads), rtol=1e-5)
     np.testing.assert_allclose(got["parameter_norm"], of_layers(params), rtol=1e-5)

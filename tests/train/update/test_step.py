@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from param_axes import BY_NAME
 
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
@@ -54,7 +55,7 @@ class Setup:
         devices = jax.devices() if mesh_config else jax.devices()[:1]
         self.mesh = make_mesh(mesh_config or MeshConfig(), devices)
         config = OptimizerConfig(**{"warmup_updates": 4, "learning_rate": 0.05, **optimizer})
-        self.optimizer, self.k, self.traces = make_optimizer(config, 40), k, 0
+        self.optimizer, self.k, self.traces = make_optimizer(config, 40, BY_NAME), k, 0
         self.engine = InPlace(self.optimizer, k)
 
         def counted(*args):
