@@ -72,3 +72,34 @@ class LossSums:
     def main(self) -> Array:
         """What to take the gradient of, besides the auxiliary terms."""
         return self.loss if self.objective is None else self.objective
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: logits_BTV = softcap(hidden_BTD @ w_VD.T + bias_V).
+
+    w_VD     the output matrix. Whoever applies it casts it to the dtype of the hidden states. Split over devices along
+             V alone
+    bias_V   float32, or None
+    softcap  c of c * tanh(logits / c) (Gemma 2); 0 is off
+    """
+
+    w_VD: Array
+    bias_V: Array | None = None
+    softcap: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a model makes of a batch.
+
+    hidden_BTD  normalised, ready for the `Head`
+    auxiliary   (sum, weight) of each loss term of the model's own, such as the load balance of experts
+    carry       of a recurrent family, the state after the last token of each row; None for others
+    """
+
+    hidden_BTD: Array
+    auxiliary: dict[str, tuple[Array, Array]] = dataclasses.field(default_factory=dict)
+    carry: Any = None

@@ -67,7 +67,7 @@ def bring(name):
 
 
 def flops(name):
-    return model(activation=name).flops_per_token(1.0)
+    return model(activation=name).cost(1.0, 1.0, 4)
 
 
 def kept(name):

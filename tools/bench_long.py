@@ -51,6 +51,7 @@ from llmjax.plan.hlo.parse import Instruction, Module, parse
 from llmjax.plan.hlo.traffic import bytes_touched, collectives
 from llmjax.plan.ring_work import ring_work
 from llmjax.plan.topology import topology_devices
+from llmjax.types import Head
 
 MIB = 2**20
 CELL = {"tokens": 131_072, "query_heads": 32, "key_heads": 8, "head_dim": 128}
@@ -109,7 +110,7 @@ def loss_head(smoke: bool) -> None:
         abstract((1, T), jnp.float32),
     )
     losses = {
-        "ours": lambda *x: softmax_cross_entropy(*x).loss,
+        "ours": lambda h, w, *x: softmax_cross_entropy(h, Head(w), *x).loss,
         "all logits at once, looked up": all_at_once(looked_up),
         "all logits at once, compared": all_at_once(compared),
     }

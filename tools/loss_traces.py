@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -102,6 +102,8 @@ def drawn(seed: int) -> dict[str, object]:
         settings["controller.name"] = "none"
     if settings["optimizer.name"] == "schedule_free_adamw":
         settings["optimizer.schedule"] = "constant"
+    if not settings["model.window"]:
+        settings["model.global_every"] = 0
     return settings | {"seed": seed}
 
 
@@ -119,15 +121,22 @@ def write_corpus(folder: pathlib.Path) -> None:
 def run(
     folder: pathlib.Path, name: str, config: str, settings: dict[str, object], renamed: dict[str, str]
 ) -> str:
-    """Trains in `folder`/`name`; what was said if it did not end well, else nothing."""
+    """Trains in `folder`/`name`, in a process of its own; what was said if it did not end well, else nothing."""
     values = TINY | {"data.sources": folder / "corpus", "data.cache_dir": folder / "cache"} | settings
     arguments = [f"--config.{renamed.get(key, key)}={value}" for key, value in values.items()]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = main(
-            ["llmjax", f"--config={ROOT / 'configs' / config}", f"--workdir={folder / name}", *arguments]
-        )
-    return "" if code == 0 else f"exit code {code}: {said.getvalue().strip().splitlines()[-1]}"
+    words = ["llmjax", f"--config={ROOT / 'configs' / config}", f"--workdir={folder / name}", *arguments]
+    said = folder / "said.txt"
+
+    def child() -> None:
+        with said.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            code = main(words)
+        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    last = said.read_text().strip().splitlines()[-1:] or [""]
+    return "" if process.exitcode == 0 else f"exit code {process.exitcode}: {last[0]}"
 
 
 def trace(workdir: pathlib.Path) -> list[dict[str, object]]:
@@ -154,7 +163,7 @@ def record(path: pathlib.Path, count: int, renamed: dict[str, str]) -> None:
             traces[name] = {"failure": failure, "lines": trace(folder / name)}
             print(f"{name}: {len(trace(folder / name))} lines {failure}".replace(scratch, ""), flush=True)
             traces[name]["failure"] = failure.replace(scratch, "")
-    path.write_text(json.dumps(traces, indent=1))
+            path.write_text(json.dumps(traces, indent=1))
 
 
 def compare(before: pathlib.Path, after: pathlib.Path) -> int:

@@ -20,10 +20,9 @@ def make_task_loss(
     config: Config, model: Model, layout: Layout, *, training: bool
 ) -> Callable[..., LossSums]:
     """The loss of the config's task on a model laid out by `layout`: of training, with all terms, or of evaluation."""
-    softcap, z_loss = config.model.logit_softcap, config.train.z_loss if training else 0.0
+    z_loss = config.train.z_loss if training else 0.0
     return make_loss(
         model,
-        logit_softcap=softcap,
         z_loss=z_loss,
         shards=batch_shards(layout),
         vocab_shards=layout.axis_size("tensor"),
@@ -40,4 +39,7 @@ def make_model(config: Config, vocab_size: int, layout: Layout) -> Model:
     kernel, _ = choose_kernel(config.model, layout.mesh.devices.flat[0].platform)
     sharing, _ = choose_sharing(config.model, config.mesh, layout.mesh.shape)
     family = FAMILIES[config.model.family]
-    return family(config.model, vocab_size, config.data.seq_len, layout, make_attend(kernel, sharing))
+    attend = make_attend(kernel, sharing)
+    return family(
+        config.model, vocab_size, config.data.seq_len, layout, attend, holds_scores=kernel == "full"
+    )

@@ -20,7 +20,7 @@ from llmjax.data.layout.layout import RowLayout
 from llmjax.data.pipeline import Batches, PackedSequences, make_batches
 from llmjax.errors import UserError, choose
 from llmjax.evaluate.scoring import make_token_losses
-from llmjax.models.contract import Model
+from llmjax.models.contract import Cost, Model
 from llmjax.nn.attention_choice import choose_kernel, choose_sharing
 from llmjax.ops.seeds import make_key
 from llmjax.parallel.hosts import local_batch_rows, make_global
@@ -128,6 +128,12 @@ class Program:
         sharing, why = choose_sharing(self.config.model, self.config.mesh, self.mesh.shape)
         kernel = choose_kernel(self.config.model, self.mesh.devices.flat[0].platform)
         return {"kernel": kernel, "mesh.seq": ("" if sharing is None else sharing.describe(), why)}
+
+    def cost(self, attended: float) -> Cost:
+        """What a micro-step costs where a token attends to `attended` keys, on average."""
+        mesh, batch = self.mesh.shape, self.batch
+        tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
+        return self.model.cost(attended, tokens, batch.seq_len)
 
     def abstract_inputs(self) -> UpdateInputs:
         """Shapes and dtypes of what the host decides."""
@@ -264,7 +270,7 @@ def make_program(
     loss = make_task_loss(config, model, model.layout, training=True)
     held_out_loss = make_task_loss(config, model, model.layout, training=False)
     token_losses = make_token_losses(
-        model, logit_softcap=config.model.logit_softcap, shards=batch_shards(model.layout)
+        model, shards=batch_shards(model.layout), vocab_shards=model.layout.axis_size("tensor")
     )
     param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=is_axes)
     state = abstract_state(model.init, engine, param_specs, mesh)

@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.models.contract import Model
-from llmjax.ops import chunks
-from llmjax.ops.logits import softcap
+from llmjax.ops.loss import Chunking, token_cross_entropy
 from llmjax.types import Batch, Params
 
 Arrays = dict[str, np.ndarray]  # the fields of `Batch`
@@ -99,40 +97,26 @@ def ratios(sums: np.ndarray, counts: np.ndarray) -> list[float | None]:
 
 
 def make_token_losses(
-    model: Model, *, logit_softcap: float, chunk: int = 512, shards: tuple[int, int] = (1, 1)
+    model: Model,
+    *,
+    shards: tuple[int, int] = (1, 1),
+    vocab_shards: int = 1,
+    chunking: Chunking | None = None,
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """`token_losses(params, batch) -> (loss_BT, correct_BT)`, of every position, whatever its weight.
 
-    loss_BT is float32, -log p of the target in nats; correct_BT is true where the target is what greedy decoding would
-    emit. Logits exist for `chunk` tokens of a shard at a time. `shards`: over how many devices B and T are split.
+    What they are is said by `ops.loss.token_cross_entropy`, and `shards`, `vocab_shards` and `chunking` as well.
     """
 
     def token_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        hidden_BTD = model.apply(params, batch)
-        w_VD = model.unembedding(params).astype(hidden_BTD.dtype)
-        B, T = batch.targets.shape
-        X, Y = math.gcd(shards[0], B), math.gcd(shards[1], T)  # Y counts the shards of T, which stay apart
-        parts = chunks.cut(T // Y, chunk * X // B)
-
-        def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, Y, C, ...]
-            return jnp.moveaxis(parts.split(x.reshape(B, Y, T // Y, *x.shape[2:]), 2), 2, 0)
-
-        def score(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            hidden_BYCD, targets_BYC = arrays
-            logits_BYCV = softcap(
-                jnp.einsum("BYCD,VD->BYCV", hidden_BYCD, w_VD, preferred_element_type=jnp.float32),
-                logit_softcap,
-            )
-            # A sum with one term instead of a lookup: the vocabulary may be split over devices.
-            is_target_BYCV = (
-                jax.lax.broadcasted_iota(jnp.int32, logits_BYCV.shape, 3) == targets_BYC[..., None]
-            )
-            target_BYC = jnp.sum(jnp.where(is_target_BYCV, logits_BYCV, 0.0), axis=-1)
-            correct_BYC = jnp.argmax(logits_BYCV, axis=-1) == targets_BYC
-            return jax.nn.logsumexp(logits_BYCV, axis=-1) - target_BYC, correct_BYC
-
-        outs = jax.lax.map(score, (split(hidden_BTD), split(batch.targets)))
-        return tuple(parts.join(jnp.moveaxis(x, 0, 2), 2).reshape(B, T) for x in outs)
+        return token_cross_entropy(
+            model.apply(params, batch).hidden_BTD,
+            model.head(params),
+            batch.targets,
+            shards=shards,
+            vocab_shards=vocab_shards,
+            chunking=chunking,
+        )
 
     return token_losses
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.models.contract import Model
-from llmjax.nn.cache import Cache
+from llmjax.models.contract import Cache, Model
 from llmjax.ops.logits import sample
 from llmjax.ops.seeds import make_key
 from llmjax.ranges import FOLD, Range, check_ranges
@@ -54,13 +53,12 @@ def make_generator(
     *,
     eos_id: int,
     banned_ids: Sequence[int] = (),
-    max_positions: int = 0,
 ) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list[int | None]]]:
     """`generate(params, prompts)`, an iterator over time that yields one new token id per prompt, None once ended.
 
     A prompt's sample depends on the seed and its own number only, not on the prompts beside it. `banned_ids` (pad,
-    mask, reserved) are never sampled. `max_positions` > 0 is the most tokens that the model's positions can hold; each
-    prompt is continued until it has them, and one more that is predicted from the last of them.
+    mask, reserved) are never sampled. Where the model has a `position_limit`, each prompt is continued until it has so
+    many tokens, and one more that is predicted from the last of them.
     """
     pick = functools.partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
 
@@ -90,12 +88,12 @@ def make_generator(
         if not lengths.all():
             raise UserError("an empty prompt has nothing to continue; begin it with the bos token")
         limits = np.full(len(prompts), config.max_tokens)
-        if max_positions:
-            limits = np.minimum(limits, max_positions - lengths + 1)
+        if model.position_limit:
+            limits = np.minimum(limits, model.position_limit - lengths + 1)
             if limits.min() < 1:
                 raise UserError(
-                    f"the longest prompt has {lengths.max()} tokens but the model holds {max_positions} positions; "
-                    "shorten it"
+                    f"the longest prompt has {lengths.max()} tokens but the model holds {model.position_limit} "
+                    "positions; shorten it"
                 )
         width = round_up(int(lengths.max()))
         tokens = np.zeros((len(prompts), width), np.int32)

@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 
-from llmjax.nn.cache import Cache
-from llmjax.types import Batch, Params
+from llmjax.parallel.rules import Layout
+from llmjax.types import Batch, Head, Output, Params
+
+Cache = Any  # what a family keeps of the tokens that it has read: a pytree that nobody else looks into
 
 
 class Model(Protocol):
     """A language model. `params` is a nested dict of plain arrays; `axes()` names their dimensions."""
 
-    vocab_size: int
+    layout: Layout
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the ids that the head chooses among."""
+
+    @property
+    def position_limit(self) -> int:
+        """The most tokens of a document that the model has positions for; 0: any number."""
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh float32 parameters."""
 
     def axes(self) -> Any:
-        """The tree of `init` with a tuple of logical axis names in the place of each array."""
+        """The tree of `init` with a tuple of logical axis names in the place of each array: all that is known of what a
+        parameter is, see `parallel/rules.py`."""
 
-    def apply(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> jax.Array:
-        """hidden_BTD, normalised, ready for `unembedding`. Deterministic if and only if rng is None."""
+    def apply(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> Output:
+        """Hidden states, auxiliary loss terms and carry. Deterministic if and only if rng is None."""
+
+    def head(self, params: Params) -> Head:
+        """What turns hidden states into logits, ready for the loss: brought together where devices split it."""
 
     def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """Root mean squares over all real positions, float32 [L], without dropout: `residual_rms` of the stream after
-        each layer, `attention_rms` and `mlp_rms` of what its branches add to it. Made when called, free when not."""
+        """Figures of each layer over all real positions, float32 [L], without dropout, by names of the family's own.
 
-    def unembedding(self, params: Params) -> jax.Array:
-        """w_VD; logits_BTV = hidden_BTD @ w_VD.T, soft-capped where the config says so, with w_VD cast to the dtype of
-        hidden_BTD, which is left to the reader. Split over devices along V alone."""
-
-    def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-        """float32 logits_BTV."""
+        A GPT gives `residual_rms`, the root mean square of the stream after each layer, and `attention_rms` and
+        `mlp_rms` of what its branches add to it. Nothing is computed unless this is called.
+        """
 
     def make_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens per row."""
@@ -45,8 +56,19 @@ class Model(Protocol):
         """logits_BTV of T further tokens per row, and the cache that holds them. Where `valid_BT` is false the token
         is padding and its logits mean nothing."""
 
-    def flops_per_token(self, attended: float) -> float:
-        """Floating point operations of a forward and backward pass per token that attends to `attended` keys."""
+    def cost(self, attended: float, tokens_per_device: float, seq_len: int) -> Cost:
+        """What a micro-step costs. `attended`: keys that a token attends to, on average; `tokens_per_device` in rows of
+        `seq_len`, of which a device along mesh.seq has its share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """flops_per_token   floating point operations of a forward and a backward pass, for each token
+    activation_bytes  an estimate of what the backward pass keeps on a device
+    """
+
+    flops_per_token: float
+    activation_bytes: int
 
 
 def is_box(x: Any) -> bool:

@@ -11,20 +11,21 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.errors import choose
-from llmjax.models.contract import box_axes, unbox
+from llmjax.models.contract import Cost, box_axes, unbox
 from llmjax.nn.cache import Cache, append_tokens, make_cache
 from llmjax.nn.config import ModelConfig, layer_windows
 from llmjax.nn.layers import Norm, matrix
 from llmjax.nn.position import POSITIONS
+from llmjax.nn.remat import Widths, kept_width
 from llmjax.nn.stack import Block, decode_stack, init_stack, measure_stack, run_stack
 from llmjax.ops import rope
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import Mask, self_mask
 from llmjax.ops.dropout import dropout, token_keys
-from llmjax.ops.logits import softcap
+from llmjax.ops.logits import head_logits
 from llmjax.parallel.rules import Layout, is_axes, partition_spec
-from llmjax.types import Batch, Params
+from llmjax.types import Batch, Head, Output, Params
 
 
 class Embedding(nn.Module):
@@ -49,7 +50,7 @@ class GPT:
     """The `Model` contract for a decoder-only Transformer.
 
     `config` is resolved; `max_positions` bounds learned positions; `attend` is the attention algorithm of training;
-    generation always uses `full`, whose queries are few.
+    generation always uses `full`, whose queries are few. `holds_scores`: `attend` keeps all scores, for `cost`.
     """
 
     config: ModelConfig
@@ -57,6 +58,11 @@ class GPT:
     max_positions: int
     layout: Layout = Layout()
     attend: Callable[..., jax.Array] = full.attend
+    holds_scores: bool = False
+
+    @property
+    def position_limit(self) -> int:
+        return self.max_positions if POSITIONS[self.config.position].table else 0
 
     @property
     def _block(self) -> Block:
@@ -121,7 +127,7 @@ class GPT:
         whole = (self.layout.constrain(x, "batch", None) for x in (batch.segments, batch.positions))
         return self_mask(*whole)
 
-    def apply(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> jax.Array:
+    def apply(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> Output:
         keys_BT = None
         if rng is not None and self.config.dropout:
             columns_BT = batch.columns
@@ -138,7 +144,7 @@ class GPT:
             )
         turn = self._turn(batch.positions)
         x_BTD = run_stack(self._block, params["layers"], x_BTD, turn, mask, keys_BT=keys_BT, specs=specs)
-        return self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
+        return Output(self._final_norm.apply({"params": params["final_norm"]}, x_BTD))
 
     def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
@@ -149,17 +155,12 @@ class GPT:
     def _output_table(self, params: Params) -> jax.Array:
         return params["embedding"]["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"]
 
-    def unembedding(self, params: Params) -> jax.Array:
+    def head(self, params: Params) -> Head:
         w_VD = self._output_table(params)
-        if self.layout.axis_size("fsdp") * self.layout.axis_size("seq") == 1:
-            return w_VD
-        # Brought together once, or each chunk of the loss would do so; cast, since a copy is made anyway.
-        return self.layout.constrain(w_VD.astype(self.config.dtype), "vocab", None)
-
-    def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-        w_VD = self._output_table(params).astype(self.config.dtype)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
-        return softcap(logits_BTV, self.config.logit_softcap)
+        if self.layout.axis_size("fsdp") * self.layout.axis_size("seq") > 1:
+            # Brought together once, or each chunk of the loss would do so; cast, since a copy is made anyway.
+            w_VD = self.layout.constrain(w_VD.astype(self.config.dtype), "classes", None)
+        return Head(w_VD, softcap=self.config.logit_softcap)
 
     def make_cache(self, batch: int, slots: int) -> Cache:
         c = self.config
@@ -168,6 +169,7 @@ class GPT:
     def decode(
         self, params: Params, tokens_BT: jax.Array, cache: Cache, valid_BT: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
+        c = self.config
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         slot = cache.used
         cache, segments_BT, positions_BT = append_tokens(cache, valid_BT)
@@ -184,9 +186,14 @@ class GPT:
             slot,
         )
         hidden_BTD = self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
-        return self.logits(params, hidden_BTD), dataclasses.replace(cache, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
+        head = Head(self._output_table(params), softcap=c.logit_softcap)  # tokens are few: it stays split
+        cache = dataclasses.replace(cache, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
+        return head_logits(hidden_BTD, head), cache
 
-    def flops_per_token(self, attended: float) -> float:
+    def cost(self, attended: float, tokens_per_device: float, seq_len: int) -> Cost:
+        return Cost(self._flops_per_token(attended), self._activation_bytes(tokens_per_device, seq_len))
+
+    def _flops_per_token(self, attended: float) -> float:
         """6 per weight of a matrix product (Kaplan et al. 2020), 12 N H per attended key and layer, of which a local
         layer has its window at most; lookups are free."""
         c = self.config
@@ -195,3 +202,25 @@ class GPT:
         weights = c.num_layers * (attention + mlp) + self.vocab_size * c.model_dim
         keys = sum(min(attended, window or attended) for window in layer_windows(c))
         return 6.0 * weights + 12.0 * c.num_heads * c.head_dim * keys
+
+    def _activation_bytes(self, tokens: float, seq_len: int) -> int:
+        """What the backward pass keeps on a device.
+
+        Per layer and token that is, without remat: 3 arrays as wide as the model for each norm and its input, queries
+        and keys before and after their norm and rotation and once more in the layout of attention, and the hidden layer
+        before, within and after its activation. `dots` keeps the outputs of matrix products alone, `attention` the
+        layer's input and what its heads found, `full` the input; then one layer exists in full while it is recomputed.
+        `full` attention holds its scores, too. Tiles hold the hidden layer of one tile at a time.
+        """
+        c, tensor = self.config, self.layout.axis_size("tensor")
+        queries, keys = (heads * c.head_dim / tensor for heads in (c.num_heads, c.num_kv_heads))
+        hidden, projections = c.mlp_dim / tensor, ACTIVATIONS[c.activation].projections
+        at_once = min(1.0, c.tile / tokens) if c.tile else 1.0
+        layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * projections) * hidden * at_once
+        if self.holds_scores:
+            layer += 2 * seq_len * c.num_heads / tensor
+        products = 2 * c.model_dim + queries + 2 * keys + projections * hidden
+        widths = Widths(c.model_dim, queries, products, layer)
+        return int(
+            tokens * kept_width(c.remat, c.offload, widths, c.num_layers) * jnp.dtype(c.dtype).itemsize
+        )

@@ -16,7 +16,6 @@ from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llmjax.escapes import show
 from llmjax.generate.generate import make_generator
 from llmjax.modes.request import Request
-from llmjax.nn.position import POSITIONS
 from llmjax.parallel import hosts
 from llmjax.terminal import say
 from llmjax.train.loop.stop_request import Watch
@@ -76,11 +75,9 @@ def generator(
 ) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list]]:
     """Sampling with the config's settings; ids that stand for no text, other than the end, are never drawn."""
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
-    learned = POSITIONS[program.config.model.position].table
     return make_generator(
         program.model,
         program.config.generate,
         eos_id=tokenizer.eos_id,
         banned_ids=sorted(special - {tokenizer.eos_id}),
-        max_positions=program.config.data.seq_len if learned else 0,
     )

@@ -111,7 +111,7 @@ def make_run(
         save_window=save_window,
         meta={"config": config.to_dict(), "versions": versions, "data_fingerprint": corpus.fingerprint},
         flops_per_token={
-            length: program.model.flops_per_token(corpus.train_plan.attended_in(length))
+            length: program.cost(corpus.train_plan.attended_in(length)).flops_per_token
             for length in program.steering.lengths.lengths
         },
         peak_flops=peak_flops(list(program.mesh.devices.flat)),

@@ -5,10 +5,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from llmjax.types import Head
+
 
 def softcap(logits: jax.Array, cap: float) -> jax.Array:
     """cap * tanh(logits / cap) (Bello et al. 2017; Gemma 2), which keeps logits in (-cap, cap); cap 0 is off."""
     return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def head_logits(hidden_BTD: jax.Array, head: Head) -> jax.Array:
+    """float32 logits_BTV of all tokens at once. `ops/loss.py` has them chunk by chunk."""
+    w_VD = head.w_VD.astype(hidden_BTD.dtype)
+    logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
+    if head.bias_V is not None:
+        logits_BTV = logits_BTV + head.bias_V[None, None]
+    return softcap(logits_BTV, head.softcap)
 
 
 def sample(

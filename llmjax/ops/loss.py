@@ -25,15 +25,15 @@ import jax.numpy as jnp
 from llmjax.ops import chunks
 from llmjax.ops.chunks import Chunks
 from llmjax.ops.logits import softcap as cap_logits
-from llmjax.types import LossSums
+from llmjax.types import Head, LossSums
 
-Gradients = tuple[jax.Array, jax.Array]
+Gradients = tuple[jax.Array, jax.Array, jax.Array | None]  # of hidden_BTD, w_VD and bias_V
 Sums = tuple[jax.Array, dict[str, jax.Array]]  # what gradients are of, and the sums of which it consists
 TILE = 16  # ids; on a TPU that many rows of a bfloat16 array lie together
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
+class Chunking:
     """How to go through the logits, and in what memory; the sums are the same.
 
     chunk_tokens  tokens of a chunk, of each shard, at most
@@ -53,40 +53,39 @@ class Walk:
 
 
 # At 1024 tokens a matrix product on a TPU takes longer than the traffic it makes, that of float32 weights included.
-TPU = Walk(chunk_tokens=1024, chunk_bytes=2**28, block_bytes=22 * 2**20, ids_first=True, cast_once=False)
+TPU = Chunking(chunk_tokens=1024, chunk_bytes=2**28, block_bytes=22 * 2**20, ids_first=True, cast_once=False)
 # With rows of tokens XLA on CPU transposes small operands only, and without blocks copies none.
-OTHERS = Walk(chunk_tokens=512, chunk_bytes=2**28, block_bytes=2**28, ids_first=False, cast_once=True)
+OTHERS = Chunking(chunk_tokens=512, chunk_bytes=2**28, block_bytes=2**28, ids_first=False, cast_once=True)
 
 
 def softmax_cross_entropy(
     hidden_BTD: jax.Array,
-    w_VD: jax.Array,
+    head: Head,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     *,
-    softcap: float = 0.0,
     z_loss: float = 0.0,
     shards: tuple[int, int] = (1, 1),
     vocab_shards: int = 1,
-    walk: Walk | None = None,
+    chunking: Chunking | None = None,
 ) -> LossSums:
     """Sums over tokens: `loss` of weight * (lse - logit of the target), the cross-entropy, lse in float32.
 
-    w_VD      is cast to the dtype of hidden_BTD; its gradient, summed in float32, has the dtype that it came in
-    softcap   bounds the logits (`ops.logits.softcap`); 0 is off
+    head      its w_VD is cast to the dtype of hidden_BTD. The gradient of w_VD is summed in float32 and has the dtype
+              of w_VD
     z_loss    pulls lse towards 0 (PaLM: Chowdhery et al. 2022, section 5); 0 is off. Otherwise the metric `z_loss` is
               the sum of weight * z_loss * lse ** 2, and `objective` that and the cross-entropy together
-    shards    over how many devices B and T are split: each walks its own tokens and sums its own gradient of
+    shards    over how many devices B and T are split: each goes through its own tokens and sums its own gradient of
               w_VD, which is added up once. Wrong figures cost communication, never correctness
-    vocab_shards  the same of V: each walks its own ids; sums over ids are added up once for each chunk
-    walk      None: what suits the platform
+    vocab_shards  the same of V: each goes through its own ids; sums over ids are added up once for each chunk
+    chunking      None: what suits the platform
 
     The weight is that of all targets; metrics: `accuracy`, the weight of targets that no logit exceeds.
-    Gradients reach `hidden_BTD` and `w_VD` through `main` alone; nothing reaches `weights_BT`. What has weight 0 may be
+    Gradients reach `hidden_BTD` and `head` through `main` alone; nothing reaches `weights_BT`. What has weight 0 may be
     anything, also infinite or not a number.
     """
-    settings = (float(softcap), float(z_loss), (*shards, vocab_shards), walk)
-    main, parts = _sums(settings, hidden_BTD, w_VD, targets_BT, weights_BT)
+    settings = (float(head.softcap), float(z_loss), (*shards, vocab_shards), chunking)
+    main, parts = _sums(settings, hidden_BTD, head.w_VD, head.bias_V, targets_BT, weights_BT)
     parts, weight = jax.lax.stop_gradient(parts), jnp.sum(weights_BT)
     metrics = {name: parts[name] for name in parts if name != "loss"}
     if not z_loss:
@@ -94,32 +93,63 @@ def softmax_cross_entropy(
     return LossSums(parts["loss"], weight, metrics, objective=main)
 
 
+def token_cross_entropy(
+    hidden_BTD: jax.Array,
+    head: Head,
+    targets_BT: jax.Array,
+    *,
+    shards: tuple[int, int] = (1, 1),
+    vocab_shards: int = 1,
+    chunking: Chunking | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(loss_BT, correct_BT) of every token, with logits in the same chunks as those of `softmax_cross_entropy`.
+
+    loss_BT is float32, lse - logit of the target; correct_BT is true where the target is what greedy decoding would
+    emit: the first of the ids with the largest logit. Without gradients.
+    """
+    settings = (float(head.softcap), (*shards, vocab_shards))
+
+    def by(chunking: Chunking) -> Callable[..., tuple]:
+        return functools.partial(_score, chunking, *settings)
+
+    arrays = hidden_BTD, head.w_VD, head.bias_V, targets_BT
+    if chunking is not None:
+        return by(chunking)(*arrays)
+    return jax.lax.platform_dependent(*arrays, tpu=by(TPU), default=by(OTHERS))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(
-    settings: tuple, hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    settings: tuple,
+    hidden_BTD: jax.Array,
+    w_VD: jax.Array,
+    bias_V: jax.Array | None,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
 ) -> Sums:
-    return _on_platform(settings, False, hidden_BTD, w_VD, targets_BT, weights_BT)[0]
+    return _on_platform(settings, False, hidden_BTD, w_VD, bias_V, targets_BT, weights_BT)[0]
 
 
-def _sums_forward(settings: tuple, *arrays: jax.Array) -> tuple[Sums, Gradients]:
+def _sums_forward(settings: tuple, *arrays: jax.Array | None) -> tuple[Sums, Gradients]:
     return _on_platform(settings, True, *arrays)
 
 
 def _sums_backward(settings: tuple, gradients: Gradients, cotangents: Sums) -> tuple:
-    return *((cotangents[0] * g).astype(g.dtype) for g in gradients), None, None
+    scaled = jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), gradients)
+    return *scaled, None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _on_platform(settings: tuple, gradients: bool, *arrays: jax.Array) -> tuple:
-    *settings, walk = settings
+def _on_platform(settings: tuple, gradients: bool, *arrays: jax.Array | None) -> tuple:
+    *settings, chunking = settings
 
-    def by(walk: Walk) -> Callable[..., tuple]:
-        return functools.partial(_walk, walk, *settings, gradients)
+    def by(chunking: Chunking) -> Callable[..., tuple]:
+        return functools.partial(_walk, chunking, *settings, gradients)
 
-    if walk is not None:
-        return by(walk)(*arrays)
+    if chunking is not None:
+        return by(chunking)(*arrays)
     return jax.lax.platform_dependent(*arrays, tpu=by(TPU), default=by(OTHERS))
 
 
@@ -198,37 +228,39 @@ class _Cut:
         return body(count, count * self.block, rest, carry) if rest else carry
 
 
-def _cut(walk: Walk, shards: tuple[int, int, int], hidden_BTD: jax.Array, w_VD: jax.Array) -> _Cut:
+def _cut(chunking: Chunking, shards: tuple[int, int, int], hidden_BTD: jax.Array, w_VD: jax.Array) -> _Cut:
     (B, T, _), V = hidden_BTD.shape, w_VD.shape[0]
     X, Y, Z = (math.gcd(count, size) for count, size in zip(shards, (B, T, V), strict=True))
     tokens, ids = B * T // (X * Y), V // Z
-    fitting = walk.chunk_bytes // (ids * hidden_BTD.dtype.itemsize)
-    parts = chunks.cut(tokens, min(walk.chunk_tokens, fitting))
-    block = max(1, min(walk.block_bytes // (4 * parts.size), ids))
+    fitting = chunking.chunk_bytes // (ids * hidden_BTD.dtype.itemsize)
+    parts = chunks.cut(tokens, min(chunking.chunk_tokens, fitting))
+    block = max(1, min(chunking.block_bytes // (4 * parts.size), ids))
     if block < ids:  # whole tiles, and all blocks alike where they are more than half as large
         alike = (n for n in range(TILE, block + 1, TILE) if ids % n == 0 and 2 * n > block)
         block = max(alike, default=block - block % TILE or block)
-    return _Cut(X, Y, Z, parts, ids, block, "ZVXYC" if walk.ids_first else "XYCZV")
+    return _Cut(X, Y, Z, parts, ids, block, "ZVXYC" if chunking.ids_first else "XYCZV")
 
 
 def _walk(
-    walk: Walk,
+    chunking: Chunking,
     softcap: float,
     z_loss: float,
     shards: tuple[int, int, int],
     gradients: bool,
     hidden_BTD: jax.Array,
     w_VD: jax.Array,
+    bias_V: jax.Array | None,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[Sums, Gradients | None]:
-    """The sums, and the gradients of hidden_BTD and w_VD, chunk by chunk."""
+    """The sums, and the gradients of hidden_BTD, w_VD and bias_V, chunk by chunk."""
     (B, T, D), dtype = hidden_BTD.shape, hidden_BTD.dtype
-    cut = _cut(walk, shards, hidden_BTD, w_VD)
+    cut = _cut(chunking, shards, hidden_BTD, w_VD)
     w_ZVD = w_VD.reshape(cut.Z, cut.ids, D)
-    w_ZVD = w_ZVD.astype(dtype) if walk.cast_once else w_ZVD
+    w_ZVD = w_ZVD.astype(dtype) if chunking.cast_once else w_ZVD
+    bias_ZV = None if bias_V is None else bias_V.astype(jnp.float32).reshape(cut.Z, cut.ids)
     tokens = tuple(cut.split(x) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
-    dw_dims = "XYZVD" if walk.ids_first else "XYDZV"
+    dw_dims = "XYZVD" if chunking.ids_first else "XYDZV"
 
     def body(i: jax.Array, carry: tuple) -> tuple:
         sums, *more = carry
@@ -236,8 +268,8 @@ def _walk(
         # Selected, since a weight of 0 does not make 0 of what is not finite.
         h_XYCD = jnp.where(weights_XYC[..., None] == 0, 0, h_XYCD)
         w = w_ZVD if w_ZVD.dtype == dtype else jax.lax.optimization_barrier((w_ZVD, i))[0]
-        chunk = _Chunk(cut, softcap, w, h_XYCD, targets_XYC)
-        largest_XYC, total_XYC, target_XYC, kept = chunk.read(tuple(more[2:]))
+        chunk = _Chunk(cut, softcap, w, bias_ZV, h_XYCD, targets_XYC)
+        largest_XYC, total_XYC, target_XYC, kept = chunk.read(tuple(more[3:]))
         lse_XYC = largest_XYC + jnp.log(total_XYC)
         found = {
             "loss": jnp.sum(weights_XYC * (lse_XYC - target_XYC)),
@@ -252,21 +284,51 @@ def _walk(
         dtarget_XYC = scale_XYC * jnp.exp(target_XYC - largest_XYC) - weights_XYC
         if softcap:
             dtarget_XYC *= 1.0 - jnp.square(target_XYC / softcap)
-        dh, dw = more[:2]
-        dlogits, dw = chunk.add_gradients(kept, largest_XYC, scale_XYC, dtarget_XYC, dw, dw_dims)
+        dh, dw, dbias = more[:3]
+        factors = largest_XYC, scale_XYC, dtarget_XYC
+        dlogits, dw, dbias = chunk.add_gradients(kept, *factors, dw, dbias, dw_dims)
         dh_XYCD = jnp.einsum(f"{cut.order},ZVD->XYCD", dlogits, _cast(w, dtype))
-        return sums, jax.lax.dynamic_update_index_in_dim(dh, dh_XYCD, i, 2), dw, dlogits, kept[1]
+        return sums, jax.lax.dynamic_update_index_in_dim(dh, dh_XYCD, i, 2), dw, dbias, dlogits, kept[1]
 
     carry = ({name: jnp.zeros([]) for name in ("loss", "accuracy", *(("z_loss",) if z_loss else ()))},)
     if gradients:
         numerators, references = cut.zeros(cut.order, dtype), cut.zeros(f"L{cut.states}", L=cut.num_blocks)
-        carry += (jnp.zeros_like(tokens[0]), cut.zeros(dw_dims, D=D), numerators, references)
+        dbias = None if bias_ZV is None else cut.zeros("XYZV")
+        carry += (jnp.zeros_like(tokens[0]), cut.zeros(dw_dims, D=D), dbias, numerators, references)
     parts, *more = jax.lax.fori_loop(0, cut.chunks.count, body, carry)
     sums = parts["loss"] + parts["z_loss"] if z_loss else parts["loss"], parts
     if not gradients:
         return sums, None
     dw_ZVD = jnp.einsum(f"{dw_dims}->ZVD", more[1])
-    return sums, (cut.join(more[0], B, T), dw_ZVD.reshape(w_VD.shape).astype(w_VD.dtype))
+    dbias_V = None if bias_V is None else jnp.sum(more[2], (0, 1)).reshape(-1).astype(bias_V.dtype)
+    return sums, (cut.join(more[0], B, T), dw_ZVD.reshape(w_VD.shape).astype(w_VD.dtype), dbias_V)
+
+
+def _score(
+    chunking: Chunking,
+    softcap: float,
+    shards: tuple[int, int, int],
+    hidden_BTD: jax.Array,
+    w_VD: jax.Array,
+    bias_V: jax.Array | None,
+    targets_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of each token and whether its target is the likeliest id, chunk by chunk."""
+    (B, T, D), dtype = hidden_BTD.shape, hidden_BTD.dtype
+    cut = _cut(chunking, shards, hidden_BTD, w_VD)
+    w_ZVD = w_VD.reshape(cut.Z, cut.ids, D)
+    w_ZVD = w_ZVD.astype(dtype) if chunking.cast_once else w_ZVD
+    bias_ZV = None if bias_V is None else bias_V.astype(jnp.float32).reshape(cut.Z, cut.ids)
+
+    def score(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        chunk = _Chunk(cut, softcap, w_ZVD, bias_ZV, *arrays)
+        largest_XYC, total_XYC, target_XYC, _ = chunk.read(())
+        likeliest_XYC = chunk.likeliest(largest_XYC)
+        return largest_XYC + jnp.log(total_XYC) - target_XYC, likeliest_XYC == arrays[1]
+
+    tokens = (jnp.moveaxis(cut.split(x), 2, 0) for x in (hidden_BTD, targets_BT))
+    loss, correct = jax.lax.map(score, tuple(tokens))
+    return cut.join(jnp.moveaxis(loss, 0, 2), B, T), cut.join(jnp.moveaxis(correct, 0, 2), B, T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,8 +342,34 @@ class _Chunk:
     cut: _Cut
     softcap: float
     w_ZVD: jax.Array
+    bias_ZV: jax.Array | None
     h_XYCD: jax.Array
     targets_XYC: jax.Array
+
+    def logits(self, start: jax.Array | int, size: int) -> jax.Array:
+        """Those of `size` ids of each shard from `start` on, float32, in the order of `cut`."""
+        w = _cast(jax.lax.dynamic_slice_in_dim(self.w_ZVD, start, size, 1), self.h_XYCD.dtype)
+        raw = jnp.einsum(f"XYCD,ZVD->{self.cut.order}", self.h_XYCD, w, preferred_element_type=jnp.float32)
+        if self.bias_ZV is not None:
+            bias_ZV = jax.lax.dynamic_slice_in_dim(self.bias_ZV, start, size, 1)
+            after = len(self.cut.order) - self.cut.z - 2
+            raw = raw + bias_ZV.reshape((1,) * self.cut.z + bias_ZV.shape + (1,) * after)
+        return cap_logits(raw, self.softcap)
+
+    def likeliest(self, largest_XYC: jax.Array) -> jax.Array:
+        """int32, the first id of each token whose logit is the largest, which is given."""
+        cut, none = self.cut, self.cut.Z * self.cut.ids
+
+        def block(number: jax.Array | int, start: jax.Array | int, size: int, first: jax.Array) -> jax.Array:
+            logits = self.logits(start, size)
+            shard, place = (
+                jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (cut.z, cut.z + 1)
+            )
+            ids = shard * cut.ids + start + place
+            is_largest = logits == cut.by_id(cut.by_shard(largest_XYC))
+            return jnp.minimum(first, jnp.min(jnp.where(is_largest, ids, none), axis=cut.z + 1))
+
+        return jnp.min(cut.over_blocks(block, cut.zeros(cut.states, jnp.int32) + none), axis=cut.z)
 
     def read(self, kept: tuple) -> tuple[jax.Array, jax.Array, jax.Array, tuple]:
         """Of each token the largest logit, the sum of exp(logit - largest), the target's logit; `kept`, filled."""
@@ -289,9 +377,7 @@ class _Chunk:
 
         def block(number: jax.Array | int, start: jax.Array | int, size: int, carry: tuple) -> tuple:
             largest, total, target, kept = carry
-            w = _cast(jax.lax.dynamic_slice_in_dim(self.w_ZVD, start, size, 1), self.h_XYCD.dtype)
-            raw = jnp.einsum(f"XYCD,ZVD->{cut.order}", self.h_XYCD, w, preferred_element_type=jnp.float32)
-            logits = cap_logits(raw, self.softcap)
+            logits = self.logits(start, size)
             higher = jnp.maximum(largest, jnp.max(logits, axis=v))
             exp = jnp.exp(logits - cut.by_id(higher))
             total = total * jnp.exp(largest - higher) + jnp.sum(exp, axis=v)
@@ -316,14 +402,15 @@ class _Chunk:
         scale_XYC: jax.Array,
         dtarget_XYC: jax.Array,
         dw: jax.Array,
+        dbias: jax.Array | None,
         dw_dims: str,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The gradient of the logits, in the place of the numerators, and `dw` with that of the weights added."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The gradient of the logits, in the place of the numerators, and `dw` and `dbias` with those of the head."""
         cut, v, dw_v = self.cut, self.cut.z + 1, dw_dims.index("V")
         numerators, references = kept
 
         def block(number: jax.Array | int, start: jax.Array | int, size: int, carry: tuple) -> tuple:
-            dlogits, dw = carry
+            dlogits, dw, dbias = carry
             scale = cut.by_shard(scale_XYC) * jnp.exp(references[number] - cut.by_shard(largest_XYC))
             part = jax.lax.dynamic_slice_in_dim(dlogits, start, size, v) * cut.by_id(scale)
             dtarget = cut.by_id(cut.by_shard(dtarget_XYC))
@@ -334,9 +421,13 @@ class _Chunk:
             )
             dw_part += jax.lax.dynamic_slice_in_dim(dw, start, size, dw_v)
             dlogits = jax.lax.dynamic_update_slice_in_dim(dlogits, part, start, v)
-            return dlogits, jax.lax.dynamic_update_slice_in_dim(dw, dw_part, start, dw_v)
+            if dbias is not None:
+                dbias_part = jnp.einsum(f"{cut.order}->XYZV", part.astype(jnp.float32))
+                dbias_part += jax.lax.dynamic_slice_in_dim(dbias, start, size, 3)
+                dbias = jax.lax.dynamic_update_slice_in_dim(dbias, dbias_part, start, 3)
+            return dlogits, jax.lax.dynamic_update_slice_in_dim(dw, dw_part, start, dw_v), dbias
 
-        return cut.over_blocks(block, (numerators, dw))
+        return cut.over_blocks(block, (numerators, dw, dbias))
 
 
 def _cast(w: jax.Array, dtype: Any) -> jax.Array:

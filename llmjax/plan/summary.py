@@ -6,15 +6,12 @@ import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
 from llmjax.data.store.store import StoreHeader
 from llmjax.data.tokenizer.tokenizer import KINDS, TokenizerConfig
-from llmjax.nn.remat import Widths, kept_width
-from llmjax.ops.activation import ACTIVATIONS
 from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.schedules import describe_schedule
 from llmjax.train.steering.controller import RULES
@@ -28,28 +25,6 @@ def tree_bytes_per_device(tree: object) -> int:
         return math.prod(x.sharding.shard_shape(x.shape)) * itemsize
 
     return sum(leaf_bytes(x) for x in jax.tree.leaves(tree))
-
-
-def activation_bytes(program: Program) -> int:
-    """An estimate of what the backward pass keeps of a micro-step on each device.
-
-    Per layer and token that is, without remat: 3 arrays as wide as the model for each norm and its input, queries and
-    keys before and after their norm and rotation and once more in the layout of attention, and the hidden layer before,
-    within and after its activation. `dots` keeps the outputs of matrix products alone, `attention` the layer's input
-    and what its heads found, `full` the input; then one layer exists in full while it is recomputed. `full` attention
-    holds its scores, too. Tiles hold the hidden layer of one tile at a time.
-    """
-    c, batch, mesh = program.config.model, program.batch, program.mesh.shape
-    tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
-    queries, keys = (heads * c.head_dim / mesh["tensor"] for heads in (c.num_heads, c.num_kv_heads))
-    hidden, projections = c.mlp_dim / mesh["tensor"], ACTIVATIONS[c.activation].projections
-    at_once = min(1.0, c.tile / tokens) if c.tile else 1.0
-    layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * projections) * hidden * at_once
-    if program.attention["kernel"][0] == "full":
-        layer += 2 * batch.seq_len * c.num_heads / mesh["tensor"]
-    products = 2 * c.model_dim + queries + 2 * keys + projections * hidden
-    widths = Widths(c.model_dim, queries, products, layer)
-    return int(tokens * kept_width(c.remat, c.offload, widths, c.num_layers) * jnp.dtype(c.dtype).itemsize)
 
 
 def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int = 0) -> dict[str, str]:
@@ -77,20 +52,19 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
     c, mesh = program.config, program.mesh
     state = program.abstract_state()
     num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    flops = program.model.flops_per_token(attended)
+    cost = program.cost(attended)
     held, gradients = tree_bytes_per_device(state), tree_bytes_per_device(state.params)
-    activations = activation_bytes(program)
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     return {
-        "model": f"{c.model.family}, {format_count(num_params)} parameters, {format_count(flops)}FLOP per token, "
-        f"{c.model.dtype}",
+        "model": f"{c.model.family}, {format_count(num_params)} parameters, "
+        f"{format_count(cost.flops_per_token)}FLOP per token, {c.model.dtype}",
         "attention": _describe_attention(program),
         "optimizer": _describe_optimizer(c.optimizer, c.train.num_updates),
         "mesh": f"{axes} on {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}",
         "batch": _describe_batch(program),
-        "memory": f"about {format_bytes(held + gradients + activations)} per device: state {format_bytes(held)}, "
-        f"gradients {format_bytes(gradients)}, activations {format_bytes(activations)}",
+        "memory": f"about {format_bytes(held + gradients + cost.activation_bytes)} per device: state "
+        f"{format_bytes(held)}, gradients {format_bytes(gradients)}, activations {format_bytes(cost.activation_bytes)}",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -14,7 +15,6 @@ from llmjax.types import Batch, LossSums, Params
 def make_loss(
     model: Model,
     *,
-    logit_softcap: float,
     z_loss: float,
     shards: tuple[int, int] = (1, 1),
     vocab_shards: int = 1,
@@ -22,21 +22,21 @@ def make_loss(
     """`loss(params, batch, rng) -> LossSums`; rng None means without dropout, and nothing else.
 
     The loss is the cross-entropy. metrics: `accuracy`, the summed weight of targets that are the most likely token, and
-    with a z_loss `z_loss`, which only `objective` contains: evaluation asks for a loss with z_loss 0. `shards`,
-    `vocab_shards`: over how many devices B and T, and V, are split.
+    with a z_loss `z_loss`, which only `objective` contains: evaluation asks for a loss with z_loss 0. The loss terms of
+    the model's own are auxiliary. `shards`, `vocab_shards`: over how many devices B and T, and V, are split.
     """
 
     def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
-        hidden_BTD = model.apply(params, batch, rng=rng)
-        return softmax_cross_entropy(
-            hidden_BTD,
-            model.unembedding(params),
+        output = model.apply(params, batch, rng=rng)
+        sums = softmax_cross_entropy(
+            output.hidden_BTD,
+            model.head(params),
             batch.targets,
             batch.weights,
-            softcap=logit_softcap,
             z_loss=z_loss,
             shards=shards,
             vocab_shards=vocab_shards,
         )
+        return dataclasses.replace(sums, auxiliary=sums.auxiliary | output.auxiliary)
 
     return loss

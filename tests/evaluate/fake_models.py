@@ -1,6 +1,6 @@
 """Models made by hand, whose answers are known: one that copies from its context, and one that never looks at it.
 
-Both speak the model contract as far as probes need it. Hidden states are logits, the unembedding is the identity.
+Both speak the model contract as far as probes need it. Hidden states are logits, the output matrix is the identity.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+from llmjax.types import Head, Output
 
 SURE = 30.0  # the logit of what is predicted
 
@@ -19,8 +21,8 @@ class Copier:
 
     vocab_size: int
 
-    def unembedding(self, params):
-        return jnp.eye(self.vocab_size)
+    def head(self, params):
+        return Head(jnp.eye(self.vocab_size))
 
     def apply(self, params, batch, *, rng=None):
         tokens_BT, segments_BT = batch.tokens, batch.segments
@@ -40,7 +42,7 @@ class Copier:
         score_BTS = jnp.where(earlier_TS[None], matched_BTS * T + jnp.arange(T)[None, None], -1)
         next_BT = jnp.take_along_axis(tokens_BT, jnp.argmax(score_BTS, axis=2) + 1, axis=1)
         found_BT1 = jnp.max(score_BTS, axis=2, keepdims=True) >= T
-        return SURE * jax.nn.one_hot(next_BT, self.vocab_size) * found_BT1
+        return Output(SURE * jax.nn.one_hot(next_BT, self.vocab_size) * found_BT1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Unigram:
 
     vocab_size: int
 
-    def unembedding(self, params):
-        return jnp.eye(self.vocab_size)
+    def head(self, params):
+        return Head(jnp.eye(self.vocab_size))
 
     def apply(self, params, batch, *, rng=None):
-        return jnp.broadcast_to(params, (*batch.tokens.shape, self.vocab_size))
+        return Output(jnp.broadcast_to(params, (*batch.tokens.shape, self.vocab_size)))

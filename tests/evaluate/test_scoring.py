@@ -11,8 +11,10 @@ from fake_models import Unigram
 from llmjax.evaluate.scoring import Piece, make_token_losses, pack, score_pieces
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.ops.logits import head_logits
 from llmjax.ops.loss import softmax_cross_entropy
 from llmjax.types import Batch
+from tests.ops.test_loss import walk
 
 V, T = 48, 24
 
@@ -43,11 +45,11 @@ def batch_of(rows, rng):
 def test_token_losses_are_those_of_all_logits_at_once(cap, chunk, shards):
     model, batch = gpt(logit_softcap=cap), batch_of(4, np.random.default_rng(0))
     params = model.init(jax.random.key(0))
-    logits_BTV = model.logits(params, model.apply(params, batch))
+    logits_BTV = head_logits(model.apply(params, batch).hidden_BTD, model.head(params))
     expected_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch.targets[..., None], axis=2)[
         ..., 0
     ]
-    step = jax.jit(make_token_losses(model, logit_softcap=cap, chunk=chunk, shards=shards))
+    step = jax.jit(make_token_losses(model, chunking=walk(chunk, V), shards=shards))
     loss_BT, correct_BT = step(params, batch)
     np.testing.assert_allclose(loss_BT, expected_BT, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(correct_BT, logits_BTV.argmax(2) == batch.targets)
@@ -56,9 +58,9 @@ def test_token_losses_are_those_of_all_logits_at_once(cap, chunk, shards):
 def test_token_losses_add_up_to_the_loss_of_evaluation():
     model, batch = gpt(), batch_of(4, np.random.default_rng(1))
     params = model.init(jax.random.key(0))
-    loss_BT, correct_BT = make_token_losses(model, logit_softcap=0.0)(params, batch)
+    loss_BT, correct_BT = make_token_losses(model)(params, batch)
     sums = softmax_cross_entropy(
-        model.apply(params, batch), model.unembedding(params), batch.targets, batch.weights
+        model.apply(params, batch).hidden_BTD, model.head(params), batch.targets, batch.weights
     )
     np.testing.assert_allclose(loss_BT.sum(), sums.loss, rtol=1e-6)
     assert correct_BT.sum() == sums.metrics["accuracy"]
@@ -66,15 +68,15 @@ def test_token_losses_add_up_to_the_loss_of_evaluation():
 
 def test_no_more_logits_exist_than_those_of_a_chunk():
     model, batch = gpt(), batch_of(4, np.random.default_rng(1))
-    step = jax.jit(make_token_losses(model, logit_softcap=0.0, chunk=8))
+    step = jax.jit(make_token_losses(model, chunking=walk(8, V)))
     text = step.lower(jax.eval_shape(model.init, jax.random.key(0)), batch).as_text()
-    assert f"4x1x2x{V}xf32" in text and f"{T}x{V}xf32" not in text
+    assert f"8x1x{V}xf32" in text and f"{T}x{V}xf32" not in text
 
 
 def test_of_equal_logits_greedy_decoding_takes_the_first():
     batch = batch_of(2, np.random.default_rng(2))
     batch = dataclasses.replace(batch, targets=batch.targets % 3)
-    loss_BT, correct_BT = make_token_losses(Unigram(V), logit_softcap=0.0)(jnp.zeros(V), batch)
+    loss_BT, correct_BT = make_token_losses(Unigram(V))(jnp.zeros(V), batch)
     np.testing.assert_array_equal(correct_BT, batch.targets == 0)
     np.testing.assert_allclose(loss_BT, np.log(V), rtol=1e-6)
 
@@ -113,7 +115,7 @@ def test_scores_do_not_depend_on_how_pieces_are_packed(attention):
 
     model = dataclasses.replace(gpt(), attend=make_attend(attention))
     params = model.init(jax.random.key(1))
-    step = jax.jit(make_token_losses(model, logit_softcap=0.0))
+    step = jax.jit(make_token_losses(model))
     pieces = list(random_pieces(30, np.random.default_rng(4)))
 
     def score(shape):

@@ -12,6 +12,7 @@ from llmjax.generate.generate import GenerateConfig, make_generator
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
 from llmjax.ops.attention.mask import self_mask
+from llmjax.ops.logits import head_logits
 from llmjax.types import Batch
 
 V = 37
@@ -26,8 +27,8 @@ def params():
 
 
 @functools.cache
-def generate(config, eos_id=V, banned=(), max_positions=0):
-    return make_generator(MODEL, config, eos_id=eos_id, banned_ids=banned, max_positions=max_positions)
+def generate(config, eos_id=V, banned=()):
+    return make_generator(MODEL, config, eos_id=eos_id, banned_ids=banned)
 
 
 def greedy_by_full_pass(params, prompt, n):
@@ -36,7 +37,9 @@ def greedy_by_full_pass(params, prompt, n):
         index = jnp.arange(96, dtype=jnp.int32)[None]
         segments = (index < length).astype(jnp.int32)
         batch = Batch(tokens, tokens, segments.astype(jnp.float32), segments, index, jnp.zeros(1, jnp.int32))
-        return jnp.argmax(MODEL.logits(params, MODEL.apply(params, batch))[0, length - 1])
+        return jnp.argmax(
+            head_logits(MODEL.apply(params, batch).hidden_BTD, MODEL.head(params))[0, length - 1]
+        )
 
     ids = list(prompt)
     for _ in range(n):
@@ -73,13 +76,13 @@ def test_banned_ids_are_never_drawn(params):
     assert not set(kept) & set(free)
 
 
-def test_positions_bound_the_length(params):
-    assert (
-        len(list(generate(GREEDY, V, (), 10)(params, [[1, 2, 3]]))) == 8
-    )  # the last is predicted, and not read
-    assert len(list(generate(GREEDY, V, (), 10)(params, [[1] * 10]))) == 1
-    with pytest.raises(UserError, match="prompt has 70 tokens but the model holds 10"):
-        list(generate(GREEDY, V, (), 10)(params, PROMPTS))
+def test_positions_bound_the_length():
+    learned, params = generate_learned(GREEDY), jax.jit(LEARNED.init)(jax.random.key(2))
+    # The last token is predicted, and not read.
+    assert len(list(learned(params, [[1, 2, 3]]))) == 12
+    assert len(list(learned(params, [[1] * 20]))) == 5 and len(list(learned(params, [[1] * 24]))) == 1
+    with pytest.raises(UserError, match="prompt has 70 tokens but the model holds 24"):
+        list(learned(params, PROMPTS))
 
 
 def test_an_empty_prompt_is_refused(params):
@@ -107,7 +110,7 @@ LEARNED = GPT(
 
 @functools.cache
 def generate_learned(config, eos_id=V):
-    return make_generator(LEARNED, config, eos_id=eos_id, max_positions=24)
+    return make_generator(LEARNED, config, eos_id=eos_id)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 5, 24, 40])

@@ -10,6 +10,7 @@ import pytest
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.ops.logits import head_logits
 from llmjax.ops.rope import SCALINGS
 from llmjax.types import Batch
 
@@ -56,7 +57,7 @@ def make_gpt(config):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(gpt, params, batch, rng=None):
-    return gpt.logits(params, gpt.apply(params, batch, rng=rng))
+    return head_logits(gpt.apply(params, batch, rng=rng).hidden_BTD, gpt.head(params))
 
 
 init = jax.jit(lambda gpt: every_bias(gpt.init(jax.random.key(0))), static_argnums=0)
@@ -180,7 +181,7 @@ def test_no_gradient_crosses_documents():
         # each position looks up a table row of its own, so that its gradient is separate
         rows = jnp.concatenate([table, table[batch.tokens[0]] + noise_TD])
         moved = dataclasses.replace(batch, tokens=V + jnp.arange(T, dtype=jnp.int32)[None])
-        hidden = gpt.apply(params | {"embedding": {"embedding_VD": rows}}, moved)
+        hidden = gpt.apply(params | {"embedding": {"embedding_VD": rows}}, moved).hidden_BTD
         return jnp.sum(jnp.sin(hidden[0, 7:18]))
 
     gradient = np.abs(jax.jit(jax.grad(second_document))(jnp.zeros((T, 16)))).sum(axis=1)
@@ -193,7 +194,10 @@ def test_scan_equals_unrolled_with_gradients(remat):
     batch = packed_batch([[7, 11, 4], [24]])
 
     def loss(gpt, params):
-        return jnp.sum(jnp.square(gpt.logits(params, gpt.apply(params, batch))) * batch.weights[..., None])
+        return jnp.sum(
+            jnp.square(head_logits(gpt.apply(params, batch).hidden_BTD, gpt.head(params)))
+            * batch.weights[..., None]
+        )
 
     unrolled = make_gpt(TINY)
     params = init(unrolled)
@@ -228,6 +232,10 @@ def test_dropout_follows_the_sequence_not_its_place_in_the_batch():
     assert not np.allclose(whole, logits_of(gpt, params, batch, jax.random.key(6)))
 
 
+def flops(gpt, attended):
+    return gpt.cost(attended, 1.0, T).flops_per_token
+
+
 def test_flops_count_weights_and_attended_keys():
     config = dataclasses.replace(TINY, num_kv_heads=0, activation="gelu")
     gpt = make_gpt(config)
@@ -235,7 +243,7 @@ def test_flops_count_weights_and_attended_keys():
     matrices = sum(
         x.size for path, x in jax.tree_util.tree_leaves_with_path(params) if "scale" not in str(path)
     )
-    assert gpt.flops_per_token(0.0) == 6 * matrices
-    assert gpt.flops_per_token(10.0) - gpt.flops_per_token(0.0) == 12 * 2 * 16 * 10
+    assert flops(gpt, 0.0) == 6 * matrices
+    assert flops(gpt, 10.0) - flops(gpt, 0.0) == 12 * 2 * 16 * 10
     local = make_gpt(dataclasses.replace(config, window=4, global_every=2))
-    assert local.flops_per_token(10.0) - local.flops_per_token(0.0) == 12 * 16 * (4 + 10)
+    assert flops(local, 10.0) - flops(local, 0.0) == 12 * 16 * (4 + 10)

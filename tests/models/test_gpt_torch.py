@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_gpt import VARIANTS, init, make_gpt
 
+from llmjax.ops.logits import head_logits
 from llmjax.types import Batch
 
 pytestmark = pytest.mark.interop
@@ -26,7 +27,7 @@ def test_gpt2_equals_pytorch_with_gradients():
     def score(params):
         ones, index = np.ones((2, 24), np.int32), np.tile(np.arange(24, dtype=np.int32), (2, 1))
         batch = Batch(tokens, tokens, ones.astype(np.float32), ones, index, np.arange(2, dtype=np.int32))
-        logits = gpt.logits(params, gpt.apply(params, batch))
+        logits = head_logits(gpt.apply(params, batch).hidden_BTD, gpt.head(params))
         return jnp.sum(logits * seed), logits
 
     (_, logits), gradients = jax.jit(jax.value_and_grad(score, has_aux=True))(params)

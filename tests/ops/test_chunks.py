@@ -13,12 +13,12 @@ from llmjax.ops import chunks
 from llmjax.ops.attention import blockwise, full, kernel, pallas_gpu, pallas_tpu, ring
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.pallas_tpu import PallasTPU
-from llmjax.ops.loss import OTHERS, TPU, softmax_cross_entropy
+from llmjax.ops.loss import OTHERS, TPU
 from llmjax.parallel.rules import Layout
 from llmjax.types import Batch
 from tests.evaluate.fake_models import Copier
 from tests.ops.attention.test_blockwise import assert_equal, make_inputs, packed, run
-from tests.ops.test_loss import expected, sums_and_gradients, walk
+from tests.ops.test_loss import entropy, expected, sums_and_gradients, walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 PRIMES = [n for n in range(2, 1100) if all(n % d for d in range(2, n))]
@@ -122,7 +122,7 @@ def test_the_loss_of_a_prime_length_equals_all_logits_at_once(base, T):
         jax.random.uniform(keys[3], (1, T)),
     )
     settings = {"softcap": 3.0, "z_loss": 0.01}
-    got = sums_and_gradients(inputs, walk=walk(8, 7, base), **settings)
+    got = sums_and_gradients(inputs, chunking=walk(8, 7, base), **settings)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected(inputs, **settings)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(y))))
 
@@ -130,7 +130,7 @@ def test_the_loss_of_a_prime_length_equals_all_logits_at_once(base, T):
 def test_the_loss_of_a_prime_length_makes_few_chunks():
     of_tokens = [jax.ShapeDtypeStruct((1, 1031), dtype) for dtype in (jnp.int32, jnp.float32)]
     inputs = jax.ShapeDtypeStruct((1, 1031, 8), jnp.float32), jax.ShapeDtypeStruct((16, 8), jnp.float32)
-    loss = lambda *x: softmax_cross_entropy(*x, walk=OTHERS).loss  # noqa: E731
+    loss = lambda *x: entropy(*x, chunking=OTHERS).loss  # noqa: E731
     text = jax.jit(loss).lower(*inputs, *of_tokens).as_text()
     assert "3x344x8xf32" in text.replace("1x1x", "")
 
@@ -169,7 +169,7 @@ def test_token_losses_of_a_prime_length_are_those_of_one_chunk():
     batch = Batch(
         tokens, tokens, ones.astype(jnp.float32), ones, jnp.arange(2 * T).reshape(2, T) % T, jnp.arange(2)
     )
-    few, one = (make_token_losses(model, logit_softcap=0.0, chunk=chunk)({}, batch) for chunk in (32, 2 * T))
+    few, one = (make_token_losses(model, chunking=walk(chunk))({}, batch) for chunk in (32, 2 * T))
     assert few[0].shape == (2, T)
     assert_equal(few, one, error=1e-6)
 

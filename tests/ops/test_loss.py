@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llmjax.ops.loss import OTHERS, TPU, softmax_cross_entropy
+from llmjax.ops.loss import OTHERS, TPU, softmax_cross_entropy, token_cross_entropy
+from llmjax.types import Head
 
 B, T, D, V = 4, 16, 8, 24
 
@@ -33,6 +34,11 @@ ALL = {"softcap": 3.0, "z_loss": 0.01}
 each_walk = pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS.keys())
 
 
+def entropy(hidden_BTD, w_VD, targets_BT, weights_BT, *, softcap=0.0, bias_V=None, **settings):
+    """`softmax_cross_entropy` as a function of arrays."""
+    return softmax_cross_entropy(hidden_BTD, Head(w_VD, bias_V, softcap), targets_BT, weights_BT, **settings)
+
+
 def make_inputs(seed=0, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(seed), 4)
     hidden_BTD = jax.random.normal(keys[0], (B, T, D)).astype(dtype)
@@ -42,8 +48,9 @@ def make_inputs(seed=0, dtype=jnp.float32):
     return hidden_BTD, w_VD, targets_BT, weights_BT
 
 
-def written_out(hidden_BTD, w_VD, targets_BT, weights_BT, softcap=0.0, z_loss=0.0):
+def written_out(hidden_BTD, w_VD, targets_BT, weights_BT, softcap=0.0, z_loss=0.0, bias_V=None):
     logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD.astype(jnp.float32), w_VD.astype(jnp.float32))
+    logits_BTV = logits_BTV if bias_V is None else logits_BTV + bias_V[None, None]
     logits_BTV = softcap * jnp.tanh(logits_BTV / softcap) if softcap else logits_BTV
     log_p_BTV = jax.nn.log_softmax(logits_BTV)
     loss_BT = -jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
@@ -54,7 +61,7 @@ def written_out(hidden_BTD, w_VD, targets_BT, weights_BT, softcap=0.0, z_loss=0.
 
 def sums_and_gradients(inputs, **settings):
     def loss(hidden_BTD, w_VD):
-        sums = softmax_cross_entropy(hidden_BTD, w_VD, *inputs[2:], **settings)
+        sums = entropy(hidden_BTD, w_VD, *inputs[2:], **settings)
         return 3.0 * sums.main, sums
 
     (_, sums), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*inputs[:2])
@@ -79,29 +86,27 @@ def assert_equal(got, wanted, tolerance=1e-5):
 @pytest.mark.parametrize("chunk", [1, 8, 12, 64, 1000])
 def test_any_chunk_gives_the_sums_and_gradients_of_all_logits_at_once(chunk, base):
     inputs = make_inputs()
-    assert_equal(sums_and_gradients(inputs, walk=walk(chunk, base=base)), expected(inputs))
+    assert_equal(sums_and_gradients(inputs, chunking=walk(chunk, base=base)), expected(inputs))
 
 
 @pytest.mark.parametrize("base", [OTHERS, TPU], ids=["others", "tpu"])
 @pytest.mark.parametrize("block", [1, 5, 12, 23, 24])
 def test_any_block_gives_the_sums_and_gradients_of_all_logits_at_once(block, base):
     inputs = make_inputs()
-    assert_equal(sums_and_gradients(inputs, walk=walk(16, block, base)), expected(inputs))
+    assert_equal(sums_and_gradients(inputs, chunking=walk(16, block, base)), expected(inputs))
 
 
 @each_walk
 @pytest.mark.parametrize("settings", [{"softcap": 2.0}, {"z_loss": 0.1}, {"softcap": 3.0, "z_loss": 0.01}])
 def test_softcap_and_z_loss_and_their_gradients_are_exact(settings, walk):
     inputs = make_inputs()
-    assert_equal(sums_and_gradients(inputs, walk=walk, **settings), expected(inputs, **settings))
+    assert_equal(sums_and_gradients(inputs, chunking=walk, **settings), expected(inputs, **settings))
 
 
 @each_walk
 def test_the_loss_is_the_cross_entropy_and_z_loss_has_its_own_name(walk):
     inputs = make_inputs()
-    sums, plain = (
-        jax.jit(functools.partial(softmax_cross_entropy, walk=walk, z_loss=z))(*inputs) for z in (0.1, 0.0)
-    )
+    sums, plain = (jax.jit(functools.partial(entropy, chunking=walk, z_loss=z))(*inputs) for z in (0.1, 0.0))
     assert (float(sums.loss), sums.metrics["accuracy"]) == (float(plain.loss), plain.metrics["accuracy"])
     both = written_out(*inputs, z_loss=0.1)[0]
     np.testing.assert_allclose(sums.metrics["z_loss"], both - written_out(*inputs)[0], rtol=1e-5)
@@ -112,15 +117,17 @@ def test_the_loss_is_the_cross_entropy_and_z_loss_has_its_own_name(walk):
 @each_walk
 def test_sums_without_gradients_equal_those_with(walk):
     inputs = make_inputs()
-    sums = jax.jit(lambda *x: softmax_cross_entropy(*x, walk=walk))(*inputs)
-    assert_equal((sums.loss, sums.weight, sums.metrics["accuracy"]), sums_and_gradients(inputs, walk=walk)[0])
+    sums = jax.jit(lambda *x: entropy(*x, chunking=walk))(*inputs)
+    assert_equal(
+        (sums.loss, sums.weight, sums.metrics["accuracy"]), sums_and_gradients(inputs, chunking=walk)[0]
+    )
 
 
 @each_walk
 def test_logits_too_large_for_exp_give_finite_sums_and_gradients(walk):
     inputs = make_inputs()
     inputs = (inputs[0] * 1e3, *inputs[1:])
-    got = sums_and_gradients(inputs, walk=walk)
+    got = sums_and_gradients(inputs, chunking=walk)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(got))
     assert_equal(got, expected(inputs))
 
@@ -132,14 +139,14 @@ def test_blocks_whose_logits_lie_far_apart_are_brought_together(descending):
     steps_V = jnp.arange(V)[::-1] if descending else jnp.arange(V)
     w_VD = w_VD.at[:, 0].set(100.0 * (steps_V // 8))
     inputs = (hidden_BTD.at[..., 0].set(1.0), w_VD, *rest)
-    got = sums_and_gradients(inputs, walk=walk(8, 8, TPU))
+    got = sums_and_gradients(inputs, chunking=walk(8, 8, TPU))
     assert_equal(got, expected(inputs))
 
 
 @each_walk
 def test_targets_of_weight_zero_get_no_gradient(walk):
     inputs = make_inputs()
-    _, (dh_BTD, _) = sums_and_gradients(inputs, walk=walk)
+    _, (dh_BTD, _) = sums_and_gradients(inputs, chunking=walk)
     assert float(jnp.max(jnp.abs(dh_BTD[1, 5:]))) == 0.0
     assert float(jnp.max(jnp.abs(dh_BTD[1, :5]))) > 0.0
 
@@ -152,14 +159,14 @@ def test_gradients_are_in_proportion_to_the_cotangent(cotangent):
         _, pull = jax.vjp(lambda h, w: loss(h, w, *inputs[2:]), *inputs[:2])
         return jax.jit(pull)(jnp.float32(cotangent))
 
-    got = pulled(lambda *x: softmax_cross_entropy(*x, walk=WALKS["ids_first_in_blocks"]).loss)
+    got = pulled(lambda *x: entropy(*x, chunking=WALKS["ids_first_in_blocks"]).loss)
     assert_equal(got, pulled(lambda *x: written_out(*x)[0]))
 
 
 @each_walk
 def test_bfloat16_inputs_keep_float32_sums_and_their_own_gradient_dtype(walk):
     inputs = make_inputs(dtype=jnp.bfloat16)
-    (loss, _, _), gradients = sums_and_gradients(inputs, walk=walk)
+    (loss, _, _), gradients = sums_and_gradients(inputs, chunking=walk)
     assert loss.dtype == jnp.float32
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.bfloat16]
     wanted_sums, wanted = expected(inputs)
@@ -176,9 +183,9 @@ def test_float32_weights_are_cast_and_their_gradient_is_not_rounded(walk):
     hidden_BTD, w_VD, *rest = make_inputs()
 
     def value_and_gradients(w_VD):
-        return jax.jit(
-            jax.value_and_grad(lambda h, w: softmax_cross_entropy(h, w, *rest, walk=walk).loss, (0, 1))
-        )(hidden_BTD.astype(jnp.bfloat16), w_VD)
+        return jax.jit(jax.value_and_grad(lambda h, w: entropy(h, w, *rest, chunking=walk).loss, (0, 1)))(
+            hidden_BTD.astype(jnp.bfloat16), w_VD
+        )
 
     (loss, (dh_BTD, dw_VD)), (wanted_loss, (wanted_dh_BTD, wanted_dw_VD)) = (
         value_and_gradients(w) for w in (w_VD, w_VD.astype(jnp.bfloat16))
@@ -206,10 +213,10 @@ def test_sums_and_gradients_do_not_depend_on_the_mesh(shape, walk):
     sharded = tuple(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(inputs, specs, strict=True))
     shards = (shape[0] * shape[1], shape[2])
     assert_equal(
-        sums_and_gradients(sharded, walk=walk, shards=shards, vocab_shards=shape[3], **ALL),
+        sums_and_gradients(sharded, chunking=walk, shards=shards, vocab_shards=shape[3], **ALL),
         expected(inputs, **ALL),
     )
-    assert_equal(sums_and_gradients(sharded, walk=walk), expected(inputs))
+    assert_equal(sums_and_gradients(sharded, chunking=walk), expected(inputs))
 
 
 @pytest.mark.parametrize("name", ["tokens_first", "ids_first_in_blocks"])
@@ -225,7 +232,7 @@ def test_a_sharded_walk_communicates_outside_the_loop_only(name):
     ]
 
     def loss(h, w, targets, weights):
-        return softmax_cross_entropy(h, w, targets, weights, walk=WALKS[name], shards=(4, 2)).loss
+        return entropy(h, w, targets, weights, chunking=WALKS[name], shards=(4, 2)).loss
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*inputs).compile().as_text()
     computations = text.split("\n\n")
@@ -247,20 +254,62 @@ def largest_arrays(function, *shapes):
 
 def test_logits_of_all_tokens_never_exist():
     shapes = ((4, 128, 8), (512, 8), (4, 128), (4, 128))
-    run = functools.partial(softmax_cross_entropy, walk=walk(32, 512))
+    run = functools.partial(entropy, chunking=walk(32, 512))
     assert largest_arrays(run, *shapes) == [32 * 512, 32 * 512]
 
 
 def test_logits_of_a_chunk_exist_in_float32_for_a_block_of_ids_only():
     shapes = ((4, 128, 8), (512, 8), (4, 128), (4, 128))
-    run = functools.partial(softmax_cross_entropy, walk=walk(64, 128, TPU))
+    run = functools.partial(entropy, chunking=walk(64, 128, TPU))
     assert largest_arrays(run, *shapes) == [64 * 128, 64 * 512]
 
 
 def test_a_large_vocabulary_makes_chunks_smaller():
     shapes = ((4, 128, 8), (512, 8), (4, 128), (4, 128))
     small = dataclasses.replace(TPU, chunk_bytes=2 * 48 * 512, block_bytes=4 * 32 * 100)
-    assert largest_arrays(functools.partial(softmax_cross_entropy, walk=small), *shapes) == [
+    assert largest_arrays(functools.partial(entropy, chunking=small), *shapes) == [
         8 * 512,
         32 * 512,
     ]
+
+
+@each_walk
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("vocab_shards", [1, 4])
+def test_a_bias_of_the_head_counts_and_has_its_gradient(walk, softcap, vocab_shards):
+    inputs = make_inputs()
+    bias_V = 3.0 * jax.random.normal(jax.random.key(9), (V,))
+
+    def by(function, **settings):
+        def loss(hidden_BTD, w_VD, bias_V):
+            return function(
+                hidden_BTD, w_VD, *inputs[2:], softcap=softcap, z_loss=0.01, bias_V=bias_V, **settings
+            )
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*inputs[:2], bias_V)
+
+    got = by(lambda *x, **s: entropy(*x, **s).main, chunking=walk, vocab_shards=vocab_shards)
+    assert_equal(got, by(lambda *x, **s: written_out(*x, **s)[0]))
+
+
+@each_walk
+@pytest.mark.parametrize("shards, vocab_shards", [((1, 1), 1), ((2, 4), 4)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_losses_of_tokens_are_those_of_all_logits_and_greedy_decoding_takes_the_first_of_equals(
+    walk, shards, vocab_shards, biased
+):
+    hidden_BTD, w_VD, targets_BT, _ = make_inputs()
+    w_VD = w_VD.at[20].set(w_VD[3])  # their logits are equal
+    bias_V = jax.random.normal(jax.random.key(9), (V,)).at[20].set(0.5).at[3].set(0.5) if biased else None
+    logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD)
+    logits_BTV = logits_BTV + bias_V[None, None] if biased else logits_BTV
+    logits_BTV = 3.0 * jnp.tanh(logits_BTV / 3.0)
+    greedy_BT = jnp.argmax(logits_BTV, axis=-1)
+    assert bool((greedy_BT == 3).any())
+    targets_BT = targets_BT.at[:, ::2].set(greedy_BT[:, ::2])
+    targets_BT = jnp.where(targets_BT == 3, jnp.where(jnp.arange(T)[None] % 4 == 0, 20, 3), targets_BT)
+    run = functools.partial(token_cross_entropy, shards=shards, vocab_shards=vocab_shards, chunking=walk)
+    loss_BT, correct_BT = jax.jit(run)(hidden_BTD, Head(w_VD, bias_V, 3.0), targets_BT)
+    log_p_BTV = jax.nn.log_softmax(logits_BTV)
+    assert_equal(loss_BT, -jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0])
+    np.testing.assert_array_equal(correct_BT, targets_BT == greedy_BT)

@@ -20,7 +20,7 @@ from llmjax.plan.hlo.parse import parse
 from llmjax.plan.hlo.traffic import collectives
 from llmjax.plan.topology import topology_devices
 from llmjax.tasks.language_model import make_loss
-from llmjax.types import Batch
+from llmjax.types import Batch, Head
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 pytestmark = [
@@ -46,7 +46,7 @@ def compiled(rows=1, settings=None, **sizes):
     def loss(hidden_BTD, w_VD, targets_BT, weights_BT):
         shards = {"shards": (batch, seq), "vocab_shards": tensor}
         return softmax_cross_entropy(
-            hidden_BTD, w_VD, targets_BT, weights_BT, **shards, **(settings or {})
+            hidden_BTD, Head(w_VD), targets_BT, weights_BT, **shards, **(settings or {})
         ).loss
 
     data = ("data", "fsdp")
@@ -93,7 +93,7 @@ def test_an_unembedding_split_over_fsdp_is_brought_together_once_for_all_chunks(
     sizes = {"num_layers": 1, "model_dim": width, "num_heads": 2, "mlp_dim": 512, "tie_embeddings": False}
     config = resolve(ModelConfig(**sizes, dtype="bfloat16"))
     model = GPT(config, vocab, length, Layout(mesh), blockwise.attend)
-    loss = make_loss(model, logit_softcap=0.0, z_loss=0.0, shards=(8, 1))
+    loss = make_loss(model, z_loss=0.0, shards=(8, 1))
 
     def abstract(shape, dtype, *axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))

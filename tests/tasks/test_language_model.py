@@ -16,6 +16,7 @@ from llmjax.data.sources.sources import list_sources, read_documents
 from llmjax.data.store.store import build_store
 from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer
 from llmjax.evaluate.not_finite import documents_not_finite
+from llmjax.ops.logits import head_logits
 from llmjax.types import Batch
 
 T, DOCUMENTS = 48, 20
@@ -130,7 +131,9 @@ def test_correct_counts_the_likeliest_targets(packed):
     program = program_for(tokenizer, model__logit_softcap=10.0)
     params = program.init().params
     batch = Batch(**sequences.read(np.array([0])))
-    logits_BTV = jax.jit(lambda p: program.model.logits(p, program.model.apply(p, batch)))(params)
+    logits_BTV = jax.jit(
+        lambda p: head_logits(program.model.apply(p, batch).hidden_BTD, program.model.head(p))
+    )(params)
     expected = (np.argmax(logits_BTV, -1) == batch.targets) * batch.weights
     sums = program.eval_step(params, batch)
     assert float(sums.metrics["accuracy"]) == expected.sum()

@@ -75,10 +75,10 @@ def test_a_cut_as_long_as_the_documents_is_no_cut():
 def test_what_copies_gains_from_context_and_what_does_not_look_gains_nothing():
     text = text_of(spelled("abcdefghijklmnopqrst" * 8), 128)  # comes again after 20 tokens
     lengths = (1, 16, 64, 128)
-    copier = jax.jit(make_token_losses(Copier(V), logit_softcap=0.0))
+    copier = jax.jit(make_token_losses(Copier(V)))
     loss = scored(text, lengths, copier, None, shape=(2, 128))[1]["loss"]
     assert loss[0] == pytest.approx(np.log(V), rel=1e-6) == loss[1] > 1 > loss[2] >= loss[3]
-    unigram = jax.jit(make_token_losses(Unigram(V), logit_softcap=0.0))
+    unigram = jax.jit(make_token_losses(Unigram(V)))
     logits = jnp.asarray(np.random.default_rng(0).normal(size=V), jnp.float32)
     flat = scored(text, lengths, unigram, logits, shape=(2, 128))[1]["loss"]
     np.testing.assert_allclose(flat, flat[0], rtol=1e-6)

@@ -18,7 +18,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,;"
 
 def results_of(model, params, lengths, text):
     probe = make_copy(text, lengths)
-    step = jax.jit(make_token_losses(model, logit_softcap=0.0))
+    step = jax.jit(make_token_losses(model))
     sums = score_pieces(
         lambda p, arrays: step(p, Batch(**arrays)), params, probe.pieces(), probe.num_labels, lambda n: (4, T)
     )

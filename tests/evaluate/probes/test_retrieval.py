@@ -25,7 +25,7 @@ def text():
 
 
 def results_of(model, params, probe):
-    step = jax.jit(make_token_losses(model, logit_softcap=0.0))
+    step = jax.jit(make_token_losses(model))
     sums = score_pieces(
         lambda p, arrays: step(p, Batch(**arrays)),
         params,

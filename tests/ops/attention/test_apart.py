@@ -11,10 +11,10 @@ from llmjax.ops.attention import blockwise, full, kernel, pallas_gpu, sequence_a
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.pallas_tpu import PallasTPU
 from llmjax.ops.dropout import dropout
-from llmjax.ops.loss import OTHERS, TPU, softmax_cross_entropy
+from llmjax.ops.loss import OTHERS, TPU
 from tests.ops.attention import test_sequence_attention
 from tests.ops.attention.test_blockwise import packed
-from tests.ops.test_loss import walk
+from tests.ops.test_loss import entropy, walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 T, GUILTY = 32, slice(10, 24)
@@ -99,7 +99,7 @@ def test_what_is_not_finite_has_no_loss_and_no_gradient_where_its_weight_is_0(va
     @jax.jit
     def loss(h_BTD, w_VD):
         return jax.value_and_grad(
-            lambda h, w: softmax_cross_entropy(h, w, targets_BT, weights_BT, walk=walk(4, 5, base)).loss,
+            lambda h, w: entropy(h, w, targets_BT, weights_BT, chunking=walk(4, 5, base)).loss,
             (0, 1),
         )(h_BTD, w_VD)
 

@@ -238,7 +238,7 @@ def model_loss(sizes, gather, **shape):
         attend = make_attend(config.attention, Sharing("gather", "seq", sizes[2], 1, others))
     model = GPT(config, VOCAB, LENGTH, layout, attend)
     shards = (layout.axis_size("data") * layout.axis_size("fsdp"), layout.axis_size("seq"))
-    loss = make_loss(model, logit_softcap=30.0, z_loss=1e-3, shards=shards)
+    loss = make_loss(model, z_loss=1e-3, shards=shards)
     return loss, specs_of(model.axes()), fresh_params(config)
 
 

@@ -41,7 +41,7 @@ def compiled(capacity, gather="update", **sizes):
     layout = Layout(mesh, MANUAL[gather])
     config = resolve(ModelConfig(**SHAPE, scan_layers=True, remat="full"))
     model = GPT(config, VOCAB, LENGTH, layout, blockwise.attend)
-    loss = make_loss(model, logit_softcap=0.0, z_loss=0.0, shards=(layout.axis_size("fsdp"), 1))
+    loss = make_loss(model, z_loss=0.0, shards=(layout.axis_size("fsdp"), 1))
     specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
     window = jax.jit(make_update_sums(loss, mesh, specs, BY_NAME, gather=gather, compute_dtype=config.dtype))
 

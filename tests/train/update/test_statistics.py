@@ -47,7 +47,7 @@ def make_model(layout=None, **changes):
 
 
 def loss_of(model):
-    return make_loss(model, logit_softcap=0.0, z_loss=0.0)
+    return make_loss(model, z_loss=0.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
