@@ -96,7 +96,7 @@ def encode_batches(
 @contextlib.contextmanager
 def _workers(tokenizer: Tokenizer, count: int):
     """Starts worker processes and gives a function from texts to a future of `Encoded`; ends them after."""
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-c", "from llmjax.data.store.encode import work; work()"]
     processes = [

@@ -156,7 +156,7 @@ def test_workers_end_with_the_one_who_asked():
 
 def test_workers_do_not_import_jax():
     code = "import sys, llmjax.data.store.encode; assert not {'jax', 'grain', 'flax'} & set(sys.modules)"
-    root = Path(llmjax.data.store.store.__file__).parents[2]
+    root = Path(llmjax.data.store.store.__file__).parents[3]
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(root)})
 
 
@@ -245,7 +245,7 @@ def test_a_killed_builder_leaves_nothing_that_opens_and_is_cleaned_up_later(corp
         "s._write_header = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "s.build_store(sys.argv[2], list_sources([sys.argv[1]]), ByteTokenizer())\n"
     )
-    root = Path(llmjax.data.store.store.__file__).parents[2]
+    root = Path(llmjax.data.store.store.__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", code, str(corpus), str(tmp_path / "store")],
         env={**os.environ, "PYTHONPATH": str(root)},
