@@ -1,6 +1,7 @@
 """The house rules that a machine can check: imports point downward, and each library is known where it should be."""
 
 import ast
+import fnmatch
 import pathlib
 
 import pytest
@@ -201,3 +202,11 @@ def test_no_room_is_crowded(path):
 def test_tests_lie_in_folders_as_the_code_does(path):
     if path.name not in ("__pycache__", "runs"):
         assert (PACKAGE / path.relative_to(ROOT / "tests")).is_dir()
+
+
+def test_every_folder_of_tests_is_searched(pytestconfig):
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for folder in path.relative_to(ROOT).parts[:-1]:
+            assert not any(fnmatch.fnmatch(folder, name) for name in pytestconfig.getini("norecursedirs")), (
+                path
+            )
