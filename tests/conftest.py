@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, chosen before jax is imported, strict rank promotion, and where the shared data lies."""
 
+import gc
 import itertools
 import os
 import pathlib
@@ -21,6 +22,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes a great many objects, and looking through them for circles at Python's pace takes a tenth of all time.
+gc.set_threshold(100_000, 50, 50)
 
 ROOT = pathlib.Path(__file__).parents[1]
 TESTS = itertools.count(1)
