@@ -17,35 +17,12 @@ from typing import Any
 
 import jax
 
+from llmjax.batch import Batch as Batch
 from llmjax.errors import UserError as UserError
 
 Params = Any  # a nested dict of arrays
 Array = jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Packed sequences, all fields `[B, T]` except `index`.
-
-    Each token stands for itself: its place in the array means nothing, so that tokens may lie in any order.
-
-    tokens     int32, what the model reads
-    targets    int32, what it is to predict at each position
-    weights    float32, the loss weight of each target; 0 on padding
-    segments   int32, which document of its row a position belongs to, from 1; 0 is padding
-    positions  int32, the position within the document, from 0
-    index      int32 [B], the packed sequence number, from which randomness (dropout) is drawn, with
-    columns    int32, the column of the packed sequence that a token comes from; None: the one where it lies
-    """
-
-    tokens: Array
-    targets: Array
-    weights: Array
-    segments: Array
-    positions: Array
-    index: Array
-    columns: Array | None = None
+jax.tree_util.register_dataclass(Batch)
 
 
 @jax.tree_util.register_dataclass

@@ -16,6 +16,7 @@ ORDER = [
     "files",
     "ranges",
     "escapes",
+    "batch",
     "types",
     "progress",
     "parallel",
@@ -77,7 +78,18 @@ ALONE = {  # library, or what it is asked for -> the files or rooms that alone k
     "jax.shard_map": ["nn/", "models/", "ops/attention/", "train/update/fused.py"],
 }
 # Rooms and files that do without jax, and so does what they import: it takes seconds to import.
-HOST_SIDE = ("data", "report", "escapes", "failures", "files", "names", "ranges", "flags", "modes/table")
+HOST_SIDE = (
+    "data",
+    "report",
+    "batch",
+    "escapes",
+    "failures",
+    "files",
+    "names",
+    "ranges",
+    "flags",
+    "modes/table",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     PACKAGE,

@@ -58,9 +58,9 @@ def folder(tmp_path):
 
 def test_documents_of_every_name_are_read_stored_and_named(folder):
     words = tiny_run.command(folder, data__held_out_fraction=0.2)
-    config, batch = resolve_config(read_config(flags.parse(words)[1]), 1)
+    config, derived = resolve_config(read_config(flags.parse(words)[1]), 1)
     for _ in range(2):  # the second time from the cache
-        corpus = make_corpus(config, batch)
+        corpus = make_corpus(config, derived)
         rows = list(range(corpus.train_plan.num_rows))
         named = {name for name, _, _ in corpus.train.documents(rows)}
         stored = {corpus.store.name(i) for i in range(len(corpus.store))}

@@ -306,8 +306,8 @@ def bench_memory(smoke: bool) -> None:
 
 def program_of(changes: dict[str, Any], devices: list[jax.Device]) -> Program:
     """Of configs/base.py with these changes."""
-    config, batch = load_config(changes, len(devices))
-    return make_program(config, batch, config.tokenizer.vocab_size, devices)
+    config, derived = load_config(changes, len(devices))
+    return make_program(config, derived, config.tokenizer.vocab_size, devices)
 
 
 def bench_controller(rounds: int, smoke: bool) -> None:
@@ -316,7 +316,9 @@ def bench_controller(rounds: int, smoke: bool) -> None:
     changes |= {"train.micro_batch_size": 2, "train.accumulation_steps": 0, "controller.name": "noise_scale"}
     program = program_of(changes, jax.devices()[:1])
     state, steering = program.init(), program.steering
-    batch = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype, device=x.sharding), program.abstract_batch())
+    batch = jax.tree.map(
+        lambda x: jnp.ones(x.shape, x.dtype, device=x.sharding), program.placement.abstract_batch()
+    )
     grads = jax.tree.map(jnp.copy, state.params)
     square = jax.jit(functools.partial(optax.tree.norm, squared=True))
     history, times = steering.start(), []
@@ -385,7 +387,7 @@ def stock_reductions(smoke: bool) -> dict[str, float]:
         spec = PartitionSpec(None, *x.sharding.spec)
         return jax.ShapeDtypeStruct((STEPS, *x.shape), x.dtype, sharding=NamedSharding(program.mesh, spec))
 
-    params, batch = program.abstract_state().params, program.abstract_batch()
+    params, batch = program.abstract_state().params, program.placement.abstract_batch()
     one = compiled(micro_step, (0, 1), params, abstract(jax.eval_shape(multi.init, params)), batch)
     state = abstract(jax.eval_shape(multi.inner_opt.init, params))
     scan = compiled(update, (0, 1), params, state, jax.tree.map(stacked, batch))

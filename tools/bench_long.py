@@ -283,8 +283,8 @@ def context(smoke: bool) -> None:
         raw.mesh.seq, raw.model.offload, raw.plan.topology = len(devices), offload, topology
         if smoke:
             raw.update_from_flattened_dict(SMOKE_MODEL)
-        config, batch = resolve_config(read_config(raw.to_dict()), len(devices))
-        need = measure(make_program(config, batch, config.tokenizer.vocab_size, devices))
+        config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
+        need = measure(make_program(config, derived, config.tokenizer.vocab_size, devices))
         more = {
             "tokens": tokens,
             "offload": list(offload),

@@ -100,14 +100,14 @@ def attention_torch(length: int, document: int) -> Work:
 def update(rows: int, length: int, document: int) -> Work:
     """Updates of the small GPT."""
     changes = {**SMALL, "data.seq_len": length, "train.tokens_per_update": rows * length}
-    config, arithmetic = load_config(changes)
+    config, derived = load_config(changes)
     vocab = config.tokenizer.vocab_size
-    program = make_program(config, arithmetic, vocab)
+    program = make_program(config, derived, vocab)
     state = program.init()
     tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1), np.int32)
     weights, index = np.ones((rows, length), np.float32), np.arange(rows, dtype=np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], weights, *columns(rows, length, document), index)
-    batch = jax.device_put(batch, jax.tree.map(lambda x: x.sharding, program.abstract_batch()))
+    batch = jax.device_put(batch, jax.tree.map(lambda x: x.sharding, program.placement.abstract_batch()))
     order = program.steering.decide(program.steering.start(), 0).inputs
 
     def run() -> None:

@@ -27,7 +27,7 @@ from turns import seconds, take_turns
 
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
-from llmjax.config.resolve import resolve_config
+from llmjax.config.resolve import Derived, resolve_config
 from llmjax.config.schema import Config
 from llmjax.parallel.host_memory import keep_freed_memory
 from llmjax.train.steering.batch_schedule import BatchArithmetic
@@ -58,7 +58,7 @@ SHAPES = {  # changes to configs/base.py
 }
 
 
-def load_config(changes: dict[str, Any], num_devices: int = 1) -> tuple[Config, BatchArithmetic]:
+def load_config(changes: dict[str, Any], num_devices: int = 1) -> tuple[Config, Derived]:
     """configs/base.py with these changes."""
     raw = runpy.run_path(str(ROOT / "configs" / "base.py"))["get_config"]()
     raw.update_from_flattened_dict(changes)
@@ -82,15 +82,15 @@ def packed_batch(rng: np.random.Generator, vocab: int, rows: int, length: int, f
     return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments, positions, index)
 
 
-def make_ours(config: Config, batch: BatchArithmetic) -> tuple[Callable[[], float], int]:
+def make_ours(config: Config, derived: Derived) -> tuple[Callable[[], float], int]:
     """A function that makes one update and returns its loss, and the number of parameters."""
-    vocab = config.tokenizer.vocab_size
-    program = make_program(config, batch, vocab)
+    vocab, batch = config.tokenizer.vocab_size, derived.batch
+    program = make_program(config, derived, vocab)
     state = program.init()
     size = sum(x.size for x in jax.tree.leaves(state.params))
     rng, rows = np.random.default_rng(0), batch.micro_batch_size
     micro = [packed_batch(rng, vocab, rows, batch.seq_len, i * rows) for i in range(batch.accumulation_steps)]
-    shardings = jax.tree.map(lambda x: x.sharding, program.abstract_batch())
+    shardings = jax.tree.map(lambda x: x.sharding, program.placement.abstract_batch())
     micro = [jax.device_put(b, shardings) for b in micro]
     order = program.steering.decide(program.steering.start(), 0).inputs
 
@@ -172,14 +172,17 @@ def make_rival(config: Config, batch: BatchArithmetic, compiled: bool) -> tuple[
 
 def make_side(side: str, shape: str) -> tuple[Callable[[], float], tuple[int, str]]:
     """The seconds of an update; the number of parameters and the side's name."""
-    config, batch = load_config(SHAPES[shape])
+    config, derived = load_config(SHAPES[shape])
     if side == "ours":
         keep_freed_memory()
-        (update, size), name = make_ours(config, batch), "llmjax"
+        (update, size), name = make_ours(config, derived), "llmjax"
     else:
         import torch
 
-        (update, size), name = make_rival(config, batch, side == "compiled"), f"PyTorch {torch.__version__}"
+        (update, size), name = (
+            make_rival(config, derived.batch, side == "compiled"),
+            f"PyTorch {torch.__version__}",
+        )
     for _ in range(3):
         update()
     return functools.partial(seconds, update), (size, name)
@@ -190,7 +193,7 @@ def bench(shape: str, rounds: int, rival: str) -> None:
     ours, other = take_turns([functools.partial(make_side, side, shape) for side in ("ours", rival)], rounds)
     (size, _), (rival_size, rival_name) = ours.facts, other.facts
     mine, theirs = ours.values, other.values
-    batch = load_config(SHAPES[shape])[1]
+    batch = load_config(SHAPES[shape])[1].batch
     ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
     report(
         f"train_{shape}",

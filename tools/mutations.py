@@ -20,13 +20,12 @@ import jax
 from configs.base import get_config
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
-from llmjax.config.resolve import resolve_config
+from llmjax.config.resolve import Derived, resolve_config
 from llmjax.config.schema import Config
 from llmjax.errors import UserError
 from llmjax.flags import set_key
 from llmjax.modes.plan import planned_vocab_size
 from llmjax.ranges import ranges
-from llmjax.train.steering.batch_schedule import BatchArithmetic
 
 ACCEPTED = "accepted"
 NUMBERS = (
@@ -77,10 +76,10 @@ def mutations(raw: dict[str, Any], *, seed: int, count: int | None = None) -> It
 def outcome(mutation: Mutation, num_devices: int = 1) -> str:
     """ACCEPTED, or the sentence of the UserError; any other exception is a fault and goes through."""
     try:
-        config, batch = resolve_config(read_config(mutation.make()), num_devices)
+        config, derived = resolve_config(read_config(mutation.make()), num_devices)
         if config.tokenizer.path:  # would be read, which is another thing
             return ACCEPTED
-        _shapes(_what_compiles(config), batch, planned_vocab_size(config.tokenizer), num_devices)
+        _shapes(_what_compiles(config), derived, planned_vocab_size(config.tokenizer), num_devices)
     except UserError as error:
         return str(error)
     return ACCEPTED
@@ -104,9 +103,9 @@ def _what_compiles(config: Config) -> Config:
 
 
 @functools.lru_cache(maxsize=256)
-def _shapes(config: Config, batch: BatchArithmetic, vocab_size: int, num_devices: int) -> None:
-    program = make_program(config, batch, vocab_size, jax.devices()[:num_devices])
-    jax.tree.map(lambda x: math.prod(x.shape), (program.abstract_state(), program.abstract_batch()))
+def _shapes(config: Config, derived: Derived, vocab_size: int, num_devices: int) -> None:
+    program = make_program(config, derived, vocab_size, jax.devices()[:num_devices])
+    jax.tree.map(lambda x: math.prod(x.shape), (program.abstract_state(), program.placement.abstract_batch()))
 
 
 @functools.cache

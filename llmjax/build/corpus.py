@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
 from llmjax.data.packing.packing import PackingPlan, cached_plan, check_corpus
 from llmjax.data.pipeline import PackedSequences
@@ -18,7 +19,6 @@ from llmjax.data.store.cache import cached_store, cached_tokenizer
 from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.names import at_home, plain_name
-from llmjax.train.steering.batch_schedule import BatchArithmetic
 
 Progress = Callable[[str, int, int], None]  # what is being made, how much of it is done, how much there is
 
@@ -74,7 +74,7 @@ def cache_directory(config: Config) -> pathlib.Path:
 
 
 def make_corpus(
-    config: Config, batch: BatchArithmetic, progress: Progress = lambda what, done, total: None
+    config: Config, derived: Derived, progress: Progress = lambda what, done, total: None
 ) -> Corpus:
     """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
     data, cache = config.data, cache_directory(config)
@@ -103,7 +103,7 @@ def make_corpus(
     check_corpus(
         train_plan,
         held_out_plan,
-        sequences_per_update=batch.sequences_per_update,
+        sequences_per_update=derived.batch.sequences_per_update,
         held_out_fraction=data.held_out_fraction,
     )
     held_out = (

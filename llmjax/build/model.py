@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
 from llmjax.models.contract import Model
 from llmjax.models.gpt import GPT
-from llmjax.nn.attention_choice import choose_kernel, choose_sharing
+from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.rules import Layout
 from llmjax.tasks.language_model import make_loss
@@ -34,12 +35,11 @@ def batch_shards(layout: Layout) -> tuple[int, int]:
     return layout.axis_size("data") * layout.axis_size("fsdp"), layout.axis_size("seq")
 
 
-def make_model(config: Config, vocab_size: int, layout: Layout) -> Model:
-    """The model of a checked `config`."""
+def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout) -> Model:
+    """The model of a resolved `config`."""
     kernel, _ = choose_kernel(config.model, layout.mesh.devices.flat[0].platform)
-    sharing, _ = choose_sharing(config.model, config.mesh, layout.mesh.shape)
     family = FAMILIES[config.model.family]
-    attend = make_attend(kernel, sharing)
+    attend = make_attend(kernel, derived.sharing)
     return family(
         config.model, vocab_size, config.data.seq_len, layout, attend, holds_scores=kernel == "full"
     )

@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from llmjax.build.model import batch_shards, make_model, make_task_loss
-from llmjax.config.resolve import row_layout
+from llmjax.build.placement import Placement
+from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
-from llmjax.data.layout.layout import RowLayout
-from llmjax.data.pipeline import Batches, PackedSequences, make_batches
 from llmjax.errors import UserError, choose
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.models.contract import Cost, Model
-from llmjax.nn.attention_choice import choose_kernel, choose_sharing
+from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.seeds import make_key
-from llmjax.parallel.hosts import local_batch_rows, make_global
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, is_axes, partition_spec
 from llmjax.train.optim.offload import HOST
 from llmjax.train.optim.optimizer import make_optimizer
 from llmjax.train.optim.param_roles import Roles
-from llmjax.train.steering.batch_schedule import BatchArithmetic, make_batch_schedule
-from llmjax.train.steering.length_schedule import make_length_schedule
+from llmjax.train.steering.batch_schedule import BatchArithmetic
 from llmjax.train.steering.steering import Steering
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.engine import Engine, EngineOptions
@@ -53,7 +49,7 @@ class Program:
     """What runs on the devices: the model on its mesh, the state's shape, and the compiled steps."""
 
     config: Config
-    batch: BatchArithmetic
+    derived: Derived
     mesh: Mesh
     model: Model
     engine: Engine
@@ -101,33 +97,25 @@ class Program:
         """Whether `eval_params` are others than the parameters in training."""
         return self.config.optimizer.name == "schedule_free_adamw"
 
-    def abstract_batch(self) -> Batch:
-        """Shapes, dtypes and shardings of what a call of `train_step` takes."""
-        lead = self.engine.lead
-        shape = (*lead, self.batch.micro_batch_size, self.batch.seq_len)
-        arrays = {
-            field.name: jax.ShapeDtypeStruct(
-                shape[:-1] if field.name == "index" else shape,
-                np.float32 if field.name == "weights" else np.int32,
-                sharding=self.batch_sharding(field.name, *[None] * len(lead)),
-            )
-            for field in dataclasses.fields(Batch)
-            if field.name != "columns" or self.row_layout.moves
-        }
-        return Batch(**arrays)
+    @property
+    def placement(self) -> Placement:
+        """How batches reach the devices."""
+        return Placement(
+            self.layout, self.batch, self.derived.row_layout, self.engine.lead, self.config.data.prefetch
+        )
 
     @property
-    def row_layout(self) -> RowLayout:
-        """Which token of a sequence lies on which device."""
-        sharing, _ = choose_sharing(self.config.model, self.config.mesh, self.mesh.shape)
-        return row_layout(self.config, 1 if sharing is None else sharing.chunks)
+    def batch(self) -> BatchArithmetic:
+        """How updates are cut into micro-steps, and these into sequences."""
+        return self.derived.batch
 
     @property
     def attention(self) -> dict[str, tuple[str, str]]:
         """What was chosen, and why: the `kernel`, and the algorithm over `mesh.seq`."""
-        sharing, why = choose_sharing(self.config.model, self.config.mesh, self.mesh.shape)
+        sharing = self.derived.sharing
         kernel = choose_kernel(self.config.model, self.mesh.devices.flat[0].platform)
-        return {"kernel": kernel, "mesh.seq": ("" if sharing is None else sharing.describe(), why)}
+        described = "" if sharing is None else sharing.describe()
+        return {"kernel": kernel, "mesh.seq": (described, self.derived.sharing_reason)}
 
     def cost(self, attended: float) -> Cost:
         """What a micro-step costs where a token attends to `attended` keys, on average."""
@@ -142,20 +130,9 @@ class Program:
 
     def lower(self) -> jax.stages.Lowered:
         """`train_step`, traced from shapes alone and ready to compile."""
-        return self.train_step.lower(self.abstract_state(), self.abstract_batch(), self.abstract_inputs())
-
-    def batch_sharding(self, field: str, *lead: None) -> NamedSharding:
-        """How a field of `Batch` lies on the mesh, after leading dimensions that are not split."""
-        names = ("batch",) if field == "index" else ("batch", "length")
-        return self.layout.sharding(*lead, *names)
-
-    def place(self, arrays: dict[str, np.ndarray]) -> Batch:
-        """A batch on the devices, of which every process has made all rows."""
-        rows = local_batch_rows(self.batch_sharding("tokens"), len(arrays["tokens"]))
-        fields = {}
-        for name, array in arrays.items():
-            fields[name] = make_global(self.batch_sharding(name), array.shape, rows, array[rows])
-        return Batch(**fields)
+        return self.train_step.lower(
+            self.abstract_state(), self.placement.abstract_batch(), self.abstract_inputs()
+        )
 
     def probe_shape(self, length: int) -> tuple[int, int]:
         """Rows and positions of a batch for texts of `length` tokens: that of an evaluation, or where they do not fit
@@ -164,84 +141,10 @@ class Program:
         rows, longer = self.config.evaluate.batch_size or self.batch.micro_batch_size, -(-length // T)
         return max(rows // longer // shards, 1) * shards, longer * T
 
-    def batches(
-        self,
-        source: PackedSequences,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        batch_size: int = 0,
-        length: int = 0,
-    ) -> Feed:
-        """Micro-batches on the devices, from sequence number `start` on; this process makes only the rows it needs.
-
-        `batch_size` sequences each, 0: a micro-batch; cut into rows of `length`, 0: whole.
-        """
-        batch_size = batch_size or self.batch.micro_batch_size
-        pieces = self.batch.seq_len // (length or self.batch.seq_len)
-        rows = local_batch_rows(self.batch_sharding("tokens"), batch_size)
-        host = make_batches(
-            source,
-            start=start,
-            stop=stop,
-            batch_size=batch_size,
-            local_rows=rows,
-            prefetch=self.config.data.prefetch,
-            layout=self.row_layout,
-            length=length,
-        )
-        # The pieces of a row follow each other, so they lie on the devices that the row would lie on.
-        rows = (rows[:, None] * pieces + np.arange(pieces)).reshape(-1)
-        return Feed(self, host, batch_size * pieces, rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Feed:
-    """An iterator of `Batch` on the devices over one of numpy arrays; to be closed."""
-
-    program: Program
-    host: Batches
-    batch_size: int
-    rows: np.ndarray
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        return self._place(next(self.host))
-
-    def take(self, count: int) -> Batch:
-        """`count` micro-batches in one, [K, B, T], for a fused step; what is left of K is 0."""
-        micro_batches = [next(self.host) for _ in range(count)]
-        shape = self.program.engine.lead
-        arrays = {}
-        for name, first in micro_batches[0].items():
-            arrays[name] = np.zeros((*shape, *first.shape), first.dtype)
-            np.stack([arrays_of_one[name] for arrays_of_one in micro_batches], out=arrays[name][:count])
-        return self._place(arrays, *shape)
-
-    def _place(self, arrays: dict[str, np.ndarray], *lead: int) -> Batch:
-        fields = {}
-        for name, array in arrays.items():
-            sharding = self.program.batch_sharding(name, *[None] * len(lead))
-            shape = (*lead, self.batch_size, *array.shape[len(lead) + 1 :])
-            fields[name] = make_global(sharding, shape, self.rows, array, axis=len(lead))
-        return Batch(**fields)
-
-    def close(self) -> None:
-        """Ends the thread that makes batches."""
-        self.host.close()
-
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def make_program(
     config: Config,
-    batch: BatchArithmetic,
+    derived: Derived,
     vocab_size: int,
     devices: Sequence[jax.Device] | None = None,
     *,
@@ -258,14 +161,14 @@ def make_program(
             "change mesh.tensor"
         )
     _check_host_memory(config, mesh)
-    model = make_model(config, vocab_size, Layout(mesh))
+    model = make_model(config, derived, vocab_size, Layout(mesh))
     roles = Roles(model.axes())
     make_engine = choose(ENGINES, "train.accumulation", config.train.accumulation)
     engine = make_engine(
         make_optimizer(config.optimizer, config.train.num_updates, roles),
         options=EngineOptions(config.train.fused_gather, config.model.dtype),
     )
-    steering = make_steering(config, batch, mesh, engine)
+    steering = make_steering(config, derived, mesh, engine)
     engine = dataclasses.replace(engine, max_steps=max(steering.max_steps, 1 + accumulates))
     loss = make_task_loss(config, model, model.layout, training=True)
     held_out_loss = make_task_loss(config, model, model.layout, training=False)
@@ -275,12 +178,12 @@ def make_program(
     param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=is_axes)
     state = abstract_state(model.init, engine, param_specs, mesh)
     # Where gradients stay apart, each device works with a model that sees no more than its own sequences.
-    local = make_model(config, vocab_size, Layout(mesh, engine.manual)) if engine.manual else model
+    local = make_model(config, derived, vocab_size, Layout(mesh, engine.manual)) if engine.manual else model
     local_loss = make_task_loss(config, local, local.layout, training=True)
     step = engine.make_step(local_loss, mesh, param_specs, roles)
     return Program(
         config=config,
-        batch=batch,
+        derived=derived,
         mesh=mesh,
         model=model,
         engine=engine,
@@ -306,16 +209,16 @@ def _check_host_memory(config: Config, mesh: Mesh) -> None:
         )
 
 
-def make_steering(config: Config, batch: BatchArithmetic, mesh: Mesh, engine: Engine) -> Steering:
+def make_steering(config: Config, derived: Derived, mesh: Mesh, engine: Engine) -> Steering:
     """What decides about each update of the run."""
-    train = config.train
+    tokens_per_update = derived.batch.tokens_per_update
     return Steering(
-        schedule=make_batch_schedule(train.batch_schedule, train.batch_points, batch),
-        lengths=make_length_schedule(config.data.length_points, batch.seq_len, mesh.shape["seq"]),
+        schedule=derived.batch_schedule,
+        lengths=derived.length_schedule,
         optimizer=engine.optimizer,
         controller=config.controller,
         stability=config.stability,
-        tokens_per_update=batch.tokens_per_update,
-        num_tokens=train.num_updates * batch.tokens_per_update,
+        tokens_per_update=tokens_per_update,
+        num_tokens=config.train.num_updates * tokens_per_update,
         parts_per_micro_step=math.prod(mesh.shape[axis] for axis in engine.manual),
     )

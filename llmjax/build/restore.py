@@ -108,7 +108,7 @@ def initial_params(program: Program) -> tuple[int, Params]:
     if trained_with != config.optimizer:  # which may keep the parameters to go on from in its state
         config = dataclasses.replace(config, optimizer=trained_with)
         program = make_program(
-            config, program.batch, program.model.vocab_size, list(program.mesh.devices.flat)
+            config, program.derived, program.model.vocab_size, list(program.mesh.devices.flat)
         )
     return load_params(program, source, config.checkpoint.init_checkpoint, "checkpoint.init_checkpoint")
 

@@ -13,14 +13,45 @@ from llmjax.evaluate.probes.suite import PROBES
 from llmjax.nn.attention_choice import choose_sharing
 from llmjax.nn.config import resolve
 from llmjax.nn.position import POSITIONS
+from llmjax.ops.attention.sequence_attention import Sharing
 from llmjax.parallel.mesh import mesh_shape
-from llmjax.train.steering.batch_schedule import BatchArithmetic, make_batch_schedule, resolve_batch
+from llmjax.train.steering.batch_schedule import (
+    BatchArithmetic,
+    BatchSchedule,
+    make_batch_schedule,
+    resolve_batch,
+)
 from llmjax.train.steering.controller import RULES
-from llmjax.train.steering.length_schedule import make_length_schedule
+from llmjax.train.steering.length_schedule import LengthSchedule, make_length_schedule
 
 
-def resolve_config(config: Config, num_devices: int) -> tuple[Config, BatchArithmetic]:
-    """`config` with the model's derived sizes filled in, and the arithmetic of its batches on `num_devices` devices.
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """What follows from a config and the number of devices: computed once, here, and carried on.
+
+    batch              how updates are cut into micro-steps, and these into sequences
+    batch_schedule     the tokens of each update
+    length_schedule    the lengths of the rows that are trained on
+    sharing            how the devices of mesh.seq share a sequence; None: each has whole ones
+    sharing_reason     why
+    row_layout         which token of a sequence lies on which of these devices
+    """
+
+    batch: BatchArithmetic
+    batch_schedule: BatchSchedule
+    length_schedule: LengthSchedule
+    sharing: Sharing | None
+    sharing_reason: str
+    row_layout: RowLayout
+
+    def with_batch(self, config: Config, batch: BatchArithmetic) -> Derived:
+        """The same for updates that are cut in another way."""
+        schedule = make_batch_schedule(config.train.batch_schedule, config.train.batch_points, batch)
+        return dataclasses.replace(self, batch=batch, batch_schedule=schedule)
+
+
+def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
+    """`config` with the model's derived sizes filled in, and what follows from it on `num_devices` devices.
 
     Every rule that crosses sections is checked here, before anything is read, compiled or written.
     """
@@ -38,10 +69,10 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, BatchArith
             raise UserError(
                 f"model.{key}={size} is not divisible by mesh.tensor={tensor}; change one of them"
             )
-    sharing, _ = choose_sharing(
-        model, config.mesh, {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor}
-    )
-    row_layout(config, 1 if sharing is None else sharing.chunks).check(T)
+    sizes = {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor}
+    sharing, reason = choose_sharing(model, config.mesh, sizes)
+    layout = choose_layout(config, 1 if sharing is None else sharing.chunks)
+    layout.check(T)
     if model.model_dim % (fsdp * seq):
         raise UserError(
             f"model.model_dim={model.model_dim} is not divisible by mesh.fsdp x mesh.seq={fsdp * seq}, over which "
@@ -55,8 +86,8 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, BatchArith
     batch = resolve_batch(
         train.tokens_per_update, T, train.micro_batch_size, train.accumulation_steps, data * fsdp
     )
-    make_batch_schedule(train.batch_schedule, train.batch_points, batch)
-    make_length_schedule(config.data.length_points, T, seq)
+    batch_schedule = make_batch_schedule(train.batch_schedule, train.batch_points, batch)
+    length_schedule = make_length_schedule(config.data.length_points, T, seq)
     if RULES[config.controller.name].decides and train.batch_schedule != "constant":
         raise UserError(
             f"controller.name={config.controller.name!r} and train.batch_schedule={train.batch_schedule!r} both decide "
@@ -77,10 +108,10 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, BatchArith
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
             "change one of them"
         )
-    return config, batch
+    return config, Derived(batch, batch_schedule, length_schedule, sharing, reason, layout)
 
 
-def row_layout(config: Config, chunks: int) -> RowLayout:
+def choose_layout(config: Config, chunks: int) -> RowLayout:
     """Which token of a sequence lies on which device, if queries and keys meet in so many `chunks` of it."""
     if chunks == 1:
         return RowLayout()

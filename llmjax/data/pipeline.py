@@ -84,8 +84,7 @@ class PackedSequences:
         self.store, self.plan, self.seed, self.repeat = store, plan, seed, repeat
 
     def read(self, indices: np.ndarray) -> Arrays:
-        """The sequences numbered `indices` (int [B]): tokens, targets, weights, segments, positions [B, T],
-        index [B].
+        """The sequences numbered `indices` (int [B]), as the fields of a `Batch` [B, T] and [B].
 
         Positions count from 0 in each piece, also where it continues a document that is longer than T.
         Padding is 0 in all fields. `index` wraps at 2^31.

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llmjax.batch import empty_arrays
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.models.contract import Model
@@ -167,11 +168,8 @@ class _Filling:
     """A batch that is being filled row by row."""
 
     def __init__(self, shape: tuple[int, int]):
-        self.arrays: Arrays = {
-            name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segments", "positions")
-        }
-        self.arrays["weights"] = np.zeros(shape, np.float32)
-        self.arrays["index"] = np.arange(shape[0], dtype=np.int32)
+        self.arrays: Arrays = empty_arrays({"batch": shape[0], "length": shape[1]})
+        self.arrays["index"] += np.arange(shape[0], dtype=np.int32)
         self.labels = np.full(shape, -1, np.int32)
         self._row = self._at = self._segment = 0
 

@@ -6,16 +6,16 @@ import pathlib
 
 from llmjax.build.corpus import Corpus, make_corpus
 from llmjax.config.init_from import with_tokenizer
+from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
 from llmjax.parallel.agreement import check_same, together
 from llmjax.terminal import StageProgress
-from llmjax.train.steering.batch_schedule import BatchArithmetic
 
 
-def read_corpus(config: Config, batch: BatchArithmetic, workdir: pathlib.Path) -> Corpus:
+def read_corpus(config: Config, derived: Derived, workdir: pathlib.Path) -> Corpus:
     """The corpus, the same for every process; UserError where one cannot read it or reads another."""
     with StageProgress() as progress:
-        corpus = together(lambda: make_corpus(with_tokenizer(config, workdir), batch, progress))
+        corpus = together(lambda: make_corpus(with_tokenizer(config, workdir), derived, progress))
     seen = {"the tokenizer": corpus.tokenizer.fingerprint, "the documents": corpus.fingerprint}
     check_same(
         {name: f"one of digest {value[:12]}" for name, value in seen.items()},

@@ -40,13 +40,13 @@ def run(
     hosts.initialize()
     on_topology = mode.for_topology and bool(config.plan.topology)
     devices = topology_devices(config.plan.topology) if on_topology else jax.devices()
-    config, batch = resolve_config(config, len(devices))
+    config, derived = resolve_config(config, len(devices))
     if not on_topology:
         together(lambda: check_workdir(mode, config, workdir))
         seen = {"the config": f"one of digest {standing.digest_of(config.to_dict())}"}
         seen |= standing.describe(workdir, folders=name == "train")
         check_same(seen, "give every process the same command, and a --workdir on a disk that they share")
-    request = Request(config, batch, workdir, devices, tuple(prompts), checkpoint, started)
+    request = Request(config, derived, workdir, devices, tuple(prompts), checkpoint, started)
     return importlib.import_module(f"llmjax.modes.{name}").run(request)
 
 

@@ -34,7 +34,7 @@ COMPRESSED = 8 * 2**20  # bytes of held-out text that gzip and xz are tried on
 
 def run(request: Request) -> int:
     """Prints the held-out results of a checkpoint; of what checkpoint.init_from names where there is no run yet."""
-    config, batch = request.config, request.batch
+    config, derived = request.config, request.derived
     workdir, checkpoint = request.workdir, request.checkpoint
     untrained = saved_config(workdir) is None and not standing.has_begun(workdir)
     if untrained and checkpoint != "latest":
@@ -42,11 +42,11 @@ def run(request: Request) -> int:
             f"--checkpoint={checkpoint} is of a run, and --workdir={workdir} holds none; "
             "name the checkpoint of checkpoint.init_from by --config.checkpoint.init_checkpoint"
         )
-    corpus = read_corpus(config, batch, workdir)
+    corpus = read_corpus(config, derived, workdir)
     if corpus.held_out is None:
         raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
     asked = make_probes(corpus, config)
-    program = make_program(config, batch, corpus.tokenizer.vocab_size)
+    program = make_program(config, derived, corpus.tokenizer.vocab_size)
     if untrained:
         workdir = pathlib.Path(config.checkpoint.init_from)
         update, params = initial_params(program)
@@ -73,7 +73,9 @@ def run(request: Request) -> int:
 def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watch = iter) -> dict[str, float]:
     """Loss, perplexity and bits per byte over every held-out target; `watch` sees the batches go by."""
     size = program.config.evaluate.batch_size or program.batch.micro_batch_size
-    with program.batches(corpus.held_out, stop=corpus.held_out_plan.num_rows, batch_size=size) as feed:
+    with program.placement.batches(
+        corpus.held_out, stop=corpus.held_out_plan.num_rows, batch_size=size
+    ) as feed:
         return evaluate(program.eval_step, params, watch(feed), corpus.held_out_bytes)
 
 

@@ -27,7 +27,7 @@ SAMPLE_PROMPT = 64  # tokens of a held-out document that the samples of a run co
 def run(request: Request) -> int:
     """Continues the prompts: one is streamed, several are shown one after the other when all are done."""
     tokenizer = own_tokenizer(request.workdir)
-    program = make_program(request.config, request.batch, tokenizer.vocab_size)
+    program = make_program(request.config, request.derived, tokenizer.vocab_size)
     _, params = load_params(program, request.workdir, request.checkpoint)
     prompts = list(request.prompts) or [""]
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]

@@ -60,7 +60,7 @@ def make_run(
         return "documents " + ", ".join(f"{name} [tokens {start}:{stop}]" for name, start, stop in documents)
 
     def name_guilty(state: TrainState, first: int, count: int) -> str:
-        losses = lambda params, arrays: program.token_losses(params, program.place(arrays))  # noqa: E731
+        losses = lambda params, arrays: program.token_losses(params, program.placement.place(arrays))  # noqa: E731
         guilty = documents_not_finite(losses, program.eval_params(state), corpus.train, first, count)
         if not guilty:
             return "by itself each document has a finite loss now"
@@ -97,7 +97,9 @@ def make_run(
         statistics_every=config.train.statistics_every,
         engine=program.engine,
         step=program.train_step,
-        make_batches=lambda cursor, length: program.batches(corpus.train, start=cursor, length=length),
+        make_batches=lambda cursor, length: program.placement.batches(
+            corpus.train, start=cursor, length=length
+        ),
         evaluate=None if corpus.held_out is None else held_out,
         sample=sample,
         loss=loss,

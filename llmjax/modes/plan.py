@@ -20,17 +20,17 @@ from llmjax.workdir import standing
 
 def run(request: Request) -> int:
     """Says what the config means and compiles its step; with plan.topology it does without the corpus."""
-    config, batch, workdir = request.config, request.batch, request.workdir
+    config, derived, workdir = request.config, request.derived, request.workdir
     if config.plan.topology:
-        program = make_program(config, batch, planned_vocab_size(config.tokenizer), request.devices)
+        program = make_program(config, derived, planned_vocab_size(config.tokenizer), request.devices)
         rows = describe_program(program, attended=(config.data.seq_len + 1) / 2)
     else:
         with StageProgress() as progress:
-            corpus = make_corpus(with_tokenizer(config, workdir), batch, progress)
+            corpus = make_corpus(with_tokenizer(config, workdir), derived, progress)
         under_way = standing.has_begun(workdir) and resumes(config, workdir)
         if under_way and (different := describe_difference(workdir, trained_on(workdir), corpus)):
             say(f"{different}; training does not go on with these\n")
-        program = make_program(config, batch, corpus.tokenizer.vocab_size)
+        program = make_program(config, derived, corpus.tokenizer.vocab_size)
         rows = describe(corpus, program, workdir)
     say(f"plan\n{format_table(rows)}")
     for remark in remarks(program):

@@ -44,7 +44,7 @@ def probe(
 
     def losses(params: Params, arrays: Arrays) -> tuple[Any, Any]:
         (arrays,) = watch([arrays])
-        return program.token_losses(params, program.place(arrays))
+        return program.token_losses(params, program.placement.place(arrays))
 
     results = suite.run_probes(asked, losses, params, program.probe_shape)
     if hosts.is_primary():

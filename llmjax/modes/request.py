@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import jax
 
+from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
-from llmjax.train.steering.batch_schedule import BatchArithmetic
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """config, batch  resolved, see `config/resolve.py`
+    """config, derived  resolved, see `config/resolve.py`
     workdir        where everything of a run is written and found
     devices        to run on, or of a named topology to compile for
     prompts        texts to continue
@@ -23,7 +23,7 @@ class Request:
     """
 
     config: Config
-    batch: BatchArithmetic
+    derived: Derived
     workdir: pathlib.Path
     devices: Sequence[jax.Device]
     prompts: tuple[str, ...]

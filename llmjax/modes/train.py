@@ -65,12 +65,12 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
 
     `check_lock` raises where another run has taken the workdir.
     """
-    config, batch, workdir = request.config, request.batch, request.workdir
-    corpus = read_corpus(config, batch, workdir)
+    config, derived, workdir = request.config, request.derived, request.workdir
+    corpus = read_corpus(config, derived, workdir)
     asked = make_probes(corpus, config)
     under_way = standing.has_window(workdir)
     so_far = saved_config(workdir)
-    program = make_program(config, batch, corpus.tokenizer.vocab_size, accumulates=under_way)
+    program = make_program(config, derived, corpus.tokenizer.vocab_size, accumulates=under_way)
     check_state_fits(program)
     with open_checkpoints(workdir, "checkpoints", config.checkpoint, check_lock) as checkpoints:
         state, position = resume_or_init(program, corpus, checkpoints, workdir)

@@ -94,7 +94,7 @@ def measure(program: Program) -> Need:
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
             raise
         # The compiler says how much it wanted in all, or of temporaries alone.
-        arguments = tree_bytes_per_device((program.abstract_state(), program.abstract_batch()))
+        arguments = tree_bytes_per_device((program.abstract_state(), program.placement.abstract_batch()))
         temporaries = sizes[0] if "temporaries" in str(error) else max(sizes[0] - arguments, 0)
         return Need(arguments, temporaries, sizes[1])
     if memory is None:
@@ -134,7 +134,8 @@ def with_micro_batch(program: Program, size: int) -> Program:
     cut = dataclasses.replace(
         batch, micro_batch_size=size, accumulation_steps=batch.sequences_per_update // size
     )
-    return make_program(program.config, cut, program.model.vocab_size, list(program.mesh.devices.flat))
+    derived = program.derived.with_batch(program.config, cut)
+    return make_program(program.config, derived, program.model.vocab_size, list(program.mesh.devices.flat))
 
 
 def largest_that_fits(

@@ -79,7 +79,7 @@ def _describe_attention(program: Program) -> str:
     (kernel, why), (sharing, why_so) = program.attention["kernel"], program.attention["mesh.seq"]
     text = f"{kernel} ({why})"
     if sharing:
-        text += f"; over mesh.seq {sharing} ({why_so}), layout {program.row_layout.name}"
+        text += f"; over mesh.seq {sharing} ({why_so}), layout {program.derived.row_layout.name}"
     return text
 
 

@@ -29,8 +29,8 @@ SIZES = {
 def program_for(devices, **changes):
     raw = base.get_config()
     raw.update_from_flattened_dict(SIZES | {key.replace("__", "."): value for key, value in changes.items()})
-    config, batch = resolve_config(read_config(raw.to_dict()), len(devices))
-    return make_program(config, batch, V, devices)
+    config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
+    return make_program(config, derived, V, devices)
 
 
 def ragged_batch(rng, size):
@@ -73,7 +73,9 @@ def trace(program, seed=0, layout=RowLayout()):  # noqa: B008
         if not program.engine.stops_within:
             parts, lead = [{k: np.stack([part[k] for part in parts]) for k in whole}], (None,)
         for part in parts:
-            batch = Batch(**{k: jax.device_put(v, program.batch_sharding(k, *lead)) for k, v in part.items()})
+            batch = Batch(
+                **{k: jax.device_put(v, program.placement.sharding(k, *lead)) for k, v in part.items()}
+            )
             state, metrics = program.train_step(state, batch, order)
             sums.append(jax.tree.map(lambda x: float(np.sum(x)), jax.device_get(metrics)))
         losses.append(sum(m["loss"] for m in sums) / sum(m["weight"] for m in sums))
@@ -126,7 +128,7 @@ def test_batches_come_in_the_layout_of_the_mesh(name):
     mesh = {"mesh__data": 2, "mesh__seq": 4, "mesh__seq_attention": "ring", "mesh__layout": name}
     program = program_for(jax.devices(), **mesh)
     source = make_source()  # rows of T
-    with program.batches(source, start=3) as batches:
+    with program.placement.batches(source, start=3) as batches:
         batch = next(batches)
     layout = RowLayout("documents" if name == "auto" else name, 4)
     expected = lay_out(source.read(np.arange(3, 3 + program.batch.micro_batch_size)), layout)
@@ -266,7 +268,9 @@ def test_one_compile_serves_the_run_and_the_state_keeps_its_place():
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: counter.append(event))
     for update in range(3):
         batch = ragged_batch(np.random.default_rng(update), 8) | {"index": np.arange(8, dtype=np.int32)}
-        batch = Batch(**{name: jax.device_put(x, program.batch_sharding(name)) for name, x in batch.items()})
+        batch = Batch(
+            **{name: jax.device_put(x, program.placement.sharding(name)) for name, x in batch.items()}
+        )
         state, _ = program.train_step(state, batch, order)
         compiled.append(counter.count("/jax/core/compile/backend_compile_duration"))
     assert compiled[0] == compiled[1] == compiled[2] > 0

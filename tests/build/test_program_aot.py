@@ -72,8 +72,8 @@ def make_program(devices, **changes):
     raw = base.get_config()
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     raw.update_from_flattened_dict({**TINY, **changes})
-    config, batch = resolve_config(read_config(raw.to_dict()), len(devices))
-    return build_program.make_program(config, batch, config.tokenizer.vocab_size, devices)
+    config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
+    return build_program.make_program(config, derived, config.tokenizer.vocab_size, devices)
 
 
 def tpus(mesh, generation):
@@ -97,7 +97,7 @@ class TestAheadOfTime:
     @pytest.mark.parametrize("mesh", MESHES)
     def test_what_is_measured_between_updates_lowers_for_tpus(self, mesh):
         program = make_program(tpus(mesh, "v5e"), **MESHES[mesh])
-        arrays = program.abstract_state().params, program.abstract_batch()
+        arrays = program.abstract_state().params, program.placement.abstract_batch()
         for name in ("eval_step", "statistics", "token_losses"):
             assert "tpu_custom_call" in getattr(program, name).lower(*arrays).as_text(), name
 
@@ -115,6 +115,6 @@ def test_a_train_step_lowers_for_gpus(accumulation, gather, mesh, monkeypatch):
     devices = jax.devices()[: math.prod(MESHES[mesh].values())]
     settings = {"train.accumulation": accumulation, "train.fused_gather": gather}
     program = make_program(devices, **settings, **MESHES[mesh])
-    arguments = program.abstract_state(), program.abstract_batch(), program.abstract_inputs()
+    arguments = program.abstract_state(), program.placement.abstract_batch(), program.abstract_inputs()
     text = program.train_step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call") >= 3

@@ -48,9 +48,9 @@ def program_of(words, workdir):
     """What the command `words` would run, and the text it would run on."""
     from llmjax.flags import parse
 
-    config, batch = resolve_config(read_config(parse(words)[1]), len(jax.devices()))
-    corpus = make_corpus(with_tokenizer(config, workdir), batch)
-    return make_program(config, batch, corpus.tokenizer.vocab_size), corpus
+    config, derived = resolve_config(read_config(parse(words)[1]), len(jax.devices()))
+    corpus = make_corpus(with_tokenizer(config, workdir), derived)
+    return make_program(config, derived, corpus.tokenizer.vocab_size), corpus
 
 
 def held_out_loss(out):

@@ -9,8 +9,6 @@ from configs.base import get_config
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.plan.advice import remarks
-from llmjax.train.steering.batch_schedule import make_batch_schedule
-from llmjax.train.steering.length_schedule import make_length_schedule
 
 
 def program(**changes):
@@ -20,13 +18,12 @@ def program(**changes):
         section, name = key.split("__")
         part = dataclasses.replace(getattr(config, section), **{name: value})
         config = dataclasses.replace(config, **{section: part})
-    config, batch = resolve_config(config, 1)
-    train = config.train
+    config, derived = resolve_config(config, 1)
     steering = types.SimpleNamespace(
-        schedule=make_batch_schedule(train.batch_schedule, train.batch_points, batch),
-        lengths=make_length_schedule(config.data.length_points, batch.seq_len),
-        tokens_per_update=batch.tokens_per_update,
-        num_tokens=train.num_updates * batch.tokens_per_update,
+        schedule=derived.batch_schedule,
+        lengths=derived.length_schedule,
+        tokens_per_update=derived.batch.tokens_per_update,
+        num_tokens=config.train.num_updates * derived.batch.tokens_per_update,
     )
     return types.SimpleNamespace(config=config, steering=steering)
 

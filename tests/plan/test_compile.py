@@ -44,7 +44,7 @@ def plan(capsys, topology, *words):
 def test_the_step_is_compiled_for_the_devices_at_hand_without_running_it():
     program = make_tiny()
     rows = compile_step(program)
-    arguments = tree_bytes_per_device((program.abstract_state(), program.abstract_batch()))
+    arguments = tree_bytes_per_device((program.abstract_state(), program.placement.abstract_batch()))
     order = sum(x.dtype.itemsize for x in jax.tree.leaves(program.abstract_inputs()))
     assert re.fullmatch(r"in \d+ s", rows["compiled"])
     assert f"arguments {format_bytes(arguments + order)}" in rows["needs"]
@@ -82,8 +82,8 @@ def make_tiny(devices=None, **changes):
     raw = base.get_config()
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     raw.update_from_flattened_dict({**tiny_run.SETTINGS, "mesh.fsdp": 2, **changes})
-    config, batch = resolve_config(read_config(raw.to_dict()), len(devices or jax.devices()))
-    return make_program(config, batch, 64, devices)
+    config, derived = resolve_config(read_config(raw.to_dict()), len(devices or jax.devices()))
+    return make_program(config, derived, 64, devices)
 
 
 def test_smaller_micro_batches_cut_every_update_of_the_run():

@@ -15,8 +15,8 @@ from llmjax.plan.memory import check_state_fits
 def program_of(**model):
     raw = get_config().to_dict()
     raw["model"] |= {"num_layers": 1, **model}
-    config, batch = resolve_config(read_config(raw), 1)
-    return make_program(config, batch, 512, jax.devices()[:1])
+    config, derived = resolve_config(read_config(raw), 1)
+    return make_program(config, derived, 512, jax.devices()[:1])
 
 
 def test_a_state_beyond_the_memory_is_named_with_what_it_needs():

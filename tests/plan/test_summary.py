@@ -26,8 +26,8 @@ def program_for(devices, vocab_size=64, **changes):
     raw = base.get_config()
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     raw.update_from_flattened_dict({**tiny_run.SETTINGS, **changes})
-    config, batch = resolve_config(read_config(raw.to_dict()), len(devices))
-    return make_program(config, batch, vocab_size, devices)
+    config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
+    return make_program(config, derived, vocab_size, devices)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def trace(program):
     losses, compiles, cursor, tokens, before = [], [], 0, 0, COMPILED.count(COMPILE)
     for _ in range(UPDATES):
         decision, sums = steering.decide(steering.start(), tokens), []
-        with program.batches(source, start=cursor, length=decision.length) as feed:
+        with program.placement.batches(source, start=cursor, length=decision.length) as feed:
             for _ in range(1 if not program.engine.stops_within else decision.steps):
                 batch = feed.take(decision.steps) if not program.engine.stops_within else next(feed)
                 assert batch.tokens.shape[-1] == decision.length
@@ -115,7 +115,7 @@ def test_cut_rows_have_the_loss_and_gradient_of_whole_ones_whose_documents_end_a
             starts = t % length == 0 or by_hand["positions"][b, t] == 0
             segment, position = (segment + 1, 0) if starts else (segment, position + 1)
             by_hand["segments"][b, t], by_hand["positions"][b, t] = segment, position
-    with program.batches(source, length=length) as feed:
+    with program.placement.batches(source, length=length) as feed:
         cut = next(feed)
     assert cut.tokens.shape == (64, length)
     state, decision = program.init(), program.steering.decide(program.steering.start(), 0)

@@ -57,9 +57,9 @@ def start_and_wait(words, workdir):
 def final_state(workdir):
     """Every array of the last checkpoint by its path: parameters, optimizer, random key, update."""
     saved = saved_config(workdir)
-    config, batch = resolve_config(read_config(saved), 1)
+    config, derived = resolve_config(read_config(saved), 1)
     vocab_size = load_tokenizer(workdir / "tokenizer").vocab_size
-    program = make_program(config, batch, vocab_size, jax.devices()[:1])
+    program = make_program(config, derived, vocab_size, jax.devices()[:1])
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         state, meta = checkpoints.restore(program.abstract_saved())
     flat, _ = jax.tree_util.tree_flatten_with_path(state)

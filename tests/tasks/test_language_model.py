@@ -41,8 +41,8 @@ def program_for(tokenizer, **changes):
     sizes = {"model.num_layers": 2, "model.model_dim": 32, "model.init_std": 0.3, "data.seq_len": T,
              "train.tokens_per_update": T, "train.accumulation_steps": 1}  # fmt: skip
     raw.update_from_flattened_dict(sizes | {key.replace("__", "."): value for key, value in changes.items()})
-    config, batch = resolve_config(read_config(raw.to_dict()), 1)
-    return make_program(config, batch, tokenizer.vocab_size, jax.devices()[:1])
+    config, derived = resolve_config(read_config(raw.to_dict()), 1)
+    return make_program(config, derived, tokenizer.vocab_size, jax.devices()[:1])
 
 
 def alone(sequences, document, start, stop):
@@ -121,7 +121,7 @@ def test_the_document_that_is_not_finite_is_named_and_not_its_neighbours(attenti
     params = jax.tree.map(jax.numpy.array, program.init().params)
     table = params["embedding"]["embedding_VD"]
     params["embedding"]["embedding_VD"] = table.at[word].set(jax.numpy.nan)
-    losses = lambda params, arrays: program.token_losses(params, program.place(arrays))  # noqa: E731
+    losses = lambda params, arrays: program.token_losses(params, program.placement.place(arrays))  # noqa: E731
     found = documents_not_finite(losses, params, sequences, 0, len(rows))
     assert found and {document[0] for document in found} == {name}
 

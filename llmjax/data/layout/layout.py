@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from llmjax.batch import along
 from llmjax.data.layout.by_documents import spread
 from llmjax.errors import UserError
 
@@ -76,13 +77,13 @@ def lay_out(arrays: Arrays, layout: RowLayout) -> Arrays:
     if not layout.moves:
         return arrays
     B, T = arrays["tokens"].shape
-    laid = {name: np.empty_like(x) if x.ndim == 2 else x for name, x in arrays.items()}
+    moved = [name for name in along("length") if name in arrays]
+    laid = arrays | {name: np.empty_like(arrays[name]) for name in moved}
     columns = np.empty((B, T), np.int32)
     for row, segments in enumerate(arrays["segments"]):
         columns[row], segment_of = layout.order(np.bincount(segments)[1:], T)
-        for name, x in arrays.items():
-            if x.ndim == 2:
-                laid[name][row] = x[row, columns[row]]
+        for name in moved:
+            laid[name][row] = arrays[name][row, columns[row]]
         laid["segments"][row] = segment_of[laid["segments"][row]]
     return laid | {"columns": columns}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmjax.batch import along
 from llmjax.data.layout.layout import Arrays
 
 
@@ -21,7 +22,7 @@ def cut_rows(arrays: Arrays, length: int) -> Arrays:
     if pieces == 1:
         return arrays
     index = arrays["index"].astype(np.int64)[:, None] * pieces + np.arange(pieces)
-    cut = {name: array.reshape(-1, length) for name, array in arrays.items() if name != "index"}
+    cut = {name: arrays[name].reshape(-1, length) for name in along("length") if name in arrays}
     segments, positions = cut["segments"], cut["positions"]
     used, goes_on = segments > 0, segments == segments[:, :1]
     cut["segments"] = np.where(used, segments - segments[:, :1] + 1, 0).astype(np.int32)

@@ -23,8 +23,8 @@ SIZES = {
 def program_for(devices, **changes):
     raw = base.get_config()
     raw.update_from_flattened_dict(SIZES | {key.replace("__", "."): value for key, value in changes.items()})
-    config, batch = resolve_config(read_config(raw.to_dict()), len(devices))
-    return make_program(config, batch, V, devices)
+    config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
+    return make_program(config, derived, V, devices)
 
 
 def positions_as_losses(params, arrays):
@@ -61,10 +61,10 @@ def test_buckets_without_targets_are_left_out():
 def test_the_buckets_add_up_to_the_held_out_loss(text):
     program = program_for(jax.devices()[:1])
     params = program.init().params
-    with program.batches(text.sequences, stop=text.sequences.plan.num_rows) as feed:
+    with program.placement.batches(text.sequences, stop=text.sequences.plan.num_rows) as feed:
         plain = evaluate(program.eval_step, params, feed, 1)
     probe = make_position(text, ())
-    losses = lambda params, arrays: program.token_losses(params, program.place(arrays))  # noqa: E731
+    losses = lambda params, arrays: program.token_losses(params, program.placement.place(arrays))  # noqa: E731
     sums = score_pieces(losses, params, probe.pieces(), probe.num_labels, program.probe_shape)
     assert sums.count.sum() == text.sequences.plan.num_tokens
     assert sums.loss.sum() / sums.count.sum() == pytest.approx(plain["loss"], rel=1e-6)

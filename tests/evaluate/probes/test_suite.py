@@ -15,7 +15,7 @@ LENGTHS = (1, 16, 32, 160)  # the last is longer than the model's sequences, whi
 
 
 def results_of(program, params, probes):
-    losses = lambda params, arrays: program.token_losses(params, program.place(arrays))  # noqa: E731
+    losses = lambda params, arrays: program.token_losses(params, program.placement.place(arrays))  # noqa: E731
     return run_probes(probes, losses, params, program.probe_shape)
 
 
@@ -122,7 +122,7 @@ def test_a_model_that_learns_to_copy_is_seen_to():
     before = results_of(program, program.eval_params(state), probes)["copy"]
     for update in range(updates):
         order = program.steering.decide(program.steering.start(), update * rows * T).inputs
-        batch = program.place(repeated_letters(rng, letters, rows, update * rows))
+        batch = program.placement.place(repeated_letters(rng, letters, rows, update * rows))
         state, _ = program.train_step(state, batch, order)
     after = results_of(program, program.eval_params(state), probes)["copy"]
     assert before["distance"] == [4, 8, 16]

@@ -52,9 +52,9 @@ FUSED = {
 def step_jaxpr(preset, changes):
     raw = importlib.import_module(f"configs.{preset}").get_config()
     raw.update_from_flattened_dict(SIZES | MESHES.get(preset, {}) | changes)
-    config, batch = resolve_config(read_config(raw.to_dict()), 8)
-    program = make_program(config, batch, VOCABULARY, jax.devices())
-    arguments = program.abstract_state(), program.abstract_batch(), program.abstract_inputs()
+    config, derived = resolve_config(read_config(raw.to_dict()), 8)
+    program = make_program(config, derived, VOCABULARY, jax.devices())
+    arguments = program.abstract_state(), program.placement.abstract_batch(), program.abstract_inputs()
     return jax.make_jaxpr(program.train_step)(*arguments).jaxpr
 
 
