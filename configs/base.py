@@ -42,11 +42,6 @@ def get_config() -> ConfigDict:
     model.attention_sinks = False  # a learned score per head in the softmax, for attending to nothing
     model.dropout = 0.0  # on embeddings and residual branches; 0 = off
     model.init_std = 0.02  # of all matrices; residual outputs get init_std / sqrt(2 x num_layers)
-    model.scan_layers = False  # one compiled layer, scanned: quick to compile, slower on CPU
-    model.remat = "none"  # what the backward pass does again: none | dots | attention (all but it) | full
-    model.offload = ()  # to the host's memory, of what remat keeps: residual (inputs of layers), attention
-    model.tile = 0  # tokens of a device that the token-wise parts of layers take at a time; 0 = all
-    model.attention = "auto"  # the kernel: auto | full | blockwise | pallas (of a GPU or TPU)
     model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax and loss: float32
 
     c.tokenizer = tokenizer = ConfigDict()
@@ -77,15 +72,24 @@ def get_config() -> ConfigDict:
     mesh.ulysses = 0  # devices that trade heads in hybrid; 0 = as many as there are key/value heads for
     mesh.layout = "auto"  # tokens on devices of seq: auto | contiguous | zigzag | striped | documents
 
+    # How the work is cut: like mesh, this changes time and memory, and no number.
+    c.compute = compute = ConfigDict()
+    compute.micro_batch_size = 0  # sequences per micro-step, all devices; 0: from accumulation_steps
+    compute.accumulation_steps = 2  # micro-steps per update; 0 = follows from micro_batch_size
+    compute.engine = "in_place"  # in_place | multisteps (optax, the reference) | fused (a call an update)
+    compute.gather = "micro_step"  # micro_step | update: how often fused gathers weights over mesh.fsdp
+    compute.scan_layers = False  # one compiled layer, scanned: quick to compile, slower on CPU
+    compute.remat = "none"  # what the backward pass does again: none | dots | attention (all but it) | full
+    compute.offload = ()  # to the host's memory, of what remat keeps: residual (inputs of layers), attention
+    compute.offload_optimizer = False  # the optimizer's state to the host's memory between updates
+    compute.tile = 0  # tokens of a device that the token-wise parts of layers take at a time; 0 = all
+    compute.kernel = "auto"  # of attention: auto | full | blockwise | pallas (of a GPU or TPU)
+
     c.train = train = ConfigDict()
     train.num_updates = 400  # optimizer updates of the whole run
     train.tokens_per_update = 4096  # sequences x seq_len x micro-steps
     train.batch_schedule = "constant"  # constant | piecewise | linear: tokens per update as tokens are seen
     train.batch_points = ()  # of the schedule: TOKENS_SEEN:TOKENS_PER_UPDATE, ...; the first is 0:...
-    train.micro_batch_size = 0  # sequences per micro-step, all devices; 0: from accumulation_steps
-    train.accumulation_steps = 2  # micro-steps per update; 0 = follows from micro_batch_size
-    train.accumulation = "in_place"  # in_place | multisteps (optax, the reference) | fused (a call an update)
-    train.fused_gather = "micro_step"  # micro_step | update: how often fused gathers weights over mesh.fsdp
     train.z_loss = 0.0  # weight of log(Z)^2 in the gradient; reported as z_loss, never within the loss
     train.statistics_every = 0  # updates between per-layer statistics of gradients and activations; 0 = off
 
@@ -106,7 +110,6 @@ def get_config() -> ConfigDict:
     optimizer.clip_norm = 1.0  # largest gradient norm; adaptive: / weight norm, 0.01 to 0.16; 0 = off
     optimizer.batch_scaling = "none"  # learning rate times this power of the batch: none | sqrt | linear
     optimizer.constant_in = "updates"  # updates | tokens: what betas and weight_decay are constant in
-    optimizer.offload = False  # its state to the host's memory between updates
 
     c.controller = controller = ConfigDict()
     controller.name = "none"  # none | noise_scale | norm_test: what decides accumulation_steps

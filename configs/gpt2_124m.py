@@ -15,11 +15,12 @@ def get_config() -> ConfigDict:
     c = base.get_config()
     c.model.update(
         num_layers=12, model_dim=768, num_heads=12, activation="gelu", norm="layernorm", norm_eps=1e-5,
-        position="learned", qk_norm=False, use_bias=True, dtype="bfloat16", scan_layers=True, remat="dots",
+        position="learned", qk_norm=False, use_bias=True, dtype="bfloat16",
     )  # fmt: skip
     c.tokenizer.update(vocab_size=50_304, train_bytes=1_000_000_000)
     c.data.update(seq_len=1024)
-    c.train.update(num_updates=19_073, tokens_per_update=524_288, micro_batch_size=32, accumulation_steps=0)
+    c.train.update(num_updates=19_073, tokens_per_update=524_288)
+    c.compute.update(micro_batch_size=32, accumulation_steps=0, scan_layers=True, remat="dots")
     c.optimizer.update(name="adamw", learning_rate=6e-4, warmup_updates=715)
     c.evaluate.update(every=1000)
     c.checkpoint.update(every=1000)

@@ -1,7 +1,7 @@
 """Llama 3.1 8B on one sequence of 16,777,216 tokens, spread over all 64 chips of a TPU v5p 4x4x4, AdamW, bfloat16.
 
     python -m llmjax.main --config=configs/llama3_8b_long.py --mode=plan            # four minutes on two cores
-    python -m llmjax.main --config=configs/llama3_8b_long.py --mode=plan --config.model.offload=residual \
+    python -m llmjax.main --config=configs/llama3_8b_long.py --mode=plan --config.compute.offload=residual \
         --config.data.seq_len=25165824 --config.train.tokens_per_update=25165824
 
 As the TPU compiler says, the first needs 92.6 GB of a chip's 102.8 GB, the second 60.7 GB and, for the residuals, 103
@@ -16,8 +16,9 @@ from configs import llama_8b
 
 def get_config() -> ConfigDict:
     c = llama_8b.get_config()
-    c.model.update(scan_layers=True, remat="full", tile=16_384, rope_theta=5e5)
+    c.model.update(rope_theta=5e5)
+    c.compute.update(scan_layers=True, remat="full", tile=16_384, micro_batch_size=1, accumulation_steps=0)
     c.mesh.update(data=1, seq=64, seq_attention="ring")
     c.data.update(seq_len=2**24)
-    c.train.update(num_updates=100, tokens_per_update=2**24, micro_batch_size=1, accumulation_steps=0)
+    c.train.update(num_updates=100, tokens_per_update=2**24)
     return c

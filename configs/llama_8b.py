@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     c = llama_1b.get_config()
     c.model.update(num_layers=32, model_dim=4096, head_dim=128, mlp_dim=14_336, tie_embeddings=False)
     c.data.update(seq_len=8192)
-    c.train.update(tokens_per_update=4_194_304, micro_batch_size=64)
+    c.train.update(tokens_per_update=4_194_304)
+    c.compute.update(micro_batch_size=64)
     c.plan.topology = "v5p:4x4x4"
     return c

@@ -92,8 +92,8 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
         return (
             FAILED,
             f"a device does not have enough memory ({plain_name(str(error).splitlines()[0])}); lower "
-            "data.seq_len or what is evaluated or generated at once, raise train.accumulation_steps or set "
-            "model.remat, and see with --mode=plan what fits",
+            "data.seq_len or what is evaluated or generated at once, raise compute.accumulation_steps or set "
+            "compute.remat, and see with --mode=plan what fits",
         )
     if number is None and not isinstance(error, OSError):
         return None

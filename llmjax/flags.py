@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from llmjax.config.moved import MOVED
 from llmjax.errors import UserError
 from llmjax.modes.table import MODES
 from llmjax.workdir.contents import saved_config
@@ -93,7 +94,8 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
     """Sets `key`, section.name, to what `texts` mean as a value of its type: the last of them, of a list all."""
     keys = _keys(config)
     if key not in keys:
-        close = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+        close = [MOVED[key]] if key in MOVED else []
+        close += [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
         close += difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         hint = f"did you mean --config.{close[0]}?" if close else "configs/base.py lists every key"
         raise UserError(f"--config.{key} is not known; {hint}")

@@ -180,7 +180,7 @@ def test_a_device_without_enough_memory_has_a_sentence():
     with pytest.raises(Exception, match="RESOURCE_EXHAUSTED") as found:
         jnp.zeros(2**45).block_until_ready()
     code, sentence = describe_failure(found.value)
-    assert code == FAILED and "140737488355328 bytes" in sentence and "train.accumulation_steps" in sentence
+    assert code == FAILED and "140737488355328 bytes" in sentence and "compute.accumulation_steps" in sentence
 
 
 @pytest.mark.parametrize("name", ERRORS)

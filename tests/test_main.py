@@ -67,10 +67,11 @@ MISTAKES = {
     "mesh": (["--config.mesh.data=3"], "takes 3 devices but there are 8", "mesh.data=-1"),
     "tokens": (["--config.train.tokens_per_update=500"],
                "train.tokens_per_update=500 is not a multiple of data.seq_len=32", "use for example 480"),
-    "product": (["--config.train.micro_batch_size=5"],
-                "train.micro_batch_size=5 x train.accumulation_steps=2 makes 10 sequences", "set one of the two to 0"),
-    "shards": (["--config.train.accumulation_steps=4"],
-              "train.micro_batch_size=4 is not divisible by the 8 shards", "change it"),
+    "product": (["--config.compute.micro_batch_size=5"],
+                "compute.micro_batch_size=5 x compute.accumulation_steps=2 makes 10 sequences",
+                "set one of the two to 0"),
+    "shards": (["--config.compute.accumulation_steps=4"],
+              "compute.micro_batch_size=4 is not divisible by the 8 shards", "change it"),
     "mode": (["--mode=trian"], "--mode=trian", "train|evaluate|generate|plan"),
     "flag": (["--wrkdir=x"], "'wrkdir'", "workdir"),
     "word": (["train"], "'train' is not a flag", "--name=value"),
@@ -224,12 +225,12 @@ def test_what_is_not_said_is_as_in_the_config_file():
 
 
 def test_every_type_of_value_can_be_set():
-    words = ["--config.seed=3", "--config.model.scan_layers=True", "--config.model.qk_norm=false",
+    words = ["--config.seed=3", "--config.compute.scan_layers=True", "--config.model.qk_norm=false",
              "--config.optimizer.learning_rate=1e-4", "--config.tokenizer.train_bytes=1_000", "-config.mesh.data=-1",
              "--config.model.norm", "layernorm", "--config.plan.topology="]  # fmt: skip
     _, config = parsed(*words)
     assert config["seed"] == 3 and config["mesh"]["data"] == -1 and config["plan"]["topology"] == ""
-    assert config["model"]["scan_layers"] is True and config["model"]["qk_norm"] is False
+    assert config["compute"]["scan_layers"] is True and config["model"]["qk_norm"] is False
     assert config["model"]["norm"] == "layernorm"
     assert config["optimizer"]["learning_rate"] == 1e-4 and config["tokenizer"]["train_bytes"] == 1000
 

@@ -112,7 +112,7 @@ TABLES = {
     "remat, plan": (remat.REMATS, Reaching(), kept),
     "offload": (remat.OFFLOADS, Reaching(), lambda name: remat.remat(lambda x: x, "full", (name,))),
     "attention": (sequence_attention.ATTENTION, Reaching(),
-                  lambda name: attention_choice.choose_kernel(dataclasses.replace(TINY, attention=name), "cpu")),
+                  lambda name: attention_choice.choose_kernel(name, "cpu")),
     "kernel": (sequence_attention.KERNELS, reach, kernel_call),
     "seq_attention": (sequence_attention.ALGORITHMS, reach, bring),
     "layout": (layout.LAYOUTS, Reaching(), lambda name: layout.RowLayout(name, 2).order(np.array([4]), 4)),
@@ -182,11 +182,9 @@ def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
 
     def make_and_apply():
         changed = config.resolve(dataclasses.replace(TINY, mlp_dim=0, **{key: "never_heard_of"}))
-        sequence_attention.make_attend(attention_choice.choose_kernel(changed, "cpu")[0])
         gpt = FAMILIES[changed.family](changed, 16, 4)
         params = gpt.init(jax.random.key(0))
         gpt.decode(params, jnp.zeros((1, 2), jnp.int32), gpt.make_cache(1, 4))
-        remat.remat(lambda x: x, changed.remat, ())
 
     with pytest.raises((UserError, KeyError, TypeError), match="never_heard_of"):
         jax.eval_shape(make_and_apply)
@@ -194,14 +192,16 @@ def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
 
 NAMED = {
     **{f"model.{key}": table for key, table in config.CHOICES.items()},
-    "model.offload": remat.OFFLOADS,
+    "compute.offload": remat.OFFLOADS,
+    "compute.remat": remat.REMATS,
+    "compute.kernel": sequence_attention.ATTENTION,
     "tokenizer.kind": tokenizer.KINDS,
     "data.on_bad_text": sources._BAD_TEXT,
     "mesh.seq_attention": ("auto", *sequence_attention.ALGORITHMS),
     "mesh.layout": ("auto", *layout.LAYOUTS),
     "train.batch_schedule": batch_schedule.SCHEDULES,
-    "train.accumulation": engines.ENGINES,
-    "train.fused_gather": fused.MANUAL,
+    "compute.engine": engines.ENGINES,
+    "compute.gather": fused.MANUAL,
     "optimizer.name": optimizer._TRANSFORMS,
     "optimizer.schedule": optimizer.SCHEDULES,
     "optimizer.batch_scaling": optimizer.BATCH_SCALING,

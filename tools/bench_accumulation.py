@@ -65,8 +65,8 @@ STOCK = "optax.MultiSteps(optax.adamw)"
 OPTIMIZER = OptimizerConfig(name="adamw", clip_norm=0.0)
 DECODER = {  # changes to configs/base.py: 470 M parameters
     "model.num_layers": 24, "model.model_dim": 1024, "model.num_heads": 16, "model.mlp_dim": 4096,
-    "model.dtype": "bfloat16", "model.scan_layers": True, "model.remat": "full", "tokenizer.vocab_size": 65536,
-    "data.seq_len": 1024, "train.micro_batch_size": 16, "train.accumulation_steps": 0, "optimizer.name": "adamw",
+    "model.dtype": "bfloat16", "compute.scan_layers": True, "compute.remat": "full", "tokenizer.vocab_size": 65536,
+    "data.seq_len": 1024, "compute.micro_batch_size": 16, "compute.accumulation_steps": 0, "optimizer.name": "adamw",
 }  # fmt: skip
 # What --smoke changes in it, and in configs/base.py for the controller.
 SMOKE_MODEL = {
@@ -313,7 +313,11 @@ def program_of(changes: dict[str, Any], devices: list[jax.Device]) -> Program:
 def bench_controller(rounds: int, smoke: bool) -> None:
     """Its parts one after the other, each round."""
     changes = {**SMOKE_MODEL} if smoke else {}
-    changes |= {"train.micro_batch_size": 2, "train.accumulation_steps": 0, "controller.name": "noise_scale"}
+    changes |= {
+        "compute.micro_batch_size": 2,
+        "compute.accumulation_steps": 0,
+        "controller.name": "noise_scale",
+    }
     program = program_of(changes, jax.devices()[:1])
     state, steering = program.init(), program.steering
     batch = jax.tree.map(
@@ -342,8 +346,8 @@ def bench_controller(rounds: int, smoke: bool) -> None:
 
 def decoder(steps: int, accumulation: str, smoke: bool) -> Program:
     model = {**DECODER, **(SMOKE_MODEL if smoke else {})}
-    tokens = steps * model["train.micro_batch_size"] * model["data.seq_len"]
-    changes = {"train.accumulation": accumulation, "mesh.data": 8, "train.tokens_per_update": tokens}
+    tokens = steps * model["compute.micro_batch_size"] * model["data.seq_len"]
+    changes = {"compute.engine": accumulation, "mesh.data": 8, "train.tokens_per_update": tokens}
     return program_of({**model, **changes}, topology_devices("v5e:2x4"))
 
 

@@ -59,19 +59,19 @@ TIMING = (
 TINY = {
     "model.num_layers": 1, "model.model_dim": 16, "model.num_heads": 2, "model.mlp_dim": 32,
     "tokenizer.vocab_size": 300, "data.seq_len": 32, "data.held_out_fraction": 0.1, "data.num_workers": 1,
-    "train.num_updates": 6, "train.tokens_per_update": 512, "train.accumulation_steps": 2,
+    "train.num_updates": 6, "train.tokens_per_update": 512, "compute.accumulation_steps": 2,
     "optimizer.name": "adamw", "optimizer.learning_rate": 3e-3, "optimizer.warmup_updates": 2,
     "evaluate.every": 3, "checkpoint.every": 2, "generate.max_tokens": 4,
 }  # fmt: skip
 # The eight kinds of run that are killed.
 KINDS: dict[str, dict[str, object]] = {
     "in_place": {},
-    "multisteps": {"train.accumulation": "multisteps"},
-    "fused": {"train.accumulation": "fused"},
+    "multisteps": {"compute.engine": "multisteps"},
+    "fused": {"compute.engine": "fused"},
     "controller": {"controller.name": "noise_scale", "controller.k_min": 2, "controller.k_max": 4,
-                   "train.micro_batch_size": 4, "train.accumulation_steps": 0},
+                   "compute.micro_batch_size": 4, "compute.accumulation_steps": 0},
     "growing batch": {"train.batch_schedule": "piecewise", "train.batch_points": "0:256,1024:512",
-                      "train.micro_batch_size": 4, "train.accumulation_steps": 0},
+                      "compute.micro_batch_size": 4, "compute.accumulation_steps": 0},
     "growing length": {"data.length_points": "0:16,1024:32"},
     "averaged": {"optimizer.name": "schedule_free_adamw", "optimizer.schedule": "constant"},
     "best checkpoints": {"evaluate.every": 1, "checkpoint.every": 1, "checkpoint.keep": 1},

@@ -280,7 +280,7 @@ def context(smoke: bool) -> None:
         raw = llama3_8b_long.get_config()
         devices = topology_devices(topology)
         raw.data.seq_len = raw.train.tokens_per_update = tokens
-        raw.mesh.seq, raw.model.offload, raw.plan.topology = len(devices), offload, topology
+        raw.mesh.seq, raw.compute.offload, raw.plan.topology = len(devices), offload, topology
         if smoke:
             raw.update_from_flattened_dict(SMOKE_MODEL)
         config, derived = resolve_config(read_config(raw.to_dict()), len(devices))

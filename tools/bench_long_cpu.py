@@ -37,8 +37,8 @@ from llmjax.types import Batch
 
 HEADS, HEAD_DIM, DOCUMENT = 4, 32, 512
 SMALL = {  # changes to configs/base.py
-    "model.num_layers": 2, "train.accumulation_steps": 1, "optimizer.name": "adamw", "model.remat": "attention",
-    "model.tile": 4096, "model.scan_layers": True,
+    "model.num_layers": 2, "compute.accumulation_steps": 1, "optimizer.name": "adamw", "compute.remat": "attention",
+    "compute.tile": 4096, "compute.scan_layers": True,
 }  # fmt: skip
 Work = Callable[[], None]
 

@@ -35,7 +35,7 @@ from llmjax.types import Batch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOAL = 1.0  # ours / rival
-ALIKE = {"optimizer.name": "adamw", "train.accumulation_steps": 1}  # on both sides
+ALIKE = {"optimizer.name": "adamw", "compute.accumulation_steps": 1}  # on both sides
 SHAPES = {  # changes to configs/base.py
     "base": {**ALIKE, "train.tokens_per_update": 8 * 512},
     "12m": {

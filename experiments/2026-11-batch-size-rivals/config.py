@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     c.tokenizer.vocab_size = 1024
     c.data.update(seq_len=128, held_out_fraction=0.05)
     # 409,600 tokens; the learning rate is that of an update of 2,048.
-    c.train.update(num_updates=200, tokens_per_update=2048, micro_batch_size=4, accumulation_steps=0)
+    c.train.update(num_updates=200, tokens_per_update=2048)
+    c.compute.update(micro_batch_size=4, accumulation_steps=0)
     c.optimizer.update(warmup_updates=20, schedule="linear", final_lr_fraction=0.0, constant_in="tokens")
     c.controller.update(k_min=2, k_max=48, half_life=50_000)
     c.stability.on_spike = "none"

@@ -7,7 +7,8 @@ from configs import base
 
 def get_config() -> ConfigDict:
     c = base.get_config()
-    c.train.update(micro_batch_size=2, accumulation_steps=0, num_updates=404)  # of 4,096 tokens
+    c.train.update(num_updates=404)  # of 4,096 tokens
+    c.compute.update(micro_batch_size=2, accumulation_steps=0)
     c.optimizer.update(
         learning_rate=8.5e-3,
         schedule="linear",

@@ -37,9 +37,15 @@ def batch_shards(layout: Layout) -> tuple[int, int]:
 
 def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout) -> Model:
     """The model of a resolved `config`."""
-    kernel, _ = choose_kernel(config.model, layout.mesh.devices.flat[0].platform)
+    kernel, _ = choose_kernel(config.compute.kernel, layout.mesh.devices.flat[0].platform)
     family = FAMILIES[config.model.family]
     attend = make_attend(kernel, derived.sharing)
     return family(
-        config.model, vocab_size, config.data.seq_len, layout, attend, holds_scores=kernel == "full"
+        config.model,
+        vocab_size,
+        config.data.seq_len,
+        layout,
+        attend,
+        holds_scores=kernel == "full",
+        compute=config.compute,
     )

@@ -113,7 +113,7 @@ class Program:
     def attention(self) -> dict[str, tuple[str, str]]:
         """What was chosen, and why: the `kernel`, and the algorithm over `mesh.seq`."""
         sharing = self.derived.sharing
-        kernel = choose_kernel(self.config.model, self.mesh.devices.flat[0].platform)
+        kernel = choose_kernel(self.config.compute.kernel, self.mesh.devices.flat[0].platform)
         described = "" if sharing is None else sharing.describe()
         return {"kernel": kernel, "mesh.seq": (described, self.derived.sharing_reason)}
 
@@ -163,10 +163,12 @@ def make_program(
     _check_host_memory(config, mesh)
     model = make_model(config, derived, vocab_size, Layout(mesh))
     roles = Roles(model.axes())
-    make_engine = choose(ENGINES, "train.accumulation", config.train.accumulation)
+    make_engine = choose(ENGINES, "compute.engine", config.compute.engine)
     engine = make_engine(
-        make_optimizer(config.optimizer, config.train.num_updates, roles),
-        options=EngineOptions(config.train.fused_gather, config.model.dtype),
+        make_optimizer(
+            config.optimizer, config.train.num_updates, roles, offload=config.compute.offload_optimizer
+        ),
+        options=EngineOptions(config.compute.gather, config.model.dtype),
     )
     steering = make_steering(config, derived, mesh, engine)
     engine = dataclasses.replace(engine, max_steps=max(steering.max_steps, 1 + accumulates))
@@ -201,7 +203,14 @@ def make_program(
 def _check_host_memory(config: Config, mesh: Mesh) -> None:
     """UserError where something is to lie in a host's memory that its devices cannot reach."""
     device = mesh.devices.flat[0]
-    key = "optimizer.offload" if config.optimizer.offload else "model.offload" if config.model.offload else ""
+    compute = config.compute
+    key = (
+        "compute.offload_optimizer"
+        if compute.offload_optimizer
+        else "compute.offload"
+        if compute.offload
+        else ""
+    )
     if key and HOST not in {memory.kind for memory in device.addressable_memories()}:
         raise UserError(
             f"{key} needs memory of the kind {HOST!r}, which {device.platform.upper()} devices do not have here; "

@@ -14,6 +14,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmjax.config.moved import MOVED
 from llmjax.config.schema import Config
 from llmjax.errors import UserError
 from llmjax.ranges import shown
@@ -23,11 +24,12 @@ from llmjax.train.optim.optimizer import OptimizerConfig
 FIRST_KEYS = {
     "": "seed",
     "model": "family num_layers model_dim num_heads num_kv_heads head_dim mlp_dim activation norm norm_eps position "
-    "rope_theta qk_norm use_bias tie_embeddings logit_softcap dropout init_std scan_layers remat attention dtype",
+    "rope_theta qk_norm use_bias tie_embeddings logit_softcap dropout init_std dtype",
     "tokenizer": "kind path vocab_size train_bytes character_coverage num_reserved",
     "data": "sources text_field on_bad_text seq_len held_out_fraction cache_dir num_workers prefetch",
     "mesh": "data fsdp seq tensor",
-    "train": "num_updates tokens_per_update micro_batch_size accumulation_steps z_loss",
+    "compute": "micro_batch_size accumulation_steps scan_layers remat kernel",
+    "train": "num_updates tokens_per_update z_loss",
     "optimizer": "name learning_rate schedule warmup_updates final_lr_fraction decay_fraction beta1 beta2 eps "
     "weight_decay clip_norm",
     "evaluate": "every batch_size",
@@ -48,7 +50,21 @@ def complete_config(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
     UserError where a key is not known here, as in the run of a newer version, and where one is missing that every
     version has written.
     """
-    return _complete_section(Config, saved, "", f"{workdir}/config.json")
+    return _complete_section(Config, _with_names_of_now(saved), "", f"{workdir}/config.json")
+
+
+def _with_names_of_now(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`saved` with the keys that have moved since under their new names."""
+    if not all(isinstance(values, Mapping) for name, values in saved.items() if name != "seed"):
+        return saved
+    renamed = {
+        name: dict(values) if isinstance(values, Mapping) else values for name, values in saved.items()
+    }
+    for old, new in MOVED.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        if key in renamed.get(section, {}):
+            renamed.setdefault(new_section, {})[new_key] = renamed[section].pop(key)
+    return renamed
 
 
 @functools.cache

@@ -70,7 +70,7 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
                 f"model.{key}={size} is not divisible by mesh.tensor={tensor}; change one of them"
             )
     sizes = {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor}
-    sharing, reason = choose_sharing(model, config.mesh, sizes)
+    sharing, reason = choose_sharing(model, config.compute.kernel, config.mesh, sizes)
     layout = choose_layout(config, 1 if sharing is None else sharing.chunks)
     layout.check(T)
     if model.model_dim % (fsdp * seq):
@@ -84,7 +84,11 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
         )
     train = config.train
     batch = resolve_batch(
-        train.tokens_per_update, T, train.micro_batch_size, train.accumulation_steps, data * fsdp
+        train.tokens_per_update,
+        T,
+        config.compute.micro_batch_size,
+        config.compute.accumulation_steps,
+        data * fsdp,
     )
     batch_schedule = make_batch_schedule(train.batch_schedule, train.batch_points, batch)
     length_schedule = make_length_schedule(config.data.length_points, T, seq)

@@ -11,14 +11,13 @@ from llmjax.errors import UserError
 from llmjax.nn.position import POSITIONS
 from llmjax.ranges import shown
 
+# What only says how the work is cut and where things lie is in sections of its own, which may always change.
 FREE_ON_RESUME = (
-    "mesh", "controller", "stability", "evaluate", "generate", "plan",
+    "mesh", "compute", "controller", "stability", "evaluate", "generate", "plan",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
-    "train.num_updates", "train.batch_schedule", "train.batch_points", "train.micro_batch_size",
-    "train.accumulation_steps", "train.accumulation", "train.fused_gather", "train.statistics_every",
+    "train.num_updates", "train.batch_schedule", "train.batch_points", "train.statistics_every",
     "data.sources", "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
-    "optimizer.learning_rate", "optimizer.offload", "optimizer.schedule_updates",
-    "model.scan_layers", "model.remat", "model.offload", "model.tile", "model.attention",
+    "optimizer.learning_rate", "optimizer.schedule_updates",
 )  # fmt: skip
 
 
@@ -43,8 +42,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
 
 FREE_ON_INIT = (
     "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "logit_softcap", "window", "global_every",
-    "attention_softcap", "dropout", "init_std", "scan_layers", "remat", "offload", "tile",
-    "attention", "dtype",
+    "attention_softcap", "dropout", "init_std", "dtype",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from llmjax.nn.config import ModelConfig
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.ranges import FOLD, Range, check_ranges
 from llmjax.train.checkpoint.checkpoint import CheckpointConfig
-from llmjax.train.config import TrainConfig
+from llmjax.train.config import ComputeConfig, TrainConfig
 from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.steering.controller import ControllerConfig
 from llmjax.train.steering.spikes import StabilityConfig
@@ -39,6 +39,7 @@ class Config:
     tokenizer: TokenizerConfig
     data: DataConfig
     mesh: MeshConfig
+    compute: ComputeConfig
     train: TrainConfig
     optimizer: OptimizerConfig
     controller: ControllerConfig

@@ -14,6 +14,7 @@ from llmjax.errors import choose
 from llmjax.models.contract import Cost, box_axes, unbox
 from llmjax.nn.cache import Cache, append_tokens, make_cache
 from llmjax.nn.config import ModelConfig, layer_windows
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import Norm, matrix
 from llmjax.nn.position import POSITIONS
 from llmjax.nn.remat import Widths, kept_width
@@ -49,8 +50,11 @@ class Embedding(nn.Module):
 class GPT:
     """The `Model` contract for a decoder-only Transformer.
 
-    `config` is resolved; `max_positions` bounds learned positions; `attend` is the attention algorithm of training;
-    generation always uses `full`, whose queries are few. `holds_scores`: `attend` keeps all scores, for `cost`.
+    config         resolved
+    max_positions  of learned positions
+    attend         the attention algorithm of training; generation always uses `full`, whose queries are few
+    holds_scores   whether `attend` keeps all scores, for `cost`
+    compute        changes time and memory, and no number
     """
 
     config: ModelConfig
@@ -59,6 +63,7 @@ class GPT:
     layout: Layout = Layout()
     attend: Callable[..., jax.Array] = full.attend
     holds_scores: bool = False
+    compute: LayerCompute = LayerCompute()
 
     @property
     def position_limit(self) -> int:
@@ -66,7 +71,7 @@ class GPT:
 
     @property
     def _block(self) -> Block:
-        return Block(self.config, self.layout, self.attend)
+        return Block(self.config, self.layout, self.attend, self.compute)
 
     @property
     def _embedding(self) -> Embedding:
@@ -138,7 +143,7 @@ class GPT:
         x_BTD = dropout(x_BTD, keys_BT, self.config.dropout, 0)
         mask = self._mask(batch)
         specs = None
-        if self.config.tile:
+        if self.compute.tile:
             specs = jax.tree.map(
                 lambda names: partition_spec(names[1:]), self.axes()["layers"], is_leaf=is_axes
             )
@@ -212,15 +217,15 @@ class GPT:
         layer's input and what its heads found, `full` the input; then one layer exists in full while it is recomputed.
         `full` attention holds its scores, too. Tiles hold the hidden layer of one tile at a time.
         """
-        c, tensor = self.config, self.layout.axis_size("tensor")
+        c, how, tensor = self.config, self.compute, self.layout.axis_size("tensor")
         queries, keys = (heads * c.head_dim / tensor for heads in (c.num_heads, c.num_kv_heads))
         hidden, projections = c.mlp_dim / tensor, ACTIVATIONS[c.activation].projections
-        at_once = min(1.0, c.tile / tokens) if c.tile else 1.0
+        at_once = min(1.0, how.tile / tokens) if how.tile else 1.0
         layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * projections) * hidden * at_once
         if self.holds_scores:
             layer += 2 * seq_len * c.num_heads / tensor
         products = 2 * c.model_dim + queries + 2 * keys + projections * hidden
         widths = Widths(c.model_dim, queries, products, layer)
         return int(
-            tokens * kept_width(c.remat, c.offload, widths, c.num_layers) * jnp.dtype(c.dtype).itemsize
+            tokens * kept_width(how.remat, how.offload, widths, c.num_layers) * jnp.dtype(c.dtype).itemsize
         )

@@ -11,28 +11,30 @@ from llmjax.ops.attention.sequence_attention import ATTENTION, Sharing
 from llmjax.parallel.mesh import MeshConfig
 
 
-def choose_kernel(model: ModelConfig, platform: str) -> tuple[str, str]:
-    """The kernel that model.attention asks for on `platform` (cpu, gpu, tpu), and why."""
-    kernels = choose(ATTENTION, "model.attention", model.attention)
+def choose_kernel(name: str, platform: str) -> tuple[str, str]:
+    """The kernel that compute.kernel=`name` asks for on `platform` (cpu, gpu, tpu), and why."""
+    kernels = choose(ATTENTION, "compute.kernel", name)
     kernel = kernels.get(platform, kernels.get(""))
     if kernel is None:
         platforms = " or a ".join(name.upper() for name in kernels)
         others = " or ".join(
-            name for name, of in ATTENTION.items() if (platform in of or "" in of) and name != "full"
+            other for other, of in ATTENTION.items() if (platform in of or "" in of) and other != "full"
         )
         raise UserError(
-            f"model.attention={model.attention!r} needs a {platforms}, not a {platform.upper()}; use {others}"
+            f"compute.kernel={name!r} needs a {platforms}, not a {platform.upper()}; use {others}"
         )
     return (
         kernel,
-        f"the kernel for a {platform.upper()}" if model.attention == "auto" else "as model.attention says",
+        f"the kernel for a {platform.upper()}" if name == "auto" else "as compute.kernel says",
     )
 
 
 def choose_sharing(
-    model: ModelConfig, mesh: MeshConfig, sizes: Mapping[str, int]
+    model: ModelConfig, kernel: str, mesh: MeshConfig, sizes: Mapping[str, int]
 ) -> tuple[Sharing | None, str]:
-    """How the devices of mesh.seq share a sequence, None where each has whole ones, and why; `sizes` of the mesh axes.
+    """How the devices of mesh.seq share a sequence, None where each has whole ones, and why.
+
+    `kernel` is compute.kernel, `sizes` those of the mesh axes.
 
     `auto`: as much Ulysses as there are key/value heads for every device, since that moves the least and evens out
     documents of any length, and a ring for the rest.
@@ -51,12 +53,12 @@ def choose_sharing(
     if name == "auto":
         why = f"{K} key/value heads a device for {n} devices"
         name = "ulysses" if dealt == n else "hybrid" if dealt > 1 else "ring"
-        if model.attention == "full" and name != "ulysses":
+        if kernel == "full" and name != "ulysses":
             name, why = "gather", "full attention needs all keys at once"
-    if name in ("ring", "hybrid") and model.attention == "full":
+    if name in ("ring", "hybrid") and kernel == "full":
         raise UserError(
-            f"model.attention='full' needs all keys at once, which mesh.seq_attention={name!r} brings in parts; use "
-            "gather or ulysses, or another model.attention"
+            f"compute.kernel='full' needs all keys at once, which mesh.seq_attention={name!r} brings in parts; use "
+            "gather or ulysses, or another compute.kernel"
         )
     traded = choose(TRADED, "mesh.seq_attention", name)(degree, N, dealt, n)
     return Sharing(name, "seq", n, traded, others), why

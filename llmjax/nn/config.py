@@ -7,9 +7,7 @@ from typing import Annotated
 
 from llmjax.errors import UserError, choose
 from llmjax.nn.position import POSITIONS
-from llmjax.nn.remat import OFFLOADS, REMATS
 from llmjax.ops.activation import ACTIVATIONS
-from llmjax.ops.attention.sequence_attention import ATTENTION
 from llmjax.ops.norm import NORMS
 from llmjax.ops.rope import SCALINGS
 from llmjax.ranges import COUNT, Range, check_ranges
@@ -21,8 +19,6 @@ CHOICES = {
     "norm": NORMS,
     "position": POSITIONS,
     "rope_scaling": SCALINGS,
-    "remat": REMATS,
-    "attention": ATTENTION,
     "dtype": ("float32", "bfloat16"),
 }
 
@@ -56,11 +52,6 @@ class ModelConfig:
     attention_sinks: bool = False
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     init_std: Annotated[float, Range(1e-10, 1e3)] = 0.02
-    scan_layers: bool = False
-    remat: str = "none"
-    offload: tuple[str, ...] = ()
-    tile: Annotated[int, Range(1, COUNT, "none")] = 0
-    attention: str = "auto"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -77,7 +68,6 @@ def resolve(config: ModelConfig) -> ModelConfig:
             "set model.window or model.global_every=0"
         )
     _check_rope_scaling(config)
-    _check_offload(config)
     kv_heads = config.num_kv_heads or config.num_heads
     if config.num_heads % kv_heads:
         raise UserError(
@@ -126,20 +116,6 @@ def _check_rope_scaling(config: ModelConfig) -> None:
             f"model.rope_scaling={scaling!r} {rule} model.rope_original_len, which is {config.rope_original_len}; "
             f"set it to {'the T that the model was trained at' if rule == 'needs' else '0'}"
         )
-
-
-def _check_offload(config: ModelConfig) -> None:
-    for name in config.offload:
-        if name not in OFFLOADS:
-            raise UserError(
-                f"model.offload has {name!r}, which is not known; use some of {', '.join(OFFLOADS)}"
-            )
-        if name not in REMATS[config.remat].offloads:
-            allowed = " or ".join(remat for remat, facts in REMATS.items() if name in facts.offloads)
-            raise UserError(
-                f"model.offload has {name!r}, which model.remat={config.remat!r} does not keep; "
-                f"use model.remat={allowed}"
-            )
 
 
 def layer_windows(config: ModelConfig) -> tuple[int, ...]:

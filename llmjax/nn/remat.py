@@ -28,7 +28,7 @@ class Widths:
 
 @dataclasses.dataclass(frozen=True)
 class Offload:
-    """What `model.offload` moves.
+    """What `compute.offload` moves.
 
     names  of the arrays in the layer (`checkpoint_name`)
     width  the numbers of a token that no longer lie on the device
@@ -58,7 +58,7 @@ def _named(*kept: str) -> Callable[[tuple[str, ...]], Any]:
     def options(offload: tuple[str, ...]) -> Any:
         if not kept and not offload:
             return {}
-        moved = [name for key in offload for name in choose(OFFLOADS, "model.offload", key).names]
+        moved = [name for key in offload for name in choose(OFFLOADS, "compute.offload", key).names]
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[name for name in kept if name not in moved],
             names_which_can_be_offloaded=moved,
@@ -72,12 +72,12 @@ def _named(*kept: str) -> Callable[[tuple[str, ...]], Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Remat:
-    """One value of `model.remat`.
+    """One value of `compute.remat`.
 
-    options    of `jax.checkpoint` around a layer, for what `model.offload` names; None: no checkpoint around it
+    options    of `jax.checkpoint` around a layer, for what `compute.offload` names; None: no checkpoint around it
     width      the numbers of a token that a layer keeps until its backward pass
     recomputes the backward pass does a layer again, which then exists in full
-    offloads   what of it `model.offload` may name
+    offloads   what of it `compute.offload` may name
     """
 
     options: Callable[[tuple[str, ...]], Any]
@@ -95,14 +95,14 @@ REMATS = {
 
 
 def remat(layer: Callable[..., jax.Array], name: str, offload: tuple[str, ...]) -> Callable[..., jax.Array]:
-    """`layer` whose backward pass does again what `model.remat=name` does not keep, and has what `offload` names from
+    """`layer` whose backward pass does again what `compute.remat=name` does not keep, and has what `offload` names from
     the host's memory."""
-    options = choose(REMATS, "model.remat", name).options(offload)
+    options = choose(REMATS, "compute.remat", name).options(offload)
     return layer if options is None else jax.checkpoint(layer, **options)
 
 
 def kept_width(name: str, offload: tuple[str, ...], widths: Widths, num_layers: int) -> float:
     """The numbers of a token that all layers keep on the device, and one layer in full where it is done again."""
-    chosen = choose(REMATS, "model.remat", name)
-    moved = sum(choose(OFFLOADS, "model.offload", key).width(widths) for key in offload)
+    chosen = choose(REMATS, "compute.remat", name)
+    moved = sum(choose(OFFLOADS, "compute.offload", key).width(widths) for key in offload)
     return num_layers * (chosen.width(widths) - moved) + chosen.recomputes * widths.everything

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from llmjax.nn.attention import Attention, KeyValue, on_each_device
 from llmjax.nn.cache import write
 from llmjax.nn.config import ModelConfig, layer_windows
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import MLP, Norm
 from llmjax.nn.remat import RESIDUAL, remat
 from llmjax.nn.token_tiles import by_tiles, inner_layout
@@ -47,6 +48,7 @@ class Block(nn.Module):
     config: ModelConfig
     layout: Layout
     attend: Callable[..., jax.Array]
+    compute: LayerCompute = LayerCompute()
 
     def setup(self) -> None:
         c = self.config
@@ -115,20 +117,20 @@ def run_stack(
 
     `specs`, of the parameters of one layer, is asked for where layers are done in tiles.
     """
-    c = block.config
+    c, compute = block.config, block.compute
 
     def body(x_BTD: jax.Array, scanned: tuple[Params, jax.Array], window: int) -> tuple[jax.Array, None]:
         near = dataclasses.replace(mask, window=window)
 
         def layer(x_BTD: jax.Array, layer_params: Params, i: int | jax.Array) -> jax.Array:
             x_BTD = checkpoint_name(x_BTD, RESIDUAL)
-            if c.tile:
+            if compute.tile:
                 return _tiled_layer(block, layer_params, specs, x_BTD, turn, near, keys_BT, i)
             return block.apply({"params": layer_params}, x_BTD, turn, near, keys_BT, i).x_BTD
 
-        return remat(layer, c.remat, c.offload)(x_BTD, *scanned), None
+        return remat(layer, compute.remat, compute.offload)(x_BTD, *scanned), None
 
-    if c.scan_layers:
+    if compute.scan_layers:
         return _scan_layers(c, body, x_BTD, (params, jnp.arange(c.num_layers)))[0]
     layers = unstack(params, c.num_layers)
     for i, window in enumerate(layer_windows(c)):
@@ -160,7 +162,7 @@ def _tiled_layer(
     def of(tree: Any, *names: str) -> Any:
         return {name: tree[name] for name in names}
 
-    tiles = functools.partial(by_tiles, layout=block.layout, tile=c.tile, dtype=c.dtype)
+    tiles = functools.partial(by_tiles, layout=block.layout, tile=block.compute.tile, dtype=c.dtype)
     names = ("attention_norm", "attention")
     q, k, v = tiles(project, of(params, *names), of(specs, *names), (x_BTD, turn))
     out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="meet")

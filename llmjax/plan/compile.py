@@ -56,30 +56,30 @@ def compile_step(program: Program, progress: Callable[[str], None] = lambda line
     batch = program.batch
     text = f"{format_bytes(need.total)} of {format_bytes(need.available)} per device"
     progress(
-        f"train.micro_batch_size={batch.micro_batch_size} needs {text}; looking for the largest that fits"
+        f"compute.micro_batch_size={batch.micro_batch_size} needs {text}; looking for the largest that fits"
     )
 
     def need_of(size: int) -> Need:
         need = measure(with_micro_batch(program, size))
         verdict = "fits" if need.fits else "does not fit"
-        progress(f"train.micro_batch_size={size} {verdict}: {format_bytes(need.total)}")
+        progress(f"compute.micro_batch_size={size} {verdict}: {format_bytes(need.total)}")
         return need
 
     sizes = smaller_micro_batches(program) if need.arguments <= need.available else []
     size, is_largest = largest_that_fits(sizes, need_of, batch.micro_batch_size, need)
     remedy = "use more devices or a larger mesh.fsdp"
-    if program.config.model.remat != "full":
-        remedy = "use more devices, a larger mesh.fsdp or model.remat='full'"
+    if program.config.compute.remat != "full":
+        remedy = "use more devices, a larger mesh.fsdp or compute.remat='full'"
     if size:
         which = "the largest that fits is" if is_largest else "one that fits is"
         steps = batch.sequences_per_update // size
-        remedy = f"{which} train.micro_batch_size={size} (train.accumulation_steps={steps}), or {remedy}"
+        remedy = f"{which} compute.micro_batch_size={size} (compute.accumulation_steps={steps}), or {remedy}"
     elif sizes and is_largest:
-        remedy = f"nor does train.micro_batch_size={sizes[0]}; {remedy}"
+        remedy = f"nor does compute.micro_batch_size={sizes[0]}; {remedy}"
     elif not sizes and need.arguments > need.available:
         remedy = f"its state and batch alone need {format_bytes(need.arguments)}; {remedy}"
     raise UserError(
-        f"train.micro_batch_size={batch.micro_batch_size} does not fit the devices' memory ({text}); {remedy}"
+        f"compute.micro_batch_size={batch.micro_batch_size} does not fit the devices' memory ({text}); {remedy}"
     )
 
 

@@ -22,7 +22,7 @@ def check_state_fits(program: Program) -> None:
     state = program.abstract_state()
     parameters, needed = (tree_bytes_per_device(tree) for tree in (state.params, state))
     if (
-        program.config.optimizer.offload and device.platform != "cpu"
+        program.config.compute.offload_optimizer and device.platform != "cpu"
     ):  # the rest lies in the memory of the host
         needed = parameters
     if available and needed > available:

@@ -1,4 +1,4 @@
-"""The `train` section of the config."""
+"""The sections `train` and `compute` of the config: what is trained for how long, and how the work is cut."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated
 
 from llmjax.errors import choose
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ranges import COUNT, FOLD, Range, check_ranges
 from llmjax.train.update.engines import ENGINES
 from llmjax.train.update.fused import MANUAL
@@ -20,11 +21,6 @@ class TrainConfig:
     batch_schedule      constant, or tokens per update as tokens are seen: piecewise or linear, see
                         `batch.BatchSchedule`
     batch_points        of the schedule, `TOKENS_SEEN:TOKENS_PER_UPDATE`
-    micro_batch_size    sequences per micro-step over all devices; 0 = follows from accumulation_steps
-    accumulation_steps  micro-steps per update; 0 = follows from micro_batch_size
-    accumulation        the engine of gradient accumulation: in_place, multisteps or fused, see `engines`
-    fused_gather        when fused gathers weights over mesh.fsdp: in each micro_step, or once an update, which holds
-                        them and their gradients whole
     z_loss              weight of log(Z)^2 in what gradients are of (de Brebisson and Vincent 2016; PaLM)
     statistics_every    updates between statistics of each layer; 0 = never
 
@@ -34,16 +30,37 @@ class TrainConfig:
 
     num_updates: Annotated[int, Range(0, COUNT)]
     tokens_per_update: Annotated[int, Range(1, FOLD)]
-    micro_batch_size: Annotated[int, Range(1, COUNT, "what follows from accumulation_steps")]
-    accumulation_steps: Annotated[int, Range(1, COUNT, "what follows from micro_batch_size")]
     z_loss: Annotated[float, Range(0, 1e3)]
     batch_schedule: str = "constant"
     batch_points: tuple[str, ...] = ()
-    accumulation: str = "in_place"
-    fused_gather: str = "micro_step"
     statistics_every: Annotated[int, Range(1, COUNT, "never")] = 0
 
     def __post_init__(self):
         check_ranges("train", self)
-        choose(ENGINES, "train.accumulation", self.accumulation)
-        choose(MANUAL, "train.fused_gather", self.fused_gather)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig(LayerCompute):
+    """How the work is cut and where things lie: no key of this section, nor of `mesh`, changes the loss curve.
+
+    micro_batch_size    sequences per micro-step over all devices; 0 = follows from accumulation_steps
+    accumulation_steps  micro-steps per update; 0 = follows from micro_batch_size
+    engine              of gradient accumulation: in_place, multisteps or fused, see `update/engines.py`
+    gather              when the engine fused gathers weights over mesh.fsdp: in each micro_step, or once an update,
+                        which holds them and their gradients whole
+    offload_optimizer   the optimizer's state lies in the memory of the hosts between updates
+
+    The others are those of `LayerCompute`.
+    """
+
+    micro_batch_size: Annotated[int, Range(1, COUNT, "what follows from accumulation_steps")] = 0
+    accumulation_steps: Annotated[int, Range(1, COUNT, "what follows from micro_batch_size")] = 1
+    engine: str = "in_place"
+    gather: str = "micro_step"
+    offload_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges("compute", self)
+        choose(ENGINES, "compute.engine", self.engine)
+        choose(MANUAL, "compute.gather", self.gather)
+        super().__post_init__()

@@ -20,9 +20,9 @@ from tests.data.test_pipeline import make_source
 V, T, UPDATES = 64, 32, 5
 SIZES = {
     "model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 8, "model.num_kv_heads": 8, "model.mlp_dim": 64,
-    "model.init_std": 0.1, "model.scan_layers": True,  # one layer to compile
+    "model.init_std": 0.1, "compute.scan_layers": True,  # one layer to compile
     "data.seq_len": T, "train.num_updates": UPDATES, "train.tokens_per_update": 16 * T,
-    "train.accumulation_steps": 2, "optimizer.warmup_updates": 2,
+    "compute.accumulation_steps": 2, "optimizer.warmup_updates": 2,
 }  # fmt: skip
 
 
@@ -104,15 +104,15 @@ def test_every_mesh_gives_the_same_losses(shape, one_device):
 @pytest.mark.parametrize("algorithm", sequence_attention.ALGORITHMS)
 def test_every_way_to_share_sequences_gives_the_same_losses(algorithm, engine, one_device):
     mesh = {"mesh__data": 2, "mesh__seq": 4, "mesh__seq_attention": algorithm}
-    program = program_for(jax.devices(), train__accumulation=engine, **mesh)
+    program = program_for(jax.devices(), compute__engine=engine, **mesh)
     np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_tiles_and_remat_of_split_sequences_give_the_same_losses(engine, one_device):
     mesh = {"mesh__data": 2, "mesh__seq": 2, "mesh__tensor": 2, "mesh__seq_attention": "ring"}
-    saving = {"model__tile": 4, "model__remat": "attention", "model__offload": ("residual",)}
-    program = program_for(jax.devices(), train__accumulation=engine, **mesh, **saving)
+    saving = {"compute__tile": 4, "compute__remat": "attention", "compute__offload": ("residual",)}
+    program = program_for(jax.devices(), compute__engine=engine, **mesh, **saving)
     np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
 
 
@@ -146,23 +146,23 @@ def test_fused_updates_give_the_same_losses_on_every_mesh(shape, gather, one_dev
         pytest.skip("without fsdp there is nothing to gather")
     mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__seq": seq, "mesh__tensor": tensor}
     devices = jax.devices()[: data * fsdp * seq * tensor]
-    program = program_for(devices, train__accumulation="fused", train__fused_gather=gather, **mesh)
+    program = program_for(devices, compute__engine="fused", compute__gather=gather, **mesh)
     np.testing.assert_allclose(trace(program), one_device, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [
-    {"train__accumulation_steps": 1},
-    {"train__accumulation_steps": 8},
-    {"model__scan_layers": False},
-    {"model__remat": "full"},
-    {"model__remat": "attention"},
-    {"model__remat": "attention", "model__offload": ("residual", "attention")},
-    {"model__tile": 8},
-    {"model__tile": 40, "model__remat": "full", "model__num_kv_heads": 8},
-    {"optimizer__offload": True},
-    {"optimizer__offload": True, "train__accumulation_steps": 1, "optimizer__name": "muon"},
-    {"optimizer__offload": True, "train__accumulation": "fused"},
-    {"model__attention": "full"},
+    {"compute__accumulation_steps": 1},
+    {"compute__accumulation_steps": 8},
+    {"compute__scan_layers": False},
+    {"compute__remat": "full"},
+    {"compute__remat": "attention"},
+    {"compute__remat": "attention", "compute__offload": ("residual", "attention")},
+    {"compute__tile": 8},
+    {"compute__tile": 40, "compute__remat": "full", "model__num_kv_heads": 8},
+    {"compute__offload_optimizer": True},
+    {"compute__offload_optimizer": True, "compute__accumulation_steps": 1, "optimizer__name": "muon"},
+    {"compute__offload_optimizer": True, "compute__engine": "fused"},
+    {"compute__kernel": "full"},
 ], ids=str)  # fmt: skip
 def test_every_cut_of_the_work_gives_the_same_losses(changes, one_device):
     np.testing.assert_allclose(trace(program_for(jax.devices()[:1], **changes)), one_device, rtol=1e-5)
@@ -170,7 +170,7 @@ def test_every_cut_of_the_work_gives_the_same_losses(changes, one_device):
 
 def test_dropout_does_not_depend_on_the_cut():
     losses = [
-        trace(program_for(devices, model__dropout=0.2, train__accumulation_steps=k, mesh__data=data))
+        trace(program_for(devices, model__dropout=0.2, compute__accumulation_steps=k, mesh__data=data))
         for devices, k, data in ((jax.devices()[:1], 1, 1), (jax.devices()[:1], 4, 1), (jax.devices(), 2, 8))
     ]
     ring = {"mesh__data": 2, "mesh__seq": 4, "mesh__seq_attention": "ring", "mesh__layout": "zigzag"}
@@ -219,9 +219,9 @@ def test_every_optimizer_trains_sharded(name):
 
 def test_evaluation_is_deterministic_and_leaves_z_loss_out():
     program = program_for(
-        jax.devices()[:1], train__z_loss=1.0, model__dropout=0.5, train__accumulation_steps=1
+        jax.devices()[:1], train__z_loss=1.0, model__dropout=0.5, compute__accumulation_steps=1
     )
-    plain = program_for(jax.devices()[:1], train__accumulation_steps=1)
+    plain = program_for(jax.devices()[:1], compute__accumulation_steps=1)
     batch = Batch(**ragged_batch(np.random.default_rng(0), 16), index=np.arange(16, dtype=np.int32))
     params = plain.init().params
     sums = program.eval_step(params, batch)
@@ -236,7 +236,7 @@ def test_the_loss_of_training_is_that_of_evaluation_and_further_terms_have_their
     fields = ragged_batch(np.random.default_rng(0), 16) | {"index": np.arange(16, dtype=np.int32)}
     steps, norms = {}, {}
     for z_loss in (0.0, 1.0):
-        changes = {"train__z_loss": z_loss, "train__accumulation_steps": 1, "train__accumulation": engine}
+        changes = {"train__z_loss": z_loss, "compute__accumulation_steps": 1, "compute__engine": engine}
         program = program_for(jax.devices()[:1], **changes)
         state, order = program.init(), program.steering.decide(program.steering.start(), 0).inputs
         held_out = program.eval_step(state.params, Batch(**fields))

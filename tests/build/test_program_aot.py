@@ -24,9 +24,9 @@ tpu_aot = [
 ]
 TINY = {
     "model.num_layers": 2, "model.model_dim": 128, "model.num_heads": 4, "model.num_kv_heads": 2,
-    "model.head_dim": 64, "model.mlp_dim": 256, "model.dtype": "bfloat16", "model.scan_layers": True,
+    "model.head_dim": 64, "model.mlp_dim": 256, "model.dtype": "bfloat16", "compute.scan_layers": True,
     "tokenizer.vocab_size": 512, "data.seq_len": 256, "train.tokens_per_update": 16 * 256,
-    "train.accumulation_steps": 2, "optimizer.name": "adamw", "mesh.data": 1,
+    "compute.accumulation_steps": 2, "optimizer.name": "adamw", "mesh.data": 1,
 }  # fmt: skip
 # Engines without weights to gather; each other one is tried with both choices of fused_gather.
 NO_GATHER = ("in_place", "multisteps")
@@ -86,9 +86,9 @@ class TestAheadOfTime:
     @pytest.mark.parametrize("accumulation, gather, kernel, mesh, generation", cases())
     def test_a_train_step_compiles_for_tpus(self, accumulation, gather, kernel, mesh, generation):
         settings = {
-            "train.accumulation": accumulation,
-            "train.fused_gather": gather,
-            "model.attention": kernel,
+            "compute.engine": accumulation,
+            "compute.gather": gather,
+            "compute.kernel": kernel,
         }
         program = make_program(tpus(mesh, generation), **settings, **MESHES[mesh])
         text = program.lower().compile(compiler_options=QUICK).as_text()
@@ -113,7 +113,7 @@ def test_a_train_step_lowers_for_gpus(accumulation, gather, mesh, monkeypatch):
         build_program, "choose_kernel", lambda model, platform: ("pallas_gpu", "as the test says")
     )
     devices = jax.devices()[: math.prod(MESHES[mesh].values())]
-    settings = {"train.accumulation": accumulation, "train.fused_gather": gather}
+    settings = {"compute.engine": accumulation, "compute.gather": gather}
     program = make_program(devices, **settings, **MESHES[mesh])
     arguments = program.abstract_state(), program.placement.abstract_batch(), program.abstract_inputs()
     text = program.train_step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

@@ -10,12 +10,13 @@ import typing
 
 import pytest
 
+from llmjax.config.moved import MOVED
 from llmjax.config.reading import FIRST_KEYS, complete_config, read_config, read_optimizer
 from llmjax.config.resolve import resolve_config
 from llmjax.config.resume import check_init, check_resume
 from llmjax.config.schema import Config
 from llmjax.errors import UserError
-from llmjax.flags import parse
+from llmjax.flags import parse, set_key
 from llmjax.train.steering.controller import ControllerConfig
 from llmjax.train.steering.spikes import StabilityConfig
 from llmjax.workdir.contents import write_json
@@ -72,7 +73,10 @@ BAD = {
     ),
     "dropout": ({"model__dropout": 1.5}, r"model.dropout=1.5"),
     "not closing": ({"train__tokens_per_update": 8000}, r"train.tokens_per_update=8000 .* data.seq_len=512"),
-    "product": ({"train__micro_batch_size": 3}, r"train.micro_batch_size=3 x train.accumulation_steps=2"),
+    "product": (
+        {"compute__micro_batch_size": 3},
+        r"compute.micro_batch_size=3 x compute.accumulation_steps=2",
+    ),
     "sources": ({"data__sources": ()}, r"data.sources"),
     "bad text": ({"data__on_bad_text": "ignore"}, r"data.on_bad_text='ignore'"),
     "schedule": ({"optimizer__schedule": "cosin"}, r"optimizer.schedule='cosin'"),
@@ -126,8 +130,8 @@ def test_a_wrong_value_is_named(case):
     ({"mesh__tensor": 8}, r"model.num_heads=4 is not divisible by mesh.tensor=8"),
     ({"mesh__data": 4}, r"takes 4 devices but there are 8"),
     ({"mesh__data": -1, "mesh__fsdp": -1}, r"mesh.data=-1 and mesh.fsdp=-1"),
-    ({"train__accumulation_steps": 2}, r"train.micro_batch_size=4 is not divisible by the 8 shards"),
-    ({"evaluate__batch_size": 3, "train__accumulation_steps": 1}, r"evaluate.batch_size=3 is not .* the 8 shards"),
+    ({"compute__accumulation_steps": 2}, r"compute.micro_batch_size=4 is not divisible by the 8 shards"),
+    ({"evaluate__batch_size": 3, "compute__accumulation_steps": 1}, r"evaluate.batch_size=3 is not .* the 8 shards"),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_named(changes, pattern):
     with pytest.raises(UserError, match=pattern):
@@ -190,9 +194,9 @@ def test_a_resumed_run_must_mean_the_same():
     saved = check()[0].to_dict()
     for free in (
         {"train__num_updates": 900},
-        {"train__accumulation_steps": 4},
+        {"compute__accumulation_steps": 4},
         {"evaluate__every": 7},
-        {"model__remat": "full"},
+        {"compute__remat": "full"},
         {"mesh__layout": "documents"},
     ):
         check_resume(saved, check(**free)[0], "runs/base")
@@ -283,3 +287,15 @@ def test_a_config_file_still_has_every_key(tmp_path):
         del raw[section][key]
         with pytest.raises(UserError, match=rf"{section}.{key} is missing; start from configs/base.py"):
             read_config(raw)
+
+
+def test_every_key_that_moved_is_read_under_its_old_name_and_told_by_its_new_one(tmp_path):
+    saved = check(compute__engine="fused", compute__remat="full", compute__micro_batch_size=4)[0].to_dict()
+    old = {name: dict(values) if isinstance(values, dict) else values for name, values in saved.items()}
+    for before, now in MOVED.items():
+        (section, key), (new_section, new_key) = before.split("."), now.split(".")
+        old[section][key] = old[new_section].pop(new_key)
+        with pytest.raises(UserError, match=re.escape(f"did you mean --config.{now}?")):
+            set_key(saved, before, ["1"])
+    assert not old.pop("compute")
+    assert complete_config(old, tmp_path) == saved

@@ -139,9 +139,9 @@ def test_the_checkpoint_can_be_chosen(which, update, folder, source, tmp_path, c
 
 
 def test_what_does_not_shape_parameters_may_differ(folder, source, tmp_path, capsys):
-    settings = {"model__window": 24, "model__rope_theta": 5e4, "model__dropout": 0.1, "model__scan_layers": True,
-                "model__remat": "full", "model__logit_softcap": 30.0, "model__attention": "full",
-                "optimizer__name": "muon", "mesh__fsdp": 2, "train__accumulation": "fused"}  # fmt: skip
+    settings = {"model__window": 24, "model__rope_theta": 5e4, "model__dropout": 0.1, "compute__scan_layers": True,
+                "compute__remat": "full", "model__logit_softcap": 30.0, "compute__kernel": "full",
+                "optimizer__name": "muon", "mesh__fsdp": 2, "compute__engine": "fused"}  # fmt: skip
     out = run(capsys, extended(folder, tmp_path / "run", source, train__num_updates=1, **settings))
     assert "update 1/1" in out
 

@@ -10,6 +10,7 @@ import pytest
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.logits import head_logits
 from llmjax.ops.rope import SCALINGS
 from llmjax.types import Batch
@@ -35,7 +36,7 @@ VARIANTS = {
         tie_embeddings=False,
         logit_softcap=5.0,
     ),
-    "scan": dataclasses.replace(TINY, scan_layers=True),
+    "scan": TINY,
     "local_and_global": dataclasses.replace(
         TINY,
         num_layers=3,
@@ -50,9 +51,15 @@ VARIANTS = {
 }
 
 
-def make_gpt(config):
-    """The model with its functions compiled: op by op they would take minutes."""
-    return GPT(resolve(config), V, T)
+SCAN = LayerCompute(scan_layers=True)
+
+
+def make_gpt(config, compute=LayerCompute()):  # noqa: B008
+    return GPT(resolve(config), V, T, compute=compute)
+
+
+def make_variant(name):
+    return make_gpt(VARIANTS[name], SCAN if name == "scan" else LayerCompute())
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -92,7 +99,7 @@ def every_bias(params, seed=1):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_axes_name_every_dimension(variant):
-    gpt = make_gpt(VARIANTS[variant])
+    gpt = make_variant(variant)
     params = jax.eval_shape(gpt.init, jax.random.key(0))
     jax.tree.map(
         lambda x, axes: (x.ndim == len(axes)) or pytest.fail(f"{x.shape} {axes}"),
@@ -105,7 +112,7 @@ def test_axes_name_every_dimension(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_logits_equal_each_document_alone(variant):
-    gpt = make_gpt(VARIANTS[variant])
+    gpt = make_variant(variant)
     params = init(gpt)
     batch = packed_batch([[7, 11, 4], [24]])
     packed = logits_of(gpt, params, batch)
@@ -129,7 +136,7 @@ def test_packed_logits_equal_each_document_alone(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_decode_equals_the_full_pass(variant):
-    gpt = make_gpt(VARIANTS[variant])
+    gpt = make_variant(variant)
     params = init(gpt)
     batch = packed_batch([[20], [13]])
     expected = logits_of(gpt, params, batch)
@@ -202,13 +209,13 @@ def test_scan_equals_unrolled_with_gradients(remat):
     unrolled = make_gpt(TINY)
     params = init(unrolled)
     expected = jax.jit(jax.value_and_grad(lambda p: loss(unrolled, p)))(params)
-    scanned = make_gpt(dataclasses.replace(TINY, scan_layers=True, remat=remat))
+    scanned = make_gpt(TINY, LayerCompute(scan_layers=True, remat=remat))
     got = jax.jit(jax.value_and_grad(lambda p: loss(scanned, p)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), expected, got)
 
 
 def test_training_computes_no_statistics_of_layers():
-    gpt = make_gpt(VARIANTS["scan"])
+    gpt = make_variant("scan")
     params, batch = jax.eval_shape(gpt.init, jax.random.key(0)), packed_batch([[24]])
 
     def scanned_outputs(function):

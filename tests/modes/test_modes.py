@@ -168,8 +168,8 @@ def test_more_updates_go_on_where_the_run_ended_and_need_only_the_workdir(folder
 def test_another_cut_of_the_work_gives_the_same_losses(folder, workdir, capsys, tmp_path):
     run(capsys, command(folder, f"--workdir={workdir}", train__num_updates=9))
     other = shutil.copytree(folder / "trained", tmp_path / "other")
-    settings = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__seq": 2, "mesh__tensor": 1, "train__accumulation_steps": 4,
-                "model__scan_layers": True, "model__remat": "full"}  # fmt: skip
+    settings = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__seq": 2, "mesh__tensor": 1, "compute__accumulation_steps": 4,
+                "compute__scan_layers": True, "compute__remat": "full"}  # fmt: skip
     run(capsys, command(folder, f"--workdir={other}", train__num_updates=9, **settings))
     assert tiny_run.losses(other) == pytest.approx(tiny_run.losses(workdir), rel=1e-5)
 

@@ -1,7 +1,5 @@
 """The attention that a config gets, and one sentence where there is none."""
 
-import dataclasses
-
 import pytest
 
 from llmjax.errors import UserError
@@ -11,12 +9,10 @@ from llmjax.ops.attention.sequence_attention import KERNELS
 from llmjax.parallel.mesh import MeshConfig
 
 
-def sharing(heads=8, kv_heads=2, attention="auto", data=1, seq=4, tensor=1, **mesh):
-    model = resolve(
-        ModelConfig(model_dim=8 * heads, num_heads=heads, num_kv_heads=kv_heads, attention=attention)
-    )
+def sharing(heads=8, kv_heads=2, kernel="auto", data=1, seq=4, tensor=1, **mesh):
+    model = resolve(ModelConfig(model_dim=8 * heads, num_heads=heads, num_kv_heads=kv_heads))
     sizes = {"data": data, "fsdp": 1, "seq": seq, "tensor": tensor}
-    return choose_sharing(model, MeshConfig(**mesh), sizes)
+    return choose_sharing(model, kernel, MeshConfig(**mesh), sizes)
 
 
 @pytest.mark.parametrize("changes, algorithm, degree", [
@@ -25,8 +21,8 @@ def sharing(heads=8, kv_heads=2, attention="auto", data=1, seq=4, tensor=1, **me
     ({"kv_heads": 2}, "hybrid", 2),
     ({"kv_heads": 4, "tensor": 2}, "hybrid", 2),
     ({"kv_heads": 1}, "ring", 1),
-    ({"kv_heads": 1, "attention": "full"}, "gather", 1),
-    ({"kv_heads": 4, "attention": "full"}, "ulysses", 4),
+    ({"kv_heads": 1, "kernel": "full"}, "gather", 1),
+    ({"kv_heads": 4, "kernel": "full"}, "ulysses", 4),
     ({"kv_heads": 1, "seq_attention": "ulysses"}, "ulysses", 4),
     ({"kv_heads": 1, "seq": 8, "seq_attention": "hybrid"}, "hybrid", 4),
     ({"kv_heads": 8, "seq": 8, "seq_attention": "hybrid"}, "hybrid", 4),
@@ -52,7 +48,7 @@ def test_the_axes_that_split_the_batch_are_known_to_a_ring():
     ({"seq": 3, "seq_attention": "hybrid"}, "mesh.seq_attention='hybrid' .* mesh.seq=3 devices; use ring or ulysses"),
     ({"seq": 8, "seq_attention": "hybrid", "ulysses": 3}, "mesh.ulysses=3 cannot deal .*; use one of 2, 4"),
     ({"ulysses": 2, "seq_attention": "ring"}, "mesh.ulysses=2 is without effect for mesh.seq_attention='ring'"),
-    ({"attention": "full", "seq_attention": "ring"}, "model.attention='full' needs all keys at once"),
+    ({"kernel": "full", "seq_attention": "ring"}, "compute.kernel='full' needs all keys at once"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_sentence(changes, pattern):
     with pytest.raises(UserError, match=pattern):
@@ -76,14 +72,12 @@ def test_a_key_of_the_mesh_that_is_not_known_is_named():
     ("blockwise", "gpu", "blockwise"),
 ])  # fmt: skip
 def test_the_kernel_is_that_of_the_platform(attention, platform, kernel):
-    model = dataclasses.replace(resolve(ModelConfig()), attention=attention)
-    assert choose_kernel(model, platform)[0] == kernel
+    assert choose_kernel(attention, platform)[0] == kernel
     assert kernel == "full" or kernel in KERNELS
 
 
 def test_a_kernel_without_its_platform_is_one_sentence():
-    model = dataclasses.replace(resolve(ModelConfig()), attention="pallas")
     with pytest.raises(
-        UserError, match="model.attention='pallas' needs a GPU or a TPU, not a CPU; use auto or"
+        UserError, match="compute.kernel='pallas' needs a GPU or a TPU, not a CPU; use auto or"
     ):
-        choose_kernel(model, "cpu")
+        choose_kernel("pallas", "cpu")

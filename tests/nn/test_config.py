@@ -54,8 +54,6 @@ def test_sizes_that_are_given_stay():
     ({"activation": "silu"}, "model.activation='silu' is not known; use one of swiglu, gelu, relu2"),
     ({"norm": "none"}, "model.norm='none' is not known"),
     ({"position": "alibi"}, "model.position='alibi' is not known"),
-    ({"remat": "some"}, "model.remat='some' is not known"),
-    ({"attention": "flash"}, "model.attention='flash' is not known"),
     ({"dtype": "float16"}, "model.dtype='float16' is not known"),
     ({"family": "gtp"}, "model.family='gtp' is not known"),
     ({"norm_eps": -1.0}, "model.norm_eps=-1.0"),

@@ -77,7 +77,8 @@ def test_every_parameter_is_float32_and_has_a_place_for_each_dimension():
     for name, array in params.items():
         assert array.dtype == jnp.float32 and len(axes[name]) == array.ndim
         partition_spec(axes[name])
-    assert axes["w_up_DF"] == axes["w_down_DF"] == ("embed", "mlp") and axes["up_bias"] == ("mlp",)
+    assert axes["w_up_DF"] == ("embed", "mlp") and axes["w_down_DF"] == ("residual", "mlp_in")
+    assert axes["up_bias"] == ("mlp",)
     assert mlp.apply({"params": params}, x).dtype == jnp.bfloat16
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from llmjax.models.contract import unbox
 from llmjax.nn.config import ModelConfig, layer_windows, resolve
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.stack import Block, init_stack, measure_stack, run_stack
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
@@ -23,8 +24,8 @@ MASK = self_mask(jnp.ones((B, T), jnp.int32), jnp.arange(T)[None])
 X_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
 
 
-def make_block(**changes):
-    return Block(dataclasses.replace(CONFIG, **changes), Layout(), full.attend)
+def make_block(compute=LayerCompute(), **changes):  # noqa: B008
+    return Block(dataclasses.replace(CONFIG, **changes), Layout(), full.attend, compute)
 
 
 @functools.cache
@@ -51,11 +52,11 @@ def test_every_nth_layer_is_global():
     assert layer_windows(dataclasses.replace(CONFIG, num_layers=7, global_every=6)) == (3, 3, 3, 3, 3, 0, 3)
 
 
-@pytest.mark.parametrize("changes", [{}, {"scan_layers": True, "remat": "full"}], ids=str)
-def test_layers_see_as_far_as_their_windows(changes):
+@pytest.mark.parametrize("compute", [LayerCompute(), LayerCompute(scan_layers=True, remat="full")], ids=str)
+def test_layers_see_as_far_as_their_windows(compute):
     """Five layers in periods of two: the last one is left over."""
     expected = gradients(lambda p, x: by_hand(p, x, (3, 0, 3, 0, 3)), make_params(), X_BTD)
-    block = make_block(**changes)
+    block = make_block(compute)
     got = gradients(lambda p, x: run_stack(block, p, x, None, MASK), make_params(), X_BTD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
@@ -69,7 +70,7 @@ def test_layers_are_measured_with_their_windows():
 
 
 def test_local_layers_alone_reach_no_further_than_their_windows_together():
-    block = make_block(global_every=0, scan_layers=True)
+    block = make_block(LayerCompute(scan_layers=True), global_every=0)
     reach = jax.jit(
         jax.grad(lambda x: jnp.sum(jnp.sin(run_stack(block, make_params(), x, None, MASK)[0, 15])))
     )

@@ -88,14 +88,22 @@ def make_tiny(devices=None, **changes):
 
 def test_smaller_micro_batches_cut_every_update_of_the_run():
     """8 devices; 96 sequences an update, or growing from 48."""
-    cut = {"train__tokens_per_update": 96 * 32, "train__micro_batch_size": 48, "train__accumulation_steps": 0}
+    cut = {
+        "train__tokens_per_update": 96 * 32,
+        "compute__micro_batch_size": 48,
+        "compute__accumulation_steps": 0,
+    }
     assert smaller_micro_batches(make_tiny(**cut)) == [8, 16, 24, 32]
     grows = {"train__batch_schedule": "piecewise", "train__batch_points": ("0:1536", "9000:3072")}
     assert smaller_micro_batches(make_tiny(**cut, **grows)) == [8, 16, 24]
 
 
 def test_a_micro_batch_beyond_the_devices_memory_is_answered_with_the_largest_that_fits(monkeypatch):
-    cut = {"train__tokens_per_update": 16 * 32, "train__micro_batch_size": 16, "train__accumulation_steps": 0}
+    cut = {
+        "train__tokens_per_update": 16 * 32,
+        "compute__micro_batch_size": 16,
+        "compute__accumulation_steps": 0,
+    }
     program, lines = make_tiny(**cut), []
     needs = {size: measure(with_micro_batch(program, size)) for size in (8, 16)}
     available = needs[16].total - 1
@@ -106,10 +114,12 @@ def test_a_micro_batch_beyond_the_devices_memory_is_answered_with_the_largest_th
     monkeypatch.setattr(compile_module, "measure", measured)
     with pytest.raises(UserError) as error:
         compile_step(program, lines.append)
-    assert "train.micro_batch_size=16 does not fit" in str(error.value)
-    largest = "the largest that fits is train.micro_batch_size=8 (train.accumulation_steps=2), or use more"
+    assert "compute.micro_batch_size=16 does not fit" in str(error.value)
+    largest = (
+        "the largest that fits is compute.micro_batch_size=8 (compute.accumulation_steps=2), or use more"
+    )
     assert largest in str(error.value)
-    assert lines[-1] == f"train.micro_batch_size=8 fits: {format_bytes(needs[8].total)}"
+    assert lines[-1] == f"compute.micro_batch_size=8 fits: {format_bytes(needs[8].total)}"
     available += 1
     assert compile_step(program)["needs"].startswith(format_bytes(available))
 
@@ -145,8 +155,8 @@ class TestAheadOfTime:
         """2^15 sequences of 512 tokens an update on 4 devices."""
         cut = {
             "train__tokens_per_update": 2**15 * 512,
-            "train__micro_batch_size": 2**15,
-            "train__accumulation_steps": 0,
+            "compute__micro_batch_size": 2**15,
+            "compute__accumulation_steps": 0,
             "data__seq_len": 512,
         }
         program = make_tiny(topology_devices("v5e:2x2"), **cut, model__num_layers=1, model__model_dim=512)
@@ -154,7 +164,7 @@ class TestAheadOfTime:
         with pytest.raises(UserError) as error:
             compile_step(program, lines.append)
         found = re.search(
-            r"largest that fits is train.micro_batch_size=(\d+) \(train.accumulation_steps=(\d+)\)",
+            r"largest that fits is compute.micro_batch_size=(\d+) \(compute.accumulation_steps=(\d+)\)",
             str(error.value),
         )
         assert found, error.value

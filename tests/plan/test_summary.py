@@ -69,7 +69,7 @@ def test_activations_shrink_with_devices_and_recomputation():
     one = activation_bytes(program_for(jax.devices()[:1]))
     assert activation_bytes(program_for(jax.devices(), mesh__data=4, mesh__fsdp=2)) == one // 8
     assert activation_bytes(program_for(jax.devices()[:1], model__dtype="bfloat16")) == one // 2
-    deep = [activation_bytes(program_for(jax.devices()[:1], model__num_layers=8, model__remat=remat))
+    deep = [activation_bytes(program_for(jax.devices()[:1], model__num_layers=8, compute__remat=remat))
             for remat in ("none", "dots", "full")]  # fmt: skip
     assert deep[0] > deep[1] > deep[2] > one // 8
 

@@ -38,7 +38,7 @@ def make_source():
 
 
 def program_with(devices, **changes):
-    changes = {"data__length_points": POINTS, "train__accumulation_steps": 2} | changes
+    changes = {"data__length_points": POINTS, "compute__accumulation_steps": 2} | changes
     return program_for(devices, **changes)
 
 
@@ -84,19 +84,19 @@ def test_every_mesh_gives_the_same_losses(shape, one_device):
 
 def test_fused_updates_give_the_same_losses(one_device):
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__seq": 2}
-    losses, compiles = trace(program_with(jax.devices(), train__accumulation="fused", **mesh))
+    losses, compiles = trace(program_with(jax.devices(), compute__engine="fused", **mesh))
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
     assert compiles == [1, 1, 2, 2, 3]
 
 
 def test_another_cut_into_micro_steps_gives_the_same_losses(one_device):
-    program = program_with(jax.devices()[:1], train__accumulation_steps=8)
+    program = program_with(jax.devices()[:1], compute__accumulation_steps=8)
     np.testing.assert_allclose(trace(program)[0], one_device[0], rtol=1e-5)
 
 
 def test_dropout_is_that_of_the_piece_wherever_it_is_computed():
     losses = [
-        trace(program_with(devices, model__dropout=0.2, train__accumulation_steps=k, mesh__data=data))[0]
+        trace(program_with(devices, model__dropout=0.2, compute__accumulation_steps=k, mesh__data=data))[0]
         for devices, k, data in ((jax.devices()[:1], 4, 1), (jax.devices(), 2, 8))
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
@@ -104,7 +104,7 @@ def test_dropout_is_that_of_the_piece_wherever_it_is_computed():
 
 @pytest.mark.parametrize("changes", [{}, {"model__position": "learned", "model__window": 6}], ids=str)
 def test_cut_rows_have_the_loss_and_gradient_of_whole_ones_whose_documents_end_at_the_cuts(changes):
-    program = program_for(jax.devices()[:1], train__accumulation_steps=1, **changes)
+    program = program_for(jax.devices()[:1], compute__accumulation_steps=1, **changes)
     source, length = make_source(), T // 4
     by_hand = source.read(np.arange(16))
     for b in range(16):
@@ -202,7 +202,7 @@ def test_a_run_stopped_around_a_change_of_length_and_resumed_equals_one_that_was
 
 def test_a_fused_run_on_a_mesh_has_the_losses_of_micro_steps(whole, folder, capsys):
     workdir = folder / "fused"
-    settings = SETTINGS | {"train__accumulation": "fused", "mesh__fsdp": 2, "mesh__data": 2, "mesh__seq": 2}
+    settings = SETTINGS | {"compute__engine": "fused", "mesh__fsdp": 2, "mesh__data": 2, "mesh__seq": 2}
     run(capsys, command(folder, f"--workdir={workdir}", *GROWING, **settings))
     assert lengths(workdir) == LENGTHS
     assert tiny_run.losses(workdir) == pytest.approx(tiny_run.losses(whole), rel=1e-5)

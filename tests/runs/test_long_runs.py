@@ -21,8 +21,8 @@ def test_a_run_around_a_ring_with_all_that_saves_memory_is_that_of_one_device(fo
     plain, long = folder / "plain", folder / "long"
     tiny_run.finish(tiny_run.start(command(folder, f"--workdir={plain}")))  # on one device
     saving = {
-        "model__remat": "attention", "model__offload": "residual,attention", "model__tile": 4,
-        "model__scan_layers": True, "optimizer__offload": True,
+        "compute__remat": "attention", "compute__offload": "residual,attention", "compute__tile": 4,
+        "compute__scan_layers": True, "compute__offload_optimizer": True,
     }  # fmt: skip
     ring = {"mesh__data": 2, "mesh__seq": 4, "mesh__seq_attention": "ring"}
     out = run(capsys, command(folder, f"--workdir={long}", **ring, **saving))
@@ -34,7 +34,9 @@ def test_a_run_around_a_ring_with_all_that_saves_memory_is_that_of_one_device(fo
     assert tiny_run.losses(long) == pytest.approx(tiny_run.losses(plain), rel=1e-5)
 
 
-@pytest.mark.parametrize("key, value", [("optimizer.offload", "True"), ("model.offload", "residual")])
+@pytest.mark.parametrize(
+    "key, value", [("compute.offload_optimizer", "True"), ("compute.offload", "residual")]
+)
 def test_memory_that_the_devices_lack_is_one_sentence(key, value, folder, capsys, monkeypatch):
     device = types.SimpleNamespace(
         addressable_memories=lambda: [types.SimpleNamespace(kind="device")], platform="cpu"
@@ -46,7 +48,7 @@ def test_memory_that_the_devices_lack_is_one_sentence(key, value, folder, capsys
         return check(config, types.SimpleNamespace(devices=flat))
 
     monkeypatch.setattr(program, "_check_host_memory", without)
-    words = command(folder, f"--workdir={folder}/none", f"--config.{key}={value}", model__remat="full")
+    words = command(folder, f"--workdir={folder}/none", f"--config.{key}={value}", compute__remat="full")
     sentence = f"{key} needs memory of the kind 'pinned_host', which CPU devices do not have here; turn"
     assert sentence in refuse(capsys, words)
 

@@ -218,7 +218,7 @@ def alone(folder):
 def test_two_processes_train_as_one(axis, engine, alone, tmp_path):
     tiny_run.write_corpus(tmp_path / "corpus", documents=80)  # without a cache: both build it at once
     workdir = tmp_path / "two"
-    settings = {"mesh__data": 1, f"mesh__{axis}": 2, "train__accumulation": engine, **PROBES}
+    settings = {"mesh__data": 1, f"mesh__{axis}": 2, "compute__engine": engine, **PROBES}
     first, second = finish_two(command(tmp_path, f"--workdir={workdir}", **settings))
     assert f"{axis}=2" in first and strange(second, GLOO) == []
     lines, expected = tiny_run.read_lines(workdir), tiny_run.read_lines(alone)

@@ -10,7 +10,7 @@ from llmjax import main
 from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 
 CONTROLLED = {
-    "train__num_updates": 24, "train__tokens_per_update": 512, "train__accumulation_steps": 2, "evaluate__every": 12,
+    "train__num_updates": 24, "train__tokens_per_update": 512, "compute__accumulation_steps": 2, "evaluate__every": 12,
     "controller__name": "noise_scale", "controller__k_max": 8, "controller__half_life": 2000,
     "controller__batch_per_noise": 30.0,
 }  # fmt: skip
@@ -29,10 +29,10 @@ def lines(workdir, kind="train"):
 
 def test_fused_updates_on_a_mesh_give_the_losses_of_micro_steps_on_one_device(folder, capsys):
     plain, fused = folder / "plain", folder / "fused"
-    run(capsys, command(folder, f"--workdir={plain}", model__scan_layers=True))
+    run(capsys, command(folder, f"--workdir={plain}", compute__scan_layers=True))
     settings = {
-        "train__accumulation": "fused",
-        "train__fused_gather": "update",
+        "compute__engine": "fused",
+        "compute__gather": "update",
         "mesh__fsdp": 4,
         "mesh__data": 2,
     }
@@ -81,10 +81,10 @@ def test_a_run_stopped_in_its_first_update_goes_on_there_whatever_is_asked_for_n
     out = capsys.readouterr().out
     assert "stopped after update 0 and 2 of 4 micro-steps of the next and saved" in out
     monkeypatch.undo()
-    fused = command(folder, f"--workdir={parts}", points, **settings, train__accumulation="fused")
-    assert "resume with train.accumulation=in_place" in refuse(capsys, fused)
-    another = command(folder, f"--workdir={parts}", points, **settings, train__accumulation_steps=4)
-    assert "resume with train.micro_batch_size=8" in refuse(
+    fused = command(folder, f"--workdir={parts}", points, **settings, compute__engine="fused")
+    assert "resume with compute.engine=in_place" in refuse(capsys, fused)
+    another = command(folder, f"--workdir={parts}", points, **settings, compute__accumulation_steps=4)
+    assert "resume with compute.micro_batch_size=8" in refuse(
         capsys, [*another, "--config.mesh.data=4", "--config.mesh.seq=2"]
     )
     # Updates of a single micro-step from now on; the open one is still of four.
@@ -123,8 +123,8 @@ def test_layers_are_looked_at_when_asked(folder, capsys):
             "controller.k_min=9 is greater than controller.k_max=4",
         ),
         (
-            {"train__accumulation": "scan"},
-            "train.accumulation='scan' is not known; use one of in_place, multisteps, fused",
+            {"compute__engine": "scan"},
+            "compute.engine='scan' is not known; use one of in_place, multisteps, fused",
         ),
         ({"train__batch_schedule": "piecewise", "train__batch_points": "0:512,100:256"}, "goes backwards"),
         (

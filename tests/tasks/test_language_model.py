@@ -39,7 +39,7 @@ def packed(tmp_path_factory):
 def program_for(tokenizer, **changes):
     raw = base.get_config()
     sizes = {"model.num_layers": 2, "model.model_dim": 32, "model.init_std": 0.3, "data.seq_len": T,
-             "train.tokens_per_update": T, "train.accumulation_steps": 1}  # fmt: skip
+             "train.tokens_per_update": T, "compute.accumulation_steps": 1}  # fmt: skip
     raw.update_from_flattened_dict(sizes | {key.replace("__", "."): value for key, value in changes.items()})
     config, derived = resolve_config(read_config(raw.to_dict()), 1)
     return make_program(config, derived, tokenizer.vocab_size, jax.devices()[:1])
@@ -62,7 +62,7 @@ def alone(sequences, document, start, stop):
 def test_packed_loss_equals_unpacked_document_by_document(position, attention, packed):
     sequences, tokenizer = packed
     program = program_for(
-        tokenizer, model__position=position, model__attention=attention, model__norm="layernorm"
+        tokenizer, model__position=position, compute__kernel=attention, model__norm="layernorm"
     )
     params = program.init().params
     names = [sequences.store.name(i) for i in range(DOCUMENTS)]
@@ -88,7 +88,7 @@ def test_packed_loss_equals_unpacked_document_by_document(position, attention, p
 
 def test_a_row_that_sees_its_neighbours_would_be_noticed(packed):
     sequences, tokenizer = packed
-    program = program_for(tokenizer, model__attention="full")
+    program = program_for(tokenizer, compute__kernel="full")
     params = program.init().params
     rows = [row for row in range(sequences.plan.num_rows) if len(sequences.documents(np.array([row]))) > 1]
     arrays = sequences.read(np.array(rows[:1]))
@@ -101,7 +101,7 @@ def test_a_row_that_sees_its_neighbours_would_be_noticed(packed):
 def test_the_document_that_is_not_finite_is_named_and_not_its_neighbours(attention, packed):
     """A word that stands in one document alone gets an embedding that is no number."""
     sequences, tokenizer = packed
-    program = program_for(tokenizer, model__attention=attention, model__tie_embeddings=False)
+    program = program_for(tokenizer, compute__kernel=attention, model__tie_embeddings=False)
     rows = np.arange(sequences.plan.num_rows)
     pieces = {}
     for row in rows:

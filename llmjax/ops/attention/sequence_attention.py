@@ -31,7 +31,7 @@ KERNELS: dict[str, Callable[[float], Kernel]] = {
     "pallas_tpu": PallasTPU,
 }
 OWN = {"cpu": "blockwise", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # platform -> the kernel made for it
-# model.attention -> the kernel on each platform; "" stands for every other platform.
+# compute.kernel -> the kernel on each platform; "" stands for every other platform.
 ATTENTION: dict[str, dict[str, str]] = {
     "auto": OWN,
     "full": {"": "full"},

@@ -59,12 +59,12 @@ class Position:
         if window.micro_batch_size != micro_batch_size:
             raise UserError(
                 f"{stopped} of {window.micro_batch_size} sequences, but now a micro-step has {micro_batch_size}; "
-                f"resume with train.micro_batch_size={window.micro_batch_size} until the next checkpoint"
+                f"resume with compute.micro_batch_size={window.micro_batch_size} until the next checkpoint"
             )
         if not stops_within:
             raise UserError(
-                f"{stopped}, from where this train.accumulation cannot go on; resume with "
-                "train.accumulation=in_place until the next checkpoint"
+                f"{stopped}, from where this compute.engine cannot go on; resume with "
+                "compute.engine=in_place until the next checkpoint"
             )
 
     def to_meta(self) -> dict[str, Any]:

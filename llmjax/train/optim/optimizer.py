@@ -66,7 +66,6 @@ class OptimizerConfig:
                        those of an update of train.tokens_per_update tokens, and an update r times as large has
                        beta ** r (a half-life in tokens: Marek et al. 2025) and r times the decay, learning rate
                        included (Bergsma et al. 2025)
-    offload            the state lies in the memory of the hosts between updates
 
     Raises UserError for a value out of range.
     """
@@ -85,7 +84,6 @@ class OptimizerConfig:
     clip: str = "global"
     batch_scaling: str = "none"
     constant_in: str = "updates"
-    offload: bool = False
     muon_form: str = "debiased"
     schedule_updates: Annotated[int, Range(1, COUNT, "train.num_updates")] = 0
 
@@ -152,10 +150,12 @@ class Optimizer:
     offload: bool = False
 
 
-def make_optimizer(config: OptimizerConfig, num_updates: int, roles: Roles) -> Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, num_updates: int, roles: Roles, *, offload: bool = False
+) -> Optimizer:
     """The optimizer of `config` for a run of `num_updates` updates of train.tokens_per_update tokens.
 
-    `roles` are those of the parameters that it will be given.
+    `roles` are those of the parameters that it will be given. `offload`: its state lies in the memory of the hosts.
     """
     schedule, scaling = make_schedule(config, num_updates), BATCH_SCALING[config.batch_scaling]
 
@@ -182,7 +182,7 @@ def make_optimizer(config: OptimizerConfig, num_updates: int, roles: Roles) -> O
         lambda grads, opt_state, params, hyper: chain(hyper).update(grads, opt_state, params),
         eval_params,
         hyperparameters,
-        config.offload,
+        offload,
     )
 
 

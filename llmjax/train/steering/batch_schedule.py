@@ -50,8 +50,8 @@ def resolve_batch(
     given = {
         "train.tokens_per_update": (tokens_per_update, 1),
         "data.seq_len": (seq_len, 1),
-        "train.micro_batch_size": (micro_batch_size, 0),
-        "train.accumulation_steps": (accumulation_steps, 0),
+        "compute.micro_batch_size": (micro_batch_size, 0),
+        "compute.accumulation_steps": (accumulation_steps, 0),
     }
     for key, (value, least) in given.items():
         if value < least:
@@ -67,7 +67,7 @@ def resolve_batch(
     if micro_batch_size and accumulation_steps and micro_batch_size * accumulation_steps != sequences:
         product = micro_batch_size * accumulation_steps
         raise UserError(
-            f"train.micro_batch_size={micro_batch_size} x train.accumulation_steps={accumulation_steps} "
+            f"compute.micro_batch_size={micro_batch_size} x compute.accumulation_steps={accumulation_steps} "
             f"makes {product} sequences, but {cut} makes {sequences}; "
             f"set one of the two to 0 or train.tokens_per_update={product * seq_len}"
         )
@@ -81,9 +81,9 @@ def resolve_batch(
     size = sequences // steps
     if size % data_shards:
         raise UserError(
-            f"train.micro_batch_size={size} is not divisible by the {data_shards} shards of the batch "
+            f"compute.micro_batch_size={size} is not divisible by the {data_shards} shards of the batch "
             f"(mesh.data x mesh.fsdp); change it, train.tokens_per_update={tokens_per_update}, "
-            f"train.accumulation_steps={steps} or the mesh"
+            f"compute.accumulation_steps={steps} or the mesh"
         )
     return BatchArithmetic(seq_len, size, steps)
 
@@ -159,7 +159,7 @@ def make_batch_schedule(kind: str, points: tuple[str, ...], batch: BatchArithmet
             raise UserError(
                 f"train.batch_points has {seen}:{size}, but {size} is no multiple of the {micro_tokens} tokens of a "
                 f"micro-batch ({batch.micro_batch_size} x {batch.seq_len}); use for example "
-                f"{max(round(size / micro_tokens), 1) * micro_tokens}, or another train.micro_batch_size"
+                f"{max(round(size / micro_tokens), 1) * micro_tokens}, or another compute.micro_batch_size"
             )
     return BatchSchedule(kind, parsed, micro_tokens)
 

@@ -42,7 +42,7 @@ class Feed(Protocol):
 class EngineOptions:
     """Heeded by the engines that bring weights together themselves.
 
-    gather         how often they do over mesh.fsdp: `train.fused_gather`
+    gather         how often they do over mesh.fsdp: `compute.gather`
     compute_dtype  what they cast weights to: `model.dtype`
     """
 

@@ -1,4 +1,4 @@
-"""The engines of gradient accumulation by their names in the config (`train.accumulation`).
+"""The engines of gradient accumulation by their names in the config (`compute.engine`).
 
 in_place    a compiled call for each micro-step, which adds to sums in place; the optimizer runs once an update
 multisteps  a compiled call for each micro-step, which `optax.MultiSteps` accumulates: the plain reference

@@ -594,11 +594,11 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
             train(few, make_state(), Position(), recorder, checkpoints)
         open_window = Position(window=OpenWindow(4, 2 * SIZE, ({"loss": 1.0},)))
         with pytest.raises(
-            UserError, match=r"after 1 of 4 micro-steps .* resume with train.micro_batch_size=8"
+            UserError, match=r"after 1 of 4 micro-steps .* resume with compute.micro_batch_size=8"
         ):
             train(make_run(), make_state(), open_window, recorder, checkpoints)
         open_window = Position(window=OpenWindow(4, SIZE, ({"loss": 1.0},)))
-        with pytest.raises(UserError, match=r"resume with train.accumulation=in_place"):
+        with pytest.raises(UserError, match=r"resume with compute.engine=in_place"):
             train(make_run(engine=Fused(OPTIMIZER, 4)), make_state(), open_window, recorder, checkpoints)
 
 

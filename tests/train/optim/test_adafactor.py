@@ -1,6 +1,5 @@
 """Adafactor's factors: over which axes they are means, what they make of a gradient, and how little they hold."""
 
-import dataclasses
 import math
 
 import jax
@@ -13,6 +12,7 @@ from configs.gpt2_124m import get_config
 from llmjax.config.reading import read_config
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout
@@ -84,9 +84,16 @@ def test_vectors_keep_their_whole_second_moment():
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_second_moments_of_gpt2_hold_less_than_a_hundredth_of_its_parameters(scan_layers):
     config = read_config(get_config().to_dict())
-    model = dataclasses.replace(resolve(config.model), scan_layers=scan_layers)
+    model = resolve(config.model)
     layout = Layout(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-    gpt = GPT(model, 50304, config.data.seq_len, layout, make_attend("full", None))
+    gpt = GPT(
+        model,
+        50304,
+        config.data.seq_len,
+        layout,
+        make_attend("full", None),
+        compute=LayerCompute(scan_layers),
+    )
     params = jax.eval_shape(gpt.init, jax.random.key(0))
     optimizer = make_optimizer(OptimizerConfig(name="adafactor", beta1=0.0), 1, Roles(gpt.axes()))
     state = jax.eval_shape(optimizer.init, params)

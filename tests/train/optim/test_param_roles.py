@@ -7,6 +7,7 @@ import pytest
 from llmjax.errors import UserError
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.parallel.rules import RULES
 from llmjax.train.optim.param_roles import Role, Roles
 
@@ -53,9 +54,9 @@ def test_a_gpts_roles_are_those_of_its_parameters(scan_layers):
     """Its matrices, tables and vectors by name, as whoever wrote the model would list them."""
     config = ModelConfig(
         num_layers=2, model_dim=8, num_heads=2, position="learned", norm="layernorm", use_bias=True,
-        tie_embeddings=False, attention_sinks=True, scan_layers=scan_layers,
+        tie_embeddings=False, attention_sinks=True,
     )  # fmt: skip
-    model = GPT(resolve(config), 16, 4)
+    model = GPT(resolve(config), 16, 4, compute=LayerCompute(scan_layers=scan_layers))
     names = {"vector": set(), "table": set(), "matrix": set(), "head": set()}
 
     def sort(path, axes):

@@ -23,12 +23,12 @@ PRESETS = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if p
 ROWS, LENGTH = 7 * 8, 13 * 8
 SIZES = {
     "model.num_layers": 3, "model.model_dim": 32, "model.num_heads": 8, "model.num_kv_heads": 8, "model.head_dim": 8,
-    "model.mlp_dim": 48, "model.dtype": "bfloat16", "data.seq_len": LENGTH, "train.micro_batch_size": ROWS,
-    "train.tokens_per_update": 2 * ROWS * LENGTH, "train.accumulation_steps": 0, "plan.topology": "",
+    "model.mlp_dim": 48, "model.dtype": "bfloat16", "data.seq_len": LENGTH, "compute.micro_batch_size": ROWS,
+    "train.tokens_per_update": 2 * ROWS * LENGTH, "compute.accumulation_steps": 0, "plan.topology": "",
 }  # fmt: skip
 MESHES = {
     "extend_llama_8b": {"mesh.fsdp": 4, "mesh.tensor": 2},
-    "llama3_8b_long": {"mesh.fsdp": 4, "mesh.seq": 2, "model.tile": 26},
+    "llama3_8b_long": {"mesh.fsdp": 4, "mesh.seq": 2, "compute.tile": 26},
 }
 VOCABULARY = 96
 BIAS = {
@@ -42,7 +42,7 @@ LEARNED = {
     "model.tie_embeddings": False, "train.z_loss": 1e-3,
 }  # fmt: skip
 FUSED = {
-    "train.accumulation": "fused",
+    "compute.engine": "fused",
     "model.use_bias": True,
     "model.activation": "gelu",
     "model.qk_norm": True,

@@ -13,6 +13,7 @@ from quick import AS_FOR_USERS
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.attention import blockwise, full
 from llmjax.ops.attention.sequence_attention import Sharing, make_attend
 from llmjax.parallel.mesh import MeshConfig, make_mesh
@@ -228,15 +229,15 @@ def fresh_params(config):
     return jax.jit(GPT(config, VOCAB, LENGTH).init)(jax.random.key(0))
 
 
-def model_loss(sizes, gather, **shape):
+def model_loss(sizes, gather, compute=LayerCompute(), **shape):  # noqa: B008
     """The loss of a decoder, its parameters' specs, and fresh parameters."""
     layout = Layout(mesh_of(sizes), MANUAL[gather]) if gather else Layout()
     config = resolve(ModelConfig(**{**SHAPE, **shape}))
-    attend = full.attend if config.attention == "full" else functools.partial(blockwise.attend, block=8)
+    attend = full.attend if compute.kernel == "full" else functools.partial(blockwise.attend, block=8)
     if sizes[2] > 1:
         others = tuple(axis for axis, size in zip(("data", "fsdp"), sizes) if size > 1)
-        attend = make_attend(config.attention, Sharing("gather", "seq", sizes[2], 1, others))
-    model = GPT(config, VOCAB, LENGTH, layout, attend)
+        attend = make_attend(compute.kernel, Sharing("gather", "seq", sizes[2], 1, others))
+    model = GPT(config, VOCAB, LENGTH, layout, attend, compute=compute)
     shards = (layout.axis_size("data") * layout.axis_size("fsdp"), layout.axis_size("seq"))
     loss = make_loss(model, z_loss=1e-3, shards=shards)
     return loss, specs_of(model.axes()), fresh_params(config)
@@ -262,15 +263,15 @@ def big_batch_sums(steps):
     return jax.jit(functools.partial(micro_gradients, loss))(params, batch, jax.random.key(7))
 
 
-@pytest.mark.parametrize("sizes, gather, shape", [
-    ((8, 1, 1, 1), "update", {"scan_layers": True, "remat": "full"}),
-    ((2, 2, 1, 2), "update", {"remat": "dots"}),
-    ((2, 2, 2, 1), "update", {"attention": "full"}),
-    ((2, 4, 1, 1), "micro_step", {"scan_layers": True, "remat": "full"}),
+@pytest.mark.parametrize("sizes, gather, compute", [
+    ((8, 1, 1, 1), "update", LayerCompute(scan_layers=True, remat="full")),
+    ((2, 2, 1, 2), "update", LayerCompute(remat="dots")),
+    ((2, 2, 2, 1), "update", LayerCompute(kernel="full")),
+    ((2, 4, 1, 1), "micro_step", LayerCompute(scan_layers=True, remat="full")),
 ])  # fmt: skip
-def test_a_decoder_with_dropout_does_not_see_how_the_update_is_cut(sizes, gather, shape):
+def test_a_decoder_with_dropout_does_not_see_how_the_update_is_cut(sizes, gather, compute):
     batch = make_batch(LENGTH, VOCAB)
-    terms, sums = model_sums(sizes, gather, batch, 4, dropout=0.1, **shape)
+    terms, sums = model_sums(sizes, gather, batch, 4, dropout=0.1, compute=compute)
     expected, values = big_batch_sums(4)
     assert max(relative_error(terms[MAIN].grads, expected[MAIN].grads).values()) < 2e-6
     for name in ("loss", "weight", "accuracy"):
@@ -280,7 +281,12 @@ def test_a_decoder_with_dropout_does_not_see_how_the_update_is_cut(sizes, gather
 def test_weights_cast_once_are_those_that_the_model_casts_itself():
     """On one device in bfloat16: the gradients of such weights are rounded once more, and nothing else differs."""
     batch = make_batch(LENGTH, VOCAB)
-    shape = {"dtype": "bfloat16", "attention": "full", "position": "learned", "use_bias": True}
+    shape = {
+        "compute": LayerCompute(kernel="full"),
+        "dtype": "bfloat16",
+        "position": "learned",
+        "use_bias": True,
+    }
     terms, sums = model_sums((1, 1, 1, 1), "update", batch, 1, **shape)
     loss, _, params = model_loss((1, 1, 1, 1), None, **shape)
     step = jax.jit(functools.partial(micro_gradients, loss), compiler_options=AS_FOR_USERS)

@@ -11,6 +11,7 @@ from param_axes import BY_NAME
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.attention import blockwise
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
@@ -39,8 +40,10 @@ def compiled(capacity, gather="update", **sizes):
     """A decoder's window of `capacity` micro-steps for 8 chips: its collectives, its parameters, how many sums."""
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), topology_devices("v5e:2x4"))
     layout = Layout(mesh, MANUAL[gather])
-    config = resolve(ModelConfig(**SHAPE, scan_layers=True, remat="full"))
-    model = GPT(config, VOCAB, LENGTH, layout, blockwise.attend)
+    config = resolve(ModelConfig(**SHAPE))
+    model = GPT(
+        config, VOCAB, LENGTH, layout, blockwise.attend, compute=LayerCompute(scan_layers=True, remat="full")
+    )
     loss = make_loss(model, z_loss=0.0, shards=(layout.axis_size("fsdp"), 1))
     specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
     window = jax.jit(make_update_sums(loss, mesh, specs, BY_NAME, gather=gather, compute_dtype=config.dtype))

@@ -12,6 +12,7 @@ from param_axes import BY_NAME
 from llmjax.models.gpt import GPT
 from llmjax.nn.attention import Attention
 from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import MLP, Norm
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
@@ -42,8 +43,8 @@ def make_batch(padding):
     )
 
 
-def make_model(layout=None, **changes):
-    return GPT(resolve(dataclasses.replace(TINY, **changes)), V, T, layout or Layout())
+def make_model(layout=None, **compute):
+    return GPT(resolve(TINY), V, T, layout or Layout(), compute=LayerCompute(**compute))
 
 
 def loss_of(model):
