@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llmjax.ops import chunks
@@ -40,8 +41,7 @@ def by_tiles(
     tile: int,
     dtype: str,
 ) -> Any:
-    """`fn(params, arrays)`, of float32 params, or others that no axis splits, and arrays [B, T, ...]: a tree of
-    arrays [B, T, ...].
+    """`fn(params, arrays)`, of params and arrays [B, T, ...]: a tree of arrays [B, T, ...].
 
     `fn` is token-wise, works in `inner_layout` and casts to `dtype` what `specs` (of the params) split over the mesh.
     A tile has at most `tile` tokens on each device; the last one may be filled up with zeros.
@@ -60,6 +60,10 @@ def by_tiles(
 
     if not axes:
         return walk(params, arrays)
+    # Gradients are summed over devices in float32, also where an engine has cast the parameters before.
+    params = jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
+    )
     elsewhere = tuple({*AXES} - {*axes})
     rows = tuple(axis for axis in axes if axis != "seq") or None
     tokens = PartitionSpec(rows, "seq" if "seq" in axes else None)

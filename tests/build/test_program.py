@@ -1,6 +1,7 @@
 """Layout invariance: the loss curve does not depend on how the work was cut. And a config becomes a working program."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from llmjax.config.resolve import resolve_config
 from llmjax.data.layout.layout import LAYOUTS, RowLayout
 from llmjax.ops.attention import sequence_attention
 from llmjax.train.update.engines import ENGINES
+from llmjax.train.update.fused import MANUAL
 from llmjax.types import Batch
 from tests.data.test_pipeline import make_source
 
@@ -199,6 +201,21 @@ def test_bfloat16_computes_low_and_keeps_parameters_high():
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(program.abstract_state().params))
     losses = trace(program)
     np.testing.assert_allclose(losses, trace(program_for(jax.devices()[:1])), rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "engine, gather", [("in_place", "micro_step"), *(("fused", gather) for gather in MANUAL)]
+)
+def test_bfloat16_in_tiles_of_split_sequences_has_its_sums_over_devices_in_float32(engine, gather):
+    """In bfloat16 they had also ended the process: XLA cannot promote such an all-reduce on the CPU."""
+    mesh = {"mesh__fsdp": 2, "mesh__seq": 4, "mesh__seq_attention": "gather"}
+    how = {"compute__engine": engine, "compute__gather": gather, "compute__tile": 8}
+    program = program_for(jax.devices(), model__dtype="bfloat16", **mesh, **how)
+    reduced = re.findall(
+        r'"stablehlo\.(?:all_reduce|reduce_scatter)".*?-> tensor<([^>]*)>', program.lower().as_text(), re.S
+    )
+    assert reduced and not [shape for shape in reduced if shape.endswith("bf16")]
+    np.testing.assert_allclose(trace(program), trace(program_for(jax.devices()[:1])), rtol=2e-2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "schedule_free_adamw"])
