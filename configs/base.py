@@ -44,6 +44,9 @@ def get_config() -> ConfigDict:
     model.init_std = 0.02  # of all matrices; residual outputs get init_std / sqrt(2 x num_layers)
     model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax and loss: float32
 
+    c.task = task = ConfigDict()
+    task.name = "language_model"  # language_model: predict the next token of documents
+
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte
     tokenizer.path = ""  # an existing SentencePiece .model, used as it is

@@ -10,11 +10,12 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
 from llmjax.escapes import show
+from llmjax.scores import Score
 
 PLAIN_SECONDS = 10.0
 SMOOTHING = 0.9  # of tokens/s over updates, for the eye; the recorded figures are exact
@@ -27,7 +28,14 @@ class Progress:
     good order.
     """
 
-    def __init__(self, num_tokens: int, tokens_per_update: int, on_closed: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        num_tokens: int,
+        tokens_per_update: int,
+        on_closed: Callable[[], None] = lambda: None,
+        scores: Sequence[Score] = (),
+    ):
+        self._scores = scores
         self._num_tokens, self._unit = num_tokens, tokens_per_update
         self._on_closed = on_closed
         self._shown = False
@@ -59,8 +67,8 @@ class Progress:
 
     def evaluate(self, update: int, values: dict[str, float]) -> None:
         """Shows the result of an evaluation on a line of its own."""
-        names = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-        parts = [f"{names[name]} {values[name]:.4f}" for name in names if name in values]
+        labels = {score.name: score.label.removeprefix("held-out ") for score in self._scores}
+        parts = [f"{label} {values[name]:.4f}" for name, label in labels.items() if name in values]
         self.say(f"{self._where(update, values)}  held-out " + "  ".join(parts))
 
     def _where(self, update: int, values: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ ORDER = [
     "escapes",
     "batch",
     "types",
+    "scores",
     "progress",
     "parallel",
     "terminal",
@@ -207,7 +208,7 @@ def test_each_file_says_what_it_is_for(path):
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_room_is_crowded(path):
     """What holds more than a dozen files is two things."""
-    assert len([file for file in path.iterdir() if file.suffix == ".py"]) <= 13, path
+    assert len([file for file in path.glob("*.py") if file.name != "__init__.py"]) <= 13, path
 
 
 @pytest.mark.parametrize("path", [p for p in (ROOT / "tests").rglob("*") if p.is_dir()], ids=str)

@@ -11,7 +11,7 @@ from llmjax.models.gpt import GPT
 from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.rules import Layout
-from llmjax.tasks.language_model import make_loss
+from llmjax.tasks.table import TASKS
 from llmjax.types import LossSums
 
 FAMILIES = {"gpt": GPT}
@@ -22,7 +22,7 @@ def make_task_loss(
 ) -> Callable[..., LossSums]:
     """The loss of the config's task on a model laid out by `layout`: of training, with all terms, or of evaluation."""
     z_loss = config.train.z_loss if training else 0.0
-    return make_loss(
+    return TASKS[config.task.name].make_loss(
         model,
         z_loss=z_loss,
         shards=batch_shards(layout),

@@ -23,6 +23,8 @@ from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.seeds import make_key
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, is_axes, partition_spec
+from llmjax.tasks.contract import Task
+from llmjax.tasks.table import TASKS
 from llmjax.train.optim.offload import HOST
 from llmjax.train.optim.optimizer import make_optimizer
 from llmjax.train.optim.param_roles import Roles
@@ -91,6 +93,11 @@ class Program:
     def eval_params(self, state: TrainState) -> Params:
         """The parameters to evaluate and generate with."""
         return self.engine.eval_params(state.opt_state, state.params)
+
+    @property
+    def task(self) -> Task:
+        """What the model is trained for."""
+        return TASKS[self.config.task.name]
 
     @property
     def averages(self) -> bool:

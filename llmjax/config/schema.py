@@ -16,6 +16,7 @@ from llmjax.generate.generate import GenerateConfig
 from llmjax.nn.config import ModelConfig
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.ranges import FOLD, Range, check_ranges
+from llmjax.tasks.table import TaskConfig
 from llmjax.train.checkpoint.checkpoint import CheckpointConfig
 from llmjax.train.config import ComputeConfig, TrainConfig
 from llmjax.train.optim.optimizer import OptimizerConfig
@@ -36,6 +37,7 @@ class Config:
 
     seed: Annotated[int, Range(0, FOLD)]
     model: ModelConfig
+    task: TaskConfig
     tokenizer: TokenizerConfig
     data: DataConfig
     mesh: MeshConfig

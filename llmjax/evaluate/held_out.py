@@ -1,5 +1,4 @@
-"""Held-out loss, perplexity and bits per byte, as exact sums over every held-out target, and what gzip and xz make of
-the same text."""
+"""Exact sums over every held-out target, and what gzip and xz make of the same text."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ import jax
 
 from llmjax.errors import UserError
 from llmjax.ranges import COUNT, Range, check_ranges
+from llmjax.tasks.contract import Totals
 from llmjax.types import Batch, LossSums, Params
 
 # Batches of which results are not there yet.
@@ -42,11 +42,10 @@ class EvaluateConfig:
 
 def evaluate(
     eval_step: Callable[[Params, Batch], LossSums], params: Params, batches: Iterable[Batch], num_bytes: int
-) -> dict[str, float]:
-    """Scores `params` on `batches`, which hold every held-out target exactly once.
+) -> Totals:
+    """The sums over `batches`, which hold every held-out target exactly once; `num_bytes` of UTF-8 text is theirs.
 
-    Returns `loss` (nats per target token), `perplexity`, `bits_per_byte` (of the `num_bytes` bytes of UTF-8 text; the
-    bits of the end-of-document tokens are counted too) and the task's own metrics per target token.
+    What they mean is said by the task.
     """
     sums: list[LossSums] = []
     for batch in batches:
@@ -57,17 +56,8 @@ def evaluate(
     weight = math.fsum(float(s.weight) for s in fetched)
     if not weight:
         raise UserError("the held-out set has no targets; raise data.held_out_fraction or add documents")
-    total = math.fsum(float(s.loss) for s in fetched)
-    loss = total / weight
-    metrics = {
-        name: math.fsum(float(s.metrics[name]) for s in fetched) / weight for name in fetched[0].metrics
-    }
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": total / math.log(2) / num_bytes,
-        **metrics,
-    }
+    metrics = {name: math.fsum(float(s.metrics[name]) for s in fetched) for name in fetched[0].metrics}
+    return Totals(math.fsum(float(s.loss) for s in fetched), weight, metrics, num_bytes)
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import (
@@ -23,6 +22,7 @@ from llmjax.modes.probe import make_probes, probe
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.report.report import write_report
+from llmjax.scores import describe_scores
 from llmjax.terminal import format_table, say
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
@@ -62,7 +62,7 @@ def run(request: Request) -> int:
         "held out": f"{corpus.held_out_plan.num_documents:,} documents, {corpus.held_out_bytes:,} bytes, "
         f"{corpus.held_out_plan.num_tokens:,} tokens",
     }
-    say(format_table(rows | describe_results(results) | describe_compression(corpus)))
+    say(format_table(rows | describe_scores(program.task.scores, results) | describe_compression(corpus)))
     if asked:
         probe(program, asked, params, update, workdir)
         if hosts.is_primary():
@@ -71,21 +71,13 @@ def run(request: Request) -> int:
 
 
 def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watch = iter) -> dict[str, float]:
-    """Loss, perplexity and bits per byte over every held-out target; `watch` sees the batches go by."""
+    """The task's scores over every held-out target; `watch` sees the batches go by."""
     size = program.config.evaluate.batch_size or program.batch.micro_batch_size
     with program.placement.batches(
         corpus.held_out, stop=corpus.held_out_plan.num_rows, batch_size=size
     ) as feed:
-        return evaluate(program.eval_step, params, watch(feed), corpus.held_out_bytes)
-
-
-def describe_results(results: Mapping[str, float]) -> dict[str, str]:
-    """Held-out results in words."""
-    return {
-        "held-out loss": f"{results['loss']:.4f} nats per token",
-        "perplexity": f"{results['perplexity']:.2f}",
-        "bits per byte": f"{results['bits_per_byte']:.3f}",
-    }
+        totals = evaluate(program.eval_step, params, watch(feed), corpus.held_out_bytes)
+    return program.task.evaluate(totals)
 
 
 def describe_compression(corpus: Corpus) -> dict[str, str]:

@@ -101,6 +101,7 @@ def make_run(
             corpus.train, start=cursor, length=length
         ),
         evaluate=None if corpus.held_out is None else held_out,
+        score=program.task.scores[0],
         sample=sample,
         loss=loss,
         begin=begin,

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import (
@@ -26,8 +26,9 @@ from llmjax.build.restore import (
 )
 from llmjax.config.schema import Config
 from llmjax.escapes import complain
+from llmjax.files import write_atomically
 from llmjax.modes.corpus import read_corpus
-from llmjax.modes.evaluate import describe_compression, describe_results
+from llmjax.modes.evaluate import describe_compression
 from llmjax.modes.loop_parts import make_run
 from llmjax.modes.probe import make_probes, probe
 from llmjax.modes.request import Request
@@ -37,6 +38,7 @@ from llmjax.plan.advice import remarks
 from llmjax.plan.memory import check_state_fits
 from llmjax.plan.summary import describe
 from llmjax.report.report import write_report
+from llmjax.scores import FILE, Score, describe_scores, scores_as_json
 from llmjax.terminal import format_table, indent, say
 from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.loop import train
@@ -82,6 +84,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
             write_json(workdir / "config.json", lasting.to_dict())
             save_tokenizer(workdir, corpus.tokenizer)
             write_record(workdir, corpus)
+            write_atomically(workdir / FILE, scores_as_json(program.task.scores))
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
         for remark in [] if finished else remarks(program, so_far, position.tokens):
@@ -94,6 +97,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
             workdir,
             resume_update=position.update,
             num_tokens=steering.num_tokens,
+            scores=program.task.scores,
             tokens_per_update=steering.tokens_per_update,
             on_closed=lambda: stop.ask(OUTPUT_CLOSED),
         )
@@ -117,7 +121,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
             probe(program, asked, params, result.position.update, workdir, stop.watch)
         what = "writing its summary and report"
         if hosts.is_primary():
-            finish(corpus, workdir, config, result, plan, trained=not finished)
+            finish(corpus, workdir, config, program.task.scores, result, plan, trained=not finished)
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -140,6 +144,7 @@ def finish(
     corpus: Corpus,
     workdir: pathlib.Path,
     config: Config,
+    scores: Sequence[Score],
     result: Result,
     plan: dict[str, str],
     trained: bool = True,
@@ -147,7 +152,7 @@ def finish(
     """The closing words, and the files that repeat them: summary.json and report.html."""
     results = {}
     if result.position.evaluation is not None:
-        results = describe_results(result.position.evaluation) | describe_compression(corpus)
+        results = describe_scores(scores, result.position.evaluation) | describe_compression(corpus)
     sample = last_sample(workdir / "samples.md")
     opening = (
         sample[0].strip().split("\n")[0][:20] if sample and config.data.sources != ("stdlib",) else "import "

@@ -16,9 +16,11 @@ import numpy as np
 
 from llmjax.files import write_atomically
 from llmjax.report import chart_axes, charts, curves, markdown, probe_charts
+from llmjax.scores import Score, read_scores
 from llmjax.workdir.metrics import Metrics, column, number, read_metrics
 
-CANONICAL = ("loss", "perplexity", "bits per byte")  # results that the last evaluation gives more exactly
+# What an evaluation has beside its figures.
+POSITION = ("update", "tokens", "seconds", "kind")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 EARLIER_SAMPLES = 10  # this many earlier rounds of samples stay in the page, folded
 LONG = 12  # a table of more rows is folded
@@ -35,6 +37,7 @@ class Run:
     samples: list[tuple[str, str]]  # heading and body of each round
     troubles: list[str]  # files that are there but cannot be read
     probes: dict = dataclasses.field(default_factory=dict)
+    scores: tuple[Score, ...] = ()
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
@@ -60,9 +63,17 @@ def read_run(workdir: pathlib.Path) -> Run:
     )
     samples = workdir / "samples.md"
     text = samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else ""
-    return Run(
-        workdir.resolve().name, config, metrics, summary, markdown.split_samples(text), troubles, probes
-    )
+    scores = read_scores(workdir) or _scores_without_a_file(metrics)
+    rounds = markdown.split_samples(text)
+    return Run(workdir.resolve().name, config, metrics, summary, rounds, troubles, probes, scores)
+
+
+def _scores_without_a_file(metrics: Metrics) -> tuple[Score, ...]:
+    """The figures of the last evaluation, of which an older version has not written down what they are."""
+    line = metrics.evaluate[-1] if metrics.evaluate else {}
+    names = [key for key, value in line.items() if isinstance(value, float) and key not in POSITION]
+    loss = Score("loss", "held-out loss", "nats per token")
+    return tuple(loss if name == "loss" else Score(name, name.replace("_", " ")) for name in names)
 
 
 def _read_dict(path: pathlib.Path, troubles: list[str]) -> dict:
@@ -160,7 +171,7 @@ def _tiles(run: Run) -> str:
     }
     tiles = _quality_tiles(run, compressors)
     for label, text in results.items():
-        covered = run.metrics.evaluate and any(label.lower().endswith(name) for name in CANONICAL)
+        covered = run.metrics.evaluate and label.lower() in {score.label for score in run.scores}
         if not covered and (label not in compressors or not run.metrics.evaluate):
             tiles.append((label, text, ""))
     speed = column(run.metrics.train, "tokens_per_second")
@@ -182,26 +193,31 @@ def _tiles(run: Run) -> str:
 def _quality_tiles(run: Run, compressors: dict[str, str]) -> list[tuple[str, str, str]]:
     """(label, value, note) for each measure of the last evaluation, or the train loss where there is none."""
     evaluate, tiles = run.metrics.evaluate, []
-    if evaluate and evaluate[-1].get("loss") is not None:
-        loss = column(evaluate, "loss")
-        finite = np.flatnonzero(np.isfinite(loss))
-        lowest = int(finite[np.argmin(loss[finite])]) if finite.size else len(loss) - 1
-        note = f"lowest {loss[lowest]:.3f} at update {evaluate[lowest]['update']:,.0f}"
-        tiles.append(
-            ("Held-out loss", f"{loss[-1]:.3f}", "nats per token" if lowest == len(loss) - 1 else note)
-        )
-        beside = " · ".join(
-            f"{re.sub(r'[,:]? *bits per byte', '', label, flags=re.IGNORECASE)} {text}"
-            for label, text in compressors.items()
-        )
-        for key, label, note in (
-            ("perplexity", "Perplexity", "per token"),
-            ("bits_per_byte", "Bits per byte", beside or "of held-out text"),
-        ):
-            if evaluate[-1].get(key) is not None:
-                value = evaluate[-1][key]
-                text = f"{value:.3f}" if key == "bits_per_byte" else chart_axes.format_number(value, 4)
-                tiles.append((label, text, note))
+    if evaluate and run.scores and evaluate[-1].get(run.scores[0].name) is not None:
+        first = run.scores[0]
+        values = column(evaluate, first.name)
+        finite = np.flatnonzero(np.isfinite(values))
+        ranks = [first.rank(value) for value in values[finite]]
+        best = int(finite[np.argmin(ranks)]) if finite.size else len(values) - 1
+        word = "highest" if first.higher_is_better else "lowest"
+        note = f"{word} {values[best]:.3f} at update {evaluate[best]['update']:,.0f}"
+        label = first.label[:1].upper() + first.label[1:]
+        tiles.append((label, f"{values[-1]:.3f}", first.unit if best == len(values) - 1 else note))
+        for score in run.scores[1:]:
+            value = evaluate[-1].get(score.name)
+            if value is None:
+                continue
+            pattern = rf"[,:]? *{re.escape(score.label)}"
+            comparable = any(
+                re.search(pattern, f"{label} {text}", re.I) for label, text in compressors.items()
+            )
+            beside = " · ".join(
+                f"{re.sub(pattern, '', label, flags=re.I)} {text}"
+                for label, text in compressors.items()
+                if comparable
+            )
+            text = f"{value:.3f}" if score.digits > 2 else chart_axes.format_number(value, 4)
+            tiles.append((score.label[:1].upper() + score.label[1:], text, beside or score.unit))
     elif run.metrics.train:
         loss = column(run.metrics.train, "loss")
         if np.isfinite(loss).any():
@@ -254,11 +270,8 @@ def _switch(legend: str, name: str, choices: list[tuple[str, str]]) -> str:
 def _evaluations(run: Run) -> str:
     """Every evaluation as a row, with whatever else was measured as further columns."""
     lines = run.metrics.evaluate
-    first = [
-        key
-        for key in ("update", "tokens", "loss", "perplexity", "bits_per_byte")
-        if any(key in x for x in lines)
-    ]
+    told = {score.name: score for score in run.scores}
+    first = [key for key in ("update", "tokens", *told) if any(key in x for x in lines)]
     more = sorted(
         {key for line in lines for key, value in line.items() if isinstance(value, float)}
         - {*first, "seconds"}
@@ -272,7 +285,9 @@ def _evaluations(run: Run) -> str:
             return "–"
         if key == "update":
             return f"{value:,.0f}"
-        return f"{value:.4f}" if key in ("loss", "bits_per_byte") else chart_axes.format_number(value, 4)
+        if key in told and told[key].digits > 2:
+            return f"{value:.4f}"
+        return chart_axes.format_number(value, 4)
 
     rows = [[cell(key, line.get(key)) for key in keys] for line in lines]
     table = _figures([key.replace("_", " ") for key in keys], rows)

@@ -16,8 +16,8 @@ One JSON object a line. `{"kind": "train", "update": n, ...}` once per update, w
     dropped               micro-steps that were not finite and left out; absent where none was
     skipped               1 where the parameters did not move; absent otherwise
 
-and `{"kind": "evaluate", "update", "tokens", "seconds", "loss", "perplexity", "bits_per_byte"}` on held-out
-text, `{"kind": "statistics", "update", "tokens", "seconds", ...}` of the layers (see `statistics.py`), and
+and `{"kind": "evaluate", "update", "tokens", "seconds", ...}` with the scores of the task on held-out text,
+`{"kind": "statistics", "update", "tokens", "seconds", ...}` of the layers (see `statistics.py`), and
 `{"kind": "event", "update", "event", "text"}` for what a person should know. Numbers that JSON cannot hold are
 written "nan", "inf", "-inf".
 
@@ -40,6 +40,7 @@ from tensorboardX import SummaryWriter
 from llmjax.files import write_atomically
 from llmjax.parallel import hosts
 from llmjax.progress import Progress
+from llmjax.scores import Score
 from llmjax.workdir.metrics import read_line
 
 UNREADABLE = "metrics.unreadable.jsonl"  # beside metrics.jsonl
@@ -52,6 +53,7 @@ class Recorder:
     resume_update   the update from which the run goes on; what was recorded after it is dropped
     num_tokens      at which the run ends, for the progress display
     tokens_per_update  of an update of the usual size, likewise
+    scores          of evaluations, which are shown
     on_closed       called where standard output was closed by whoever read it
     """
 
@@ -62,6 +64,7 @@ class Recorder:
         resume_update: int,
         num_tokens: int,
         tokens_per_update: int,
+        scores: Sequence[Score] = (),
         on_closed: Callable[[], None] = lambda: None,
     ):
         self._primary = hosts.is_primary()
@@ -71,7 +74,7 @@ class Recorder:
         self._workdir.mkdir(parents=True, exist_ok=True)
         unreadable = truncate(self._workdir / "metrics.jsonl", resume_update)
         self._open(resume_update)
-        self._progress = Progress(num_tokens, tokens_per_update, on_closed)
+        self._progress = Progress(num_tokens, tokens_per_update, on_closed, scores)
         if unreadable:
             self._progress.say(
                 f"metrics.jsonl: lines that cannot be read ({unreadable:,}) were moved to {UNREADABLE}; the record "

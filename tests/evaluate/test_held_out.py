@@ -10,6 +10,7 @@ import pytest
 
 from llmjax.errors import UserError
 from llmjax.evaluate.held_out import EvaluateConfig, compressed_bits_per_byte, evaluate
+from llmjax.tasks.language_model import LanguageModel
 from llmjax.types import LossSums
 
 
@@ -18,7 +19,8 @@ def sums(loss, weight, correct=0.0):
 
 
 def scored(batches, num_bytes=100):
-    return evaluate(lambda params, batch: sums(*batch), None, iter(batches), num_bytes)
+    totals = evaluate(lambda params, batch: sums(*batch), None, iter(batches), num_bytes)
+    return LanguageModel().evaluate(totals)
 
 
 def test_uneven_batches_are_not_averaged_by_batch():

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from llmjax.report import report
+from llmjax.scores import FILE, Score, scores_as_json
+from llmjax.tasks.language_model import LanguageModel
 
 VOID = {"meta", "input", "br", "link", "img"}
 
@@ -60,6 +62,7 @@ def _evaluate(update, loss):
 
 def _workdir(folder, lines=(), tail="", **files):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    (folder / FILE).write_text(scores_as_json(LanguageModel.scores))
     for name, content in files.items():
         if name == "samples":
             (folder / "samples.md").write_text(content, encoding="utf-8")
@@ -354,3 +357,19 @@ def test_what_cannot_be_drawn_is_named_and_the_rest_is(tmp_path, monkeypatch):
     assert (
         "probes.json holds values that cannot be shown (KeyError)" in page and "gpt of 3 parameters" in page
     )
+
+
+def test_a_score_of_which_more_is_better_says_its_highest(tmp_path):
+    lines = [_evaluate(20, 2.5) | {"f1": 0.9}, _evaluate(40, 2.25) | {"f1": 0.8}]
+    _workdir(tmp_path, lines)
+    (tmp_path / FILE).write_text(scores_as_json([Score("f1", "macro F1", higher_is_better=True)]))
+    page = report.write_report(tmp_path).read_text()
+    tiles = re.search(r'<dl class="tiles">(.*?)</dl>', page)[1]
+    assert "Macro F1</dt><dd><b>0.800</b><small>highest 0.900 at update 20" in tiles
+
+
+def test_a_workdir_of_an_older_version_shows_all_that_its_evaluations_have(tmp_path):
+    _workdir(tmp_path, [_evaluate(20, 2.5)])
+    (tmp_path / FILE).unlink()
+    tiles = re.search(r'<dl class="tiles">(.*?)</dl>', report.write_report(tmp_path).read_text())[1]
+    assert "Held-out loss</dt><dd><b>2.500" in tiles and "Bits per byte</dt><dd><b>1.750" in tiles

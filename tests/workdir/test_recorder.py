@@ -11,7 +11,10 @@ from test_metrics import GARBAGE
 
 from llmjax import progress
 from llmjax.progress import format_count, format_seconds
+from llmjax.tasks.language_model import LanguageModel
 from llmjax.workdir.recorder import Recorder, read_metrics, truncate
+
+SCORES = LanguageModel.scores
 
 
 def values(update, **more):
@@ -96,7 +99,9 @@ def test_a_process_that_is_not_the_first_writes_nothing(tmp_path, monkeypatch, c
 def test_without_a_terminal_there_are_few_plain_lines(tmp_path, capfd, monkeypatch):
     clock = iter(range(0, 1000, 4))  # four seconds an update
     monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    with Recorder(tmp_path, resume_update=0, num_tokens=800, tokens_per_update=100) as recorder:
+    with Recorder(
+        tmp_path, resume_update=0, num_tokens=800, tokens_per_update=100, scores=SCORES
+    ) as recorder:
         for update in range(1, 9):
             recorder.train(update, values(update, tokens_per_second=50.0))
         recorder.evaluate(8, {"tokens": 800, "loss": 2.0, "perplexity": 7.389, "bits_per_byte": 1.5})
@@ -113,7 +118,9 @@ def test_without_a_terminal_there_are_few_plain_lines(tmp_path, capfd, monkeypat
 
 def test_on_a_terminal_evaluations_stand_above_the_bar(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Recorder(tmp_path, resume_update=0, num_tokens=200, tokens_per_update=100) as recorder:
+    with Recorder(
+        tmp_path, resume_update=0, num_tokens=200, tokens_per_update=100, scores=SCORES
+    ) as recorder:
         recorder.train(1, values(1, tokens_per_second=2e4))
         recorder.evaluate(1, {"tokens": 100, "loss": 2.0})
         recorder.train(2, values(2, tokens_per_second=2e4))

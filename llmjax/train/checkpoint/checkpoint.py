@@ -146,13 +146,13 @@ class Checkpoints:
         state: Any,
         meta: dict,
         *,
-        held_out_loss: float | None = None,
+        rank: float | None = None,
         spare: bool = False,
     ) -> bool:
         """Starts writing `state` and `meta` (JSON) as the checkpoint of `update`; False if it exists.
 
-        `held_out_loss` ranks it among the others; a checkpoint without one is never the best. A `spare` one is
-        kept while it is the newest or the best, until `amend` says that it is no longer spare.
+        `rank` orders it among the others, the lowest being the best; a checkpoint without one is never the best. A
+        `spare` one is kept while it is the newest or the best, until `amend` says that it is no longer spare.
         """
         self.wait()
         if update in self.updates() and self._finite_loss(update) is False:
@@ -163,8 +163,8 @@ class Checkpoints:
         if newest is not None and update < newest:
             raise ValueError(f"update {update} is older than checkpoint {newest} in {self.directory}")
         together(self._before_save)
-        loss = held_out_loss if held_out_loss is not None and math.isfinite(held_out_loss) else None
-        meta = {**meta, "held_out_loss": loss} | ({"spare": True} if spare else {})
+        rank = rank if rank is not None and math.isfinite(rank) else None
+        meta = {**meta, "rank": rank} | ({"spare": True} if spare else {})
         self._facts[update] = Facts.of(meta)
         self._saved_here.add(update)
         self._has_good = True
@@ -243,16 +243,14 @@ class Checkpoints:
         return max((update for update in self.updates() if self._finite_loss(update) is True), default=None)
 
     def best(self) -> int | None:
-        """The update with the lowest held-out loss of those that were evaluated, or None."""
+        """The update with the lowest rank of those that were evaluated, or None."""
         return best_of(self.updates(), self._facts)
 
-    def would_be_best(self, held_out_loss: float) -> bool:
-        """Whether a checkpoint with this loss would be the new best, and is to be kept as such."""
+    def would_be_best(self, rank: float) -> bool:
+        """Whether a checkpoint of this rank would be the new best, and is to be kept as such."""
         best = self.best()
         return (
-            self.config.keep_best
-            and math.isfinite(held_out_loss)
-            and (best is None or held_out_loss < self._facts[best].held_out_loss)
+            self.config.keep_best and math.isfinite(rank) and (best is None or rank < self._facts[best].rank)
         )
 
     def give_up_after(self, update: int | None) -> None:

@@ -27,17 +27,20 @@ class Keeping(Protocol):
     keep_best: bool
 
 
+OLD_RANK = "held_out_loss"  # what older versions call the rank in their meta
+
+
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What decides whether a checkpoint is kept.
 
-    held_out_loss  nats per token of its parameters, finite; None where they were not evaluated
+    rank         what checkpoints are ordered by: the lowest is the best. Finite; None where it was not evaluated
     finite_loss    whether a finite loss has been seen with its parameters: True, False where all that was seen since
                    was not finite, None where nothing was seen yet
     spare          saved for the sake of an evaluation that follows, apart from the cadence of checkpoints
     """
 
-    held_out_loss: float | None = None
+    rank: float | None = None
     finite_loss: bool | None = None
     spare: bool = False
 
@@ -48,19 +51,21 @@ class Facts:
 
     def amended(self, meta: Mapping[str, Any]) -> Facts:
         """The facts with what `meta` adds to them."""
+        if OLD_RANK in meta:
+            meta = {"rank": meta[OLD_RANK], **meta}
         known = {field.name: meta[field.name] for field in dataclasses.fields(self) if field.name in meta}
-        loss = known.get("held_out_loss")
-        if loss is not None and not math.isfinite(loss):
-            known["held_out_loss"] = None
+        rank = known.get("rank")
+        if rank is not None and not math.isfinite(rank):
+            known["rank"] = None
         return dataclasses.replace(self, **known)
 
 
 def best_of(updates: Sequence[int], facts: Mapping[int, Facts]) -> int | None:
-    """The update of lowest held-out loss, the earliest of equals; None where none was evaluated."""
+    """The update of lowest rank, the earliest of equals; None where none was evaluated."""
     losses = {
-        update: facts[update].held_out_loss
+        update: facts[update].rank
         for update in sorted(updates)
-        if update in facts and facts[update].held_out_loss is not None
+        if update in facts and facts[update].rank is not None
     }
     return min(losses, key=losses.get, default=None)
 
@@ -76,7 +81,7 @@ def kept(updates: Sequence[int], facts: Mapping[int, Facts], config: Keeping) ->
     stay = set([update for update in usable if not known[update].spare][-config.keep :])
     stay |= set([update for update in usable if known[update].finite_loss is True][-1:])
     # The newest was not evaluated yet, so it may still become the best.
-    stay |= set([update for update in usable[-1:] if known[update].held_out_loss is None])
+    stay |= set([update for update in usable[-1:] if known[update].rank is None])
     stay |= {update for update in known if not usable or update > usable[-1]}
     if config.keep_best:
         stay.add(best_of(usable, facts))

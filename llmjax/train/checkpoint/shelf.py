@@ -59,9 +59,10 @@ def check(path: Path, check_meta: CheckMeta, *, contents: bool = True, part: int
     if not path.is_dir():
         raise Damaged("it is a file and no folder")
     meta, has_digest = _read_meta(path)
-    loss = meta.get("held_out_loss")
-    if loss is not None and (isinstance(loss, bool) or not isinstance(loss, int | float)):
-        raise Damaged(f"{META} has held_out_loss={loss!r}")
+    for key in ("rank", "held_out_loss"):  # the second is the name of older versions
+        rank = meta.get(key)
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | float)):
+            raise Damaged(f"{META} has {key}={rank!r}")
     try:
         check_meta(meta)
     except ValueError as error:

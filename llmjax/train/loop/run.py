@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
+from llmjax.scores import Score
 from llmjax.train.loop.run_position import Position
 from llmjax.train.steering.steering import Steering
 from llmjax.train.update.engine import Engine
@@ -57,7 +58,8 @@ class Run:
     step                (state, batch, inputs) -> (state, metrics), compiled; metrics as in `step.make_train_step`
     make_batches        (cursor, length) -> an iterator of batches on the devices, from that sequence on, cut into rows
                         of `length`: an `engine.Feed` with `close()`
-    evaluate            state -> held-out `loss`, `perplexity`, `bits_per_byte` (the same on every process), or None
+    score               of an evaluation by which the best checkpoint is chosen, and which must be finite
+    evaluate            state -> held-out scores by name (the same on every process), or None
                         where nothing is held out
     restore             () -> the state and the position of the latest checkpoint
     sample              (state, update) -> None, after each evaluation
@@ -83,6 +85,7 @@ class Run:
     step: Callable[[State, Any, Any], tuple[State, dict[str, jax.Array]]]
     make_batches: Callable[[int, int], Iterator[Any]]
     evaluate: Callable[[State], Evaluation] | None
+    score: Score
     restore: Callable[[], tuple[State, Position]]
     describe_batch: Callable[[int, int], str]
     write_documents: Callable[[str, int, int], str]

@@ -188,10 +188,8 @@ class Upkeep:
     def _save(self, state: State, position: Position, *, spare: bool = False, **facts: Any) -> bool:
         self._recorder.flush()
         meta = self._run.meta | position.to_meta() | {"finite_loss": None} | facts
-        loss = None if position.evaluation is None else position.evaluation["loss"]
-        if not self._checkpoints.save(
-            position.update, self._run.saved(state), meta, held_out_loss=loss, spare=spare
-        ):
+        rank = None if position.evaluation is None else self._rank(position.evaluation)
+        if not self._checkpoints.save(position.update, self._run.saved(state), meta, rank=rank, spare=spare):
             self._checkpoints.amend(position.update, spare=False)
             return False
         self._unseen = position.update
@@ -227,7 +225,9 @@ class Upkeep:
         run = self._run
         try:
             if run.loss is None:
-                return math.isfinite(run.evaluate(state)["loss"]) if run.evaluate is not None else None
+                return (
+                    math.isfinite(run.evaluate(state)[run.score.name]) if run.evaluate is not None else None
+                )
             with contextlib.closing(
                 run.make_batches(0, run.steering.lengths.length(position.before))
             ) as batches:
@@ -276,8 +276,9 @@ class Upkeep:
             return position.evaluation
         results = {name: float(value) for name, value in self._run.evaluate(state).items()}
         self._recorder.evaluate(position.update, self._now(position) | results)
-        if not math.isfinite(results["loss"]):
-            reason = f"the held-out loss after update {position.update} is {results['loss']}"
+        score = self._run.score
+        if not math.isfinite(results[score.name]):
+            reason = f"the {score.label} after update {position.update} is {results[score.name]}"
             raise self.fail(reason, state, position, bad=True)
         return results
 
@@ -290,8 +291,9 @@ class Upkeep:
         """Says beside the checkpoint what was found, and that nothing is owed any more."""
         facts: dict[str, Any] = {"owes": False}
         if results is not None and results is not position.evaluation:
-            best = self._checkpoints.would_be_best(results["loss"])
-            facts |= {"evaluation": results, "held_out_loss": results["loss"], "finite_loss": True}
+            rank = self._rank(results)
+            best = self._checkpoints.would_be_best(rank)
+            facts |= {"evaluation": results, "rank": rank, "finite_loss": True}
             facts |= {"spare": False} if best else {}
         elif self.ends(position) and self._run.evaluate is None:
             good = self._looks_good(state, position)
@@ -311,6 +313,10 @@ class Upkeep:
             self._save_applied(state)
         elif position.window is None:
             self._save(state, position)
+
+    def _rank(self, results: dict[str, float]) -> float:
+        """What checkpoints are ordered by."""
+        return self._run.score.rank(results[self._run.score.name])
 
     def _now(self, position: Position) -> dict[str, float]:
         return {"tokens": position.tokens, "seconds": self._clock.total()}

@@ -61,7 +61,7 @@ def test_a_state_comes_back_bit_for_bit_with_its_meta_in_another_process_life(tm
     with Checkpoints(tmp_path / "c") as checkpoints:
         restored, meta = checkpoints.restore(abstract(state))
         assert_same(restored, state)
-        assert meta == {"cursor": 12, "config": {"a": [1, 2]}, "held_out_loss": None}
+        assert meta == {"cursor": 12, "config": {"a": [1, 2]}, "rank": None}
     assert capfd.readouterr() == ("", "")
 
 
@@ -109,14 +109,14 @@ def test_the_newest_and_the_best_are_kept_also_after_a_restart(tmp_path):
     kept = {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6]}
     for update, loss in losses.items():
         with Checkpoints(tmp_path, config) as checkpoints:
-            checkpoints.save(update, make_state(update), {}, held_out_loss=loss)
+            checkpoints.save(update, make_state(update), {}, rank=loss)
             checkpoints.wait()
             assert checkpoints.updates() == kept[update]
     with Checkpoints(tmp_path, config) as checkpoints:
         assert (checkpoints.latest(), checkpoints.best()) == (6, 2)
         assert checkpoints.would_be_best(0.5) and not checkpoints.would_be_best(1.0)
         assert not checkpoints.would_be_best(float("nan"))
-        checkpoints.save(7, make_state(7), {}, held_out_loss=0.5)  # a new best lets go of the old one
+        checkpoints.save(7, make_state(7), {}, rank=0.5)  # a new best lets go of the old one
         checkpoints.save(8, make_state(8), {})
         checkpoints.save(9, make_state(9), {})
         checkpoints.save(10, make_state(10), {})
@@ -126,7 +126,7 @@ def test_the_newest_and_the_best_are_kept_also_after_a_restart(tmp_path):
 def test_without_keep_best_only_the_newest_stay(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=False)) as checkpoints:
         for update, loss in ((1, 1.0), (2, 2.0)):
-            checkpoints.save(update, make_state(update), {}, held_out_loss=loss)
+            checkpoints.save(update, make_state(update), {}, rank=loss)
         assert checkpoints.updates() == [2] and not checkpoints.would_be_best(0.0)
 
 

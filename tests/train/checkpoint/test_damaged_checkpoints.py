@@ -24,7 +24,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     with Checkpoints(folder, CheckpointConfig(keep=3)) as checkpoints:
         for update in (1, 2, 3):
-            checkpoints.save(update, make_state(update), {"cursor": update}, held_out_loss=float(update))
+            checkpoints.save(update, make_state(update), {"cursor": update}, rank=float(update))
     return folder
 
 
@@ -109,7 +109,7 @@ DAMAGE = {
     "another cursor": lambda path: change_meta(path, lambda meta: meta.update(cursor=4)),
     "no cursor": lambda path: change_meta(path, lambda meta: meta.pop("cursor")),
     "no digest": lambda path: change_meta(path, lambda meta: meta.pop("digest")),
-    "a loss of text": lambda path: change_meta(path, lambda meta: meta.update(held_out_loss="low")),
+    "a loss of text": lambda path: change_meta(path, lambda meta: meta.update(rank="low")),
     "no state": lambda path: shutil.rmtree(path / "state"),
     "state is a file": lambda path: replace_by_a_file(path / "state"),
     "no digests": lambda path: (path / "state" / "digests.json").unlink(),
@@ -153,7 +153,7 @@ def test_the_newest_good_one_is_used_and_the_damaged_one_set_aside(kind, folder)
     with Checkpoints(folder, CheckpointConfig(keep=3), **options) as checkpoints:
         state, meta = checkpoints.restore(abstract(make_state()))
         assert_same(state, make_state(2))
-        assert meta == {"cursor": 2, "held_out_loss": 2.0}
+        assert meta == {"cursor": 2, "rank": 2.0}
         sentence = next(text for text in told if "set aside as damaged-3" in text)
         assert f"the checkpoint of update 3 in {folder} is damaged (" in sentence and "\n" not in sentence
         assert checkpoints.updates() == [1, 2] and checkpoints.latest() == 2
@@ -331,7 +331,7 @@ def test_a_save_is_complete_with_its_digests_or_has_no_name(tmp_path, monkeypatc
 
     with Checkpoints(tmp_path, on_saved=on_saved) as checkpoints:
         checkpoints.save(1, make_state(1), {"cursor": 1})
-    assert seen == [(1, {"cursor": 1, "held_out_loss": None}, 1, False)]
+    assert seen == [(1, {"cursor": 1, "rank": None}, 1, False)]
 
     def die(folder):
         raise OSError("disk full")

@@ -23,6 +23,7 @@ from param_axes import BY_NAME
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.scores import Score
 from llmjax.train.checkpoint.checkpoint import CheckpointConfig, Checkpoints
 from llmjax.train.loop.loop import TrainingFailed, train
 from llmjax.train.loop.run import Run
@@ -147,6 +148,7 @@ def make_run(num_updates=NUM_UPDATES, points=(), steering=(), **changes):
         step=jax.jit(micro_step, donate_argnums=0),
         make_batches=make_batches,
         evaluate=evaluate,
+        score=Score("loss", "held-out loss"),
         restore=None,
         describe_batch=lambda first, count: f"documents {first} to {first + count - 1}",
         write_documents=lambda name, first, count: f"{name}.md",
@@ -634,7 +636,7 @@ def start_program(workdir, **variables):
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, "-W", "error", __file__, str(workdir)],
-        env={**env, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **variables},
+        env={**env, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

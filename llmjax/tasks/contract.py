@@ -1,0 +1,47 @@
+"""What a task is on the devices' side: a loss as sums, and the scores that an evaluation makes of these."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import jax
+
+from llmjax.models.contract import Model
+from llmjax.scores import Score
+from llmjax.types import Batch, LossSums, Params
+
+Loss = Callable[[Params, Batch, jax.Array | None], LossSums]
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """The sums of an evaluation over every held-out target, as Python floats.
+
+    loss, weight, metrics  as in `LossSums`
+    num_bytes              UTF-8 bytes of the held-out text
+    """
+
+    loss: float
+    weight: float
+    metrics: Mapping[str, float]
+    num_bytes: int
+
+
+class Task(Protocol):
+    """A task. `scores` are those of its evaluation; the first one says which checkpoint is the best."""
+
+    scores: tuple[Score, ...]
+
+    def make_loss(
+        self, model: Model, *, z_loss: float, shards: tuple[int, int] = (1, 1), vocab_shards: int = 1
+    ) -> Loss:
+        """`loss(params, batch, rng) -> LossSums`; rng None means without dropout, and nothing else.
+
+        `z_loss` is the weight of log(Z)^2, 0 in evaluations. `shards`, `vocab_shards`: over how many devices B and T,
+        and V, are split.
+        """
+
+    def evaluate(self, totals: Totals) -> dict[str, float]:
+        """The value of every score by its name, and further metrics."""
