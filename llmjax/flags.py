@@ -109,7 +109,7 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
 
 
 def _keys(config: dict[str, Any]) -> list[str]:
-    """Of every section and key its whole name."""
+    """The whole names of all sections and keys."""
     keys = [*config]
     for section, values in config.items():
         keys += [f"{section}.{name}" for name in values] if isinstance(values, dict) else []
@@ -132,7 +132,7 @@ def _value(old: object, key: str, texts: Sequence[str]) -> object:
 
 
 def _strings(text: str) -> tuple[str, ...]:
-    """Of ('a', 'b') its parts, else `text` alone."""
+    """The parts of a text that looks like ('a', 'b'), else `text` alone."""
     try:
         parsed = ast.literal_eval(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError):

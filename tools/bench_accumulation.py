@@ -173,7 +173,7 @@ def stock_window(params: Params, grads: Params) -> Callable[[], dict[str, float]
 
 
 def summing_window(engine: str, params: Params, grads: Params) -> Callable[[], dict[str, float]]:
-    """The same of an engine of ours with a call for each micro-step; those that do not update apart."""
+    """Milliseconds per micro-step of an engine with a call for each one, and of the micro-steps that end no update."""
     engines = Engines(params, make_mesh(MeshConfig(), jax.devices()[:1]))
     micro_step = functools.partial(engines.micro_step, engine)
     step, order, batch = jax.jit(micro_step, donate_argnums=0), engines.order(), engines.batch()
@@ -305,7 +305,7 @@ def bench_memory(smoke: bool) -> None:
 
 
 def program_of(changes: dict[str, Any], devices: list[jax.Device]) -> Program:
-    """Of configs/base.py with these changes."""
+    """The program of configs/base.py with these changes."""
     config, derived = load_config(changes, len(devices))
     return make_program(config, derived, config.tokenizer.vocab_size, devices)
 

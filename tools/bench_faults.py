@@ -141,7 +141,7 @@ class _TooLong(BaseException):
 
 @contextlib.contextmanager
 def patience(seconds: int) -> Iterator[None]:
-    """Raises _TooLong in its body after so many seconds."""
+    """Raises _TooLong in its body after `seconds`."""
 
     def give_up(number: int, frame: object) -> None:
         raise _TooLong
@@ -256,7 +256,7 @@ def train(place: Place, **changes: object) -> None:
 
 
 def kills(scratch: pathlib.Path, count: int) -> list[tuple[str, str, str]]:
-    """The same for `count` kills, spread over the kinds of run."""
+    """What becomes of `count` kills, spread over the kinds of run."""
     results = []
     for number in range(count):
         kind = list(KINDS)[number % len(KINDS)]
@@ -291,7 +291,7 @@ def kill_after(place: Place, rng: random.Random) -> str:
 
 
 def odd_configs(scratch: pathlib.Path, count: int) -> list[tuple[str, str, str]]:
-    """The same for `count` mutations of the base config; nothing is trained."""
+    """What becomes of `count` mutations of the base config; nothing is trained."""
     results = []
     for mutation in mutations(get_config().to_dict(), seed=0, count=count):
         try:

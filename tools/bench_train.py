@@ -104,7 +104,8 @@ def make_ours(config: Config, derived: Derived) -> tuple[Callable[[], float], in
 
 
 def make_rival(config: Config, batch: BatchArithmetic, compiled: bool) -> tuple[Callable, int]:
-    """The same for nanoGPT's model and update (github.com/karpathy/nanoGPT, model.py and train.py)."""
+    """A function that makes one update of nanoGPT's model (github.com/karpathy/nanoGPT, model.py and train.py), and the
+    number of its parameters."""
     import torch
     from torch import nn
     from torch.nn import functional as F

@@ -67,7 +67,7 @@ class Program:
         return Layout(self.mesh)
 
     def init(self, params: Params | None = None) -> TrainState:
-        """A fresh state, every array born in its place on the mesh; around `params`, which are donated, if given."""
+        """A fresh state, every array made in its place on the mesh. Given `params` are used, and donated."""
         rng = make_key(self.config.seed)
         if params is not None:
             return state_around(params, self.engine, rng, self.param_specs, self.mesh)
@@ -78,7 +78,7 @@ class Program:
         return abstract_state(self.model.init, self.engine, self.param_specs, self.mesh)
 
     def abstract_saved(self) -> TrainState:
-        """The same of what a checkpoint holds."""
+        """Shapes, dtypes and shardings of the state as a checkpoint holds it."""
         own = Engine(self.engine.optimizer)
         return abstract_state(self.model.init, own, self.param_specs, self.mesh)
 

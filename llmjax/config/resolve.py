@@ -45,7 +45,7 @@ class Derived:
     row_layout: RowLayout
 
     def with_batch(self, config: Config, batch: BatchArithmetic) -> Derived:
-        """The same for updates that are cut in another way."""
+        """What follows if updates are cut into micro-steps as `batch` says."""
         schedule = make_batch_schedule(config.train.batch_schedule, config.train.batch_points, batch)
         return dataclasses.replace(self, batch=batch, batch_schedule=schedule)
 
@@ -116,7 +116,7 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
 
 
 def choose_layout(config: Config, chunks: int) -> RowLayout:
-    """Which token of a sequence lies on which device, if queries and keys meet in so many `chunks` of it."""
+    """Which token of a sequence lies on which device, where its keys travel in `chunks` parts."""
     if chunks == 1:
         return RowLayout()
     name = "documents" if config.mesh.layout == "auto" else config.mesh.layout

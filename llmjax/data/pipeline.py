@@ -122,7 +122,7 @@ class PackedSequences:
         return [(plain_name(self.store.name(doc)), start, stop) for doc, start, stop in self.spans(indices)]
 
     def spans(self, indices: np.ndarray) -> list[tuple[int, int, int]]:
-        """The same with the document's number in the store instead of its name."""
+        """(number in the store, start, stop) of the tokens that these sequences read, in order."""
         _, pieces = self._pieces(np.asarray(indices, np.int64))
         plan = self.plan
         stops = plan.starts[pieces] + plan.lengths[pieces] + 1

@@ -18,7 +18,7 @@ Document = tuple[str, int, int]  # its name, and which of its tokens: from the f
 def documents_not_finite(
     losses: TokenLosses, params: Params, sequences: PackedSequences, first: int, count: int
 ) -> list[Document]:
-    """Those of `count` packed sequences from number `first` on, in their order, without dropout."""
+    """The documents in `count` packed sequences from number `first` on whose loss is not finite, without dropout."""
     arrays = sequences.read(np.arange(first, first + count))
     bad_BT = ~np.isfinite(np.asarray(losses(params, arrays)[0])) & (arrays["segments"] > 0)
     found: list[Document] = []

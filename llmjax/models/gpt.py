@@ -128,7 +128,7 @@ class GPT:
         return self.layout.constrain(x_BTD.astype(c.dtype), "batch", "length", None)
 
     def _mask(self, batch: Batch) -> Mask:
-        """That of every device's whole rows, brought there once for all layers."""
+        """The mask. Segments and positions of whole rows are brought to every device once, for all layers."""
         whole = (self.layout.constrain(x, "batch", None) for x in (batch.segments, batch.positions))
         return self_mask(*whole)
 

@@ -80,7 +80,7 @@ class Block(nn.Module):
     def meet(
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, layout: Layout
     ) -> jax.Array:
-        """What the heads find, on each device of `layout` for its own."""
+        """out_BTNH, what attention gives. Each device of `layout` computes it for its own rows, tokens and heads."""
         attend = functools.partial(self.attend, softcap=self.config.attention_softcap)
         return on_each_device(attend, layout)(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N=self.attention.sink_bias)
 

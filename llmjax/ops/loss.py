@@ -77,7 +77,8 @@ def softmax_cross_entropy(
               the sum of weight * z_loss * lse ** 2, and `objective` that and the cross-entropy together
     shards    over how many devices B and T are split: each goes through its own tokens and sums its own gradient of
               w_VD, which is added up once. Wrong figures cost communication, never correctness
-    vocab_shards  the same of V: each goes through its own ids; sums over ids are added up once for each chunk
+    vocab_shards  over how many devices V is split: each goes through its own ids, and sums over ids are added up once
+                  for each chunk
     chunking      None: what suits the platform
 
     The weight is that of all targets; metrics: `accuracy`, the weight of targets that no logit exceeds.
@@ -347,7 +348,7 @@ class _Chunk:
     targets_XYC: jax.Array
 
     def logits(self, start: jax.Array | int, size: int) -> jax.Array:
-        """Those of `size` ids of each shard from `start` on, float32, in the order of `cut`."""
+        """float32 logits of `size` ids of each shard from `start` on, with the dimensions in the order of `cut`."""
         w = _cast(jax.lax.dynamic_slice_in_dim(self.w_ZVD, start, size, 1), self.h_XYCD.dtype)
         raw = jnp.einsum(f"XYCD,ZVD->{self.cut.order}", self.h_XYCD, w, preferred_element_type=jnp.float32)
         if self.bias_ZV is not None:
@@ -372,7 +373,7 @@ class _Chunk:
         return jnp.min(cut.over_blocks(block, cut.zeros(cut.states, jnp.int32) + none), axis=cut.z)
 
     def read(self, kept: tuple) -> tuple[jax.Array, jax.Array, jax.Array, tuple]:
-        """Of each token the largest logit, the sum of exp(logit - largest), the target's logit; `kept`, filled."""
+        """Over tokens: the largest logit, the sum of exp(logit - largest), the target's logit; and `kept`, filled."""
         cut, v = self.cut, self.cut.z + 1
 
         def block(number: jax.Array | int, start: jax.Array | int, size: int, carry: tuple) -> tuple:

@@ -279,7 +279,7 @@ def _notes(chart: Chart, top: float) -> list[str]:
 
 
 def _log_notes(chart: Chart) -> list[str]:
-    """The same for a logarithmic axis: one sentence for all curves, which may be many layers."""
+    """The notes of a chart with a logarithmic axis. One sentence stands for all curves, which may be many layers."""
     notes = [chart.note] if chart.note else []
     lost = {curve.name: ~(np.isfinite(curve.values) & (curve.values > 0)) for curve in chart.curves}
     names = [name for name, which in lost.items() if which.any()]

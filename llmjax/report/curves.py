@@ -19,7 +19,7 @@ BATCH_KEYS = (
 )  # drawn together, in tokens, where there is more than one k
 COUNTED = ("dropped", "skipped")  # told in words
 VARYING = ("seq_len",)  # drawn only where it changes
-LAYERS_DRAWN = 32  # of more layers, so many are drawn, evenly spaced
+LAYERS_DRAWN = 32  # at most; of a deeper model, layers at even distances are drawn
 
 
 @dataclasses.dataclass(frozen=True)

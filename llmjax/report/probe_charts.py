@@ -20,7 +20,7 @@ Drawn = tuple[charts.Chart, chart_axes.Axis]
 
 
 def curve_charts(probes: dict) -> list[Drawn]:
-    """Loss by position and by context, accuracy of copying by distance, as far as they were measured."""
+    """Loss by position and by context, and accuracy of copying by distance, of those that were measured."""
     return [drawn for name, make in CURVES.items() if (drawn := make(probes.get(name)))]
 
 

@@ -25,10 +25,15 @@ import numpy as np
 
 from llmjax.data.layout import ring_cost
 
-HOP = 96  # a hop counts as much as so many keys for each query of a device
-ONE_BY_ONE = 512  # documents that are placed one by one; shorter ones are poured
-POURED = 1.5  # how many of the longest poured document fill a device's room for them, about
-PATTERNS = {  # chunks of a document over a group, each device twice: less waiting than a zigzag
+# The cost of a hop, in keys that each query of a device could attend to in that time.
+HOP = 96
+# How many of the longest documents are placed one by one. Shorter ones are poured.
+ONE_BY_ONE = 512
+# About how many of the longest poured document fill the room that a device has for poured ones.
+POURED = 1.5
+# Group size -> which device has each chunk of a document, every device having two: a search over all orders found less
+# waiting at the steps of the ring than in a zigzag. tools/bench_layout.py counts what they do.
+PATTERNS = {
     3: (0, 1, 2, 1, 2, 0),
     4: (2, 3, 1, 0, 1, 0, 2, 3),
     5: (3, 1, 2, 0, 4, 4, 2, 0, 1, 3),
@@ -79,7 +84,10 @@ def spread(lengths: np.ndarray, seq_len: int, shards: int, block: int) -> tuple[
 
 
 def _room(padding: int, capacity: int, shards: int, block: int) -> np.ndarray:
-    """Padding is shared out in blocks, the last shards having one more; what is over goes to the last."""
+    """The tokens that each shard has room for, int64 [shards], when padding is shared out.
+
+    Padding is shared out in whole blocks, one more to the last shards, and its rest goes to the last shard.
+    """
     blocks, over = divmod(padding, block)
     room = capacity - (blocks + np.arange(shards)) // shards * block
     room[-1] -= over
@@ -201,7 +209,7 @@ def _choose_split(row: Row, longest_first: np.ndarray, size: int) -> np.ndarray:
 def _share_out(row: Row, members: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of split documents on each shard, int64 [n], and the work that they make within it, float [n].
 
-    All shards of a group have the same, in blocks; what is over lies in the middle.
+    All shards of a group have the same number of whole blocks; the rest lies on the shards in the middle.
     """
     width, load = np.zeros(len(row.room), np.int64), np.zeros(len(row.room))
     middle_last = (np.arange(size) + size // 2 + 1) % size

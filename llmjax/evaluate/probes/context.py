@@ -28,7 +28,7 @@ def make_context(text: Text, lengths: Sequence[int]) -> Probe:
     were really predicted from; with c at least as long as the documents the loss is the plain held-out loss.
 
     The sample: held-out documents, longest first, each to at most 2 x the longest cut, until they have 2^15 targets or
-    8 x the longest cut, whichever is more; that makes about two readings of so many tokens for each cut.
+    8 x the longest cut, whichever is more; each cut then reads about twice as many tokens.
     """
     spans = sample(text, max(lengths))
 

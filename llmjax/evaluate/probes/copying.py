@@ -1,4 +1,4 @@
-"""Copying at a distance: random tokens, twice. Who finds the earlier place and goes on as it did knows the second copy.
+"""Copying at a distance: a model reads random tokens twice, and is scored on the second copy.
 
 Nothing but the context can tell the second copy, and attention heads that look for the earlier occurrence of the
 current token (induction heads: Olsson et al. 2022) tell all of it but its first token.
@@ -17,7 +17,8 @@ from llmjax.evaluate.probes.fillers import fillers
 from llmjax.evaluate.scoring import Piece, Probe, Sums, Text
 
 SHORTEST = 4  # tokens: two copies of two
-TOKENS = 2**15  # read for each length, if 8 to 64 sequences have so many
+# Tokens to read for each length, in no fewer and no more sequences than the two numbers below say.
+TOKENS = 2**15
 SEQUENCES = 8, 64
 
 

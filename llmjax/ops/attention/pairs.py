@@ -39,7 +39,7 @@ def list_pairs(
     by_keys  key block by key block
     start    row of the batch, block of queries and block of keys at which q and k begin
 
-    The list is never empty: if it has to be, one pair stands in it in which nothing is visible.
+    The list is never empty: where no token sees another, it has one pair, in which nothing is visible.
     """
     q, k = Span(*(x[:, :, None] for x in q)), Span(*(x[:, None] for x in k))
     needed, whole = mask.may_see(q, k), mask.sees_all(q, k)

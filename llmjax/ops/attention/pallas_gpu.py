@@ -99,7 +99,7 @@ class PallasGPU:
         return dq, dkv
 
     def _limit(self, tokens: int) -> int:
-        """Of the blocks of so many tokens: none is larger, and all sizes divide it."""
+        """The size of the largest block for `tokens`; the sizes of all other blocks divide it."""
         return min(self.block, max(LEAST, pl.next_power_of_2(tokens)))
 
     def _walk(self, q: Cut, kv: Cut, mask: Mask, tile: Tile, *, by_keys: bool) -> Walk:

@@ -119,7 +119,7 @@ class PallasTPU:
 
 
 def _block_size(tokens: int, limit: int) -> int:
-    """Of blocks of whole lanes, `limit` tokens at most, that fill up `tokens` by little."""
+    """The size of blocks into which `tokens` are cut: whole lanes, `limit` at most, with little left empty."""
     return chunks.cut(-(-tokens // LANES), limit // LANES).size * LANES
 
 
@@ -141,7 +141,7 @@ class Walk:
 
     @property
     def rows(self) -> int:
-        """Of a block of queries, over all heads of a group."""
+        """The rows of a block of queries, over all heads of a group."""
         return self.G * self.q_size
 
     @property

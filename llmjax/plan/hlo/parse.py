@@ -94,10 +94,12 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """An instruction where it runs: `runs` times, and that for each time that everything in `within` does.
+    """An instruction and how often it runs.
 
-    `within` names the enclosing data-dependent loops by their instruction (`while.5`) and the branches of conditionals
-    by theirs and the branch's number (`conditional.2[0]`).
+    runs    how many times, where nothing in `within` is taken more than once
+    within  what encloses the instruction and runs as often as the data says: loops by the name of their instruction
+            (`while.5`), branches by the name of the conditional and their number (`conditional.2[0]`). The instruction
+            runs `runs` times for each turn of all of these
     """
 
     instruction: Instruction

@@ -216,7 +216,7 @@ class _Traffic:
         return sum(a.bytes for a in ins.arrays if a.space in self.module.main_spaces)
 
     def read(self, ins: Instruction, index: int) -> int:
-        """Of operand number `index`."""
+        """The bytes that an instruction reads of its operand number `index`."""
         whole = self.size(self.computation.instructions[ins.operands[index]])
         if index == 0 and ins.opcode in SLICES:
             return min(whole, sum(a.bytes for a in ins.arrays))
@@ -251,7 +251,7 @@ class _Traffic:
         return 0 if ins.opcode == "parameter" or self._is_later_stage(ins) else whole
 
     def _read_of(self, value: Instruction) -> int:
-        """Of a parameter of a fused computation, or of another view of it, by all that use it."""
+        """The bytes that a fused computation reads of a parameter, or of another view of it, in all its uses."""
         total = 0
         for ins in self.computation.instructions.values():
             if value.name not in ins.operands or ins.opcode == "tuple" or self._is_later_stage(ins):

@@ -23,9 +23,9 @@ class Clock:
         return None if last is None else now - last
 
     def forget(self) -> None:
-        """What is compiled now belongs to no update."""
+        """Leaves the current lap out, because its time goes into compilation."""
         self._lap = None
 
     def restart(self) -> None:
-        """Ends a pause: what was spent on evaluation and saving belongs to no update."""
+        """Begins a new lap after a pause, whose time went into evaluation and saving."""
         self._lap = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The optimizer's state in the host's memory, from where an update fetches it and where it puts it back."""
+"""Keeps the optimizer's state in the memory of the hosts between updates."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ HOST = "pinned_host"
 
 
 def is_stashed(leaf: Any) -> bool:
-    """Whether this array of an optimizer's state is large enough to be worth the way."""
+    """Whether this array of an optimizer's state is kept there: every array of floats that is no scalar."""
     return leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def stashed(sharding: NamedSharding) -> NamedSharding:
-    """The same place, in the memory of the device's host."""
+    """`sharding`, but in the memory of each device's host."""
     return sharding.with_memory_kind(HOST)
 
 

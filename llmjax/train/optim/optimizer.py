@@ -122,7 +122,7 @@ class OptimizerConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """Those of one update: Python floats on the host, float32 [] inside the step."""
+    """The hyperparameters of one update: Python floats on the host, float32 [] inside the step."""
 
     learning_rate: Array | float
     weight_decay: Array | float

@@ -206,7 +206,10 @@ def observe(
 
 
 def _expected_norm(state: ControllerState, observation: Observation) -> float:
-    """Of the divided gradient: E |s / W|^2 = |G|^2 + S / W, so that a change of k alone is no spike."""
+    """The expected norm of the divided gradient s / W: E |s / W|^2 = |G|^2 + S / W.
+
+    It depends on the weight W of the update, so that a change of k alone is not taken for a spike.
+    """
     if not state.amount:
         return math.inf
     square = (max(state.signal, 0.0) + max(state.noise, 0.0) / observation.weight) / state.amount

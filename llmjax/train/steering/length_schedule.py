@@ -22,7 +22,7 @@ class LengthSchedule:
     points: tuple[tuple[int, int], ...]
 
     def length(self, tokens_seen: int) -> int:
-        """Of the rows of the update that begins after `tokens_seen` tokens."""
+        """The length of the rows in the update that begins after `tokens_seen` tokens."""
         return [length for start, length in self.points if start <= tokens_seen][-1]
 
     @property

@@ -122,7 +122,7 @@ class Level:
         return float(np.float32(math.exp(log)))
 
     def fold(self, config: StabilityConfig, tokens: float, value: float) -> Level:
-        """The level with one more value, which counts as far as it lies in reach; values without a log do not."""
+        """The level with one more value. A value far outside counts as one at the edge, one without a log not."""
         if not 0 < value < math.inf:
             return self
         log = math.log(value)
@@ -154,7 +154,7 @@ class StabilityState:
 
 
 def limits(config: StabilityConfig, state: StabilityState) -> Limits:
-    """Those of the next update to be ordered; infinite while warming up and where nobody looks."""
+    """The limits of the next update; infinite during the warmup and where spikes are not looked for."""
     if not ON_SPIKE[config.on_spike].looks:
         return OFF
     return Limits(state.loss.limit(config), state.grad_norm.limit(config))

@@ -133,7 +133,7 @@ def make_update_sums(
 
 
 def _gathered(params: Params, specs: Params, compute_dtype: str, roles: Roles) -> Params:
-    """What the micro-steps compute with: weights whole over fsdp as far as `specs` shard them, and cast."""
+    """The weights that the micro-steps compute with: gathered over fsdp where `specs` shard them, and cast."""
 
     def gathered(role: Role, x: Array, spec: PartitionSpec) -> Array:
         # Vectors are used in float32, and the gradient of a table adds up many tokens in the dtype of the table.
