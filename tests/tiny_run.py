@@ -17,6 +17,8 @@ from subprocess import PIPE, Popen
 import pytest
 import quick
 
+from llmjax.workdir.metrics import read_line
+
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
 SETTINGS = {
@@ -85,6 +87,13 @@ def read_lines(workdir: pathlib.Path) -> list[dict]:
     timing = ("seconds", "tokens_per_second", "data_wait", "mfu")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
+
+
+def lines_of(workdir: pathlib.Path) -> list[dict]:
+    """The lines of metrics.jsonl that can be read, all numbers as floats; none where there is no file."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = (read_line(line) for line in path.read_bytes().splitlines()) if path.exists() else ()
+    return [line for line in lines if line is not None]
 
 
 def losses(workdir: pathlib.Path) -> list[float]:

@@ -173,15 +173,6 @@ def _plain(value: Any) -> Any:
     return str(float(value))
 
 
-def read_metrics(workdir: str | Path) -> list[dict]:
-    """The lines of a run's `metrics.jsonl`, all numbers as floats, without a torn last line."""
-    path = Path(workdir) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = (read_line(line) for line in path.read_bytes().splitlines())
-    return [line for line in lines if line is not None]
-
-
 def truncate(
     path: Path, update: int, keep_rewinds: bool = False, of_update: Sequence[str] | None = None
 ) -> int:

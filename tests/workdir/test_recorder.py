@@ -8,11 +8,12 @@ import types
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 from test_metrics import GARBAGE
+from tiny_run import lines_of
 
 from llmjax import progress
 from llmjax.progress import format_count, format_seconds
 from llmjax.tasks.language_model import LanguageModel
-from llmjax.workdir.recorder import Recorder, read_metrics, truncate
+from llmjax.workdir.recorder import Recorder, truncate
 
 SCORES = LanguageModel.scores
 
@@ -48,7 +49,7 @@ def test_a_resumed_record_equals_one_that_never_stopped(tmp_path, capsys):
     record(tmp_path / "parts", 5, 9, 4)
     whole, parts = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
-    assert [line["update"] for line in read_metrics(tmp_path / "parts") if line["kind"] == "train"] == [
+    assert [line["update"] for line in lines_of(tmp_path / "parts") if line["kind"] == "train"] == [
         *range(1, 10)
     ]
 
@@ -64,7 +65,7 @@ def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path):
 def test_lines_are_on_disk_as_soon_as_they_are_recorded(tmp_path):
     recorder = Recorder(tmp_path, resume_update=0, num_tokens=2, tokens_per_update=1)
     recorder.train(1, values(1))
-    assert [line["update"] for line in read_metrics(tmp_path)] == [1]
+    assert [line["update"] for line in lines_of(tmp_path)] == [1]
     recorder.close()
 
 
@@ -73,7 +74,7 @@ def test_numbers_that_json_lacks_are_written_as_words(tmp_path, capfd):
         recorder.train(1, {"tokens": 1, "loss": math.nan, "grad_norm": math.inf, "low": -math.inf})
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert (line["loss"], line["grad_norm"], line["low"]) == ("nan", "inf", "-inf")
-    (line,) = read_metrics(tmp_path)
+    (line,) = lines_of(tmp_path)
     assert math.isnan(line["loss"]) and line["grad_norm"] == math.inf and line["kind"] == "train"
     assert capfd.readouterr().err == ""
 

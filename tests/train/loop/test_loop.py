@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from param_axes import BY_NAME
+from tiny_run import lines_of
 
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
@@ -38,7 +39,7 @@ from llmjax.train.steering.spikes import StabilityConfig
 from llmjax.train.steering.steering import Steering
 from llmjax.train.update.fused import Fused
 from llmjax.train.update.in_place import InPlace
-from llmjax.workdir.recorder import TIMING, Recorder, read_metrics
+from llmjax.workdir.recorder import TIMING, Recorder
 
 ROOT = pathlib.Path(__file__).parents[3]
 STEPS, SIZE, LENGTH, NUM_UPDATES = 2, 4, 8, 12
@@ -194,7 +195,7 @@ def start_or_resume(workdir, run, every=3, sharding=None, stop=None, **config):
 
 def lines(workdir):
     """The record without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(workdir)]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines_of(workdir)]
 
 
 def saved_updates(workdir):
@@ -231,7 +232,7 @@ def test_the_record_has_a_line_for_every_update_and_evaluation(whole):
     result, workdir = whole
     assert result.position.update == NUM_UPDATES and not result.stopped
     assert result.position.cursor == NUM_UPDATES * STEPS * SIZE
-    record = read_metrics(workdir)
+    record = lines_of(workdir)
     updates = [line["update"] for line in record if line["kind"] == "train"]
     assert updates == list(range(1, NUM_UPDATES + 1))
     assert [line["update"] for line in record if line["kind"] == "evaluate"] == [4, 8, 12]
@@ -337,7 +338,7 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_counted_and_named(tmp_path
     )
     result = start_or_resume(tmp_path, run)
     assert result.position.update == NUM_UPDATES
-    record = read_metrics(tmp_path)
+    record = lines_of(tmp_path)
     (event,) = [line for line in record if line["kind"] == "event"]
     assert event["text"] == (
         "micro-step 2 of 2 of update 5 was not finite and left out; the guilty of 36 to 39; documents 36 to 39, "
@@ -367,12 +368,12 @@ def test_a_run_of_nothing_but_failures_stops_and_saves_none_of_it(tmp_path):
     with pytest.raises(TrainingFailed, match=message):
         start_or_resume(tmp_path, run, every=1)
     assert saved_updates(tmp_path) == [3, 4]
-    train_lines = [line for line in read_metrics(tmp_path) if line["kind"] == "train"]
+    train_lines = [line for line in lines_of(tmp_path) if line["kind"] == "train"]
     assert [line["update"] for line in train_lines if line.get("skipped")] == [5, 6, 7]
     assert np.isnan(train_lines[-1]["loss"])
     result = start_or_resume(tmp_path, make_run(), every=1)  # with the data mended
     assert result.position.update == NUM_UPDATES
-    assert all(np.isfinite(line["loss"]) for line in read_metrics(tmp_path) if line["kind"] == "train")
+    assert all(np.isfinite(line["loss"]) for line in lines_of(tmp_path) if line["kind"] == "train")
 
 
 def test_a_held_out_loss_that_is_not_finite_stops(tmp_path):
@@ -418,7 +419,7 @@ def test_a_size_changed_in_mid_update_is_that_of_the_next_update(tmp_path):
 def test_a_batch_schedule_ends_the_run_at_its_tokens_and_keeps_its_cadences(tmp_path):
     run = make_run(num_updates=6, points=("0:32", "128:160"), evaluate_every=2)
     result = start_or_resume(tmp_path, run, every=0)
-    record = read_metrics(tmp_path)
+    record = lines_of(tmp_path)
     steps = [line["accumulation_steps"] for line in record if line["kind"] == "train"]
     assert steps == [1, 1, 1, 1, 5, 3] and result.position.tokens == 6 * 64  # the last is cut
     assert [line["tokens"] for line in record if line["kind"] == "evaluate"] == [128, 288, 384]
@@ -441,7 +442,7 @@ def test_the_length_follows_from_the_tokens_seen_and_batches_go_on_at_the_cursor
     run = make_run(num_updates=10, steering={"lengths": LENGTHS}, make_batches=batches)
     whole = start_or_resume(tmp_path / "whole", run)
     assert opened == [(0, 2), (4 * STEPS * SIZE, 8), (7 * STEPS * SIZE, 4)]
-    record = [line for line in read_metrics(tmp_path / "whole") if line["kind"] == "train"]
+    record = [line for line in lines_of(tmp_path / "whole") if line["kind"] == "train"]
     assert [line["seq_len"] for line in record] == [2] * 4 + [8] * 3 + [4] * 3
     assert {line["accumulation_steps"] for line in record} == {STEPS}
     # The step compiles while the update before is under way: the time of that one would not be its own.
@@ -492,7 +493,7 @@ SPIKE = {"num_updates": 30, "make_batches": scaled_batches(160, 168, 30.0), "eva
 def test_a_spike_is_warned_of_or_skipped(tmp_path, on_spike):
     run = make_run(**SPIKE, steering={"on_spike": on_spike, "warmup_updates": 10})
     start_or_resume(tmp_path, run)
-    record = read_metrics(tmp_path)
+    record = lines_of(tmp_path)
     events = [line for line in record if line["kind"] == "event"]
     updates = [line["update"] for line in events]
     assert updates[:1] == ([] if on_spike == "none" else [21])
@@ -508,7 +509,7 @@ def test_a_rewind_goes_back_to_the_checkpoint_and_on_after_the_spike(tmp_path):
     result = start_or_resume(tmp_path, run, every=6)
     assert result.position.update == 30 and result.position.tokens == 30 * 64
     assert result.position.cursor == (30 + 3) * STEPS * SIZE  # updates 19 to 21 were made of later data
-    record = read_metrics(tmp_path)
+    record = lines_of(tmp_path)
     assert [line["update"] for line in record if line["kind"] == "train"] == [*range(1, 31)]
     (event,) = [line for line in record if line["kind"] == "event"]
     assert event["event"] == "rewind" and event["update"] == 18
@@ -568,13 +569,13 @@ def test_statistics_are_recorded_at_their_cadence(tmp_path):
         num_updates=6, statistics_every=2, statistics=lambda state, batch: {"w": state.params["w"].tolist()}
     )
     start_or_resume(tmp_path, run)
-    found = [line for line in read_metrics(tmp_path) if line["kind"] == "statistics"]
+    found = [line for line in lines_of(tmp_path) if line["kind"] == "statistics"]
     assert [line["update"] for line in found] == [2, 4, 6] and len(found[0]["w"]) == LENGTH
 
 
 def test_mfu_is_recorded_where_the_peak_is_known(tmp_path):
     start_or_resume(tmp_path, make_run(num_updates=2, flops_per_token={LENGTH: 10.0}, peak_flops=100.0))
-    line = [line for line in read_metrics(tmp_path) if line["kind"] == "train"][1]
+    line = [line for line in lines_of(tmp_path) if line["kind"] == "train"][1]
     assert line["mfu"] == 10.0 * line["tokens_per_second"] / 100.0
 
 
@@ -645,7 +646,7 @@ def start_program(workdir, **variables):
 
 def wait_for_lines(workdir, count, process):
     deadline = time.monotonic() + 120
-    while len(read_metrics(workdir)) < count and process.poll() is None and time.monotonic() < deadline:
+    while len(lines_of(workdir)) < count and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
