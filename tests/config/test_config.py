@@ -1,5 +1,6 @@
 """Every config file reads, every key has one owner, and every mistake gets one sentence with key, value and remedy."""
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -299,3 +300,14 @@ def test_every_key_that_moved_is_read_under_its_old_name_and_told_by_its_new_one
             set_key(saved, before, ["1"])
     assert not old.pop("compute")
     assert complete_config(old, tmp_path) == saved
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "llmjax").rglob("*.py")), ids=lambda path: path.name)
+def test_the_keys_that_sentences_name_are_keys_of_the_config(path):
+    """A key that has moved, and that a message still calls by its old name, sends its reader to nothing."""
+    known = load()
+    sections = "|".join(name for name, values in known.items() if isinstance(values, dict))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for section, key in re.findall(rf"(?<![\w./])({sections})\.([a-z_0-9]+)=", node.value):
+                assert key in known[section], f"{section}.{key}"

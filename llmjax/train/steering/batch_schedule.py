@@ -74,7 +74,7 @@ def resolve_batch(
     for key, value in (("micro_batch_size", micro_batch_size), ("accumulation_steps", accumulation_steps)):
         if value and sequences % value:
             raise UserError(
-                f"train.{key}={value} does not divide the {sequences} sequences of an update ({cut}); "
+                f"compute.{key}={value} does not divide the {sequences} sequences of an update ({cut}); "
                 "use a divisor"
             )
     steps = accumulation_steps or (sequences // micro_batch_size if micro_batch_size else 1)
