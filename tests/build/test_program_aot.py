@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from configs import base
-from llmjax.build import program as build_program
+from llmjax.build import model
+from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.plan.topology import topology_devices
@@ -73,7 +74,7 @@ def make_program(devices, **changes):
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     raw.update_from_flattened_dict({**TINY, **changes})
     config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
-    return build_program.make_program(config, derived, config.tokenizer.vocab_size, devices)
+    return make_program(config, derived, config.tokenizer.vocab_size, devices)
 
 
 def tpus(mesh, generation):
@@ -109,9 +110,7 @@ class TestAheadOfTime:
 @pytest.mark.parametrize("accumulation, gather", WAYS)
 def test_a_train_step_lowers_for_gpus(accumulation, gather, mesh, monkeypatch):
     """Without a GPU, for a mesh of CPU devices, with the kernel that GPUs get."""
-    monkeypatch.setattr(
-        build_program, "choose_kernel", lambda model, platform: ("pallas_gpu", "as the test says")
-    )
+    monkeypatch.setattr(model, "choose_kernel", lambda name, platform: ("pallas_gpu", "as the test says"))
     devices = jax.devices()[: math.prod(MESHES[mesh].values())]
     settings = {"compute.engine": accumulation, "compute.gather": gather}
     program = make_program(devices, **settings, **MESHES[mesh])
