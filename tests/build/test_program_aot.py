@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from llmjax.build import model
-from llmjax.build.program import make_program
+from llmjax.build import program as build_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.plan.topology import topology_devices
@@ -74,7 +74,7 @@ def make_program(devices, **changes):
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     raw.update_from_flattened_dict({**TINY, **changes})
     config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
-    return make_program(config, derived, config.tokenizer.vocab_size, devices)
+    return build_program.make_program(config, derived, config.tokenizer.vocab_size, devices)
 
 
 def tpus(mesh, generation):
