@@ -116,7 +116,7 @@ def _keys(config: dict[str, Any]) -> list[str]:
     return keys
 
 
-def _value(old: object, key: str, texts: Sequence[str]) -> object:
+def _value(old: Any, key: str, texts: Sequence[str]) -> object:
     if isinstance(old, list | tuple):
         return tuple(part for text in texts for part in _strings(text))
     text = texts[-1]
@@ -142,7 +142,8 @@ def _strings(text: str) -> tuple[str, ...]:
 
 def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """The words that are not --config.KEY=VALUE or --config.KEY VALUE, and the values of those that are, by key."""
-    words, overrides = [], {}
+    words: list[str] = []
+    overrides: dict[str, list[str]] = {}
     rest = iter(argv)
     for word in rest:
         match = re.fullmatch(r"--?config\.([^=]*)(=?)(.*)", word, re.S)

@@ -10,7 +10,8 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -52,7 +53,7 @@ class Progress:
                 leave=True,
             )
 
-    def train(self, update: int, values: dict[str, float]) -> None:
+    def train(self, update: int, values: Mapping[str, Any]) -> None:
         """Shows one update; `values` are those of the metrics file."""
         speed = values.get("tokens_per_second")
         if speed is not None:
@@ -65,13 +66,13 @@ class Progress:
         elif self._is_due(values["tokens"]):
             self.say(f"{self._where(update, values)}  {text}")
 
-    def evaluate(self, update: int, values: dict[str, float]) -> None:
+    def evaluate(self, update: int, values: Mapping[str, float]) -> None:
         """Shows the result of an evaluation on a line of its own."""
         labels = {score.name: score.label.removeprefix("held-out ") for score in self._scores}
         parts = [f"{label} {values[name]:.4f}" for name, label in labels.items() if name in values]
         self.say(f"{self._where(update, values)}  held-out " + "  ".join(parts))
 
-    def _where(self, update: int, values: dict[str, float]) -> str:
+    def _where(self, update: int, values: Mapping[str, float]) -> str:
         """`update 3/400`; where updates are of another size, `update 3, 1% of the tokens`."""
         if values["tokens"] == update * self._unit:
             return f"update {update}/{self._num_tokens // self._unit}"
@@ -101,7 +102,7 @@ class Progress:
         self._printed, self._shown = now, True
         return True
 
-    def _describe(self, values: dict[str, float]) -> str:
+    def _describe(self, values: Mapping[str, float]) -> str:
         text = f"loss {values['loss']:.4f}"
         if self._speed:
             left = (self._num_tokens - values["tokens"]) / self._speed

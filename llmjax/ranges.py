@@ -71,7 +71,8 @@ def check_ranges(section: str, config: Any) -> None:
     `section` is the name of the config's section, "" for keys outside of all sections.
     """
     prefix = f"{section}." if section else ""
-    for key, bounds in ranges(type(config)).items():
+    cls: type = type(config)
+    for key, bounds in ranges(cls).items():
         value = getattr(config, key)
         if isinstance(value, tuple):
             for each in value:

@@ -44,10 +44,11 @@ class StageProgress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         if not (hosts.is_primary() and sys.stderr.isatty()):
             return
-        if stage != self._stage:
+        bar = self._bar
+        if bar is None or stage != self._stage:
             self.__exit__()
             self._stage = stage
-            self._bar = tqdm(
+            self._bar = bar = tqdm(
                 total=total,
                 desc=stage,
                 unit="B",
@@ -56,4 +57,4 @@ class StageProgress:
                 dynamic_ncols=True,
                 bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} ETA {remaining}",
             )
-        self._bar.update(done - self._bar.n)
+        bar.update(done - bar.n)

@@ -79,19 +79,20 @@ def make_corpus(
     """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
     data, cache = config.data, cache_directory(config)
     files = list_sources(data.sources)
-    reading = {"text_field": data.text_field, "on_bad_text": data.on_bad_text}
     tokenizer = cached_tokenizer(
         cache,
         config.tokenizer,
         files,
-        **reading,
+        text_field=data.text_field,
+        on_bad_text=data.on_bad_text,
         progress=functools.partial(progress, "training the tokenizer"),
     )
     store = cached_store(
         cache,
         files,
         tokenizer,
-        **reading,
+        text_field=data.text_field,
+        on_bad_text=data.on_bad_text,
         num_workers=data.num_workers or os.cpu_count() or 1,
         progress=functools.partial(progress, "tokenizing"),
     )

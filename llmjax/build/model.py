@@ -37,6 +37,7 @@ def batch_shards(layout: Layout) -> tuple[int, int]:
 
 def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout) -> Model:
     """The model of a resolved `config`."""
+    assert layout.mesh is not None  # a program always has one
     kernel, _ = choose_kernel(config.compute.kernel, layout.mesh.devices.flat[0].platform)
     family = FAMILIES[config.model.family]
     attend = make_attend(kernel, derived.sharing)

@@ -42,7 +42,7 @@ from llmjax.train.update.state import (
     state_around,
 )
 from llmjax.train.update.statistics import make_statistics
-from llmjax.train.update.step import TrainStep, make_eval_step
+from llmjax.train.update.step import make_eval_step
 from llmjax.types import Batch, LossSums, Params
 
 
@@ -57,7 +57,7 @@ class Program:
     engine: Engine
     steering: Steering
     param_specs: Params
-    train_step: TrainStep
+    train_step: jax.stages.Wrapped  # a TrainStep
     eval_step: Callable[[Params, Batch], LossSums]
     statistics: Callable[[Params, Batch], dict]
     token_losses: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]

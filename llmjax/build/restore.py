@@ -104,7 +104,9 @@ def initial_params(program: Program) -> tuple[int, Params]:
     """Update and parameters of the checkpoint that checkpoint.init_from and checkpoint.init_checkpoint name."""
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
-    trained_with = read_optimizer(saved_config(source), source)
+    saved = saved_config(source)
+    assert saved is not None  # otherwise checkpoint.init_from is refused before
+    trained_with = read_optimizer(saved, source)
     if trained_with != config.optimizer:  # which may keep the parameters to go on from in its state
         config = dataclasses.replace(config, optimizer=trained_with)
         program = make_program(

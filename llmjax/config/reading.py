@@ -84,7 +84,8 @@ def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[st
                 f"{path} has the key {prefix}{key}, which this version of llmjax does not know"
                 f"{did_you_mean(key, fields)}; use the version that wrote it"
             )
-    hints, values = _hints(cls), {}
+    hints = _hints(cls)
+    values: dict[str, Any] = {}
     for key, field in fields.items():
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _complete_section(hints[key], saved.get(key, {}), prefix + key, path)
@@ -114,7 +115,7 @@ def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
         )
     values = {}
     for key, hint in hints.items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(raw[key], Mapping):
                 raise UserError(
                     f"config key {prefix}{key}={shown(raw[key])} must be a section of keys; start from configs/base.py"

@@ -73,7 +73,7 @@ def _checksum(path: Path) -> int:
     """CRC-32 of a file; of nothing, which cannot be mapped, 0."""
     if not path.stat().st_size:
         return 0
-    return zlib.crc32(np.memmap(path, np.uint8, "r"))
+    return zlib.crc32(np.memmap(path, np.uint8, "r").data)
 
 
 def block_checksums(path: Path) -> np.ndarray:
@@ -115,7 +115,8 @@ class CheckedArray:
         size = 1 << self._shift
         for block in range(first, last):
             if self._unchecked[block]:
-                if zlib.crc32(self._array[block * size : (block + 1) * size]) != self._checksums[block]:
+                found = zlib.crc32(self._array[block * size : (block + 1) * size].data)
+                if found != self._checksums[block]:
                     at = f"{block * BLOCK_BYTES} to {(block + 1) * BLOCK_BYTES}"
                     raise DamagedError(
                         f"{self._what} is damaged ({self._name} between bytes {at} is not what was written)"

@@ -17,7 +17,8 @@ Cache = Any  # what a family keeps of the tokens that it has read: a pytree that
 class Model(Protocol):
     """A language model. `params` is a nested dict of plain arrays; `axes()` names their dimensions."""
 
-    layout: Layout
+    @property
+    def layout(self) -> Layout: ...
 
     @property
     def vocab_size(self) -> int:

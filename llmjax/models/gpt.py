@@ -127,6 +127,10 @@ class GPT:
         x_BTD = positions.add(x_BTD, positions_BT, tables["positions_TD"] if positions.table else None)
         return self.layout.constrain(x_BTD.astype(c.dtype), "batch", "length", None)
 
+    def _normalize(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+        hidden_BTD: Any = self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
+        return hidden_BTD
+
     def _mask(self, batch: Batch) -> Mask:
         """The mask. Segments and positions of whole rows are brought to every device once, for all layers."""
         whole = (self.layout.constrain(x, "batch", None) for x in (batch.segments, batch.positions))
@@ -149,7 +153,7 @@ class GPT:
             )
         turn = self._turn(batch.positions)
         x_BTD = run_stack(self._block, params["layers"], x_BTD, turn, mask, keys_BT=keys_BT, specs=specs)
-        return Output(self._final_norm.apply({"params": params["final_norm"]}, x_BTD))
+        return Output(self._normalize(params, x_BTD))
 
     def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
@@ -190,7 +194,7 @@ class GPT:
             (cache.k_LBSKH, cache.v_LBSKH),
             slot,
         )
-        hidden_BTD = self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
+        hidden_BTD = self._normalize(params, x_BTD)
         head = Head(self._output_table(params), softcap=c.logit_softcap)  # tokens are few: it stays split
         cache = dataclasses.replace(cache, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
         return head_logits(hidden_BTD, head), cache

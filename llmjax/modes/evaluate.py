@@ -72,6 +72,7 @@ def run(request: Request) -> int:
 
 def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watch = iter) -> dict[str, float]:
     """The task's scores over every held-out target; `watch` sees the batches go by."""
+    assert corpus.held_out is not None  # who calls this has looked
     size = program.config.evaluate.batch_size or program.batch.micro_batch_size
     with program.placement.batches(
         corpus.held_out, stop=corpus.held_out_plan.num_rows, batch_size=size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -87,7 +88,7 @@ def on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable
     def split(
         q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, sinks_N: jax.Array | None
     ) -> jax.Array:
-        whole = spec("batch", None)
+        whole: Any = spec("batch", None)  # in the place of an array
         heads, kv_heads = (spec("batch", "length", name, None) for name in ("heads", "kv_heads"))
         mask_specs = dataclasses.replace(
             mask, q_segments_BT=whole, q_positions_BT=whole, k_segments_BS=whole, k_positions_BS=whole

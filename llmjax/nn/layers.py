@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,16 +26,21 @@ def matrix(
 ) -> jax.Array:
     """A parameter drawn from N(0, std^2), held in float32 and handed out in `dtype`, its dimensions named by `axes`."""
     init = nn.with_logical_partitioning(jax.nn.initializers.normal(std), axes)
-    return module.param(name, init, shape, jnp.float32).astype(dtype)
+    return _param(module, name, init, shape).astype(dtype)
 
 
 def vector(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], value: float
 ) -> jax.Array:
     """A float32 parameter that starts constant: scales at 1, biases at 0. Never decayed."""
-    return module.param(
-        name, nn.with_logical_partitioning(jax.nn.initializers.constant(value), axes), shape, jnp.float32
-    )
+    init = nn.with_logical_partitioning(jax.nn.initializers.constant(value), axes)
+    return _param(module, name, init, shape)
+
+
+def _param(module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...]) -> jax.Array:
+    # The box that `init` puts it into is off, although flax's types do not say so.
+    unboxed: Any = module.param(name, init, shape, jnp.float32)
+    return unboxed
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ def _nothing(x_BTD: jax.Array, positions_BT: jax.Array, table_TD: jax.Array | No
 
 
 def _learned(x_BTD: jax.Array, positions_BT: jax.Array, table_TD: jax.Array | None) -> jax.Array:
+    assert table_TD is not None  # its line in POSITIONS says `table`
     return x_BTD + jnp.take(table_TD, positions_BT, axis=0, mode="clip")
 
 

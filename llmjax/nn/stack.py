@@ -68,6 +68,7 @@ class Block(nn.Module):
         """The layer's output; with `cached` keys and values, this call's own are written into them at `slot`."""
         q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD, turn)
         if cached is not None:
+            assert slot is not None  # it comes with them
             k_BSKH, v_BSKH = write(cached[0], k_BSKH, slot), write(cached[1], v_BSKH, slot)
         out_BTNH = self.meet(q_BTNH, k_BSKH, v_BSKH, mask, Layout() if cached is not None else self.layout)
         out = self.finish(x_BTD, out_BTNH, keys_BT, layer)
@@ -100,7 +101,13 @@ def unstack(stacked: Any, n: int) -> list[Any]:
     padded arrays."""
     leaves, treedef = jax.tree.flatten(stacked)
     slices = [jax.lax.split(leaf, (1,) * n) for leaf in leaves]
-    return [treedef.unflatten([jnp.squeeze(s[i], 0) for s in slices]) for i in range(n)]
+    return [jax.tree.unflatten(treedef, [jnp.squeeze(s[i], 0) for s in slices]) for i in range(n)]
+
+
+def _output(block: Block, params: Params, *args: Any) -> BlockOutput:
+    """What the block makes of `args` with these parameters; flax's types cannot say that this is all it gives."""
+    output: Any = block.apply({"params": params}, *args)
+    return output
 
 
 def run_stack(
@@ -119,14 +126,16 @@ def run_stack(
     """
     c, compute = block.config, block.compute
 
-    def body(x_BTD: jax.Array, scanned: tuple[Params, jax.Array], window: int) -> tuple[jax.Array, None]:
+    def body(
+        x_BTD: jax.Array, scanned: tuple[Params, int | jax.Array], window: int
+    ) -> tuple[jax.Array, None]:
         near = dataclasses.replace(mask, window=window)
 
         def layer(x_BTD: jax.Array, layer_params: Params, i: int | jax.Array) -> jax.Array:
             x_BTD = checkpoint_name(x_BTD, RESIDUAL)
             if compute.tile:
                 return _tiled_layer(block, layer_params, specs, x_BTD, turn, near, keys_BT, i)
-            return block.apply({"params": layer_params}, x_BTD, turn, near, keys_BT, i).x_BTD
+            return _output(block, layer_params, x_BTD, turn, near, keys_BT, i).x_BTD
 
         return remat(layer, compute.remat, compute.offload)(x_BTD, *scanned), None
 
@@ -163,7 +172,7 @@ def _tiled_layer(
         return {name: tree[name] for name in names}
 
     tiles = functools.partial(by_tiles, layout=block.layout, tile=block.compute.tile, dtype=c.dtype)
-    names = ("attention_norm", "attention")
+    names: tuple[str, ...] = ("attention_norm", "attention")
     q, k, v = tiles(project, of(params, *names), of(specs, *names), (x_BTD, turn))
     out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="meet")
     # In a scan the number of the layer is a traced value. The function within jax.shard_map must not close over one, so
@@ -201,7 +210,7 @@ def _scan_layers(
     looped, collected = L // period * period, []
     leaves, treedef = jax.tree.flatten(stacked)
     loop, rest = (
-        treedef.unflatten(x) for x in zip(*(jax.lax.split(y, (looped, L - looped)) for y in leaves))
+        jax.tree.unflatten(treedef, x) for x in zip(*(jax.lax.split(y, (looped, L - looped)) for y in leaves))
     )
     if looped:
         periods = jax.tree.map(lambda y: y.reshape(-1, period, *y.shape[1:]), loop)
@@ -227,7 +236,7 @@ def decode_stack(
     def body(x: jax.Array, scanned: tuple[Params, KeyValue], window: int) -> tuple[jax.Array, KeyValue]:
         layer_params, cached = scanned
         near = dataclasses.replace(mask, window=window)
-        out = block.apply({"params": layer_params}, x, turn, near, None, 0, cached, slot)
+        out = _output(block, layer_params, x, turn, near, None, 0, cached, slot)
         return out.x_BTD, out.kv
 
     return _scan_layers(block.config, body, x_BTD, (params, cached_LBSKH))
@@ -251,7 +260,7 @@ def measure_stack(
 
     def body(x: jax.Array, layer_params: Params, window: int) -> tuple[jax.Array, dict[str, jax.Array]]:
         near = dataclasses.replace(mask, window=window)
-        out = block.apply({"params": layer_params}, x, turn, near)
+        out = _output(block, layer_params, x, turn, near)
         measured = {
             "residual_rms": rms(out.x_BTD),
             "attention_rms": rms(out.attention_BTD),

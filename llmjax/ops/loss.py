@@ -144,10 +144,10 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _on_platform(settings: tuple, gradients: bool, *arrays: jax.Array | None) -> tuple:
-    *settings, chunking = settings
+    softcap, z_loss, shards, chunking = settings
 
     def by(chunking: Chunking) -> Callable[..., tuple]:
-        return functools.partial(_walk, chunking, *settings, gradients)
+        return functools.partial(_walk, chunking, softcap, z_loss, shards, gradients)
 
     if chunking is not None:
         return by(chunking)(*arrays)
@@ -219,7 +219,7 @@ class _Cut:
         shard, place = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (self.z, self.z + 1))
         return shard * self.ids + start + place == self.by_id(self.by_shard(targets_XYC))
 
-    def over_blocks(self, body: Callable, carry: tuple) -> tuple:
+    def over_blocks(self, body: Callable, carry: Any) -> Any:
         """`body(number of the block, its first id, how many, carry) -> carry`, for one after the other."""
         count, rest = divmod(self.ids, self.block)
         if count == 1:
@@ -291,7 +291,7 @@ def _walk(
         dh_XYCD = jnp.einsum(f"{cut.order},ZVD->XYCD", dlogits, _cast(w, dtype))
         return sums, jax.lax.dynamic_update_index_in_dim(dh, dh_XYCD, i, 2), dw, dbias, dlogits, kept[1]
 
-    carry = ({name: jnp.zeros([]) for name in ("loss", "accuracy", *(("z_loss",) if z_loss else ()))},)
+    carry: tuple = ({name: jnp.zeros([]) for name in ("loss", "accuracy", *(("z_loss",) if z_loss else ()))},)
     if gradients:
         numerators, references = cut.zeros(cut.order, dtype), cut.zeros(f"L{cut.states}", L=cut.num_blocks)
         dbias = None if bias_ZV is None else cut.zeros("XYZV")

@@ -43,7 +43,7 @@ def together(act: Callable[[], Value]) -> Value:
 
     `act` must not communicate with other processes.
     """
-    result, error = None, None
+    error: Exception | None = None
     try:
         result = act()
     except Exception as raised:

@@ -198,7 +198,7 @@ def local_batch_rows(sharding: Sharding, global_batch: int) -> np.ndarray:
             f"a batch of {global_batch} sequences does not divide over the mesh {_describe(sharding)}; "
             "make it a multiple of data x fsdp"
         ) from error
-    rows = [np.arange(global_batch)[index[0]] for index in indices]
+    rows = [np.arange(global_batch)[index[0]] for index in indices if index is not None]
     return np.unique(np.concatenate(rows)).astype(np.int64)
 
 
@@ -227,7 +227,8 @@ def make_global(
     if jax.process_count() == 1:
         return jax.device_put(local_array, sharding)
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # only those devices are asked for that hold a part
         rows = np.arange(global_shape[axis])[index[axis]]
         mine = np.take(local_array, np.searchsorted(local_rows, rows), axis)
         return mine[(*index[:axis], slice(None), *index[axis + 1 :])]

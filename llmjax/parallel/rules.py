@@ -109,7 +109,8 @@ class Layout:
     manual: tuple[str, ...] = ()
 
     def sharding(self, *names: str | None) -> NamedSharding:
-        """The sharding of an array whose dimensions are called `names`."""
+        """The sharding of an array whose dimensions are called `names`; only with a mesh."""
+        assert self.mesh is not None
         return NamedSharding(self.mesh, self._spec(names))
 
     def _spec(self, names: tuple[str | None, ...]) -> PartitionSpec:

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -110,7 +111,7 @@ def topology_devices(name: str) -> list[jax.Device]:
         os.environ.setdefault(key, value)
     from jax.experimental import topologies
 
-    settings = {"chip_config_name": generation.config} if generation.config else {}
+    settings: dict[str, Any] = {"chip_config_name": generation.config} if generation.config else {}
     settings |= {"num_slices": topology.slices} if topology.slices > 1 else {}
     settings["chips_per_host_bounds"] = [*(math.gcd(size, HOST) for size in topology.shape[:2]), 1]
     shape = "x".join(map(str, topology.shape[: generation.dimensions]))

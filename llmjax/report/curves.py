@@ -226,7 +226,10 @@ def _measure_chart(
 ) -> charts.Chart:
     train_x, values = _present(metrics.train, key, train_x)
     values = measure.scale * values
-    lines = (charts.Curve("each", "raw", train_x, values), _smoothed(values, train_x)[0])
+    lines: tuple[charts.Curve, ...] = (
+        charts.Curve("each", "raw", train_x, values),
+        _smoothed(values, train_x)[0],
+    )
     if not measure.noisy:
         lines = (charts.Curve(measure.title, "train", train_x, values),)
     fields = {

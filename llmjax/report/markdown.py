@@ -32,7 +32,9 @@ def _fence_after(line: str, fence: str) -> str:
 
 def to_html(text: str) -> str:
     """Headings, paragraphs and fenced code as HTML; all else stays as it is written, escaped."""
-    parts, block, fence = [], [], ""
+    parts: list[str] = []
+    block: list[str] = []
+    fence = ""
 
     def close(tag: str) -> None:
         content = html.escape("\n".join(block))

@@ -31,8 +31,12 @@ def _position(of: object) -> Drawn | None:
 
 
 def _context(of: object) -> Drawn | None:
-    counts = [number(of.get(key)) if isinstance(of, dict) else None for key in ("targets", "documents")]
-    which = "{:,.0f} targets of {:,.0f} documents".format(*counts) if None not in counts else "targets"
+    targets, documents = (
+        number(of.get(key)) if isinstance(of, dict) else None for key in ("targets", "documents")
+    )
+    which = "targets"
+    if targets is not None and documents is not None:
+        which = f"{targets:,.0f} targets of {documents:,.0f} documents"
     note = f"The same {which} at every length, each predicted from that many tokens before it at most."
     axis = "context", "tokens of context"
     return _over_log2(of, "length", "loss", axis, "Loss by context", "nats per token", "heldout", note=note)
@@ -43,9 +47,19 @@ def _copy(of: object) -> Drawn | None:
     note = "How many tokens are known when random ones come again."
     note += f" Guessing: {chart_axes.format_number(100 * chance, 2)}%." if chance is not None else ""
     axis = "distance", "tokens since the first copy"
-    bounds = {"floor": 0, "ceiling": 100, "suffix": "%"}
     return _over_log2(
-        of, "distance", "accuracy", axis, "Copying", "of random tokens", "train", 100, note=note, **bounds
+        of,
+        "distance",
+        "accuracy",
+        axis,
+        "Copying",
+        "of random tokens",
+        "train",
+        100,
+        note=note,
+        floor=0,
+        ceiling=100,
+        suffix="%",
     )
 
 
@@ -72,7 +86,8 @@ def _over_log2(
     if not all(isinstance(each, list) for each in lists):
         return None
     pairs = ((number(a), number(b)) for a, b in zip(*lists))
-    points = sorted((a, b) for a, b in pairs if None not in (a, b) and a >= 0 and math.isfinite(a + b))
+    known = ((a, b) for a, b in pairs if a is not None and b is not None)
+    points = sorted((a, b) for a, b in known if a >= 0 and math.isfinite(a + b))
     if not points:
         return None
     at = np.log2([a or 0.5 for a, _ in points])
@@ -136,7 +151,8 @@ def _cell(choice: float, exact: float, chance: float) -> str:
 def _numbers(value: object) -> list[float]:
     """The numbers of a list; none where it holds anything else."""
     numbers = [number(each) for each in value] if isinstance(value, list) else []
-    return [] if None in numbers or not all(map(math.isfinite, numbers)) else numbers
+    known = [n for n in numbers if n is not None and math.isfinite(n)]
+    return known if len(known) == len(numbers) else []
 
 
 def _rows(value: object, height: int, width: int) -> list[list[float]]:

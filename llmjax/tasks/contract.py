@@ -32,7 +32,8 @@ class Totals:
 class Task(Protocol):
     """A task. `scores` are those of its evaluation; the first one says which checkpoint is the best."""
 
-    scores: tuple[Score, ...]
+    @property
+    def scores(self) -> tuple[Score, ...]: ...
 
     def make_loss(
         self, model: Model, *, z_loss: float, shards: tuple[int, int] = (1, 1), vocab_shards: int = 1

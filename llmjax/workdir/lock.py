@@ -105,6 +105,7 @@ class Lock:
         """An open file that keeps the lock."""
         while True:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            is_handed_over = False
             try:
                 kept = self._wait_for_the_other(file)
                 if not _is_at(file, self._path):
@@ -116,10 +117,10 @@ class Lock:
                     if _read(self._path) != self._me:
                         raise self._refusal(_read(self._path))
                 if _is_at(file, self._path):
-                    kept_file, file = file, None
-                    return kept_file
+                    is_handed_over = True
+                    return file
             finally:
-                if file is not None:
+                if not is_handed_over:
                     os.close(file)
 
     def _wait_for_the_other(self, file: int) -> bool:

@@ -73,13 +73,15 @@ def spread(lengths: np.ndarray, seq_len: int, shards: int, block: int) -> tuple[
     block = min(block, max(1, capacity // 8))
     work = lengths * (lengths + block) / 2.0
     row = Row(lengths, work, _room(seq_len - int(lengths.sum()), capacity, shards, block), block)
-    best, least = None, np.inf
+    best: tuple[Cuts, np.ndarray] | None = None
+    least = np.inf
     for bound, size in sorted((_bound(row, size), size) for size in _divisors(shards)):
         if bound < least:
             cuts, places = _arrange(row, size)
             cost = _cost(work_of(cuts, shards, capacity, block), capacity)
             if cost < least:
                 best, least = (cuts, places), cost
+    assert best is not None  # the first size always has a finite cost
     return best
 
 
@@ -294,8 +296,8 @@ def _pour(
     edges = np.unique(np.concatenate([ends, stops, [0]]))
     start, stop = edges[:-1], edges[1:]
     number = np.searchsorted(ends, start, "right") - 1
-    shard = np.searchsorted(stops, start, "right")
-    return Cuts(documents[number], start - ends[number], stop - ends[number], shard), width
+    of_shard = np.searchsorted(stops, start, "right")
+    return Cuts(documents[number], start - ends[number], stop - ends[number], of_shard), width
 
 
 def _cut(

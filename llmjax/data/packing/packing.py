@@ -25,7 +25,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -212,7 +212,7 @@ def _stable_order(values: np.ndarray) -> np.ndarray:
     return order
 
 
-def hash_integers(values: np.ndarray, key: int) -> np.ndarray:
+def hash_integers(values: np.ndarray | Sequence[int], key: int) -> np.ndarray:
     """uint64 hashes of integers under an integer key, one to one in `values` (splitmix64's finaliser)."""
     x = np.array(values, np.uint64) ^ np.uint64((key + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
     x ^= x >> np.uint64(30)
@@ -251,8 +251,8 @@ def _feistel(values: np.ndarray, side: np.uint64, keys: tuple[int, ...]) -> np.n
 
 def _fingerprint(predictions: np.ndarray, doc_ids: np.ndarray, seq_len: int, seed: int) -> str:
     digest = hashlib.blake2b(json.dumps([FORMAT, seq_len, seed]).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(predictions))
-    digest.update(np.ascontiguousarray(doc_ids))
+    digest.update(np.ascontiguousarray(predictions).data)
+    digest.update(np.ascontiguousarray(doc_ids).data)
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from llmjax.errors import UserError, choose
 from llmjax.names import is_unicode, plain_name
@@ -386,21 +386,26 @@ def _declared_encoding(data: bytes) -> str | None:
 
 
 @contextlib.contextmanager
-def _open(file: SourceFile, stats: ReadStats) -> Iterator[IO[bytes]]:
+def _open(file: SourceFile, stats: ReadStats) -> Iterator[io.BufferedIOBase]:
     """The file's uncompressed bytes, buffered; reading advances `stats.bytes_read` by bytes on disk."""
     suffix = os.path.splitext(file.path)[1].lower()
-    uncompress, own_errors = _COMPRESSED[suffix](file) if suffix in _COMPRESSED else (_buffered, ())
+    uncompress, own_errors = _COMPRESSED.get(suffix, _plain)(file)
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, *own_errors)
     try:
         with contextlib.ExitStack() as stack:
             raw = stack.enter_context(_CountingFile(file.path, stats))
             yield stack.enter_context(uncompress(raw))
-    except (OSError, EOFError, *own_errors) as error:
+    except errors as error:
         raise UserError(
             f"data.sources names {file.path!r}, which cannot be read ({error}): repair or remove it."
         ) from None
 
 
-def _buffered(raw: io.RawIOBase) -> IO[bytes]:
+def _plain(file: SourceFile) -> Uncompress:
+    return _buffered, ()
+
+
+def _buffered(raw: io.RawIOBase) -> io.BufferedIOBase:
     return io.BufferedReader(raw, 1 << 20)
 
 
@@ -414,14 +419,15 @@ def _zstandard(file: SourceFile) -> Uncompress:
     except ImportError:
         raise _missing(file, "zstandard") from None
 
-    def uncompress(raw: io.RawIOBase) -> IO[bytes]:
-        return _buffered(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    def uncompress(raw: io.FileIO) -> io.BufferedIOBase:
+        reader: Any = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return _buffered(reader)  # a RawIOBase, although its types do not say so
 
     return uncompress, (zstandard.ZstdError,)
 
 
 # From the bytes on disk to those of the text, and the errors of its own that this may raise.
-Uncompress = tuple[Callable[[io.RawIOBase], IO[bytes]], tuple[type[Exception], ...]]
+Uncompress = tuple[Callable[[io.FileIO], io.BufferedIOBase], tuple[type[Exception], ...]]
 _COMPRESSED: dict[str, Callable[[SourceFile], Uncompress]] = {".gz": _gzip, ".zst": _zstandard}
 
 

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 
@@ -117,7 +117,7 @@ def _workers(tokenizer: Tokenizer, count: int):
     threads = ThreadPoolExecutor(count)
     try:
         for process in processes:
-            pickle.dump(tokenizer, process.stdin)
+            pickle.dump(tokenizer, _pipes(process)[0])
             idle.put(process)
         yield lambda texts: threads.submit(encode, texts)
     finally:
@@ -126,16 +126,24 @@ def _workers(tokenizer: Tokenizer, count: int):
         threads.shutdown(cancel_futures=True)
         for process in processes:
             process.wait()
-            process.stdout.close()
+            stdin, stdout = _pipes(process)
+            stdout.close()
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
+                stdin.close()
+
+
+def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
+    """Where a worker reads, and where it writes."""
+    assert process.stdin is not None and process.stdout is not None  # it was started with both
+    return process.stdin, process.stdout
 
 
 def _ask(process: subprocess.Popen, texts: Sequence[str]) -> Encoded:
+    stdin, stdout = _pipes(process)
     try:
-        pickle.dump(texts, process.stdin, protocol=5)
-        process.stdin.flush()
-        answer = pickle.load(process.stdout)
+        pickle.dump(texts, stdin, protocol=5)
+        stdin.flush()
+        answer = pickle.load(stdout)
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
         process.kill()
         raise UserError(
@@ -156,6 +164,7 @@ def work() -> None:
         tokenizer = pickle.load(sys.stdin.buffer)
         while True:
             texts = pickle.load(sys.stdin.buffer)
+            answer: Encoded | Exception
             try:
                 answer = encode_texts(tokenizer, texts)
             except Exception as error:

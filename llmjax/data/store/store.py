@@ -185,7 +185,7 @@ class Store:
         return self.directory.absolute()
 
     def __setstate__(self, directory: Path) -> None:
-        self.__init__(directory)
+        Store.__init__(self, directory)
 
 
 def open_store(directory: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Store:
@@ -268,7 +268,7 @@ class _Writer:
         return file
 
     def add(self, names: Sequence[str], encoded: Encoded) -> None:
-        tokens = memoryview(encoded.tokens.astype(self._dtype, copy=False)).cast("B")
+        tokens = encoded.tokens.astype(self._dtype, copy=False).data.cast("B")
         ends = np.cumsum(encoded.lengths)
         for stop, length in zip(ends.tolist(), encoded.lengths.tolist(), strict=True):
             data = tokens[(stop - length) * self._dtype.itemsize : stop * self._dtype.itemsize]

@@ -392,7 +392,7 @@ def _smallest_vocabulary(config: TokenizerConfig) -> int:
     return len(_SPECIALS) + config.num_reserved + 256 + 8
 
 
-def _sample_passages(texts: Iterable[str], train_bytes: int) -> list[str]:
+def _sample_passages(texts: Iterable[str], train_bytes: float) -> list[str]:
     """The passages with the smallest hashes, about `train_bytes` in all, sorted by hash."""
     heap: list[tuple[int, str, int]] = []  # (-hash, passage, bytes): the root is the first to go
     total = 0

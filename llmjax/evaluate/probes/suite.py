@@ -52,7 +52,7 @@ def run_probes(
 
 def describe(results: Mapping[str, Any]) -> dict[str, str]:
     """A line for each curve and grid; a probe that found nothing has none."""
-    rows = {}
+    rows: dict[str, str] = {}
     for name, of in results.items():
         rows |= choose(WORDS, "probe", name)(name, of) if of else {}
     return rows

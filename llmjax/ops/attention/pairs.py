@@ -26,7 +26,7 @@ class Pairs(NamedTuple):
 
     codes: jax.Array
     flags: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides a method of tuples
 
 
 def list_pairs(

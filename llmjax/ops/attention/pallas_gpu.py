@@ -82,7 +82,8 @@ class PallasGPU:
     def forward(self, q: Cut, kv: Cut, mask: Mask, softmax: Softmax) -> Softmax:
         walk = self._walk(q, kv, mask, _tile(q, backward=False), by_keys=False)
         body = functools.partial(_forward_body, walk, self.softcap)
-        return walk.run("attention", body, (q, _flat(kv)), softmax)
+        out, lse = walk.run("attention", body, (q, _flat(kv)), softmax)
+        return out, lse
 
     def backward(
         self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut | None, dkv: Cut | None

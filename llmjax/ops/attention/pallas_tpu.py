@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -88,9 +88,9 @@ class PallasTPU:
         walk = self._walk(q, kv, mask, by_keys=False)
         body = functools.partial(_forward_body, mask, self.softcap)
         scratch = [(walk.rows, q.shape[4]), (walk.rows, LANES), (walk.rows, LANES)]
-        return walk.run(
-            body, {"queries": (q,), "keys": (kv,)}, {"queries": softmax[0], "rows": softmax[1]}, scratch
-        )
+        sums = {"queries": softmax[0], "rows": softmax[1]}
+        out, lse = walk.run(body, {"queries": (q,), "keys": (kv,)}, sums, scratch)
+        return out, lse
 
     def backward(
         self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut | None, dkv: Cut | None
@@ -151,7 +151,7 @@ class Walk:
 
     def run(
         self, body: Callable[..., None], inputs: dict[str, Arrays], sums: dict[str, jax.Array],
-        scratch: list[tuple[int, ...]],
+        scratch: Sequence[tuple[int, ...]],
     ) -> Arrays:  # fmt: skip
         """`sums` after `body` has seen every pair, for each row of the batch and each key/value head.
 
@@ -185,7 +185,7 @@ class Walk:
 
     def _call(
         self, body: Callable[..., None], inputs: dict[str, Arrays], kinds: tuple[str, ...],
-        scratch: list[tuple[int, ...]], pairs: Pairs, sums: Arrays,
+        scratch: Sequence[tuple[int, ...]], pairs: Pairs, sums: Arrays,
     ) -> Arrays:  # fmt: skip
         specs = [self._spec(kind, x.shape) for kind, arrays in inputs.items() for x in arrays]
         sum_specs = [self._spec(kind, x.shape) for kind, x in zip(kinds, sums)]
@@ -220,7 +220,7 @@ class Walk:
             b, major = major // majors, major % majors
             return (b, minor, major) if self.by_keys else (b, major, minor)
 
-        def spec(block: tuple[int, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
+        def spec(block: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
             return pl.BlockSpec(block, lambda h, p, codes, _: index(h, *place(p, codes)))
 
         G, H = self.G, shape[-1]

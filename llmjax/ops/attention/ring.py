@@ -121,8 +121,9 @@ def needed_reach(ring: Ring, sizes: Sizes, mask: Mask) -> jax.Array:
 
     def spans(segments_BX: jax.Array, positions_BX: jax.Array, length: int) -> Span:
         size = -(-length // SPANS)
-        spans = block_spans(*(x.reshape(-1, length) for x in (segments_BX, positions_BX)), size)
-        return Span(*(x.reshape(segments_BX.shape[0], -1) for x in spans))
+        segments, positions = (x.reshape(-1, length) for x in (segments_BX, positions_BX))
+        found = block_spans(segments, positions, size)
+        return Span(*(x.reshape(segments_BX.shape[0], -1) for x in found))
 
     q = spans(mask.q_segments_BT, mask.q_positions_BT, sizes.T)
     k = spans(mask.k_segments_BS, mask.k_positions_BS, sizes.S)
@@ -168,8 +169,8 @@ def _through(journey: list[Moment], turn: Callable[[Moment, Any], Any], carry: A
             for moment in (first, *more):
                 carry = turn(moment, carry)
         else:
-            moment = functools.partial(Moment, meet=meet, hop=hop)
-            again = functools.partial(lambda moment, s, carry: turn(moment(s), carry), moment)
+            at = functools.partial(Moment, meet=meet, hop=hop)
+            again = functools.partial(lambda at, s, carry: turn(at(s), carry), at)
             carry = jax.lax.fori_loop(first.step, more[-1].step + 1, again, carry)
     return carry
 
@@ -198,9 +199,17 @@ def _backward(
         k, v, _ = jax.lax.optimization_barrier((k_BSKH, v_BSKH, after))
         return kernel.cut_keys(k, v)
 
-    def add(keys: Cut, by: jax.Array | int, dq: Cut | None, dkv: Cut | None) -> tuple[Cut | None, Cut | None]:
+    def add_dq(keys: Cut, by: jax.Array | int, dq: Cut) -> Cut:
         part = _part(ring, sizes, mask, by)
-        return kernel.backward(q, keys, part, dout, lse, delta, dq, dkv)
+        added, _ = kernel.backward(q, keys, part, dout, lse, delta, dq, None)
+        assert added is not None  # it was asked for
+        return added
+
+    def add_dkv(keys: Cut, by: jax.Array | int, dkv: Cut) -> Cut:
+        part = _part(ring, sizes, mask, by)
+        _, added = kernel.backward(q, keys, part, dout, lse, delta, None, dkv)
+        assert added is not None  # it was asked for
+        return added
 
     def home(own: Cut | None, grads: Lanes) -> Cut | None:
         for sign, dkv in grads.items():
@@ -215,23 +224,23 @@ def _backward(
         own = home(own, {sign: dkv for sign, dkv in grads.items() if sign not in now.meet})
         arrived = {sign: ring.hop(dkv, sign) for sign, dkv in grads.items() if sign in now.meet}
         for sign, keys in lanes.items():
-            dq, _ = add(keys, sign * now.step, dq, None)
+            dq = add_dq(keys, sign * now.step, dq)
         lanes, arrived, dq, own = jax.lax.optimization_barrier((lanes, arrived, dq, own))
         nexts = {sign: ring.hop(lanes[sign] if sign in lanes else own_keys(dq), sign) for sign in now.hop}
         grads = {}
         for sign, keys in lanes.items():
             dkv = arrived.get(sign, jnp.zeros_like(keys))
-            grads[sign] = add(keys, sign * now.step, None, dkv)[1]
+            grads[sign] = add_dkv(keys, sign * now.step, dkv)
         return jax.lax.optimization_barrier((nexts, grads, dq, own))
 
     first, *journey = moments(reach, at_once=sizes.S <= SHORT)
     zero, _ = jax.lax.optimization_barrier((jnp.float32(0), dout))  # not the zeros of the forward pass
     kv, dq = own_keys(dout), jnp.broadcast_to(zero, q.shape)
     lanes = {sign: ring.hop(kv, sign) for sign in first.hop}
-    lanes, dq = jax.lax.optimization_barrier((lanes, add(kv, 0, dq, None)[0]))
+    lanes, dq = jax.lax.optimization_barrier((lanes, add_dq(kv, 0, dq)))
     _, grads, dq, own = _through(journey, turn, (lanes, {}, dq, None))
     back, kv = home(None, grads), own_keys(dq)
-    _, own = add(kv, 0, None, jnp.zeros_like(kv) if own is None else own)
+    own = add_dkv(kv, 0, jnp.zeros_like(kv) if own is None else own)
     return jax.lax.optimization_barrier((dq, own if back is None else _sum(own, back)))
 
 

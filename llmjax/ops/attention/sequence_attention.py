@@ -95,7 +95,9 @@ def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
             return ring.attend(KERNELS[kernel_name](softcap), devices, *arrays)
 
         arrays = q_BTNH, k_BSKH, v_BSKH, mask, sinks_N
-        return alone(*arrays) if bring is None else bring(sharing, alone, around, *arrays)
+        if bring is None or sharing is None:
+            return alone(*arrays)
+        return bring(sharing, alone, around, *arrays)
 
     return attend
 

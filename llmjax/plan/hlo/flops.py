@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from llmjax.plan.hlo.parse import NO_TRIPS, Computation, Instruction, Module, Trips, walk
+from llmjax.plan.hlo.parse import NO_TRIPS, Computation, Instruction, Module, Trips, find, walk
 
 
 def product_flops(module: Module, trips: Trips = NO_TRIPS) -> float:
@@ -39,12 +39,12 @@ def _flops(ins: Instruction, computation: Computation) -> int:
     left, right = (computation.instructions[name].arrays[0].dims for name in ins.operands[:2])
     (result,) = ins.arrays
     if ins.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", ins.attributes)[1]
+        contracted = find(r"lhs_contracting_dims=\{([\d,]*)\}", ins.attributes)[1]
         return 2 * math.prod(result.dims) * math.prod(left[int(i)] for i in contracted.split(",") if i)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", ins.attributes).groups()
+    labels = find(r"dim_labels=(\w+)_(\w+)->(\w+)", ins.attributes).groups()
     sizes = [dict(zip(*pair, strict=True)) for pair in zip(labels, (left, right, result.dims), strict=True)]
     image, kernel, out = sizes
-    window = re.search(r"window=\{([^}]*)\}|$", ins.attributes)[1] or ""
+    window = find(r"window=\{([^}]*)\}|$", ins.attributes)[1] or ""
     taps = math.prod(
         _taps(image[str(i)], kernel[str(i)], out[str(i)], {key: value.split("x")[i] for key, value in parts})
         for parts in [re.findall(r"(\w+)=(\S+)", window)]

@@ -12,8 +12,8 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 TRIPS_AT_MOST = 2**40
 
@@ -109,8 +109,8 @@ class Site:
 
     def times(self, trips: Trips = NO_TRIPS) -> float:
         """How often it runs; KeyError for a loop or branch that `trips` does not name."""
-        number = isinstance(trips, int | float)
-        return self.runs * math.prod(trips if number else trips[name] for name in self.within)
+        each = (trips if isinstance(trips, int | float) else trips[name] for name in self.within)
+        return self.runs * math.prod(each)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,8 @@ class Loop(Site):
 def parse(text: str) -> Module:
     """The program that `compiled.as_text()` prints."""
     computations: dict[str, Computation] = {}
-    entry, lines = "", []
+    entry = ""
+    lines: list[str] = []
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             name, lines = header[2], []
@@ -144,7 +145,7 @@ def parse(text: str) -> Module:
 
 
 def _instruction(line: str) -> Instruction:
-    name, rest = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)", line).groups()
+    name, rest = find(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)", line).groups()
     size = _closing(rest, 0) + 1 if rest[0] == "(" else rest.index(" ")
     shape, rest = rest[:size], rest[size:].lstrip()
     start = rest.index("(")
@@ -152,6 +153,14 @@ def _instruction(line: str) -> Instruction:
     arguments = rest[start + 1 : end]
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
     return Instruction(name, shape, rest[:start], arguments, operands, rest[end + 1 :])
+
+
+def find(pattern: str, text: str) -> re.Match[str]:
+    """What fits `pattern` first; ValueError where nothing does."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in {text[:200]!r}")
+    return found
 
 
 def _closing(text: str, start: int) -> int:
@@ -206,7 +215,7 @@ class _Values:
     An array, or what is not known, is None; a tuple is a list.
     """
 
-    ARITHMETIC = {
+    ARITHMETIC: ClassVar[dict[str, Callable[..., Any]]] = {
         "add": lambda a, b: a + b,
         "subtract": lambda a, b: a - b,
         "multiply": lambda a, b: a * b,
@@ -216,7 +225,7 @@ class _Values:
         "or": lambda a, b: a | b,
         "select": lambda p, a, b: a if p else b,
     }
-    COMPARE = {
+    COMPARE: ClassVar[dict[str, Callable[..., Any]]] = {
         "LT": lambda a, b: a < b,
         "LE": lambda a, b: a <= b,
         "GT": lambda a, b: a > b,
@@ -248,7 +257,7 @@ class _Values:
             return [self[operand] for operand in operands]
         if opcode == "get-tuple-element":
             whole = self[operands[0]]
-            return whole[int(re.search(r"index=(\d+)", ins.attributes)[1])] if whole else None
+            return whole[int(find(r"index=(\d+)", ins.attributes)[1])] if whole else None
         if opcode in ("copy", "bitcast", "convert", "reshape", "opt-barrier"):
             return self[operands[0]]
         if opcode in ("fusion", "call"):
@@ -256,9 +265,10 @@ class _Values:
             return _Values(self.module, computation, [self[operand] for operand in operands])[
                 computation.root
             ]
+        function = self.ARITHMETIC.get(opcode)
         if opcode == "compare":
-            function = self.COMPARE[re.search(r"direction=(\w+)", ins.attributes)[1]]
-        elif (function := self.ARITHMETIC.get(opcode)) is None:
+            function = self.COMPARE[find(r"direction=(\w+)", ins.attributes)[1]]
+        if function is None:
             return None
         values = [self[operand] for operand in operands]
         return None if None in values else function(*values)
@@ -278,7 +288,7 @@ def _trips(module: Module, loop: Instruction, start: Any) -> tuple[int | None, A
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     first = turn(start) if start else None
     second = turn(first) if first else None
-    if not second:
+    if not (first and second):
         return (int(known[1]) if known else None), None
     steps = [
         b - a if isinstance(a, int) and isinstance(b, int) and isinstance(c, int) and c - b == b - a else None

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 
-from llmjax.plan.hlo.parse import NO_TRIPS, Computation, Instruction, Module, Site, Trips, walk
+from llmjax.plan.hlo.parse import NO_TRIPS, Computation, Instruction, Module, Site, Trips, find, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +86,10 @@ def collectives(module: Module) -> list[Collective]:
         inner, kind = ins, ins.opcode.removesuffix("-start")
         if ins.opcode in ("fusion", "async-start"):
             home = module.computations[ins.called("calls")[0]]
-            inner = _collective(home)
-            if inner is None or _stage(home) in ("step", "done"):
+            wrapped = _collective(home)
+            if wrapped is None or _stage(home) in ("step", "done"):
                 continue
+            inner = wrapped
             # A TPU fuses an all-reduce with the slice that each device keeps of it.
             scatter = inner.opcode == "all-reduce" and home.name.startswith("all-reduce-scatter")
             kind = "reduce-scatter" if scatter else inner.opcode
@@ -132,8 +133,10 @@ def _between(module: Module, start: Site) -> tuple[Instruction, ...]:
     """The work between the start of an asynchronous collective and its end."""
 
     def stage_and_channel(ins: Instruction) -> tuple[str, str]:
-        computation = module.computations[ins.called("calls")[0]] if ins.opcode == "fusion" else None
-        inner = _collective(computation) if computation else None
+        if ins.opcode != "fusion":
+            return "", ""
+        computation = module.computations[ins.called("calls")[0]]
+        inner = _collective(computation)
         return (_stage(computation), _channel(inner)) if inner else ("", "")
 
     work, names = [], {start.instruction.name}
@@ -153,7 +156,7 @@ def _between(module: Module, start: Site) -> tuple[Instruction, ...]:
 
 
 def _channel(ins: Instruction) -> str:
-    return re.search(r"channel_id=\d+|$", ins.attributes)[0]
+    return find(r"channel_id=\d+|$", ins.attributes)[0]
 
 
 def _group_size(ins: Instruction, num_devices: int) -> int:

@@ -172,6 +172,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=_DigestedTreeSave(leaves.to_tree(state)), meta=ocp.args.JsonSave(shelf.with_digest(meta))
         )
+        assert self._manager is not None  # what is read only is not written to
         if not self._manager.save(update, args=items, force=True):
             raise RuntimeError(f"the checkpoint of update {update} was not saved in {self.directory}")
         return True
@@ -249,9 +250,8 @@ class Checkpoints:
     def would_be_best(self, rank: float) -> bool:
         """Whether a checkpoint of this rank would be the new best, and is to be kept as such."""
         best = self.best()
-        return (
-            self.config.keep_best and math.isfinite(rank) and (best is None or rank < self._facts[best].rank)
-        )
+        least = None if best is None else self._facts[best].rank
+        return self.config.keep_best and math.isfinite(rank) and (least is None or rank < least)
 
     def give_up_after(self, update: int | None) -> None:
         """Gives up the checkpoints after `update` (None: all of them), which give no finite loss.
@@ -399,6 +399,7 @@ class Checkpoints:
         return self._facts[update].finite_loss if update in self._facts else None
 
     def _delete(self, update: int) -> None:
+        assert self._manager is not None  # what is read only is not written to
         self._manager.delete(update)
         self._facts.pop(update, None)
 

@@ -33,7 +33,9 @@ def write(folder: Path) -> None:
     pieces = [(name, offset) for name, size in sizes.items() for offset in range(0, size, CHUNK)]
     found: dict[str, list[int]] = {name: [] for name in sizes}
     with ThreadPoolExecutor(WRITING_THREADS) as pool:
-        for (name, _), digest in zip(pieces, pool.map(lambda piece: _digest(folder, *piece, CHUNK), pieces)):
+        for (name, _), digest in zip(
+            pieces, pool.map(lambda piece: _digest(folder, piece[0], piece[1], CHUNK), pieces)
+        ):
             found[name].append(digest)
     files = {name: {"size": size, "digests": found[name]} for name, size in sizes.items()}
     write_atomically(folder / NAME, json.dumps({"algorithm": ALGORITHM, "chunk": CHUNK, "files": files}))

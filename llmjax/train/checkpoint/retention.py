@@ -23,8 +23,11 @@ AMENDED = "amended.json"  # in the folder of a checkpoint
 class Keeping(Protocol):
     """The part of `checkpoint.CheckpointConfig` that says what is kept."""
 
-    keep: int
-    keep_best: bool
+    @property
+    def keep(self) -> int: ...
+
+    @property
+    def keep_best(self) -> bool: ...
 
 
 OLD_RANK = "held_out_loss"  # what older versions call the rank in their meta
@@ -63,11 +66,11 @@ class Facts:
 def best_of(updates: Sequence[int], facts: Mapping[int, Facts]) -> int | None:
     """The update of lowest rank, the earliest of equals; None where none was evaluated."""
     losses = {
-        update: facts[update].rank
+        update: rank
         for update in sorted(updates)
-        if update in facts and facts[update].rank is not None
+        if update in facts and (rank := facts[update].rank) is not None
     }
-    return min(losses, key=losses.get, default=None)
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def kept(updates: Sequence[int], facts: Mapping[int, Facts], config: Keeping) -> set[int]:
@@ -83,8 +86,8 @@ def kept(updates: Sequence[int], facts: Mapping[int, Facts], config: Keeping) ->
     # The newest was not evaluated yet, so it may still become the best.
     stay |= set([update for update in usable[-1:] if known[update].rank is None])
     stay |= {update for update in known if not usable or update > usable[-1]}
-    if config.keep_best:
-        stay.add(best_of(usable, facts))
+    if config.keep_best and (best := best_of(usable, facts)) is not None:
+        stay.add(best)
     return stay
 
 

@@ -326,10 +326,11 @@ class _Loop:
             values["skipped"] = 1
         if seconds is not None:
             trained = len(steps) - len(done.before)
-            values["tokens_per_second"] = trained * run.micro_batch_size * run.seq_len / seconds
+            speed = trained * run.micro_batch_size * run.seq_len / seconds
+            values["tokens_per_second"] = speed
             if run.peak_flops:
                 flops = run.flops_per_token[done.decision.length]
-                values["mfu"] = flops * values["tokens_per_second"] / run.peak_flops
+                values["mfu"] = flops * speed / run.peak_flops
         return values
 
     def _position_now(self) -> Position:

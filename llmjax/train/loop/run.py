@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -11,7 +11,7 @@ import jax
 from llmjax.scores import Score
 from llmjax.train.loop.run_position import Position
 from llmjax.train.steering.steering import Steering
-from llmjax.train.update.engine import Engine
+from llmjax.train.update.engine import Engine, Feed
 
 State = Any  # as in `state.TrainState`
 Evaluation = dict[str, float]
@@ -42,6 +42,13 @@ class Record(Protocol):
         """Puts everything recorded so far on disk, as a checkpoint that follows it relies on."""
 
 
+class Batches(Feed, Protocol):
+    """Where an engine finds its batches, until it is closed."""
+
+    def close(self) -> None:
+        """Ends the thread that makes them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What a run consists of. Callables come from outside: the loop knows neither data nor evaluation.
@@ -56,8 +63,7 @@ class Run:
     statistics_every    updates between per-layer statistics; 0: never
     engine              of gradient accumulation: how `step` is called
     step                (state, batch, inputs) -> (state, metrics), compiled; metrics as in `step.make_train_step`
-    make_batches        (cursor, length) -> an iterator of batches on the devices, from that sequence on, cut into rows
-                        of `length`: an `engine.Feed` with `close()`
+    make_batches        (cursor, length) -> the batches on the devices, from that sequence on, cut into rows of `length`
     score               of an evaluation by which the best checkpoint is chosen, and which must be finite
     evaluate            state -> held-out scores by name (the same on every process), or None
                         where nothing is held out
@@ -83,7 +89,7 @@ class Run:
     seq_len: int
     evaluate_every: int
     step: Callable[[State, Any, Any], tuple[State, dict[str, jax.Array]]]
-    make_batches: Callable[[int, int], Iterator[Any]]
+    make_batches: Callable[[int, int], Batches]
     evaluate: Callable[[State], Evaluation] | None
     score: Score
     restore: Callable[[], tuple[State, Position]]

@@ -49,7 +49,7 @@ class StopRequest:
         self._asked = False
         self._raises = at_once
         self._vote: jax.Array | bool | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

@@ -180,6 +180,7 @@ class Upkeep:
         config = self._checkpoints.config
         due = stopped or self.is_due(position, config.every) or self.ends(position)
         spare = not due and config.keep_best and self._evaluates(position)
+        assert position.histories is not None  # the loop gives its own
         skipped = position.histories[1].stability.skipped
         if not (due or spare) or (skipped and not stopped and not self.ends(position)):
             return False  # nor do parameters that no loss has yet been finite with replace those that had one
@@ -272,9 +273,10 @@ class Upkeep:
 
     def _evaluate(self, state: State, position: Position) -> dict[str, float] | None:
         """The held-out results at `position`, recorded; None where nothing is held out or due."""
-        if not self._evaluates(position):
+        evaluate = self._run.evaluate
+        if evaluate is None or not self._evaluates(position):
             return position.evaluation
-        results = {name: float(value) for name, value in self._run.evaluate(state).items()}
+        results = {name: float(value) for name, value in evaluate(state).items()}
         self._recorder.evaluate(position.update, self._now(position) | results)
         score = self._run.score
         if not math.isfinite(results[score.name]):

@@ -25,7 +25,7 @@ class AdafactorState(NamedTuple):
     columns  like the parameters, but of length 1 along the rows. Of what is no matrix, 1 along every axis
     """
 
-    count: Array
+    count: Array  # type: ignore[assignment]  # hides a method of tuples
     rows: Params
     columns: Params
 

@@ -31,5 +31,6 @@ def stash(state: Any) -> Any:
     return _moved(state, jax.memory.Space.Host)
 
 
-def _moved(state: Any, space: jax.memory.Space) -> Any:
+def _moved(state: Any, space: Any) -> Any:
+    """`space`: one of `jax.memory.Space`."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if is_stashed(x) else x, state)

@@ -186,7 +186,8 @@ def observe(
     the batch at the worst moment. A half-life of nothing but spikes is a new level and is believed.
     """
     k = state.k
-    if estimate(observation) is None:
+    measured = estimate(observation)
+    if measured is None:
         if RULES[config.name].decides and observation.num_parts < 2 and k < min(2, config.k_max):
             return dataclasses.replace(state, k=2, reason=f"one part shows no noise: {k} -> 2")
         return dataclasses.replace(state, reason=f"nothing to measure: k = {k} stays")
@@ -195,7 +196,7 @@ def observe(
     if norm > SPIKE * expected and state.rejected < config.half_life:
         reason = f"gradient norm {norm:.3g} spikes over the expected {expected:.3g}: k = {k} stays"
         return dataclasses.replace(state, rejected=state.rejected + observation.tokens, reason=reason)
-    state = _fold(config, state, observation)
+    state = _fold(config, state, observation, measured)
     if not RULES[config.name].decides:
         return dataclasses.replace(state, reason=f"controller.name=none: k = {k} stays")
     parts_per_micro_step = observation.num_parts * tokens_per_micro_step / observation.tokens
@@ -216,14 +217,16 @@ def _expected_norm(state: ControllerState, observation: Observation) -> float:
     return math.sqrt(square) if square > 0 else math.inf
 
 
-def _fold(config: ControllerConfig, state: ControllerState, o: Observation) -> ControllerState:
-    """The averages with one more estimate, which counts by its tokens, and less where few parts hold them.
+def _fold(
+    config: ControllerConfig, state: ControllerState, o: Observation, measured: tuple[float, float]
+) -> ControllerState:
+    """The averages with one more `estimate`, which counts by its tokens, and less where few parts hold them.
 
     Numerator and denominator of the noise scale are averaged apart: a mean of their ratios would be biased and
     at the mercy of denominators near 0. The sums are divided by their own amount, so the start needs no correction.
     """
     keep, amount = 0.5 ** (o.tokens / config.half_life), o.weight - o.weight_square_parts / o.weight
-    gradient_square, variance = estimate(o)
+    gradient_square, variance = measured
     return dataclasses.replace(
         state,
         signal=keep * state.signal + amount * gradient_square,
@@ -239,10 +242,10 @@ def _decide(
     config: ControllerConfig, state: ControllerState, tokens_per_micro_step: int, least: int
 ) -> tuple[int, str]:
     """The next k, from `least` to k_max and at most a factor of 2 away, and the sentence that explains it."""
-    k, scale = state.k, state.noise_scale
+    k, scale, rule = state.k, state.noise_scale, RULES[config.name]
+    assert scale is not None and rule.wanted is not None  # there is a measurement, and the rule decides
     # The noise scale counts loss weight, a micro-step positions.
     steps = scale / (tokens_per_micro_step * state.weight / state.tokens)
-    rule = RULES[config.name]
     wanted = rule.wanted(config, steps)
     goal = rule.rounded(min(max(wanted, k if rule.only_grows else least, least), config.k_max))
     why = f"noise scale {scale:,.0f} tokens wants k = {wanted:,.1f}"

@@ -112,7 +112,7 @@ class Steering:
         hyper = self.optimizer.hyperparameters(tokens / self.tokens_per_update, size)
         limits = spikes.limits(self.stability, history.stability)
         on_device = spikes.device_limits(self.stability, limits)
-        as_float32 = {
+        as_float32: dict[str, Any] = {
             field.name: np.float32(getattr(hyper, field.name)) for field in dataclasses.fields(hyper)
         }
         inputs = UpdateInputs(
@@ -121,7 +121,9 @@ class Steering:
             np.float32(on_device.loss),
             np.float32(on_device.grad_norm),
         )
-        return Decision(inputs, steps, self.lengths.length(tokens), hyper.learning_rate, limits, reason)
+        return Decision(
+            inputs, steps, self.lengths.length(tokens), float(hyper.learning_rate), limits, reason
+        )
 
     def observe(
         self, history: History, decision: Decision, measured: Measured

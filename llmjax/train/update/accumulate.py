@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from llmjax.train.optim.offload import fetch, stash
 from llmjax.train.optim.optimizer import Hyperparameters, Optimizer, OptState
@@ -35,10 +36,10 @@ class UpdateInputs:
     loss_limit, norm_limit  float32: an update whose mean loss or gradient norm is above is not applied
     """
 
-    steps: Array | int
+    steps: ArrayLike
     hyper: Hyperparameters
-    loss_limit: Array | float
-    norm_limit: Array | float
+    loss_limit: ArrayLike
+    norm_limit: ArrayLike
 
 
 @jax.tree_util.register_dataclass

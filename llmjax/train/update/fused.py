@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
 
 from llmjax.parallel.rules import without_axes
 from llmjax.train.optim.param_roles import Role, Roles
@@ -35,7 +37,7 @@ from llmjax.types import Array, Batch, LossSums, Params
 MANUAL = {"update": ("data", "fsdp"), "micro_step": ("data",)}
 
 Sums = dict[str, Array]
-UpdateSums = Callable[[Params, Batch, Array, Array | None], tuple[Terms, Sums]]
+UpdateSums = Callable[[Params, Batch, ArrayLike, Array | None], tuple[Terms, Sums]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +109,7 @@ def make_update_sums(
         terms, values = micro_step(_gathered(params, outer, compute_dtype, roles), batch, 0, rng)
         return {name: term.weight for name, term in terms.items()}, values
 
-    def sum_update(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
+    def sum_update(params: Params, batch: Batch, steps: ArrayLike, rng: Array | None) -> tuple[Terms, Sums]:
         terms, values = jax.eval_shape(sharded(names, out_specs=PartitionSpec()), params, batch, steps, rng)
 
         def part(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
@@ -126,7 +128,8 @@ def make_update_sums(
             total = {name: TermSums(constrain(t.grads), t.weight) for name, t in total.items()}
             return total, jax.lax.psum(rows, split)
 
-        specs = {name: TermSums(outer, PartitionSpec()) for name in terms}, PartitionSpec()
+        whole: Any = PartitionSpec()  # in the place of an array
+        specs = {name: TermSums(outer, whole) for name in terms}, whole
         return sharded(part, out_specs=specs)(params, batch, steps, rng)
 
     return sum_update

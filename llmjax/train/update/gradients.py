@@ -103,4 +103,4 @@ def mean_gradient(terms: Terms) -> Params:
 
 def total_weight(terms: Terms) -> Array:
     """float32 [], 0 where the window holds nothing to learn from."""
-    return sum(term.weight for term in terms.values())
+    return sum(term.weight for term in terms.values())  # type: ignore[return-value]  # there is a term

@@ -26,7 +26,8 @@ Specs = Any  # the same nested dict, of PartitionSpec
 class StateKeeper(Protocol):
     """What the state asks of an `Engine`."""
 
-    optimizer: Optimizer
+    @property
+    def optimizer(self) -> Optimizer: ...
 
     def init(self, params: Params) -> OptState: ...
 

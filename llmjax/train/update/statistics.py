@@ -39,9 +39,8 @@ def make_statistics(
     def mean_loss(params: Params, batch: Batch) -> Array:
         sums = loss_fn(params, batch, None)
         terms = [(sums.main, sums.weight), *sums.auxiliary.values()]
-        return sum(
-            jnp.where(weight > 0, loss / jnp.where(weight > 0, weight, 1), 0) for loss, weight in terms
-        )
+        means = (jnp.where(weight > 0, loss / jnp.where(weight > 0, weight, 1), 0) for loss, weight in terms)
+        return sum(means)  # type: ignore[return-value]  # there is a term
 
     def statistics(params: Params, batch: Batch) -> Statistics:
         gradient_norms, parameter_norms = (

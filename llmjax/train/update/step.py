@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from llmjax.train.optim.optimizer import Optimizer, OptState
 from llmjax.train.update.accumulate import Outcome, UpdateInputs, close_update
@@ -49,7 +50,7 @@ def make_train_step(loss_fn: LossFn, accumulate: Accumulate) -> TrainStep:
 
 
 def make_fused_step(
-    sum_update: Callable[[Params, Batch, Array, Array], tuple[Terms, Metrics]], optimizer: Optimizer
+    sum_update: Callable[[Params, Batch, ArrayLike, Array], tuple[Terms, Metrics]], optimizer: Optimizer
 ) -> TrainStep:
     """`fused_step(state, batches, inputs) -> (state, metrics)`: k micro-steps and the end of the update, in one call.
 
