@@ -42,7 +42,7 @@ ORDER = [
 # The same within a room, for folders and files that have a place in it.
 WITHIN = {
     "train": ["optim", "update", "steering", "checkpoint", "loop"],
-    "plan": ["hlo", "topology", "summary", "compile", "memory", "advice"],
+    "plan": ["hlo", "topology", "summary", "communication", "compile", "memory", "advice"],
     "data": ["checksums", "sources", "tokenizer", "store", "layout", "packing", "pipeline"],
     "config": ["schema", "reading", "resolve", "resume", "init_from"],
     "evaluate": ["held_out", "scoring", "not_finite", "probes"],

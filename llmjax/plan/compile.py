@@ -16,6 +16,7 @@ import jax
 
 from llmjax.build.program import Program, make_program
 from llmjax.errors import UserError
+from llmjax.plan.communication import describe_communication
 from llmjax.plan.summary import format_bytes, tree_bytes_per_device
 
 ATTEMPTS = 4  # compiles of other micro-batches; each takes as long as the first
@@ -23,11 +24,18 @@ ATTEMPTS = 4  # compiles of other micro-batches; each takes as long as the first
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes on each device of a compiled step: its arguments, what else it needs, and what there is (0: not known)."""
+    """Bytes on each device of a compiled step.
+
+    arguments    state and batch
+    temporaries  what else it needs
+    available    what there is; 0: not known
+    text         the compiled program; empty where it needs more than there is
+    """
 
     arguments: int
     temporaries: int
     available: int
+    text: str = dataclasses.field(default="", repr=False)
 
     @property
     def total(self) -> int:
@@ -51,6 +59,8 @@ def compile_step(program: Program, progress: Callable[[str], None] = lambda line
         "needs": f"{format_bytes(need.total)} per device: arguments {format_bytes(need.arguments)}, "
         f"temporaries {format_bytes(need.temporaries)}",
     }
+    if need.text and program.mesh.size > 1:
+        rows["communication"] = describe_communication(need.text)
     if need.fits:
         return rows
     batch = program.batch
@@ -88,7 +98,7 @@ def measure(program: Program) -> Need:
     lowered = program.lower()
     device = program.mesh.devices.flat[0]
     try:
-        memory = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         sizes = _sizes(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
@@ -97,13 +107,14 @@ def measure(program: Program) -> Need:
         arguments = tree_bytes_per_device((program.abstract_state(), program.placement.abstract_batch()))
         temporaries = sizes[0] if "temporaries" in str(error) else max(sizes[0] - arguments, 0)
         return Need(arguments, temporaries, sizes[1])
+    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     if memory is None:
-        return Need(0, 0, 0)
+        return Need(0, 0, 0, text)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     temporaries += memory.output_size_in_bytes - memory.alias_size_in_bytes
     if device.platform == "tpu":  # whose temporaries share their space in ways that only the peak shows
         temporaries = min(temporaries, max(memory.peak_memory_in_bytes - arguments, 0))
-    return Need(arguments, temporaries, available_memory(device))
+    return Need(arguments, temporaries, available_memory(device), text)
 
 
 def available_memory(device: jax.Device) -> int:

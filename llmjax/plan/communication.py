@@ -1,0 +1,32 @@
+"""What a compiled step sends between devices, in words."""
+
+from __future__ import annotations
+
+from llmjax.plan.hlo.parse import parse
+from llmjax.plan.hlo.traffic import Collective, collectives
+from llmjax.plan.summary import format_bytes
+
+
+def describe_communication(text: str) -> str:
+    """What each device sends in one call of the program that `compiled.as_text()` prints, by kind of collective.
+
+    Collectives in a loop count as often as the loop runs. Where only the data says how often that is, they count once.
+    """
+    found = collectives(parse(text))
+    if not found:
+        return "each device sends nothing"
+    kinds = dict.fromkeys(collective.kind for collective in found)
+    parts = [_describe(kind, [c for c in found if c.kind == kind]) for kind in kinds]
+    overlapped = sum(c.times(1.0) for c in found if c.between)
+    count = sum(c.times(1.0) for c in found)
+    total = sum(c.sent_bytes * c.times(1.0) for c in found)
+    decided = "; loops of which the data decides count once" if any(c.within for c in found) else ""
+    return (
+        f"each device sends {format_bytes(total)} a call of the step: {', '.join(parts)}; other work runs during "
+        f"{overlapped:,.0f} of {count:,.0f}{decided}"
+    )
+
+
+def _describe(kind: str, found: list[Collective]) -> str:
+    sent = sum(c.sent_bytes * c.times(1.0) for c in found)
+    return f"{kind} {format_bytes(sent)} in {sum(c.times(1.0) for c in found):,.0f}"
