@@ -20,7 +20,7 @@ def describe_communication(text: str) -> str:
     overlapped = sum(c.times(1.0) for c in found if c.between)
     count = sum(c.times(1.0) for c in found)
     total = sum(c.sent_bytes * c.times(1.0) for c in found)
-    decided = "; loops of which the data decides count once" if any(c.within for c in found) else ""
+    decided = "; a loop whose length depends on the data counts once" if any(c.within for c in found) else ""
     return (
         f"each device sends {format_bytes(total)} a call of the step: {', '.join(parts)}; other work runs during "
         f"{overlapped:,.0f} of {count:,.0f}{decided}"
