@@ -1,4 +1,4 @@
-"""What is printed, and what a terminal is kept from doing with it.
+"""Prints text so that no character in it can control the terminal that shows it.
 
 Names of files, prompts and the text of a model may hold characters that a terminal obeys: to clear the screen, to
 rename its window, to turn the direction of a line around. Where a person looks they are shown as escapes. Into a file

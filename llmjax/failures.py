@@ -1,4 +1,4 @@
-"""What the system refuses, as one sentence with a remedy: full disks, wrong permissions, no memory.
+"""Turns what the system refuses (a full disk, missing permissions, no memory) into one sentence with a remedy.
 
 The command line ends with such a sentence instead of a traceback, whoever met the error.
 """

@@ -1,4 +1,4 @@
-"""How a run takes up what lies in a workdir: alone there, from the newest good save, with the parameters asked for."""
+"""Restores the state of a run from its checkpoints, or begins a run, with the parameters of another one if asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a raw config to the mode that it is for: what all modes check before any of them begins."""
+"""Runs a mode: makes the checks that all modes need, then calls the file of the mode."""
 
 from __future__ import annotations
 

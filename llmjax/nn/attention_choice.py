@@ -1,4 +1,4 @@
-"""Which attention a model gets: the kernel of each device, and how devices share a sequence. Names in, reasons out."""
+"""Chooses the attention of a model: the kernel on each device, and how devices share a sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeping memory that the CPU backend frees and asks for again in every step.
+"""Makes the CPU backend keep the memory that it frees and asks for again in every step.
 
 XLA on CPU allocates a program's temporaries anew on each run. glibc gives large blocks back to the system at once, so
 each step takes a page fault for every 4 KiB of them: a fifth of the processor time of a small model's step.

@@ -1,4 +1,4 @@
-"""Several processes as one computer: who starts, who speaks, who holds which rows.
+"""Several processes that work as one computer: how they start, which one speaks, which rows of a batch each has.
 
 Each process feeds its own devices, so it makes only the rows of the global batch that they need. Which rows
 those are follows from the sharding alone: the same packed sequences are trained on however many processes

@@ -1,4 +1,4 @@
-"""What in a config cannot do what it says, in one sentence each: for the start of a run, not an error.
+"""Points out settings that will not do what they ask for, one sentence each, without refusing them.
 
 A run may be the beginning of a longer one, or a trial of a few updates; only who started it knows.
 """

@@ -1,4 +1,4 @@
-"""The layout `documents`: the documents of a row over a ring of devices, in balance at each step, with few hops.
+"""The layout `documents`: spreads the documents of a row over a ring of devices, balanced at each step, with few hops.
 
 A short document lies whole on one device, where all its keys are. One with more work than a device's share is split
 over a group of neighbours, in chunks that keep the group in balance at each step of the ring: over two devices a b b a,

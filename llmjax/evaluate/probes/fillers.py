@@ -1,4 +1,4 @@
-"""Held-out text by language, as that in which something is hidden, or of whose tokens something is made."""
+"""Held-out text in one language, which probes hide something in or take tokens from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the long context used? The probes by name, their figures, and these in words.
+"""The probes of long context by their names, their figures, and these figures in words.
 
 position  held-out loss by position in the document
 context   loss of the same targets with the context cut

@@ -1,4 +1,4 @@
-"""Documents that share a row stay apart, even where one of them holds a number that is infinite or not a number.
+"""Keeps documents that share a row apart, also where one of them holds a number that is infinite or not a number.
 
 A mask gives weight 0 to the keys of other documents, but 0 times NaN is NaN. So where some of the tokens that a kernel
 brings together are hidden from one another, weights are selected, and what they are multiplied by is finite:

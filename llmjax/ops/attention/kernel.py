@@ -1,4 +1,4 @@
-"""What attention on one device has to offer, and the attention of one device made of it.
+"""What an attention kernel on one device has to offer, and the attention of one device made of it.
 
 A `Kernel` lets queries attend to one set of keys at a time. Its softmax is always finished: `out`, divided, and `lse`,
 the logarithm of the denominator, of all keys so far; further keys join it as in the online softmax (Milakov and

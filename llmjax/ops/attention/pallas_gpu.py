@@ -1,4 +1,4 @@
-"""Attention kernels for GPUs, in Triton by way of Pallas, whose programs walk through lists of blocks.
+"""Attention kernels for GPUs, written in Pallas for Triton. They work through lists of the blocks that see each other.
 
 A program holds a block of queries of one head, or a block of keys and values of one key/value head, and meets those
 blocks of the other kind that segments, positions, causality and window let it see. They stand in a list that is found

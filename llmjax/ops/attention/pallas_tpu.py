@@ -1,4 +1,4 @@
-"""Attention kernels for TPU whose grid is the list of those pairs of blocks that exist.
+"""Attention kernels for TPUs, written in Pallas. Their grid is the list of the pairs of blocks that see each other.
 
 A block of queries and a block of keys meet only if segments, positions, causality and window let some of their tokens
 see one another. These pairs are found while the program runs, before the kernel starts, and handed to it in its scalar

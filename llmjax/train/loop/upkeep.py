@@ -1,4 +1,4 @@
-"""What a run does between two updates: it saves, looks at its layers, evaluates, samples; and what it can go back to.
+"""What a run does between two updates: it saves, evaluates, samples, looks at its layers, and knows what to go back to.
 
 The work is saved before anything that may fail: a checkpoint comes first, then the statistics, the evaluation and the
 samples of the same update. The checkpoint says that it owes them until they are made, so that a run that ended in

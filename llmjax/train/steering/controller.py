@@ -1,4 +1,4 @@
-"""The gradient decides the batch size: its noise scale, measured from the parts of an update, sets the next k.
+"""Controllers that choose the number of micro-steps of the next update from the measured noise of the gradient.
 
 The gradient of an update is a sum over parts: micro-steps, and the devices of each. That the parts differ from
 one another says how noisy the sum is, and this costs two scalars per part. McCandlish et al. (2018, "An
