@@ -32,7 +32,7 @@ PRODUCT = 2 * TOKENS * V * D
 MIB = 2**20
 
 
-def compiled(rows=1, settings=None, **sizes):
+def compiled(rows=1, softcap=0.0, z_loss=0.0, **sizes):
     """Loss and gradients of TOKENS tokens a device, in `rows` rows."""
     mesh = make_mesh(
         MeshConfig(**{"data": 1, **sizes}), topology_devices("v5p:2x2x1")[: max(sizes.values(), default=1)]
@@ -45,9 +45,8 @@ def compiled(rows=1, settings=None, **sizes):
 
     def loss(hidden_BTD, w_VD, targets_BT, weights_BT):
         shards = {"shards": (batch, seq), "vocab_shards": tensor}
-        return softmax_cross_entropy(
-            hidden_BTD, Head(w_VD), targets_BT, weights_BT, **shards, **(settings or {})
-        ).loss
+        head = Head(w_VD, softcap=softcap)
+        return softmax_cross_entropy(hidden_BTD, head, targets_BT, weights_BT, z_loss=z_loss, **shards).loss
 
     data = ("data", "fsdp")
     arguments = (
@@ -63,7 +62,7 @@ def compiled(rows=1, settings=None, **sizes):
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("settings", [{}, {"softcap": 30.0, "z_loss": 1e-4}], ids=["plain", "capped"])
 def test_a_large_vocabulary_needs_300_mib_and_the_three_products_of_all_logits_at_once(rows, settings):
-    program = compiled(rows, settings=settings)
+    program = compiled(rows, **settings)
     assert program.memory_analysis().temp_size_in_bytes <= 300 * MIB
     assert product_flops(parse(program.as_text())) <= 1.01 * 3 * PRODUCT
 
