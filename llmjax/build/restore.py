@@ -105,7 +105,10 @@ def initial_params(program: Program) -> tuple[int, Params]:
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
     saved = saved_config(source)
-    assert saved is not None  # otherwise checkpoint.init_from is refused before
+    if saved is None:
+        raise UserError(
+            f"checkpoint.init_from={config.checkpoint.init_from!r} has lost its config.json; restore it"
+        )
     trained_with = read_optimizer(saved, source)
     if trained_with != config.optimizer:  # which may keep the parameters to go on from in its state
         config = dataclasses.replace(config, optimizer=trained_with)

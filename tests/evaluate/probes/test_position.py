@@ -62,7 +62,7 @@ def test_the_buckets_add_up_to_the_held_out_loss(text):
     program = program_for(jax.devices()[:1])
     params = program.init().params
     with program.placement.batches(text.sequences, stop=text.sequences.plan.num_rows) as feed:
-        plain = evaluate(program.eval_step, params, feed, 1)
+        plain = program.task.evaluate(evaluate(program.eval_step, params, feed, 1))
     probe = make_position(text, ())
     losses = lambda params, arrays: program.token_losses(params, program.placement.place(arrays))  # noqa: E731
     sums = score_pieces(losses, params, probe.pieces(), probe.num_labels, program.probe_shape)
