@@ -101,11 +101,20 @@ def sums_over_tokens(jaxpr):
             yield equation, any(low_totals(equation))
 
 
+def scan_counts(params):
+    """How many constants and how many carried values the body of a scan takes."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # jax 0.12: a tree of None for the constants, one for what is carried, and one for what is scanned over.
+    trees = [params["ft_in"][i] for i in range(2)]
+    return tuple(len(jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)) for tree in trees)
+
+
 def low_totals(equation):
     """Of a loop, whether each value handed from turn to turn is a sum without tokens in less than float32."""
     body = equation.params["jaxpr" if equation.primitive.name == "scan" else "body_jaxpr"].jaxpr
     if equation.primitive.name == "scan":
-        first, count = equation.params["num_consts"], equation.params["num_carry"]
+        first, count = scan_counts(equation.params)
     else:
         first = equation.params["body_nconsts"]
         count = len(body.outvars)
