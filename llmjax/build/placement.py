@@ -20,7 +20,9 @@ from llmjax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """layout      the mesh, with its rules
+    """How the batches of a program lie on its devices, and how they are made and brought there.
+
+    layout      the mesh, with its rules
     batch       the sizes of a micro-batch
     row_layout  which token of a sequence lies on which device
     lead        the leading dimensions of what a call of the step takes, see `Engine.lead`

@@ -188,7 +188,7 @@ def make_program(
     state = abstract_state(model.init, engine, param_specs, mesh)
     # Where gradients stay apart, each device works with a model that sees no more than its own sequences.
     local = make_model(config, derived, vocab_size, Layout(mesh, engine.manual)) if engine.manual else model
-    local_loss = make_task_loss(config, local, local.layout, training=True)
+    local_loss = make_task_loss(config, local, local.layout, training=True) if engine.manual else loss
     step = engine.make_step(local_loss, mesh, param_specs, roles)
     return Program(
         config=config,
@@ -211,18 +211,13 @@ def _check_host_memory(config: Config, mesh: Mesh) -> None:
     """UserError where something is to lie in a host's memory that its devices cannot reach."""
     device = mesh.devices.flat[0]
     compute = config.compute
-    key = (
-        "compute.offload_optimizer"
-        if compute.offload_optimizer
-        else "compute.offload"
-        if compute.offload
-        else ""
-    )
-    if key and HOST not in {memory.kind for memory in device.addressable_memories()}:
-        raise UserError(
-            f"{key} needs memory of the kind {HOST!r}, which {device.platform.upper()} devices do not have here; "
-            f"turn {key} off"
-        )
+    asked = {"compute.offload_optimizer": compute.offload_optimizer, "compute.offload": compute.offload}
+    for key in (key for key, is_on in asked.items() if is_on):
+        if HOST not in {memory.kind for memory in device.addressable_memories()}:
+            raise UserError(
+                f"{key} needs memory of the kind {HOST!r}, which {device.platform.upper()} devices do not have here; "
+                f"turn {key} off"
+            )
 
 
 def make_steering(config: Config, derived: Derived, mesh: Mesh, engine: Engine) -> Steering:

@@ -14,7 +14,9 @@ from llmjax.config.schema import Config
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """config, derived  resolved, see `config/resolve.py`
+    """What a mode is asked to do.
+
+    config, derived  resolved, see `config/resolve.py`
     workdir        where everything of a run is written and found
     devices        to run on, or of a named topology to compile for
     prompts        texts to continue

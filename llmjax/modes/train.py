@@ -1,8 +1,9 @@
 """`--mode=train`: trains from wherever the workdir stands, then probes, summarizes and writes the report.
 
-A workdir holds config.json (resolved), metrics.jsonl, tensorboard/, checkpoints/, tokenizer/, samples.md, summary.json
-and report.html; probes.json where there were probes, documents/ where text was written out to be looked at, and window/
-while a stopped update is open.
+A workdir holds config.json (resolved), metrics.jsonl, tensorboard/, checkpoints/, tokenizer/, samples.md, summary.json,
+report.html, scores.json (what its scores are), saved.json (its last save) and documents.json (what it was trained on);
+probes.json where there were probes, documents/ where text was written out to be looked at, and window/ while a stopped
+update is open.
 """
 
 from __future__ import annotations

@@ -12,7 +12,10 @@ def describe_communication(text: str) -> str:
 
     Collectives in a loop count as often as the loop runs. Where only the data says how often that is, they count once.
     """
-    found = collectives(parse(text))
+    try:
+        found = collectives(parse(text))
+    except (ValueError, KeyError, IndexError) as error:  # a compiler that writes its programs in another way
+        return f"cannot be read from the program that this compiler writes ({error!r})"
     if not found:
         return "each device sends nothing"
     kinds = dict.fromkeys(collective.kind for collective in found)

@@ -29,7 +29,7 @@ class Need:
     arguments    state and batch
     temporaries  what else it needs
     available    what there is; 0: not known
-    text         the compiled program; empty where it needs more than there is
+    text         the compiled program; empty on one device, and where it needs more than there is
     """
 
     arguments: int
@@ -59,7 +59,7 @@ def compile_step(program: Program, progress: Callable[[str], None] = lambda line
         "needs": f"{format_bytes(need.total)} per device: arguments {format_bytes(need.arguments)}, "
         f"temporaries {format_bytes(need.temporaries)}",
     }
-    if need.text and program.mesh.size > 1:
+    if need.text:
         rows["communication"] = describe_communication(need.text)
     if need.fits:
         return rows
@@ -107,7 +107,8 @@ def measure(program: Program) -> Need:
         arguments = tree_bytes_per_device((program.abstract_state(), program.placement.abstract_batch()))
         temporaries = sizes[0] if "temporaries" in str(error) else max(sizes[0] - arguments, 0)
         return Need(arguments, temporaries, sizes[1])
-    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    memory = compiled.memory_analysis()
+    text = (compiled.as_text() or "") if program.mesh.size > 1 else ""
     if memory is None:
         return Need(0, 0, 0, text)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes

@@ -46,3 +46,9 @@ def test_the_plan_of_a_mesh_tells_it_and_that_of_one_device_does_not():
 
     assert "all-reduce" in compile_step(make_tiny(mesh__data=4))["communication"]
     assert "communication" not in compile_step(make_tiny(devices=jax.devices()[:1], mesh__fsdp=1))
+
+
+def test_a_program_that_is_written_in_another_way_is_one_sentence_and_no_traceback():
+    text = compiled_text(lambda x: x, (8000, 4))
+    broken = text.replace(" = ", " := ")
+    assert describe_communication(broken).startswith("cannot be read from the program")

@@ -31,7 +31,7 @@ from llmjax.types import Array, Params
 class UpdateInputs:
     """What the host decides about an update before it begins: numbers on the host, scalars in the step.
 
-    steps       int32, micro-steps of the window; heeded by its first micro-step only
+    steps       int32, micro-steps of the update; heeded by the first of them only
     hyper       the optimizer's hyperparameters
     loss_limit, norm_limit  float32: an update whose mean loss or gradient norm is above is not applied
     """
@@ -45,9 +45,9 @@ class UpdateInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a window ended; all 0 before its last micro-step.
+    """How an update ended; all 0 before its last micro-step.
 
-    is_update  bool [], the window has ended
+    is_update  bool [], the update has ended
     applied    bool [], and parameters and optimizer have moved. Not so where nothing had any weight, where the norm
                of the gradient is not finite, or beyond a limit
     mean_loss  float32 [], of the main term

@@ -176,7 +176,7 @@ class Engine:
             state, values = step(state, batch, inputs)
             metrics.append(values)
             done += count
-            if done == left or is_asked_to_stop():
+            if done >= left or is_asked_to_stop():
                 return Progress(state, batch, metrics, done, waited)
 
 

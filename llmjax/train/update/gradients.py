@@ -1,7 +1,7 @@
 """The gradients of one micro-batch: sums, every loss term apart, and none of it where not all of it is finite.
 
 A term whose weight is not that of the main loss (an auxiliary loss over sequences beside one over tokens) must
-be divided by a total of its own, and that total is known only when the window ends. So its gradient is summed
+be divided by a total of its own, and that total is known only when the update ends. So its gradient is summed
 apart. Terms that share the main weight are part of the main loss and cost nothing.
 """
 
@@ -39,7 +39,7 @@ def micro_gradients(
     """The gradient of each loss term's sum over `batch`, and the sums of this micro-step.
 
     A backward pass for each term. Where the loss or any number of a gradient is infinite or not a number, all
-    gradients and sums are 0, with their weights, and `dropped` is 1: what is left of the window stays exact. All of
+    gradients and sums are 0, with their weights, and `dropped` is 1: what is left of the update stays exact. All of
     `batch` is left out, which in a fused update is the part of one device: a loss curve depends on how the work was cut
     where, and only where, something was not finite.
 
@@ -77,7 +77,7 @@ def _named(term: str, losses: dict[str, Array], weights: dict[str, Array]) -> li
 
 
 def empty_terms(params: Params, names: tuple[str, ...] = ()) -> Terms:
-    """Float32 zeros for the main term and for those in `names`: the sums of a window at its start."""
+    """Float32 zeros for the main term and for those in `names`: the sums of an update at its start."""
 
     def zeros() -> Params:  # of each term its own: they are donated
         return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
@@ -86,12 +86,12 @@ def empty_terms(params: Params, names: tuple[str, ...] = ()) -> Terms:
 
 
 def add_terms(a: Terms, b: Terms) -> Terms:
-    """The sums over two parts of a window."""
+    """The sums over two parts of an update."""
     return jax.tree.map(jnp.add, a, b)
 
 
 def mean_gradient(terms: Terms) -> Params:
-    """Each term's gradient divided by its weight, the one division of a window, and added up; 0 where it has none."""
+    """Each term's gradient divided by its weight, the one division of an update, and added up; 0 where it has none."""
 
     def divide(term: TermSums) -> Params:
         divisor = jnp.where(term.weight > 0, term.weight, 1.0)
@@ -102,5 +102,5 @@ def mean_gradient(terms: Terms) -> Params:
 
 
 def total_weight(terms: Terms) -> Array:
-    """float32 [], 0 where the window holds nothing to learn from."""
+    """float32 [], 0 where the update holds nothing to learn from."""
     return sum(term.weight for term in terms.values())  # type: ignore[return-value]  # there is a term
