@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax and loss: float32
 
     c.task = task = ConfigDict()
-    task.name = "language_model"  # language_model: predict the next token of documents
+    task.name = "language_model"  # language_model: predict the next token | copy: write the document again
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte
@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
     data.text_field = "text"  # of JSON lines and Parquet rows
     data.on_bad_text = "error"  # invalid UTF-8: error | skip | replace
     data.seq_len = 512  # T, tokens per packed sequence
+    data.source_len = 0  # S, tokens of its second stream, if the task has one; 0 = seq_len
     data.length_points = ()  # rows cut shorter as tokens are seen: TOKENS_SEEN:LENGTH, ...; the first is 0:...
     data.held_out_fraction = 0.03  # of the documents, by hash of their text
     data.cache_dir = ""  # tokenizers and token stores; "" = $XDG_CACHE_HOME/llmjax or ~/.cache/llmjax

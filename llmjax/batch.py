@@ -53,6 +53,12 @@ class Batch:
     positions  the position within the document, from 0
     index      the packed sequence number, from which randomness (dropout) is drawn, with
     columns    the column of the packed sequence that a token comes from; None: the one where it lies
+
+    A task with a second stream, such as translation, has S positions of it in each row:
+
+    source_tokens     what the model reads besides
+    source_segments   which document a source token belongs to; numbers as in `segments`
+    source_positions  the position within the source of its document, from 0
     """
 
     tokens: Any = _field("batch", "length")
@@ -62,6 +68,9 @@ class Batch:
     positions: Any = _field("batch", "length")
     index: Any = _field("batch")
     columns: Any = _field("batch", "length", optional=True)
+    source_tokens: Any = _field("batch", "source_length", optional=True)
+    source_segments: Any = _field("batch", "source_length", optional=True)
+    source_positions: Any = _field("batch", "source_length", optional=True)
 
 
 FIELDS: dict[str, Field] = {field.name: field.metadata["field"] for field in dataclasses.fields(Batch)}

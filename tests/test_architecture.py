@@ -195,7 +195,7 @@ def test_only_the_writer_writes_files(path):
             assert not any(set(mode) <= set("wbt+") and "w" in mode for mode in modes), where
             assert (
                 not any(set(mode) <= set("xbt+") and "x" in mode for mode in modes)
-                or where == "data/store/store.py"
+                or where == "data/store/build.py"
             )
 
 

@@ -12,7 +12,7 @@ from llmjax import flags, main
 from llmjax.build.corpus import make_corpus
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.sources.sources import list_sources, read_documents
+from llmjax.data.sources.sources import list_sources, read_records
 from llmjax.names import is_unicode, plain_name, quote
 from llmjax.workdir.contents import saved_config, write_json
 
@@ -82,7 +82,7 @@ def test_every_format_is_read_from_a_file_of_any_name_and_its_mistakes_are_named
     if suffix == "parquet":
         pytest.importorskip("pyarrow")
     with pytest.raises(ValueError) as error:
-        list(read_documents(*list_sources([str(path)])))
+        list(read_records(*list_sources([str(path)])))
     assert (
         is_unicode(error.value) and "\n" not in str(error.value) and r"a\udcff\n" in str(error.value)
     ) or (r"a\xff\n" in str(error.value))
@@ -92,11 +92,11 @@ def test_every_format_is_read_from_a_file_of_any_name_and_its_mistakes_are_named
 
         with path.open("wb") as file:
             parquet.write_table(pa.table({"text": ["one", "two"]}), file)
-        assert [document.text for document in read_documents(*list_sources([str(path)]))] == ["one", "two"]
+        assert [document.text for document in read_records(*list_sources([str(path)]))] == ["one", "two"]
         data = path.read_bytes()
         path.write_bytes(data[:10] + bytes(20) + data[30:])
         with pytest.raises(ValueError, match="cannot be read"):
-            list(read_documents(*list_sources([str(path)])))
+            list(read_records(*list_sources([str(path)])))
 
 
 def test_a_workdir_that_checkpoints_cannot_be_written_to_is_refused_at_once(folder, capsys):

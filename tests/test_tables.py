@@ -172,7 +172,7 @@ def test_a_compression_that_is_added_is_what_a_file_is_read_with(monkeypatch, tm
     monkeypatch.setitem(sources._COMPRESSED, ".xz", reach)
     (file,) = sources.list_sources([str(tmp_path / "a.xz")])
     with pytest.raises(Reached):
-        list(sources.read_documents(file))
+        list(sources.read_records(file))
 
 
 @pytest.mark.parametrize("key", config.CHOICES)

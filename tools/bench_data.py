@@ -30,8 +30,9 @@ from lines import make_parser, report
 
 from llmjax.data.packing.packing import PackingPlan, plan_packing
 from llmjax.data.pipeline import PackedSequences, make_batches
-from llmjax.data.sources.sources import SourceFile, list_sources, read_documents
-from llmjax.data.store.store import Store, build_store
+from llmjax.data.sources.sources import SourceFile, list_sources, read_records
+from llmjax.data.store.build import build_store
+from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer
 
 GOAL = 20e6  # tokens/s of the pipeline alone
@@ -114,9 +115,7 @@ def bench_store(
 ) -> Store:
     """Trains the tokenizer once and builds the store `rounds` times; returns the store."""
     began = time.perf_counter()
-    tokenizer = train_tokenizer(
-        config, (document.text for file in files for document in read_documents(file))
-    )
+    tokenizer = train_tokenizer(config, (document.text for file in files for document in read_records(file)))
     report("train_tokenizer", time.perf_counter() - began, "s")
     seconds = []
     for _ in range(rounds):

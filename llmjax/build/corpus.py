@@ -13,6 +13,7 @@ import numpy as np
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
 from llmjax.data.packing.packing import PackingPlan, cached_plan, check_corpus
+from llmjax.data.packing.two_streams import Source
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.sources.sources import list_sources
 from llmjax.data.store.cache import cached_store, cached_tokenizer
@@ -91,14 +92,15 @@ def make_corpus(
         cache,
         files,
         tokenizer,
-        text_field=data.text_field,
+        examples=derived.examples,
         on_bad_text=data.on_bad_text,
         num_workers=data.num_workers or os.cpu_count() or 1,
         progress=functools.partial(progress, "tokenizing"),
     )
     train_ids, held_out_ids = store.split(data.held_out_fraction)
+    source = None if store.source_lengths is None else Source(store.source_lengths, derived.source_len)
     train_plan, held_out_plan = (
-        cached_plan(store.lengths, ids, data.seq_len, config.seed, cache / "plans")
+        cached_plan(store.lengths, ids, data.seq_len, config.seed, cache / "plans", source=source)
         for ids in (train_ids, held_out_ids)
     )
     check_corpus(
@@ -107,15 +109,14 @@ def make_corpus(
         sequences_per_update=derived.batch.sequences_per_update,
         held_out_fraction=data.held_out_fraction,
     )
-    held_out = (
-        PackedSequences(store, held_out_plan, config.seed, repeat=False) if held_out_plan.num_rows else None
-    )
+    sequences = functools.partial(PackedSequences, store, seed=config.seed, columns=derived.examples.columns)
+    held_out = sequences(held_out_plan, repeat=False) if held_out_plan.num_rows else None
     return Corpus(
         tokenizer,
         store,
         train_plan,
         held_out_plan,
-        PackedSequences(store, train_plan, config.seed),
+        sequences(train_plan),
         held_out,
         held_out_ids,
     )

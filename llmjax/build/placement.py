@@ -27,6 +27,8 @@ class Placement:
     row_layout  which token of a sequence lies on which device
     lead        the leading dimensions of what a call of the step takes, see `Engine.lead`
     prefetch    micro-batches made ahead
+    optional    the fields of `Batch` that batches have besides those that all have
+    source_len  positions of the second stream, where the task has one
     """
 
     layout: Layout
@@ -34,6 +36,8 @@ class Placement:
     row_layout: RowLayout
     lead: tuple[int, ...]
     prefetch: int
+    optional: tuple[str, ...] = ()
+    source_len: int = 0
 
     def sharding(self, field: str, *lead: None) -> NamedSharding:
         """How a field of `Batch` lies on the mesh, after leading dimensions that are not split."""
@@ -41,7 +45,11 @@ class Placement:
 
     def abstract_batch(self) -> Batch:
         """Shapes, dtypes and shardings of what a call of the training step takes."""
-        sizes = {"batch": self.batch.micro_batch_size, "length": self.batch.seq_len}
+        sizes = {
+            "batch": self.batch.micro_batch_size,
+            "length": self.batch.seq_len,
+            "source_length": self.source_len,
+        }
         arrays = {
             name: jax.ShapeDtypeStruct(
                 (*self.lead, *field.shape(sizes)),
@@ -49,7 +57,7 @@ class Placement:
                 sharding=self.sharding(name, *[None] * len(self.lead)),
             )
             for name, field in FIELDS.items()
-            if not field.optional or self.row_layout.moves
+            if not field.optional or name in self.optional
         }
         return Batch(**arrays)
 

@@ -16,6 +16,7 @@ from llmjax.build.model import batch_shards, make_model, make_task_loss
 from llmjax.build.placement import Placement
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
+from llmjax.data.pipeline import FIELDS_OF_COLUMN
 from llmjax.errors import UserError, choose
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.models.contract import Cost, Model
@@ -107,8 +108,16 @@ class Program:
     @property
     def placement(self) -> Placement:
         """How batches reach the devices."""
+        columns = ("columns",) if self.derived.row_layout.moves else ()
+        streams = (name for column in self.derived.examples.columns for name in FIELDS_OF_COLUMN[column])
         return Placement(
-            self.layout, self.batch, self.derived.row_layout, self.engine.lead, self.config.data.prefetch
+            self.layout,
+            self.batch,
+            self.derived.row_layout,
+            self.engine.lead,
+            self.config.data.prefetch,
+            (*columns, *streams),
+            self.derived.source_len,
         )
 
     @property

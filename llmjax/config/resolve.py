@@ -6,6 +6,8 @@ import dataclasses
 
 from llmjax.config.reading import did_you_mean
 from llmjax.config.schema import Config
+from llmjax.data.examples.contract import Examples
+from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.layout.layout import RowLayout
 from llmjax.data.tokenizer.tokenizer import KINDS
 from llmjax.errors import UserError
@@ -35,6 +37,8 @@ class Derived:
     sharing            how the devices of mesh.seq share a sequence; None: each has whole ones
     sharing_reason     why
     row_layout         which token of a sequence lies on which of these devices
+    examples           what turns records into examples of the task
+    source_len         positions of the second stream in a row; 0 where the task has one stream
     """
 
     batch: BatchArithmetic
@@ -43,6 +47,8 @@ class Derived:
     sharing: Sharing | None
     sharing_reason: str
     row_layout: RowLayout
+    examples: Examples
+    source_len: int
 
     def with_batch(self, config: Config, batch: BatchArithmetic) -> Derived:
         """What follows if updates are cut into micro-steps as `batch` says."""
@@ -112,7 +118,34 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
             "change one of them"
         )
-    return config, Derived(batch, batch_schedule, length_schedule, sharing, reason, layout)
+    examples = EXAMPLES[config.task.name](config.data.text_field)
+    source_len = _source_len(config, examples)
+    return config, Derived(
+        batch, batch_schedule, length_schedule, sharing, reason, layout, examples, source_len
+    )
+
+
+def _source_len(config: Config, examples: Examples) -> int:
+    """Positions of the second stream in a row, 0 where the task has none; UserError for keys that do not go with it."""
+    data, name = config.data, config.task.name
+    if "source" not in examples.columns:
+        if data.source_len:
+            raise UserError(
+                f"data.source_len={data.source_len} is without effect for task.name={name!r}, which has one stream of "
+                "tokens; set it to 0"
+            )
+        return 0
+    if data.length_points:
+        raise UserError(
+            f"data.length_points={data.length_points} cuts rows, and task.name={name!r} has a second stream of tokens "
+            "that cannot be cut with them; set data.length_points to ()"
+        )
+    if config.evaluate.probes:
+        raise UserError(
+            f"evaluate.probes={config.evaluate.probes} are texts of one stream, and task.name={name!r} has two; "
+            "set evaluate.probes to ()"
+        )
+    return data.source_len or data.seq_len
 
 
 def choose_layout(config: Config, chunks: int) -> RowLayout:

@@ -93,7 +93,7 @@ class CheckedArray:
       what: what the file belongs to, for the sentence that says it is damaged.
     """
 
-    def __init__(self, path: Path, dtype: str, count: int, checksums: np.ndarray, what: str):
+    def __init__(self, path: Path, dtype: np.dtype, count: int, checksums: np.ndarray, what: str):
         self._array = map_file(path, dtype, count)
         self._checksums = checksums
         self._what, self._name = what, path.name
@@ -115,7 +115,7 @@ class CheckedArray:
         size = 1 << self._shift
         for block in range(first, last):
             if self._unchecked[block]:
-                found = zlib.crc32(self._array[block * size : (block + 1) * size].data)
+                found = zlib.crc32(self._array[block * size : (block + 1) * size].view("u1").data)
                 if found != self._checksums[block]:
                     at = f"{block * BLOCK_BYTES} to {(block + 1) * BLOCK_BYTES}"
                     raise DamagedError(
@@ -124,7 +124,7 @@ class CheckedArray:
                 self._unchecked[block] = 0
 
 
-def map_file(path: Path, dtype: str, count: int) -> np.ndarray:
+def map_file(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     """A read-only array over the file; a plain ndarray, because slicing np.memmap costs microseconds."""
     if not count:
         return np.zeros(0, dtype)

@@ -37,6 +37,7 @@ class DataConfig:
     text_field         where the text is in JSON lines and Parquet rows
     on_bad_text        what invalid UTF-8 does: "error", "skip" the document, or "replace" the bytes
     seq_len            T, positions of a packed sequence
+    source_len         S, positions of its second stream, for tasks that have one; 0 = seq_len
     length_points      lengths of the rows into which it is cut, as tokens are seen: `train/steering/length_schedule.py`
     held_out_fraction  of the documents, chosen by hash of their text; 0 = no held-out set
     cache_dir          of tokenizers and token stores; "" = $XDG_CACHE_HOME/llmjax or ~/.cache/llmjax
@@ -53,6 +54,7 @@ class DataConfig:
     num_workers: Annotated[int, Range(1, 1024, "one per core")]
     prefetch: Annotated[int, Range(1, 1024, "none")]
     length_points: tuple[str, ...] = ()
+    source_len: Annotated[int, Range(1, 2**30, "data.seq_len")] = 0
 
     def __post_init__(self):
         check_ranges("data", self)
@@ -67,21 +69,39 @@ def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:
         raise UserError(f"data.{key}={getattr(config, key)!r} {rule}")
 
 
+# The fields of a batch that an optional column of the store fills, see `data/examples/contract.py`.
+FIELDS_OF_COLUMN = {
+    "weights": (),
+    "source": ("source_tokens", "source_segments", "source_positions"),
+    "label": (),
+}
+
+
 class PackedSequences:
     """Random access to packed sequences by number; picklable if the store is.
 
     Args:
-      store: has `tokens(doc, start, stop)`, a view of tokens start to stop of a document, and `name(doc)`.
+      store: has `tokens(doc, start, stop)`, a view of tokens start to stop of a document, and `name(doc)`; and
+        `weights(doc, start, stop)` and `source(doc)` where `columns` names them.
       plan: which pieces of which documents make up a row.
       seed: of the order of the rows, which is another one in each epoch.
+      columns: which optional columns of the store the batches are made of.
       repeat: whether sequence numbers go on after `plan.num_rows` with the next epoch (training), or give
         rows of padding (evaluation, whose last batch is then padded exactly).
     """
 
-    def __init__(self, store: Any, plan: PackingPlan, seed: int, *, repeat: bool = True):
+    def __init__(
+        self,
+        store: Any,
+        plan: PackingPlan,
+        seed: int,
+        *,
+        repeat: bool = True,
+        columns: tuple[str, ...] = (),
+    ):
         if not plan.num_rows:
             raise ValueError("The plan is empty: there are no sequences to read.")
-        self.store, self.plan, self.seed, self.repeat = store, plan, seed, repeat
+        self.store, self.plan, self.seed, self.repeat, self.columns = store, plan, seed, repeat, columns
 
     def read(self, indices: np.ndarray) -> Arrays:
         """The sequences numbered `indices` (int [B]), as the fields of a `Batch` [B, T] and [B].
@@ -108,14 +128,48 @@ class PackedSequences:
                 positions[at:stop] = count_up[:length]
                 at = stop
         tokens, targets, segments, positions = flat.reshape(4, *shape)
-        return {
+        weights = (segments > 0).astype(np.float32)
+        if "weights" in self.columns:
+            self._weigh(weights, counts, pieces)
+        arrays = {
             "tokens": tokens,
             "targets": targets,
-            "weights": (segments > 0).astype(np.float32),
+            "weights": weights,
             "segments": segments,
             "positions": positions,
             "index": (indices % 2**31).astype(np.int32),
         }
+        return arrays | self._source(counts, pieces) if "source" in self.columns else arrays
+
+    def _weigh(self, weights: np.ndarray, counts: np.ndarray, pieces: np.ndarray) -> None:
+        """Puts the loss weights of the targets that the store has into `weights` [B, T]."""
+        plan, at = self.plan, 0
+        for row, count in enumerate(counts.tolist()):
+            column = 0
+            for piece in pieces[at : at + count].tolist():
+                # Position i of a piece predicts token i + 1, whose weight counts.
+                first, length = int(plan.starts[piece]) + 1, int(plan.lengths[piece])
+                weights[row, column : column + length] = self.store.weights(
+                    int(plan.docs[piece]), first, first + length
+                )
+                column += length
+            at += count
+
+    def _source(self, counts: np.ndarray, pieces: np.ndarray) -> Arrays:
+        """The fields of the second stream [B, S] for rows of `counts` [B] of the `pieces`."""
+        plan, at = self.plan, 0
+        tokens, segments, positions = np.zeros((3, len(counts), plan.source_len), np.int32)
+        for row, count in enumerate(counts.tolist()):
+            column = 0
+            for segment, piece in enumerate(pieces[at : at + count].tolist(), 1):
+                source = self.store.source(int(plan.docs[piece]))
+                columns = slice(column, column + len(source))
+                tokens[row, columns] = source
+                segments[row, columns] = segment
+                positions[row, columns] = np.arange(len(source))
+                column += len(source)
+            at += count
+        return {"source_tokens": tokens, "source_segments": segments, "source_positions": positions}
 
     def documents(self, indices: np.ndarray) -> list[tuple[str, int, int]]:
         """(plain name, start, stop) of the tokens that these sequences read, in order, for messages."""

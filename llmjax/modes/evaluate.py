@@ -23,6 +23,7 @@ from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.report.report import write_report
 from llmjax.scores import describe_scores
+from llmjax.tasks.contract import Task
 from llmjax.terminal import format_table, say
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
@@ -62,7 +63,11 @@ def run(request: Request) -> int:
         "held out": f"{corpus.held_out_plan.num_documents:,} documents, {corpus.held_out_bytes:,} bytes, "
         f"{corpus.held_out_plan.num_tokens:,} tokens",
     }
-    say(format_table(rows | describe_scores(program.task.scores, results) | describe_compression(corpus)))
+    say(
+        format_table(
+            rows | describe_scores(program.task.scores, results) | describe_compression(program.task, corpus)
+        )
+    )
     if asked:
         probe(program, asked, params, update, workdir)
         if hosts.is_primary():
@@ -81,8 +86,10 @@ def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watc
     return program.task.evaluate(totals)
 
 
-def describe_compression(corpus: Corpus) -> dict[str, str]:
-    """What gzip and xz make of the held-out text."""
+def describe_compression(task: Task, corpus: Corpus) -> dict[str, str]:
+    """What gzip and xz make of the held-out text, where the model is a rival of theirs."""
+    if not task.compresses_text:
+        return {}
     text = corpus.held_out_text(COMPRESSED)
     part = "" if len(text) >= corpus.held_out_bytes else f", on the first {len(text):,} bytes"
     return {

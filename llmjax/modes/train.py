@@ -40,6 +40,7 @@ from llmjax.plan.memory import check_state_fits
 from llmjax.plan.summary import describe
 from llmjax.report.report import write_report
 from llmjax.scores import FILE, Score, describe_scores, scores_as_json
+from llmjax.tasks.table import TASKS
 from llmjax.terminal import format_table, indent, say
 from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.loop import train
@@ -153,7 +154,9 @@ def finish(
     """The closing words, and the files that repeat them: summary.json and report.html."""
     results = {}
     if result.position.evaluation is not None:
-        results = describe_scores(scores, result.position.evaluation) | describe_compression(corpus)
+        results = describe_scores(scores, result.position.evaluation) | describe_compression(
+            TASKS[config.task.name], corpus
+        )
     sample = last_sample(workdir / "samples.md")
     opening = (
         sample[0].strip().split("\n")[0][:20] if sample and config.data.sources != ("stdlib",) else "import "

@@ -33,6 +33,7 @@ class Axis:
 RULES: dict[str, Axis] = {
     "batch": Axis(("data", "fsdp")),
     "length": Axis(("seq",)),
+    "source_length": Axis(),
     "layers": Axis((), "stack"),
     "vocab": Axis(("tensor",), "rows"),
     "positions": Axis((), "rows"),

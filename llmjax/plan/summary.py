@@ -10,7 +10,7 @@ import numpy as np
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
-from llmjax.data.store.store import StoreHeader
+from llmjax.data.store.columns import StoreHeader
 from llmjax.data.tokenizer.tokenizer import KINDS, TokenizerConfig
 from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.schedules import describe_schedule

@@ -30,10 +30,15 @@ class Totals:
 
 
 class Task(Protocol):
-    """A task. `scores` are those of its evaluation; the first one says which checkpoint is the best."""
+    """What the model is trained for, on the devices' side. Its host side is `data/examples/`."""
 
     @property
-    def scores(self) -> tuple[Score, ...]: ...
+    def scores(self) -> tuple[Score, ...]:
+        """The scores of its evaluation; the first one says which checkpoint is the best."""
+
+    @property
+    def compresses_text(self) -> bool:
+        """Whether the held-out loss is the length of the held-out text in an ideal code, as gzip's output is."""
 
     def make_loss(
         self, model: Model, *, z_loss: float, shards: tuple[int, int] = (1, 1), vocab_shards: int = 1

@@ -17,6 +17,8 @@ from llmjax.types import Batch, LossSums, Params
 class LanguageModel:
     """Next-token prediction on documents."""
 
+    compresses_text = True
+
     scores = (
         Score("loss", "held-out loss", "nats per token", digits=4),
         Score("perplexity", "perplexity", digits=2),

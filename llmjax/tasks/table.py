@@ -6,9 +6,11 @@ import dataclasses
 
 from llmjax.errors import choose
 from llmjax.tasks.contract import Task
+from llmjax.tasks.copy import Copy
 from llmjax.tasks.language_model import LanguageModel
 
-TASKS: dict[str, Task] = {"language_model": LanguageModel()}
+# The device half of each task; `data/examples/table.py` has the host half under the same names.
+TASKS: dict[str, Task] = {"language_model": LanguageModel(), "copy": Copy()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ from llmjax.data.packing import packing
 from llmjax.data.pipeline import PackedSequences, make_batches
 from llmjax.data.sources.sources import list_sources
 from llmjax.data.store import cache
+from llmjax.data.store.build import DOCUMENTS, build_store
 from llmjax.data.store.encode import encode_batches
-from llmjax.data.store.store import Store, build_store, open_store
+from llmjax.data.store.store import Store, open_store
 from llmjax.data.tokenizer.tokenizer import ByteTokenizer, TokenizerConfig, load_tokenizer
 from llmjax.errors import UserError
 
@@ -94,8 +95,9 @@ def make_plan(folder, report):
 THINGS = {"tokenizer": make_tokenizer, "store": make_store, "plan": make_plan}
 FILES = {
     "tokenizer": ("tokenizer.json", "tokenizer.model"),
-    "store": ("header.json", "checksums.json", "blocks.bin", "lengths.bin", "starts.bin", "num_bytes.bin", "hashes.bin",
-              "name_starts.bin", "names.txt", "tokens-00000.bin"),
+    "store": ("header.json", "checksums.json", "blocks.bin", "tokens_lengths.bin", "tokens_starts.bin", "num_bytes.bin",
+              "hashes.bin", "origins.bin", "names_starts.bin", "names_lengths.bin", "names-00000.bin",
+              "tokens-00000.bin"),
     "plan": ("plan.json", "checksums.json", "docs.npy", "starts.npy", "lengths.npy", "offsets.npy"),
 }  # fmt: skip
 
@@ -242,5 +244,5 @@ def test_a_tokenizing_process_that_dies_is_one_sentence():
     with pytest.raises(
         UserError, match="data.num_workers: a process that tokenizes ended with code 9"
     ) as error:
-        list(encode_batches(Deadly(), [(i, ["text"]) for i in range(4)], 2))
+        list(encode_batches(Deadly(), DOCUMENTS, [(i, [{"text": "text"}]) for i in range(4)], 2))
     assert "\n" not in str(error.value)

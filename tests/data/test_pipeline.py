@@ -11,11 +11,12 @@ import threading
 import numpy as np
 import pytest
 
+import llmjax.batch
 from llmjax.data.layout.layout import LAYOUTS, RowLayout, lay_out
 from llmjax.data.packing.packing import cached_plan, plan_packing
 from llmjax.data.pipeline import DataConfig, PackedSequences, make_batches
 from llmjax.data.sources.sources import list_sources
-from llmjax.data.store.store import build_store
+from llmjax.data.store.build import build_store
 from llmjax.data.tokenizer.tokenizer import ByteTokenizer
 from llmjax.errors import UserError
 
@@ -96,10 +97,8 @@ def test_padding_is_zero_in_all_fields(source):
 
 
 def test_fields_and_types_are_those_of_the_batch(source):
-    from llmjax.types import Batch
-
     batch = source.read(np.array([3, 2**31 + 5]))
-    assert batch.keys() | {"columns"} == {field.name for field in dataclasses.fields(Batch)}
+    assert set(batch) == FIELDS == {name for name, field in llmjax.batch.FIELDS.items() if not field.optional}
     types = {name: array.dtype for name, array in batch.items()}
     assert types.pop("weights") == np.float32 and set(types.values()) == {np.dtype(np.int32)}
     assert {array.shape for name, array in batch.items() if name != "index"} == {(2, T)}

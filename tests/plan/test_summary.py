@@ -13,7 +13,7 @@ from llmjax.build.corpus import make_corpus
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.store.store import StoreHeader
+from llmjax.data.store.columns import StoreHeader
 from llmjax.plan.summary import (
     describe,
     format_bytes,

@@ -12,8 +12,8 @@ from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.data.packing.packing import plan_packing
 from llmjax.data.pipeline import PackedSequences
-from llmjax.data.sources.sources import list_sources, read_documents
-from llmjax.data.store.store import build_store
+from llmjax.data.sources.sources import list_sources, read_records
+from llmjax.data.store.build import build_store
 from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.ops.logits import head_logits
@@ -28,7 +28,7 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     tiny_run.write_corpus(folder / "corpus", DOCUMENTS, words=25, text=tiny_run.CHINESE)
     files = list_sources([str(folder / "corpus")])
-    texts = [document.text for file in files for document in read_documents(file)]
+    texts = [document.text for file in files for document in read_records(file)]
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=400), texts)
     store = build_store(folder / "store", files, tokenizer)
     plan = plan_packing(store.lengths, np.arange(len(store)), T, seed=0)

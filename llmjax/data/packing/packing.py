@@ -30,13 +30,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from llmjax.data.checksums import DamagedError, verify, write_checksums
+from llmjax.data.packing.two_streams import FORMAT as TWO_STREAMS_FORMAT
+from llmjax.data.packing.two_streams import Source, pack_two_streams
 from llmjax.errors import UserError
 from llmjax.escapes import complain
 from llmjax.files import new_folder, write_atomically
 
 FORMAT = 1  # of the saved plan and of the algorithm; part of the fingerprint
 ARRAYS = ("docs", "starts", "lengths", "offsets")
-FILES = ("plan.json", *(f"{name}.npy" for name in ARRAYS))
+SOURCE = "source_lengths"  # the array that a plan over two streams has besides
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +50,8 @@ class PackingPlan:
     lengths        int32 [pieces], predictions, 1 to seq_len; length + 1 tokens are read
     offsets        int64 [rows + 1], first piece of each row
     seq_len        T, positions in a row
+    source_lengths int32 [pieces], tokens of the second stream; None where there is one stream
+    source_len     S, positions of the second stream in a row; 0 where there is one stream
     num_documents  documents with at least one piece
     num_tokens     predictions, the sum of `lengths`
     attended       keys that a token attends to on average under the causal mask within its piece:
@@ -66,6 +70,8 @@ class PackingPlan:
     attended: float
     fingerprint: str
     folder: str = ""
+    source_lengths: np.ndarray | None = None
+    source_len: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -98,7 +104,9 @@ class PackingPlan:
         return PackingPlan, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-def plan_packing(lengths: np.ndarray, doc_ids: np.ndarray, seq_len: int, seed: int) -> PackingPlan:
+def plan_packing(
+    lengths: np.ndarray, doc_ids: np.ndarray, seq_len: int, seed: int, source: Source | None = None
+) -> PackingPlan:
     """Packs the documents `doc_ids` into rows of `seq_len` positions.
 
     Args:
@@ -107,25 +115,32 @@ def plan_packing(lengths: np.ndarray, doc_ids: np.ndarray, seq_len: int, seed: i
         left out.
       seq_len: T, positions in a row.
       seed: decides which pieces of equal length meet in a row, and their order within it.
+      source: the second stream, of which no document may be cut: `UserError` where one does not fit into a row.
     """
     doc_ids = np.asarray(doc_ids, np.int64)
     predictions = np.asarray(lengths, np.int64)[doc_ids] - 1
-    fingerprint = _fingerprint(predictions, doc_ids, seq_len, seed)
+    fingerprint = _fingerprint(predictions, doc_ids, seq_len, seed, source)
     docs, starts, sizes = _cut(doc_ids, predictions, seq_len)
+    if source is not None:
+        source.check(doc_ids, predictions, seq_len)
 
     # Shuffle once; every later sort is stable, so pieces of equal length, and those of a row, stay shuffled.
     shuffled = np.argsort(hash_integers(np.arange(len(docs)), seed), kind="stable")
     docs, starts, sizes = docs[shuffled], starts[shuffled], sizes[shuffled]
-    longest_first = _stable_order(seq_len - sizes)
-    runs, num_rows = _best_fit_decreasing(np.bincount(sizes, minlength=seq_len + 1))
-    rows = np.empty(len(docs), np.int64)
-    rows[longest_first] = _rows_of_runs(runs)
+    if source is None:
+        longest_first = _stable_order(seq_len - sizes)
+        runs, num_rows = _best_fit_decreasing(np.bincount(sizes, minlength=seq_len + 1))
+        rows = np.empty(len(docs), np.int64)
+        rows[longest_first] = _rows_of_runs(runs)
+    else:
+        rows, num_rows = pack_two_streams(sizes, source.lengths[docs], seq_len, source.row_length)
     by_row = _stable_order(rows)
     offsets = np.zeros(num_rows + 1, np.int64)
     np.cumsum(np.bincount(rows, minlength=num_rows), out=offsets[1:])
     num_tokens = int(sizes.sum())
+    docs = docs[by_row]
     return PackingPlan(
-        docs=docs[by_row],
+        docs=docs,
         starts=starts[by_row],
         lengths=sizes[by_row].astype(np.int32),
         offsets=offsets,
@@ -134,6 +149,8 @@ def plan_packing(lengths: np.ndarray, doc_ids: np.ndarray, seq_len: int, seed: i
         num_tokens=num_tokens,
         attended=float((sizes * (sizes + 1) // 2).sum() / max(1, num_tokens)),
         fingerprint=fingerprint,
+        source_lengths=None if source is None else source.lengths[docs].astype(np.int32),
+        source_len=0 if source is None else source.row_length,
     )
 
 
@@ -249,10 +266,15 @@ def _feistel(values: np.ndarray, side: np.uint64, keys: tuple[int, ...]) -> np.n
     return left * side + right
 
 
-def _fingerprint(predictions: np.ndarray, doc_ids: np.ndarray, seq_len: int, seed: int) -> str:
+def _fingerprint(
+    predictions: np.ndarray, doc_ids: np.ndarray, seq_len: int, seed: int, source: Source | None
+) -> str:
     digest = hashlib.blake2b(json.dumps([FORMAT, seq_len, seed]).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(predictions).data)
     digest.update(np.ascontiguousarray(doc_ids).data)
+    if source is not None:
+        digest.update(json.dumps([TWO_STREAMS_FORMAT, source.row_length]).encode())
+        digest.update(np.ascontiguousarray(source.lengths[doc_ids], "<i8").data)
     return digest.hexdigest()
 
 
@@ -263,6 +285,7 @@ def cached_plan(
     seed: int,
     cache_dir: str | os.PathLike,
     report: Callable[[str], None] = complain,
+    source: Source | None = None,
 ) -> PackingPlan:
     """`plan_packing`, from `cache_dir` if it was made before; the arrays are memory-mapped either way.
 
@@ -270,13 +293,13 @@ def cached_plan(
     """
     doc_ids = np.asarray(doc_ids, np.int64)
     predictions = np.asarray(lengths, np.int64)[doc_ids] - 1
-    folder = pathlib.Path(cache_dir) / f"plan-{_fingerprint(predictions, doc_ids, seq_len, seed)}"
+    folder = pathlib.Path(cache_dir) / f"plan-{_fingerprint(predictions, doc_ids, seq_len, seed, source)}"
     if os.path.lexists(folder):
         try:
             return load_plan(folder)
         except DamagedError as error:
             report(f"{error.reason}; it is made again")
-    save_plan(plan_packing(lengths, doc_ids, seq_len, seed), folder)
+    save_plan(plan_packing(lengths, doc_ids, seq_len, seed, source), folder)
     return load_plan(folder)
 
 
@@ -288,13 +311,19 @@ def save_plan(plan: PackingPlan, folder: str | os.PathLike) -> None:
     header = {
         field.name: getattr(plan, field.name)
         for field in dataclasses.fields(plan)
-        if field.name not in (*ARRAYS, "folder")
+        if field.name not in (*ARRAYS, SOURCE, "folder")
     }
+    arrays = _arrays(plan.source_len)
     with new_folder(folder, _is_whole) as unfinished:
-        for name in ARRAYS:
+        for name in arrays:
             np.save(unfinished / f"{name}.npy", getattr(plan, name))
         write_atomically(unfinished / "plan.json", json.dumps(header, indent=1) + "\n")
-        write_checksums(unfinished, FILES)
+        write_checksums(unfinished, ("plan.json", *(f"{name}.npy" for name in arrays)))
+
+
+def _arrays(source_len: int) -> tuple[str, ...]:
+    """The names of the arrays of a plan whose second stream has `source_len` positions in a row."""
+    return (*ARRAYS, SOURCE) if source_len else ARRAYS
 
 
 def _is_whole(folder: pathlib.Path) -> bool:
@@ -308,9 +337,11 @@ def _is_whole(folder: pathlib.Path) -> bool:
 def load_plan(folder: str | os.PathLike) -> PackingPlan:
     """The plan saved in `folder`, its arrays memory-mapped; `DamagedError` where it is not what was saved."""
     folder = pathlib.Path(folder)
-    verify(folder, FILES, "packing plan")
+    verify(folder, ["plan.json"], "packing plan")
     header = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS}
+    names = _arrays(header.get("source_len", 0))
+    verify(folder, [f"{name}.npy" for name in names], "packing plan")
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in names}
     return PackingPlan(**arrays, **header, folder=str(folder))
 
 

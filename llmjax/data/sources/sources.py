@@ -1,6 +1,6 @@
 """Sources to documents: files, directories, globs, JSON lines, Parquet, and this Python's standard library.
 
-`list_sources` only looks at names and sizes; `read_documents` streams one file, and never holds more of it
+`list_sources` only looks at names and sizes; `read_records` streams one file, and never holds more of it
 than one document (a plain text file is one document; a row of .jsonl or .parquet is one). Text is used as it
 is: no newline is translated, nothing is stripped but a byte order mark.
 """
@@ -88,18 +88,39 @@ _BAD_TEXT = {"error": None, "skip": False, "replace": True}
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file of the corpus. `name` is relative to the source it came from: the same on any machine."""
+    """One file of the corpus.
+
+    name      relative to the source that the file came from: the same on any machine
+    path      where the file lies
+    size      bytes on disk
+    mtime_ns  time of the last change, in nanoseconds
+    origin    which entry of data.sources named the file first, counted from 0
+    """
 
     name: str
     path: str
     size: int
     mtime_ns: int
+    origin: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
+class Record:
+    """One document, with the fields of it that were asked for.
+
+    name    where the document comes from, such as `poems.jsonl#17`
+    fields  field name -> a string that is valid Unicode, or an integer; the first field is text and not empty
+    """
+
     name: str
-    text: str
+    fields: dict[str, str | int]
+
+    @property
+    def text(self) -> str:
+        """The first field."""
+        text = next(iter(self.fields.values()))
+        assert isinstance(text, str)
+        return text
 
 
 @dataclasses.dataclass
@@ -123,38 +144,46 @@ def list_sources(sources: Sequence[str]) -> tuple[SourceFile, ...]:
     if isinstance(sources, str):
         raise UserError(f"data.sources = {sources!r} is one string: give a list of sources.")
     found: dict[str, SourceFile] = {}
-    for source in sources:
+    for origin, source in enumerate(sources):
         for name, path in _expand(source):
             key = os.path.realpath(path)
             if key not in found:
                 stat = os.stat(path)
-                found[key] = SourceFile(name, str(path), stat.st_size, stat.st_mtime_ns)
+                found[key] = SourceFile(name, str(path), stat.st_size, stat.st_mtime_ns, origin)
     if not found:
         raise UserError("data.sources is empty: name files, directories or globs, or stdlib.")
     return tuple(sorted(found.values(), key=lambda file: (file.name, file.path)))
 
 
-def read_documents(
-    file: SourceFile, *, text_field: str = "text", on_bad_text: str = "error", stats: ReadStats | None = None
-) -> Iterator[Document]:
+def read_records(
+    file: SourceFile,
+    *,
+    fields: Sequence[str] = ("text",),
+    on_bad_text: str = "error",
+    stats: ReadStats | None = None,
+) -> Iterator[Record]:
     """Streams the documents of one file, in its order. Empty ones are left out and counted in `stats`.
 
-    `on_bad_text` says what becomes of text that is not UTF-8 (in JSON, of lone surrogates): `error` raises a
-    `UserError` with file, line and byte offset, `skip` leaves the document out, `replace` puts U+FFFD. Rows
-    are named `file.jsonl#17`, counted from 1.
+    Args:
+      file: one of `list_sources`. Rows of it are named `file.jsonl#17`, counted from 1.
+      fields: which fields of a row to take. The first one is the text; a document is empty when its text is. A
+        file of plain text has nothing but its text.
+      on_bad_text: what becomes of text that is not UTF-8 (in JSON, of lone surrogates): `error` raises a
+        `UserError` with file, line and byte offset, `skip` leaves the document out, `replace` puts U+FFFD.
+      stats: is counted up.
     """
     choose(_BAD_TEXT, "data.on_bad_text", on_bad_text)
     stats = ReadStats() if stats is None else stats
     before = stats.bytes_read
     reader = {"parquet": _read_parquet, "rows": _read_rows, "text": _read_text}[_format(file.path)]
-    for name, text in reader(file, text_field, on_bad_text, stats):
-        if text is None:
+    for name, values in reader(file, fields, on_bad_text, stats):
+        if values is None:
             stats.skipped += 1
-        elif not text:
+        elif not values[0]:
             stats.empty += 1
         else:
             stats.documents += 1
-            yield Document(name, text)
+            yield Record(name, dict(zip(fields, values)))
     stats.bytes_read = before + file.size
 
 
@@ -246,18 +275,28 @@ def _fixed_part(pattern: str) -> str:
     return os.path.join(*parts[:fixed]) if fixed else "."
 
 
-def _read_text(file: SourceFile, text_field: str, on_bad_text: str, stats: ReadStats):
+# What a reader yields: the name of a document, and the values of its fields; None where it is to be skipped.
+_Rows = Iterator[tuple[str, "tuple[str | int, ...] | None"]]
+
+
+def _read_text(file: SourceFile, fields: Sequence[str], on_bad_text: str, stats: ReadStats) -> _Rows:
+    if len(fields) > 1:
+        raise UserError(
+            f"data.sources names {file.path!r}, a file of plain text, which has no field {fields[1]!r}: "
+            "give JSON lines or Parquet."
+        )
     with _open(file, stats) as stream:
         data = stream.read()
     try:
-        yield file.name, data.removeprefix(codecs.BOM_UTF8).decode()
+        text: str | None = data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError:
         declared = _declared_encoding(data) if file.path.endswith(".py") else None
         where = f"file {file.path!r}"
-        yield file.name, data.decode(declared) if declared else _decode(data, on_bad_text, stats, where, 0)
+        text = data.decode(declared) if declared else _decode(data, on_bad_text, stats, where, 0)
+    yield file.name, None if text is None else (text,)
 
 
-def _read_rows(file: SourceFile, text_field: str, on_bad_text: str, stats: ReadStats):
+def _read_rows(file: SourceFile, fields: Sequence[str], on_bad_text: str, stats: ReadStats) -> _Rows:
     offset = 0
     with _open(file, stats) as stream:
         for number, line in enumerate(stream, start=1):
@@ -268,11 +307,22 @@ def _read_rows(file: SourceFile, text_field: str, on_bad_text: str, stats: ReadS
             if row is None:
                 yield f"{file.name}#{number}", None
             elif row.strip():
-                text = _field(_parse_row(row, where), text_field, where)
-                yield f"{file.name}#{number}", _without_surrogates(text, on_bad_text, stats, where)
+                parsed = _parse_row(row, where)
+                found = [_field(parsed, i, fields, where) for i in range(len(fields))]
+                values = [
+                    _without_surrogates(value, on_bad_text, stats, where) if isinstance(value, str) else value
+                    for value in found
+                ]
+                yield f"{file.name}#{number}", _all_or_none(values)
 
 
-def _read_parquet(file: SourceFile, text_field: str, on_bad_text: str, stats: ReadStats):
+def _all_or_none(values: Sequence[str | int | None]) -> tuple[str | int, ...] | None:
+    """The values of a row; None where one of them is text that is to be skipped."""
+    there = tuple(value for value in values if value is not None)
+    return there if len(there) == len(values) else None
+
+
+def _read_parquet(file: SourceFile, fields: Sequence[str], on_bad_text: str, stats: ReadStats) -> _Rows:
     try:
         from pyarrow import lib, parquet
     except ImportError:
@@ -287,28 +337,39 @@ def _read_parquet(file: SourceFile, text_field: str, on_bad_text: str, stats: Re
                 f"data.sources names {file.path!r}, which is no Parquet file: remove it."
             ) from None
         names = table.schema_arrow.names
-        if text_field not in names:
-            raise UserError(
-                f"data.text_field = {text_field!r} is not a column of {file.path!r}, which has "
-                f"{', '.join(names)}: name one of these."
-            )
+        for i, field in enumerate(fields):
+            if field not in names:
+                raise UserError(
+                    f"{_key(i)} = {field!r} is not a column of {file.path!r}, which has "
+                    f"{', '.join(names)}: name one of these."
+                )
         before, number = stats.bytes_read, 0
-        for batch in _parquet_batches(table, file, text_field):
-            for data in batch.column(0).cast("large_binary"):
+        for batch in _parquet_batches(table, file, fields):
+            # Text is taken as bytes: Arrow does not promise that its strings are UTF-8.
+            columns = [
+                column if i and lib.types.is_integer(column.type) else column.cast("large_binary")
+                for i, column in ((i, batch.column(field)) for i, field in enumerate(fields))
+            ]
+            for row in zip(*columns):
                 number += 1
                 where = f"row {number} of {file.path!r}"
-                if not data.is_valid:
-                    raise UserError(f"data.text_field = {text_field!r} is null in {where}: remove the row.")
-                yield f"{file.name}#{number}", _decode(data.as_py(), on_bad_text, stats, where, 0)
+                for i, value in enumerate(row):
+                    if not value.is_valid:
+                        raise UserError(f"{_key(i)} = {fields[i]!r} is null in {where}: remove the row.")
+                values = [
+                    _decode(value, on_bad_text, stats, where, 0) if isinstance(value, bytes) else value
+                    for value in (value.as_py() for value in row)
+                ]
+                yield f"{file.name}#{number}", _all_or_none(values)
             stats.bytes_read = before + file.size * number // max(table.metadata.num_rows, 1)
 
 
-def _parquet_batches(table, file: SourceFile, text_field: str):
-    """The column in parts; `UserError` where a part of the file is damaged."""
+def _parquet_batches(table, file: SourceFile, fields: Sequence[str]):
+    """The columns in parts; `UserError` where a part of the file is damaged."""
     from pyarrow import lib
 
     try:
-        yield from table.iter_batches(batch_size=256, columns=[text_field])
+        yield from table.iter_batches(batch_size=256, columns=list(fields))
     except (lib.ArrowException, OSError) as error:
         raise UserError(
             f"data.sources names {file.path!r}, which cannot be read ({error}): repair or remove it."
@@ -322,24 +383,30 @@ def _parse_row(line: str, where: str) -> object:
         raise UserError(f"data.sources: {where} is not JSON ({error}): correct or remove the line.") from None
 
 
-def _field(row: object, text_field: str, where: str) -> str:
+def _key(i: int) -> str:
+    """What names the field number `i` in the config."""
+    return "data.text_field" if i == 0 else "the field"
+
+
+def _field(row: object, i: int, fields: Sequence[str], where: str) -> str | int:
+    """Field number `i` of one row: text, or where it is not the first one also an integer."""
+    field = fields[i]
     if not isinstance(row, dict):
         raise UserError(
-            f"data.sources: {where} is no JSON object but a {type(row).__name__}: write "
-            f'{{"{text_field}": "..."}}.'
+            f'data.sources: {where} is no JSON object but a {type(row).__name__}: write {{"{field}": "..."}}.'
         )
-    if text_field not in row:
+    if field not in row:
         raise UserError(
-            f"data.text_field = {text_field!r} is missing in {where}, which has the fields "
+            f"{_key(i)} = {field!r} is missing in {where}, which has the fields "
             f"{', '.join(row) or '(none)'}: name one of these."
         )
-    if not isinstance(row[text_field], str):
-        kind = type(row[text_field]).__name__
-        raise UserError(
-            f"data.text_field = {text_field!r} is a {kind} in {where}, not a string: "
-            "name another field or correct the line."
-        )
-    return row[text_field]
+    value = row[field]
+    if isinstance(value, str) or (i and type(value) is int):
+        return value
+    raise UserError(
+        f"{_key(i)} = {field!r} is a {type(value).__name__} in {where}, not a string{' or an integer' if i else ''}: "
+        "name another field or correct the line."
+    )
 
 
 def _decode(data: bytes, on_bad_text: str, stats: ReadStats, where: str, offset: int) -> str | None:

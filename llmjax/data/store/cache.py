@@ -12,8 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmjax.data.checksums import DamagedError
-from llmjax.data.sources.sources import SourceFile, corpus_fingerprint, read_documents
-from llmjax.data.store.store import FORMAT_VERSION, Store, build_store, open_store
+from llmjax.data.examples.contract import Examples
+from llmjax.data.sources.sources import SourceFile, corpus_fingerprint, read_records
+from llmjax.data.store.build import DOCUMENTS, build_store
+from llmjax.data.store.columns import FORMAT_VERSION
+from llmjax.data.store.store import Store, open_store
 from llmjax.data.tokenizer.tokenizer import (
     KINDS,
     TRAINER_VERSION,
@@ -67,8 +70,8 @@ def cached_tokenizer(
     def texts():
         done, total = 0, sum(file.size for file in files)
         for file in files:
-            for document in read_documents(file, text_field=text_field, on_bad_text=on_bad_text):
-                yield document.text
+            for record in read_records(file, fields=[text_field], on_bad_text=on_bad_text):
+                yield record.text
             done += file.size
             if progress is not None:
                 progress(done, total)
@@ -99,17 +102,18 @@ def cached_store(
     files: Sequence[SourceFile],
     tokenizer: Tokenizer,
     *,
-    text_field: str = "text",
+    examples: Examples = DOCUMENTS,
     on_bad_text: str = "error",
     num_workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = complain,
 ) -> Store:
-    """The store of these files and this tokenizer, built unless it is there and whole. See `build_store`.
+    """The store of these files, this tokenizer and the examples of a task, built by `build_store` where none is whole.
 
     One that is damaged is built again, which `report` is told: at once, or when the damage is read in mid-run.
     """
-    settings = [tokenizer.fingerprint, text_field, on_bad_text, FORMAT_VERSION]
+    origins = [file.origin for file in files]
+    settings = [tokenizer.fingerprint, repr(examples), examples.version, on_bad_text, origins, FORMAT_VERSION]
     directory = Path(cache_dir) / f"store-{_key(corpus_fingerprint(files), settings)}"
 
     def build(progress: Callable[[int, int], None] | None) -> Store:
@@ -117,7 +121,7 @@ def cached_store(
             directory,
             files,
             tokenizer,
-            text_field=text_field,
+            examples=examples,
             on_bad_text=on_bad_text,
             num_workers=num_workers,
             progress=progress,

@@ -11,13 +11,13 @@ from llmjax.data.sources.sources import (
     ReadStats,
     corpus_fingerprint,
     list_sources,
-    read_documents,
+    read_records,
 )
 from llmjax.errors import UserError
 
 
 def texts(source, **options):
-    return [d.text for f in list_sources([str(source)]) for d in read_documents(f, **options)]
+    return [d.text for f in list_sources([str(source)]) for d in read_records(f, **options)]
 
 
 def names(*sources):
@@ -79,7 +79,7 @@ def test_stdlib_is_the_source_files_without_tests():
 
 def test_every_stdlib_file_is_readable():
     stats = ReadStats()
-    count = sum(1 for f in list_sources(["stdlib"]) for _ in read_documents(f, stats=stats))
+    count = sum(1 for f in list_sources(["stdlib"]) for _ in read_records(f, stats=stats))
     assert count == stats.documents > 400
     assert stats.skipped == stats.replaced == 0
 
@@ -93,7 +93,7 @@ def test_text_is_used_as_it_is_but_for_a_byte_order_mark(tmp_path):
 def test_rows_are_named_by_line_and_blank_lines_ignored(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "x\\r\\ny"}\n\n  \n{"text": "\\u4f60\xe5\xa5\xbd", "n": 1}')
-    documents = list(read_documents(list_sources([str(path)])[0]))
+    documents = list(read_records(list_sources([str(path)])[0]))
     assert [(d.name, d.text) for d in documents] == [("a.jsonl#1", "x\r\ny"), ("a.jsonl#4", "你好")]
 
 
@@ -103,7 +103,7 @@ def test_compressed_files_read_like_plain_ones(tmp_path):
     with gzip.open(tmp_path / "b.txt.gz", "wb") as file:
         file.write("γ\r\n".encode())
     assert names(tmp_path) == ["a.jsonl.gz", "b.txt.gz"]
-    assert texts(tmp_path, text_field="body") == ["α", "β", "γ\r\n"]
+    assert texts(tmp_path, fields=["body"]) == ["α", "β", "γ\r\n"]
 
 
 def test_zstandard_files_of_several_frames_read_like_plain_ones(tmp_path):
@@ -124,12 +124,12 @@ def test_parquet_rows_are_documents(tmp_path):
     columns = {"id": list(range(1000)), "text": rows}
     parquet.write_table(table(columns), tmp_path / "a.parquet", row_group_size=300)
     stats = ReadStats()
-    documents = list(read_documents(list_sources([str(tmp_path)])[0], stats=stats))
+    documents = list(read_records(list_sources([str(tmp_path)])[0], stats=stats))
     assert [d.text for d in documents] == rows
     assert documents[-1].name == "a.parquet#1000"
     assert stats.bytes_read == (tmp_path / "a.parquet").stat().st_size
     with pytest.raises(UserError, match=r"data.text_field = 'body'.*id, text"):
-        texts(tmp_path, text_field="body")
+        texts(tmp_path, fields=["body"])
     (tmp_path / "a.parquet").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="no Parquet file"):
         texts(tmp_path)
@@ -243,7 +243,7 @@ def test_rows_stream_and_progress_counts_bytes_on_disk(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": "x" * 1000}] * 20_000)
     stats = ReadStats()
     tracemalloc.start()
-    documents = read_documents(list_sources([str(path)])[0], stats=stats)
+    documents = read_records(list_sources([str(path)])[0], stats=stats)
     next(documents)
     assert 0 < stats.bytes_read < path.stat().st_size / 4
     for _ in documents:

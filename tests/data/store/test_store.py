@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import llmjax.data.store.build
 import llmjax.data.store.cache
-import llmjax.data.store.store
+from llmjax.data.examples.documents import Documents
 from llmjax.data.sources.sources import list_sources
+from llmjax.data.store.build import DOCUMENTS, build_store
 from llmjax.data.store.cache import cached_store, cached_tokenizer
-from llmjax.data.store.encode import encode_batches, encode_texts, token_dtype
-from llmjax.data.store.store import Store, build_store, open_store
+from llmjax.data.store.columns import token_dtype
+from llmjax.data.store.encode import encode_batches, encode_records
+from llmjax.data.store.store import Store, open_store
 from llmjax.data.tokenizer.tokenizer import ByteTokenizer, TokenizerConfig
 from llmjax.errors import UserError
 
@@ -63,7 +66,7 @@ def test_every_document_is_stored_between_bos_and_eos(store):
 
 
 def test_the_header_counts_what_is_there(store):
-    assert store.header.num_tokens == sum(store.header.shard_tokens) == store.lengths.sum()
+    assert store.header.num_tokens == sum(store.header.shards["tokens"]) == store.lengths.sum()
     assert store.header.num_bytes == store.num_bytes.sum()
     assert store.header.empty == 1
     assert store.header.skipped == store.header.replaced == 0
@@ -98,8 +101,8 @@ def test_a_slice_is_a_view_of_the_memory_map(store):
 
 def test_small_shards_hold_whole_documents_and_read_the_same(store, corpus, tmp_path):
     sharded = build_store(tmp_path / "sharded", list_sources([str(corpus)]), BYTES, shard_bytes=500)
-    assert len(sharded.header.shard_tokens) > 5
-    assert max(sharded.header.shard_tokens) <= 250
+    assert len(sharded.header.shards["tokens"]) > 5
+    assert max(sharded.header.shards["tokens"]) <= 250
     assert sharded.header.content_fingerprint == store.header.content_fingerprint
     for i in range(60):
         np.testing.assert_array_equal(sharded.tokens(i), store.tokens(i))
@@ -107,14 +110,14 @@ def test_small_shards_hold_whole_documents_and_read_the_same(store, corpus, tmp_
 
 def test_a_document_longer_than_a_shard_gets_its_own(corpus, tmp_path):
     store = build_store(tmp_path / "s", list_sources([str(corpus)]), BYTES, shard_bytes=1)
-    assert list(store.header.shard_tokens) == store.lengths.tolist()
+    assert list(store.header.shards["tokens"]) == store.lengths.tolist()
     assert BYTES.decode(store.tokens(41)[1:-1]) == text_of(41)
 
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(llmjax.data.store.store, "_INLINE_BYTES", 0)
-    monkeypatch.setattr(llmjax.data.store.store, "_BATCH_CHARS", 200)
+    monkeypatch.setattr(llmjax.data.store.build, "_INLINE_BYTES", 0)
+    monkeypatch.setattr(llmjax.data.store.build, "_BATCH_CHARS", 200)
     files = list_sources([str(corpus)])
     build_store(tmp_path / "one", files, BYTES, num_workers=1)
     build_store(tmp_path / "many", files, BYTES, num_workers=workers)
@@ -122,14 +125,14 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path, monk
 
 
 def test_workers_return_batches_in_order_and_raise_what_was_raised():
-    batches = [(i, [text_of(i)] * (i % 4)) for i in range(50)]
-    for label, encoded in encode_batches(BYTES, iter(batches), 3):
-        expected = encode_texts(BYTES, batches[label][1])
-        np.testing.assert_array_equal(encoded.tokens, expected.tokens)
-        np.testing.assert_array_equal(encoded.hashes, expected.hashes)
-    assert label == 49
+    batches = [(i, [{"text": text_of(i)}] * (i % 4)) for i in range(50)]
+    for tag, encoded in encode_batches(BYTES, DOCUMENTS, iter(batches), 3):
+        expected = encode_records(BYTES, DOCUMENTS, batches[tag][1])
+        np.testing.assert_array_equal(encoded.ragged["tokens"][0], expected.ragged["tokens"][0])
+        np.testing.assert_array_equal(encoded.fixed["hashes"], expected.fixed["hashes"])
+    assert tag == 49
     with pytest.raises(UserError, match="lone surrogate"):
-        list(encode_batches(BYTES, [(0, ["a"]), (1, ["b\ud800"])], 2))
+        list(encode_batches(BYTES, DOCUMENTS, [(0, [{"text": "a"}]), (1, [{"text": "b\ud800"}])], 2))
 
 
 def test_workers_end_with_the_one_who_asked():
@@ -147,7 +150,7 @@ def test_workers_end_with_the_one_who_asked():
     if not Path("/proc/self/stat").exists():
         pytest.skip("no /proc to count processes with")
     before = pids()
-    encoding = encode_batches(BYTES, ((i, ["x"]) for i in range(1000)), 2)
+    encoding = encode_batches(BYTES, DOCUMENTS, ((i, [{"text": "x"}]) for i in range(1000)), 2)
     next(encoding)
     assert len(pids() - before) == 2
     encoding.close()
@@ -156,7 +159,7 @@ def test_workers_end_with_the_one_who_asked():
 
 def test_workers_do_not_import_jax():
     code = "import sys, llmjax.data.store.encode; assert not {'jax', 'grain', 'flax'} & set(sys.modules)"
-    root = Path(llmjax.data.store.store.__file__).parents[3]
+    root = Path(llmjax.data.store.build.__file__).parents[3]
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(root)})
 
 
@@ -213,7 +216,7 @@ def test_the_split_goes_by_text_and_grows_with_the_fraction(store, tmp_path):
 
 def test_a_build_that_fails_midway_leaves_nothing(corpus, tmp_path, monkeypatch):
     calls = []
-    real = llmjax.data.store.store._Writer.add
+    real = llmjax.data.store.build._Writer.add
 
     def fails(self, *args):
         calls.append(1)
@@ -221,8 +224,8 @@ def test_a_build_that_fails_midway_leaves_nothing(corpus, tmp_path, monkeypatch)
             raise OSError("disk full")
         real(self, *args)
 
-    monkeypatch.setattr(llmjax.data.store.store._Writer, "add", fails)
-    monkeypatch.setattr(llmjax.data.store.store, "_BATCH_CHARS", 100)
+    monkeypatch.setattr(llmjax.data.store.build._Writer, "add", fails)
+    monkeypatch.setattr(llmjax.data.store.build, "_BATCH_CHARS", 100)
     with pytest.raises(OSError, match="disk full"):
         build_store(tmp_path / "store", list_sources([str(corpus)]), BYTES)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus"]
@@ -239,13 +242,13 @@ def test_a_failed_rebuild_leaves_the_store_that_was_there(store, corpus):
 def test_a_killed_builder_leaves_nothing_that_opens_and_is_cleaned_up_later(corpus, tmp_path):
     code = (
         "import os, signal, sys\n"
-        "import llmjax.data.store.store as s\n"
+        "import llmjax.data.store.build as s\n"
         "from llmjax.data.sources.sources import list_sources\n"
         "from llmjax.data.tokenizer.tokenizer import ByteTokenizer\n"
-        "s._write_header = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "s._finish = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "s.build_store(sys.argv[2], list_sources([sys.argv[1]]), ByteTokenizer())\n"
     )
-    root = Path(llmjax.data.store.store.__file__).parents[3]
+    root = Path(llmjax.data.store.build.__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", code, str(corpus), str(tmp_path / "store")],
         env={**os.environ, "PYTHONPATH": str(root)},
@@ -288,7 +291,7 @@ def test_rebuilding_replaces_the_store_and_concurrent_builders_agree(corpus, tmp
         (lambda d: (d / "header.json").write_text("{"), "no readable header"),
         (lambda d: (d / "header.json").write_text('{"format_version": 99}'), "format 99"),
         (lambda d: (d / "tokens-00000.bin").write_bytes(b"xx"), r"damaged \(tokens-00000.bin has 2 bytes"),
-        (lambda d: (d / "starts.bin").unlink(), r"damaged \(starts.bin has 0 bytes"),
+        (lambda d: (d / "tokens_starts.bin").unlink(), r"damaged \(tokens_starts.bin has 0 bytes"),
     ],
 )
 def test_a_damaged_store_is_refused(store, damage, message):
@@ -322,7 +325,7 @@ def test_dropped_and_replaced_documents_are_counted_in_the_header(tmp_path):
 
 
 def test_progress_rises_to_the_total(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(llmjax.data.store.store, "_BATCH_CHARS", 200)
+    monkeypatch.setattr(llmjax.data.store.build, "_BATCH_CHARS", 200)
     seen = []
     files = list_sources([str(corpus)])
     build_store(tmp_path / "s", files, BYTES, progress=lambda done, total: seen.append((done, total)))
@@ -349,7 +352,7 @@ def test_a_cached_store_is_built_again_only_when_something_changed(corpus, tmp_p
     cached_store(cache, list_sources([str(corpus)]), BYTES, on_bad_text="skip")
     cached_store(cache, list_sources([str(corpus)]), ByteTokenizer(num_reserved=3))
     assert len(built) == 3
-    (store.directory / "lengths.bin").write_bytes(b"")
+    (store.directory / "tokens_lengths.bin").write_bytes(b"")
     assert len(cached_store(cache, list_sources([str(corpus)]), BYTES)) == 60
     assert len(built) == 4
     (corpus / "new.txt").write_text("new")
@@ -385,7 +388,9 @@ def test_a_cached_tokenizer_is_trained_once(corpus, tmp_path, monkeypatch):
 
 def test_compressed_chinese_rows_are_stored_losslessly_by_workers(shared_data, tmp_path):
     path = shared_data / "parallel/python_docs_zh/train.jsonl.gz"
-    store = build_store(tmp_path / "s", list_sources([str(path)]), BYTES, text_field="zh", num_workers=2)
+    store = build_store(
+        tmp_path / "s", list_sources([str(path)]), BYTES, examples=Documents("zh"), num_workers=2
+    )
     with gzip.open(path, "rt", encoding="utf-8") as file:
         texts = [text for line in file if (text := json.loads(line)["zh"])]
     assert len(store) == len(texts) > 40_000

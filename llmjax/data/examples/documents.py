@@ -1,0 +1,26 @@
+"""Examples for next-token prediction: each document is one stream of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from llmjax.data.examples.contract import Example
+from llmjax.data.tokenizer.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """`[bos] tokens of the text [eos]`, every token after bos a target of weight 1."""
+
+    text_field: str
+    version: ClassVar[int] = 1
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.text_field,)
+
+    def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
+        return Example([tokenizer.bos_id, *tokenizer.encode(str(record[self.text_field])), tokenizer.eos_id])

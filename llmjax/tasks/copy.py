@@ -1,0 +1,33 @@
+"""The copy task: a document is to be written once more after it was read, a check of what a model can look up.
+
+Copying text from the context is what induction heads do (Olsson et al. 2022, arXiv 2209.11895), and what recurrent
+models of a small state cannot (Jelassi et al. 2024, "Repeat After Me", arXiv 2402.01032).
+"""
+
+from __future__ import annotations
+
+from llmjax.models.contract import Model
+from llmjax.scores import Score
+from llmjax.tasks.contract import Loss, Totals
+from llmjax.tasks.language_model import make_loss
+
+
+class Copy:
+    """The cross-entropy of the copy alone: `data/examples/copies.py` gives the first reading weight 0."""
+
+    compresses_text = False
+
+    scores = (
+        Score("accuracy", "tokens copied", higher_is_better=True, digits=4),
+        Score("loss", "held-out loss", "nats per token", digits=4),
+    )
+
+    def make_loss(
+        self, model: Model, *, z_loss: float, shards: tuple[int, int] = (1, 1), vocab_shards: int = 1
+    ) -> Loss:
+        return make_loss(model, z_loss=z_loss, shards=shards, vocab_shards=vocab_shards)
+
+    def evaluate(self, totals: Totals) -> dict[str, float]:
+        """The share of the copy's tokens that are the most likely ones, and the nats of each."""
+        figures = {name: total / totals.weight for name, total in totals.metrics.items()}
+        return {**figures, "loss": totals.loss / totals.weight}
