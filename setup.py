@@ -17,7 +17,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["llmjax", "llmjax.*"]),
+    packages=[*find_packages(include=["llmjax", "llmjax.*"]), "llmjax.configs"],
+    package_dir={"llmjax.configs": "configs"},
+    entry_points={"console_scripts": ["llmjax=llmjax.main:console"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

@@ -9,31 +9,60 @@ import ast
 import difflib
 import pathlib
 import re
-import runpy
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
+from llmjax.config.file import load_config_file
+from llmjax.config.help import describe_keys, key_comments, meant_keys
 from llmjax.config.moved import MOVED
 from llmjax.errors import UserError
 from llmjax.modes.table import MODES
 from llmjax.workdir.contents import saved_config
 
 
-def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
-    """The flags of `argv`, and the config with every --config.KEY=VALUE set; UserError for what is not understood."""
-    words, overrides = _split(argv)
+def make_flags() -> flags.FlagValues:
+    """The flags of the command line, not yet set."""
     values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "path of a config file", flag_values=values)
+    flags.DEFINE_string(
+        "config", None, "a config file, or the name of one that comes along", flag_values=values
+    )
     flags.DEFINE_string("workdir", None, "where everything of a run is written and found", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(MODES), "what to do", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "generate: a text to continue", flag_values=values)
     flags.DEFINE_string("prompt_file", None, "generate: a file with one prompt a line", flag_values=values)
     flags.DEFINE_string("checkpoint", "latest", "latest, best or an update number", flag_values=values)
+    return values
+
+
+def describe_help(argv: Sequence[str], opening: str) -> str | None:
+    """The answer to `--help` (`opening`, flags, keys) or to `--help=SECTION`; None where neither is in `argv`."""
+    for word in argv:
+        match = re.fullmatch(r"-h|--?help(?:=(\w+))?", word)
+        if match is None:
+            continue
+        if match[1]:
+            return describe_keys(match[1])
+        values = make_flags()
+        rows = [f"  --{name:<12} {values[name].help}" for name in values]
+        return f"{opening}\n\nflags\n" + "\n".join(rows) + f"\n\nkeys, by section\n\n{describe_keys()}"
+    return None
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
+    """The flags of `argv`, and the config with every --config.KEY=VALUE set; UserError for what is not understood."""
+    words, overrides = _split(argv)
+    values = make_flags()
     try:
         rest = values(words)
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        known = [key for section, keys in key_comments().items() for key in _whole_names(section, keys)]
+        flag = difflib.get_close_matches(name, list(values), n=1, cutoff=0.7)
+        close = [f"--{flag[0]}"] if flag else [f"--config.{key}" for key in meant_keys(name, known)]
+        hint = f"; did you mean {' or '.join(close[:3])}?" if close else "; --help lists the flags and keys"
+        raise UserError(f"--{name} is no flag{hint}") from None
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
@@ -66,38 +95,16 @@ def load_config(path: str | None, workdir: str | None) -> dict[str, Any]:
             where = f"--workdir={workdir} holds no config.json and " if workdir else ""
             raise UserError(f"{where}--config is not given; try --config=configs/base.py")
         return saved
-    file, *arguments = path.split(":", 1)
-    if not pathlib.Path(file).is_file():
-        raise UserError(
-            f"--config={path} does not exist; give the path of a config file, such as configs/base.py"
-        )
-    try:
-        config = runpy.run_path(file)["get_config"](*arguments)
-    except Exception as error:  # a config file is Python: whatever can go wrong in it
-        if unknown := re.search('Key "(.+?)" does not exist(?:.*Did you mean "(.+?)")?', str(error), re.S):
-            key, close = unknown.groups()
-            hint = f"; did you mean {close!r}?" if close else ""
-            raise UserError(f"--config={path} sets the key {key!r}, which is not known{hint}") from None
-        text = " ".join(str(error).split())
-        raise UserError(
-            f"--config={path} fails with {type(error).__name__} ({text}); correct the file"
-        ) from None
-    if not isinstance(config, ConfigDict):
-        kind = type(config).__name__
-        raise UserError(
-            f"get_config() of --config={path} returns a {kind}; return the ConfigDict of configs/base.py"
-        )
-    return config.to_dict()
+    return load_config_file(path)
 
 
 def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
     """Sets `key`, section.name, to what `texts` mean as a value of its type: the last of them, of a list all."""
     keys = _keys(config)
     if key not in keys:
-        close = [MOVED[key]] if key in MOVED else []
-        close += [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
-        close += difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-        hint = f"did you mean --config.{close[0]}?" if close else "configs/base.py lists every key"
+        close = [MOVED[key]] if key in MOVED else meant_keys(key, keys)
+        meant = " or ".join(f"--config.{known}" for known in close[:3])
+        hint = f"did you mean {meant}?" if close else "configs/base.py lists every key"
         raise UserError(f"--config.{key} is not known; {hint}")
     section, _, name = key.rpartition(".")
     values = config[section] if section else config
@@ -106,6 +113,10 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
             f"--config.{key} is a section; set its keys, such as --config.{key}.{next(iter(values[name]))}"
         )
     values[name] = _value(values[name], key, texts)
+
+
+def _whole_names(section: str, keys: Sequence[tuple[str, str, str]]) -> list[str]:
+    return [f"{section}.{key}" if section else key for key, _, _ in keys]
 
 
 def _keys(config: dict[str, Any]) -> list[str]:

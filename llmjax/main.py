@@ -33,7 +33,7 @@ import absl.logging
 
 from llmjax.escapes import complain, show
 from llmjax.failures import FAILED, describe_failure
-from llmjax.flags import name_of, parse, read_prompts
+from llmjax.flags import describe_help, name_of, parse, read_prompts
 from llmjax.workdir.contents import check_place
 
 
@@ -45,8 +45,8 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
     """Runs one mode; the exit code. `alone`: the process does nothing else, and so a second Ctrl-C may end it."""
     absl.logging.set_verbosity(absl.logging.FATAL)  # what libraries log as errors is raised, too
     try:
-        if any(word in ("-h", "--help", "-help") for word in argv):
-            show(__doc__.strip())
+        if (text := describe_help(argv, __doc__.strip())) is not None:
+            show(text)
             return 0
         values, config = parse(argv)
         prompts = read_prompts(values)
@@ -98,5 +98,10 @@ def _terminable(alone: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command `llmjax`."""
     sys.exit(main(sys.argv, alone=True))
+
+
+if __name__ == "__main__":
+    console()

@@ -36,7 +36,8 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
     if changed:
         text = ", ".join(f"{key} ({shown(old.get(key))} there, {shown(new[key])} here)" for key in changed)
         raise UserError(
-            f"workdir {workdir} holds a run of another config: {text}; use another --workdir or the old values"
+            f"workdir {workdir} holds a run of another config: {text}; use the old values, or another --workdir, which "
+            f"--config.checkpoint.init_from={workdir} lets begin with the parameters of this run"
         )
 
 

@@ -73,9 +73,10 @@ def resolve_batch(
         )
     for key, value in (("micro_batch_size", micro_batch_size), ("accumulation_steps", accumulation_steps)):
         if value and sequences % value:
+            near = next(size for size in range(min(value, sequences), 0, -1) if sequences % size == 0)
             raise UserError(
                 f"compute.{key}={value} does not divide the {sequences} sequences of an update ({cut}); "
-                "use a divisor"
+                f"use a divisor such as {near}, or train.tokens_per_update={-(-sequences // value) * value * seq_len}"
             )
     steps = accumulation_steps or (sequences // micro_batch_size if micro_batch_size else 1)
     size = sequences // steps
