@@ -31,7 +31,7 @@ from llmjax.train.loop.run import Run
 from llmjax.train.loop.stop_request import StopRequest
 from llmjax.train.update.state import TrainState
 from llmjax.types import Batch
-from llmjax.workdir.contents import write_samples
+from llmjax.workdir.samples import Sample, write_samples
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
@@ -53,7 +53,7 @@ def make_run(
     def sample(state: TrainState, update: int) -> None:
         samples = sample_texts(program, corpus, program.eval_params(state), stop.watch)
         if hosts.is_primary():
-            write_samples(workdir / "samples.md", update, samples)
+            write_samples(workdir, [Sample(update, *texts) for texts in samples])
 
     def describe_batch(first: int, count: int) -> str:
         documents = corpus.train.documents(np.arange(first, first + count))

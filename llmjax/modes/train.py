@@ -1,9 +1,14 @@
 """`--mode=train`: trains from wherever the workdir stands, then probes, summarizes and writes the report.
 
-A workdir holds config.json (resolved), metrics.jsonl, tensorboard/, checkpoints/, tokenizer/, samples.md, summary.json,
-report.html, scores.json (what its scores are), saved.json (its last save) and documents.json (what it was trained on);
-probes.json where there were probes, documents/ where text was written out to be looked at, and window/ while a stopped
-update is open.
+A workdir holds
+
+    config.json       the resolved config            documents.json  the documents of the run
+    metrics.jsonl     a line for each update         checkpoints/    the newest, and the best
+    tensorboard/      the same for TensorBoard       saved.json      which checkpoint was written last
+    samples.jsonl     texts sampled by the run       tokenizer/      the tokenizer of the run
+    scores.json       what its scores are            probes.json     where evaluate.probes asks for them
+    summary.json      results and commands           documents/      texts behind spikes and dropped micro-steps
+    report.html       all of it as one page          window/         an update stopped between its micro-steps
 """
 
 from __future__ import annotations
@@ -38,18 +43,20 @@ from llmjax.parallel.agreement import together
 from llmjax.plan.advice import remarks
 from llmjax.plan.memory import check_state_fits
 from llmjax.plan.summary import describe
+from llmjax.quantities import format_duration
 from llmjax.report.report import write_report
 from llmjax.scores import FILE, Score, describe_scores, scores_as_json
 from llmjax.tasks.table import TASKS
-from llmjax.terminal import format_table, indent, say
+from llmjax.terminal.lines import format_table, indent, say
 from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.loop import train
 from llmjax.train.loop.run import Result
 from llmjax.train.loop.stop_request import OUTPUT_CLOSED, Stopped, StopRequest
 from llmjax.train.loop.upkeep import FollowUpFailed, TrainingFailed, describe_failure
 from llmjax.workdir import standing
-from llmjax.workdir.contents import commands, last_sample, saved_config, write_json
+from llmjax.workdir.contents import commands, saved_config, write_json
 from llmjax.workdir.recorder import Recorder
+from llmjax.workdir.samples import read_samples
 
 
 def run(request: Request) -> int:
@@ -91,7 +98,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         say(f"plan\n{format_table(plan)}\n")
         for remark in [] if finished else remarks(program, so_far, position.tokens):
             say(f"note: {remark}\n")
-        ready = f"ready after {time.perf_counter() - request.started:.0f} s"
+        ready = f"ready after {format_duration(time.perf_counter() - request.started)}"
         done = f"finished: {position.update:,} updates are done, and train.num_updates="
         done += f"{config.train.num_updates} asks for no more"
         say(done if finished else f"{ready}; the first update compiles")
@@ -157,9 +164,11 @@ def finish(
         results = describe_scores(scores, result.position.evaluation) | describe_compression(
             TASKS[config.task.name], corpus
         )
-    sample = last_sample(workdir / "samples.md")
+    samples, _ = read_samples(workdir)
     opening = (
-        sample[0].strip().split("\n")[0][:20] if sample and config.data.sources != ("stdlib",) else "import "
+        samples[-1].prompt.strip().split("\n")[0][:20]
+        if samples and config.data.sources != ("stdlib",)
+        else "import "
     )
     done = math.ceil(result.position.tokens / (config.train.tokens_per_update or 1))
     following = commands(workdir, max(config.train.num_updates, done), opening)
@@ -175,9 +184,9 @@ def finish(
             where += f" and {len(window.metrics)} of {window.steps} micro-steps of the next"
         say(f"\nstopped {where} and saved; go on with\n  {following['resume']}")
         return
-    if sample is not None:
-        say(f"\nsample: after\n{indent(sample[0])}\nthe model continued\n{indent(sample[1])}")
+    if samples:
+        say(f"\nsample: after\n{indent(samples[-1].prompt)}\nthe model continued\n{indent(samples[-1].text)}")
     rows = format_table(results | {"report": str(report)})
-    seconds = f"{result.position.seconds:.0f} s"
+    seconds = format_duration(result.position.seconds)
     say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before, after {seconds}\n{rows}")
     say(f"\nnext\n{format_table(following)}")

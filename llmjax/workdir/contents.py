@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import re
 import sys
 from typing import Any
 
@@ -52,39 +51,6 @@ def saved_config(workdir: pathlib.Path) -> dict[str, Any] | None:
             f"{path} holds no config but a {type(saved).__name__}; restore it or use another --workdir"
         )
     return saved
-
-
-def write_samples(path: pathlib.Path, update: int, samples: list[tuple[str, str]]) -> None:
-    """Adds the samples of `update`, (prompt, continuation) each; what a resumed run samples again is replaced."""
-    # Bytes that are not UTF-8 become lone surrogates, from which they are written again.
-    old = path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else "# Samples\n\n"
-    sections = re.split(r"(?m)^(?=<!-- update \d{1,18} -->$)", old)
-    kept = [
-        s
-        for s in sections
-        if not (m := re.match(r"<!-- update (\d{1,18}) -->", s)) or int(m.group(1)) < update
-    ]
-    new = f"<!-- update {update} -->\n## update {update}\n\n" + "".join(
-        f"### prompt\n\n{_fenced(prompt)}\n### continuation\n\n{_fenced(continuation)}\n"
-        for prompt, continuation in samples
-    )
-    write_atomically(path, "".join(kept).encode("utf-8", "surrogateescape") + new.encode("utf-8", "replace"))
-
-
-def last_sample(path: pathlib.Path) -> tuple[str, str] | None:
-    """The newest (prompt, continuation), or None."""
-    if not path.exists():
-        return None
-    fenced = re.findall(
-        r"(?ms)^(`{3,})text\n(.*?)\n\1$", path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
-    )
-    return (fenced[-2][1], fenced[-1][1]) if len(fenced) > 1 else None
-
-
-def _fenced(text: str) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}\n"
 
 
 def commands(workdir: pathlib.Path, num_updates: int, prompt: str) -> dict[str, str]:

@@ -39,8 +39,8 @@ from tensorboardX import SummaryWriter
 
 from llmjax.files import write_atomically
 from llmjax.parallel import hosts
-from llmjax.progress import Progress
 from llmjax.scores import Score
+from llmjax.terminal.progress import Progress
 from llmjax.workdir.metrics import read_line
 
 UNREADABLE = "metrics.unreadable.jsonl"  # beside metrics.jsonl
