@@ -19,7 +19,7 @@ ORDER = [
     "batch",
     "types",
     "scores",
-    "progress",
+    "quantities",
     "parallel",
     "terminal",
     "ops",
@@ -45,6 +45,7 @@ WITHIN = {
     "plan": ["hlo", "topology", "summary", "communication", "compile", "memory", "advice"],
     "data": ["checksums", "sources", "tokenizer", "store", "layout", "packing", "pipeline"],
     "config": ["schema", "reading", "resolve", "resume", "init_from"],
+    "terminal": ["bar", "lines", "progress"],
     "evaluate": ["held_out", "scoring", "not_finite", "probes"],
 }
 # (room, a room below it that it does without)
@@ -72,7 +73,7 @@ ALONE = {  # library, or what it is asked for -> the files or rooms that alone k
     "flax": ["nn/", "models/"],
     "tensorboardX": ["workdir/recorder.py"],
     "ml_collections": ["flags.py"],
-    "tqdm": ["terminal.py", "progress.py"],
+    "tqdm": ["terminal/bar.py"],
     "torch": [],
     "jax.distributed": ["parallel/hosts.py"],
     "optax.MultiSteps": ["train/update/multisteps.py"],
@@ -87,6 +88,7 @@ HOST_SIDE = (
     "failures",
     "files",
     "names",
+    "quantities",
     "ranges",
     "flags",
     "modes/table",
