@@ -24,7 +24,8 @@ from llmjax.workdir import standing
 from llmjax.workdir.contents import saved_config
 from llmjax.workdir.lock import Lock, wait_to_see
 
-WINDOW = CheckpointConfig(every=0, keep=1, keep_best=False)  # of an update stopped between two micro-steps
+# How the folder of a stopped update is kept: the newest alone, for the one before it is of no use any more.
+KEEP_NEWEST = CheckpointConfig(every=0, keep=1, keep_best=False)
 
 
 @contextlib.contextmanager
@@ -62,8 +63,8 @@ def resume_or_init(
     """
     with contextlib.ExitStack() as stack:
         sources = [checkpoints]
-        if standing.has_window(workdir):
-            sources.append(stack.enter_context(open_checkpoints(workdir, "window", WINDOW)))
+        for folder in standing.partial_folders(workdir):
+            sources.append(stack.enter_context(open_checkpoints(workdir, folder, KEEP_NEWEST)))
         metas = {}
         for source in sources:
             if source.latest() is not None:
@@ -90,7 +91,7 @@ def resume_or_init(
         if newest is checkpoints:
             return restore(program, checkpoints)
         position = Position.from_meta(metas[newest])
-        position.check_window(program.batch.micro_batch_size, program.engine.stops_within)
+        position.check_partial_update(program.batch.micro_batch_size, program.engine.stops_within)
         return newest.restore(program.abstract_state())[0], position
 
 

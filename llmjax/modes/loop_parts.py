@@ -15,7 +15,7 @@ import llmjax
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
 from llmjax.build.restore import (
-    WINDOW,
+    KEEP_NEWEST,
     initial_params,
     open_checkpoints,
     restore,
@@ -31,6 +31,7 @@ from llmjax.train.loop.run import Run
 from llmjax.train.loop.stop_request import StopRequest
 from llmjax.train.update.state import TrainState
 from llmjax.types import Batch
+from llmjax.workdir import standing
 from llmjax.workdir.samples import Sample, write_samples
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
@@ -74,9 +75,9 @@ def make_run(
             write_atomically(path, corpus.train_text(first, count))
         return str(path)
 
-    def save_window(state: TrainState, meta: dict) -> None:
-        with open_checkpoints(workdir, "window", WINDOW, check_lock) as windows:
-            windows.save(meta["cursor"], state, meta)
+    def save_partial_update(state: TrainState, meta: dict) -> None:
+        with open_checkpoints(workdir, standing.PARTIAL_UPDATE, KEEP_NEWEST, check_lock) as stopped:
+            stopped.save(meta["cursor"], state, meta)
 
     def loss(state: TrainState, batch: Batch) -> float:
         sums = program.eval_step(program.eval_params(state), program.engine.one_micro_batch(batch))
@@ -111,7 +112,7 @@ def make_run(
         name_guilty=name_guilty,
         write_documents=write_documents,
         saved=program.saved,
-        save_window=save_window,
+        save_partial_update=save_partial_update,
         meta={"config": config.to_dict(), "versions": versions, "data_fingerprint": corpus.fingerprint},
         flops_per_token={
             length: program.cost(corpus.train_plan.attended_in(length)).flops_per_token

@@ -8,7 +8,7 @@ A workdir holds
     samples.jsonl     texts sampled by the run       tokenizer/      the tokenizer of the run
     scores.json       what its scores are            probes.json     where evaluate.probes asks for them
     summary.json      results and commands           documents/      texts behind spikes and dropped micro-steps
-    report.html       all of it as one page          window/         an update stopped between its micro-steps
+    report.html       all of it as one page          partial_update/ an update stopped between its micro-steps
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     config, derived, workdir = request.config, request.derived, request.workdir
     corpus = read_corpus(config, derived, workdir)
     asked = make_probes(corpus, config)
-    under_way = standing.has_window(workdir)
+    under_way = bool(standing.partial_folders(workdir))
     so_far = saved_config(workdir)
     program = make_program(config, derived, corpus.tokenizer.vocab_size, accumulates=under_way)
     check_state_fits(program)
@@ -118,11 +118,11 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
             if hosts.is_primary():
                 complain(str(error))
                 if isinstance(error, TrainingFailed):  # an update that was under way is behind the damage
-                    standing.remove_window(workdir)
+                    standing.remove_partial_update(workdir)
                 write_report(workdir)
             return 1
-    if hosts.is_primary() and result.position.window is None:
-        standing.remove_window(workdir)
+    if hosts.is_primary() and result.position.partial_update is None:
+        standing.remove_partial_update(workdir)
     what = "probing"
     try:
         if not result.stopped:
@@ -178,10 +178,10 @@ def finish(
     )
     report = write_report(workdir)
     if result.stopped:
-        window = result.position.window
+        partial = result.position.partial_update
         where = f"after update {result.position.update}"
-        if window is not None:
-            where += f" and {len(window.metrics)} of {window.steps} micro-steps of the next"
+        if partial is not None:
+            where += f" and {len(partial.metrics)} of {partial.steps} micro-steps of the next"
         say(f"\nstopped {where} and saved; go on with\n  {following['resume']}")
         return
     if samples:

@@ -21,7 +21,13 @@ from llmjax.workdir.contents import saved_config, write_json
 from llmjax.workdir.metrics import read_metrics
 
 SAVED = "saved.json"
-FOLDERS = ("checkpoints", "window")  # of updates done, and of one under way
+# The folder of checkpoints between updates, and the one of an update that was stopped between two micro-steps.
+CHECKPOINTS = "checkpoints"
+PARTIAL_UPDATE = "partial_update"
+# Versions before 0.2 kept a stopped update in a folder of this name. It is read and removed, never written.
+OLD_PARTIAL_UPDATE = "window"
+PARTIAL_FOLDERS = (PARTIAL_UPDATE, OLD_PARTIAL_UPDATE)
+FOLDERS = (CHECKPOINTS, *PARTIAL_FOLDERS)
 
 
 def note_saved(workdir: pathlib.Path, folder: str) -> Callable[[int | None, dict], None]:
@@ -51,18 +57,20 @@ def has_begun(workdir: pathlib.Path) -> bool:
     return any(shelf.numbers(workdir / folder) for folder in FOLDERS)
 
 
-def has_window(workdir: pathlib.Path) -> bool:
-    """Whether a stopped update is kept in `workdir`."""
-    return bool(shelf.numbers(workdir / "window"))
+def partial_folders(workdir: pathlib.Path) -> list[str]:
+    """The folders in `workdir` that hold an update stopped between two micro-steps: none, one, or both names."""
+    return [folder for folder in PARTIAL_FOLDERS if shelf.numbers(workdir / folder)]
 
 
-def remove_window(workdir: pathlib.Path) -> None:
-    """Deletes the stopped update in `workdir`, which has been gone on with and saved since; not what was set aside."""
-    folder = workdir / "window"
-    for number in shelf.numbers(folder):
-        shutil.rmtree(folder / str(number), ignore_errors=True)
-    if folder.is_dir() and not shelf.set_aside(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+def remove_partial_update(workdir: pathlib.Path) -> None:
+    """Deletes the stopped update in `workdir`, once the run has finished and saved it. Damaged ones stay, for a person
+    to look at."""
+    for name in PARTIAL_FOLDERS:
+        folder = workdir / name
+        for number in shelf.numbers(folder):
+            shutil.rmtree(folder / str(number), ignore_errors=True)
+        if folder.is_dir() and not shelf.set_aside(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_standing(workdir: pathlib.Path, warn: Callable[[str], None]) -> None:

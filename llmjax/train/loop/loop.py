@@ -22,7 +22,7 @@ from llmjax.errors import UserError
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run import Record, Result, Run, State
 from llmjax.train.loop.run_clock import Clock
-from llmjax.train.loop.run_position import OpenWindow, Position
+from llmjax.train.loop.run_position import PartialUpdateRecord, Position
 from llmjax.train.loop.stop_request import Stopped, StopRequest
 from llmjax.train.loop.update_totals import (
     mean_metrics,
@@ -69,7 +69,7 @@ def train(
     """
     if int(state.update) != position.update:
         raise ValueError(f"the state is at update {int(state.update)}, the position at {position.update}")
-    position.check_window(run.micro_batch_size, run.engine.stops_within)
+    position.check_partial_update(run.micro_batch_size, run.engine.stops_within)
     with stop.deferred() if stop is not None else StopRequest() as stop:
         loop = _Loop(run, state, position, recorder, checkpoints, stop)
         with contextlib.closing(loop):
@@ -118,7 +118,7 @@ class _Loop:
             stopped = dispatched.is_open or (self.stop.poll() and not self.upkeep.ends(dispatched.position))
             self.position = dispatched.position
             if dispatched.is_open:
-                self.save_window(dispatched)
+                self.save_partial_update(dispatched)
                 break
             self.pending = dispatched
             if not (stopped or self.upkeep.pauses(self.position)) or self.settle():
@@ -142,11 +142,11 @@ class _Loop:
 
         A wish to stop is heeded between two micro-steps: then the update stays open.
         """
-        run, position, window = self.run, self.position, self.position.window
-        before = () if window is None else window.metrics
+        run, position, partial = self.run, self.position, self.position.partial_update
+        before = () if partial is None else partial.metrics
         # The same history whether or not the last update was recorded already.
         history = self.histories[0 if self.pending is None else 1]
-        decision = run.steering.decide(history, position.tokens, 0 if window is None else window.steps)
+        decision = run.steering.decide(history, position.tokens, 0 if partial is None else partial.steps)
         if self.length != decision.length:
             self.close()
             self.clock.forget()  # the step compiles
@@ -175,7 +175,7 @@ class _Loop:
                 tokens=position.tokens + decision.steps * run.micro_batch_size * run.seq_len,
                 before=position.tokens,
                 evaluation=None,
-                window=None,
+                partial_update=None,
             )
         return _Dispatched(position, decision, made.metrics, before, made.waited, is_open)
 
@@ -231,14 +231,14 @@ class _Loop:
                 self.batch, _ = run.engine.next_batch(batches, steps)
         return self.batch
 
-    def save_window(self, dispatched: _Dispatched) -> None:
+    def save_partial_update(self, dispatched: _Dispatched) -> None:
         """Saves an update under way, with its micro-steps' numbers, in the place kept for such."""
-        window = OpenWindow(
+        partial = PartialUpdateRecord(
             dispatched.decision.steps, self.run.micro_batch_size, tuple(self._fetch(dispatched))
         )
-        self.position = dataclasses.replace(self.position, window=window)
+        self.position = dataclasses.replace(self.position, partial_update=partial)
         self.recorder.flush()
-        self.run.save_window(self.state, self.run.meta | self._position_now().to_meta())
+        self.run.save_partial_update(self.state, self.run.meta | self._position_now().to_meta())
 
     def _react(self, spike: Spike, done: _Dispatched, steps: list[MicroMetrics], applied: bool) -> bool:
         reaction = ON_SPIKE[self.run.steering.stability.on_spike]

@@ -77,7 +77,7 @@ class Run:
                         parameters as they are now, for a message
     write_documents     (name, first sequence, count) -> the file into which their text was written, for a message
     saved               state -> what a checkpoint holds of it
-    save_window         (state, meta) -> None, saves an update under way
+    save_partial_update         (state, meta) -> None, saves an update under way
     meta                what else goes into each checkpoint: config, versions, data fingerprint
     flops_per_token     of the model, forward and backward, for each length of rows; only with `peak_flops`
     peak_flops          per second, of all devices together; 0: unknown
@@ -95,7 +95,7 @@ class Run:
     restore: Callable[[], tuple[State, Position]]
     describe_batch: Callable[[int, int], str]
     write_documents: Callable[[str, int, int], str]
-    save_window: Callable[[State, dict], None]
+    save_partial_update: Callable[[State, dict], None]
     statistics_every: int = 0
     sample: Callable[[State, int], None] = lambda state, update: None
     statistics: Callable[[State, Any], dict[str, Any]] = lambda state, batch: {}

@@ -64,10 +64,10 @@ class Upkeep:
         self._run, self._recorder, self._clock = run, recorder, clock
         self._checkpoints, self._stop = checkpoints, stop
         self._unseen: int | None = checkpoints.latest()  # a checkpoint that no loss has been seen of yet
-        self._begins = position.update == 0 and position.window is None
+        self._begins = position.update == 0 and position.partial_update is None
         self._seen = False  # whether any loss of this run was finite
         known = position.histories is None or position.histories[1].stability.skipped == 0
-        self.applied: Position | None = position if known and position.window is None else None
+        self.applied: Position | None = position if known and position.partial_update is None else None
         self.left_out = 0
 
     def is_due(self, position: Position, every: int) -> bool:
@@ -313,7 +313,7 @@ class Upkeep:
         """Saves what no cadence asked for, before the run ends early."""
         if self.left_out:
             self._save_applied(state)
-        elif position.window is None:
+        elif position.partial_update is None:
             self._save(state, position)
 
     def _rank(self, results: dict[str, float]) -> float:
