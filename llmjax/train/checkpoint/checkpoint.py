@@ -446,7 +446,7 @@ class Checkpoints:
         with ocp.Checkpointer(handler) as reader:
             restored = reader.restore(place, args=request)
         by_path = dict(zip(leaves.paths(restored), jax.tree_util.tree_leaves(restored)))
-        arrays = [leaves.unstored(by_path[path], leaf) for path, leaf in zip(leaves.paths(abstract), flat)]
+        arrays = [leaves.from_stored(by_path[path], leaf) for path, leaf in zip(leaves.paths(abstract), flat)]
         return jax.tree_util.tree_unflatten(treedef, arrays)
 
 

@@ -52,7 +52,7 @@ def stored(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
 
 
-def unstored(array: jax.Array, leaf: Any) -> jax.Array:
+def from_stored(array: jax.Array, leaf: Any) -> jax.Array:
     if not _is_key(leaf):
         return array
     impl = []  # only a traced key tells its implementation, not an abstract one

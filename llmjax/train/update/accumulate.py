@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from llmjax.train.optim.offload import fetch, stash
+from llmjax.train.optim.offload import to_device, to_host
 from llmjax.train.optim.optimizer import Hyperparameters, Optimizer, OptState
 from llmjax.train.update.gradients import MAIN, Terms, mean_gradient, total_weight
 from llmjax.types import Array, Params
@@ -118,8 +118,8 @@ def close_update(
     optimizer: Optimizer, params: Params, opt_state: OptState, terms: Terms, loss: Array, inputs: UpdateInputs
 ) -> tuple[Params, OptState, Outcome]:
     """The new parameters and optimizer state of a finished update, and how it closed, see `update_from_sums`."""
-    opt_state = fetch(opt_state) if optimizer.offload else opt_state
+    opt_state = to_device(opt_state) if optimizer.offload else opt_state
     arrays = params, opt_state, terms, loss, inputs
     updates, opt_state, outcome = update_from_sums(optimizer.update, *arrays)
     params = applied_to(params, updates, outcome.applied)
-    return params, stash(opt_state) if optimizer.offload else opt_state, outcome
+    return params, to_host(opt_state) if optimizer.offload else opt_state, outcome

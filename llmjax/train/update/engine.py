@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from llmjax.train.optim.offload import fetch
+from llmjax.train.optim.offload import to_device
 from llmjax.train.optim.optimizer import Optimizer, OptState
 from llmjax.train.optim.param_roles import Roles
 from llmjax.train.update.accumulate import Outcome, PartialUpdate, UpdateInputs
@@ -113,7 +113,7 @@ class Engine:
     def eval_params(self, state: OptState, params: Params) -> Params:
         """The parameters to evaluate and to generate with."""
         own = self.canonical(state)
-        return self.optimizer.eval_params(fetch(own) if self.optimizer.offload else own, params)
+        return self.optimizer.eval_params(to_device(own) if self.optimizer.offload else own, params)
 
     # --- the compiled step ---
 

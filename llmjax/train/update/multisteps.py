@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmjax.train.optim.offload import fetch, stash
+from llmjax.train.optim.offload import to_device, to_host
 from llmjax.train.optim.optimizer import OptState
 from llmjax.train.update.accumulate import (
     Outcome,
@@ -56,7 +56,7 @@ class MultiSteps(EachMicroStep):
 
         inner = optax.GradientTransformation(self.optimizer.init, update)
         multi = optax.MultiSteps(inner, every_k_schedule=lambda _: steps, use_grad_mean=False)
-        own = fetch(before.inner_opt_state) if offload else before.inner_opt_state
+        own = to_device(before.inner_opt_state) if offload else before.inner_opt_state
         updates, after = multi.update(
             {"terms": terms, "loss": loss}, before._replace(inner_opt_state=own), params
         )
@@ -67,6 +67,6 @@ class MultiSteps(EachMicroStep):
         outcome = dataclasses.replace(outcome, is_update=is_update, applied=outcome.applied > 0)
         after = after._replace(
             acc_grads=select(is_update, empty, after.acc_grads),
-            inner_opt_state=stash(after.inner_opt_state) if offload else after.inner_opt_state,
+            inner_opt_state=to_host(after.inner_opt_state) if offload else after.inner_opt_state,
         )
         return applied_to(params, updates["params"], outcome.applied), PartialUpdate(steps, after), outcome

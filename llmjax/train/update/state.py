@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llmjax.train.optim.offload import is_stashed, stashed
+from llmjax.train.optim.offload import is_offloaded, on_host
 from llmjax.train.optim.optimizer import Optimizer, OptState
 from llmjax.types import Array, Params
 
@@ -120,7 +120,7 @@ def state_shardings(
 
     def placed(path: tuple[Any, ...], sharding: NamedSharding, leaf: Array) -> NamedSharding:
         is_sum = any(getattr(key, "name", "") == "acc_grads" for key in path)
-        return stashed(sharding) if is_stashed(leaf) and not is_sum else sharding
+        return on_host(sharding) if is_offloaded(leaf) and not is_sum else sharding
 
     own = jax.tree_util.tree_map_with_path(placed, shardings.opt_state, state.opt_state)
     return dataclasses.replace(shardings, opt_state=own)
