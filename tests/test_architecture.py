@@ -67,7 +67,7 @@ APART = [
     ("report", "types"),
 ]
 ALONE = {  # library, or what it is asked for -> the files or rooms that alone know it
-    "orbax": ["train/checkpoint/checkpoint.py"],
+    "orbax": ["train/checkpoint/orbax_files.py"],
     "grain": ["data/pipeline.py"],
     "sentencepiece": ["data/tokenizer/"],
     "flax": ["nn/", "models/"],
