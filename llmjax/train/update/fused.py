@@ -9,7 +9,6 @@ grow with the number of micro-steps.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -82,57 +81,115 @@ def make_update_sums(
     `square_norm` and `weight_square` are of each part, and `dropped` counts parts), and `parts`, how many hold
     any weight.
     """
-    manual = MANUAL[gather]
-    split = tuple(axis for axis in manual if mesh.shape[axis] > 1)  # XLA fails at sums over an axis of size 1
-    automatic = tuple(axis for axis in mesh.axis_names if axis not in manual)
-    outer = jax.tree.map(lambda spec: without_axes(spec, automatic), param_specs)
-    inner = jax.tree.map(lambda spec: without_axes(spec, manual), param_specs)
-    sharded = functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(outer, PartitionSpec(None, manual), PartitionSpec(), PartitionSpec()),
-        axis_names={*manual},
-        check_vma=False,  # with it on, the gradient for a replicated weight is summed over devices at once
-    )
+    return _UpdateSums(loss_fn, mesh, param_specs, roles, gather, compute_dtype)
 
-    def constrain(tree: Params) -> Params:
-        return jax.tree.map(jax.lax.with_sharding_constraint, tree, inner)
 
-    def loss(weights: Params, batch: Batch, rng: Array | None) -> LossSums:
-        return loss_fn(_whole_tables(weights, inner, roles), batch, rng)
+@dataclasses.dataclass(frozen=True)
+class _UpdateSums:
+    """The function that `make_update_sums` makes; the fields are its arguments."""
 
-    def micro_step(weights: Params, batch: Batch, i: Array | int, rng: Array | None) -> tuple[Terms, Sums]:
+    loss_fn: LossFn
+    mesh: Mesh
+    param_specs: Params
+    roles: Roles
+    gather: str
+    compute_dtype: str
+
+    def __call__(
+        self, params: Params, batch: Batch, steps: ArrayLike, rng: Array | None
+    ) -> tuple[Terms, Sums]:
+        # shard_map wants the specs of what comes out, which depend on the names of the loss terms and metrics.
+        names = self._shard_map(self._names, PartitionSpec())
+        terms, values = jax.eval_shape(names, params, batch, steps, rng)
+
+        def part(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
+            return self._sum_part(params, batch, steps, rng, tuple(terms), tuple(values))
+
+        # A PartitionSpec stands in the place of an array.
+        whole: Any = PartitionSpec()
+        specs = {name: TermSums(self._outer, whole) for name in terms}, whole
+        return self._shard_map(part, specs)(params, batch, steps, rng)
+
+    @property
+    def _manual(self) -> tuple[str, ...]:
+        return MANUAL[self.gather]
+
+    @property
+    def _reduced_axes(self) -> tuple[str, ...]:
+        # XLA fails at sums over a mesh axis of size 1.
+        return tuple(axis for axis in self._manual if self.mesh.shape[axis] > 1)
+
+    @property
+    def _outer(self) -> Params:
+        """The specs of the parameters over the manual axes, as shard_map wants them."""
+        automatic = tuple(axis for axis in self.mesh.axis_names if axis not in self._manual)
+        return jax.tree.map(lambda spec: without_axes(spec, automatic), self.param_specs)
+
+    @property
+    def _inner(self) -> Params:
+        """The specs of the parameters over the other axes, as the compiler is told them inside shard_map."""
+        return jax.tree.map(lambda spec: without_axes(spec, self._manual), self.param_specs)
+
+    def _shard_map(self, function: Callable, out_specs: Any) -> Callable:
+        """`function(params, batch, steps, rng)` on each part: the manual axes cut parameters and sequences."""
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(self._outer, PartitionSpec(None, self._manual), PartitionSpec(), PartitionSpec()),
+            out_specs=out_specs,
+            axis_names={*self._manual},
+            # With the check on, jax sums the gradient of a replicated weight over the devices in every micro-step.
+            check_vma=False,
+        )
+
+    def _names(self, params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Sums, Sums]:
+        """The loss terms and the metrics of one micro-step, traced for their names alone."""
+        weights = _gathered(params, self._outer, self.compute_dtype, self.roles)
+        terms, values = self._micro_step(weights, batch, 0, rng)
+        return {name: term.weight for name, term in terms.items()}, values
+
+    def _micro_step(
+        self, weights: Params, batch: Batch, i: Array | int, rng: Array | None
+    ) -> tuple[Terms, Sums]:
+        """The gradient sums and metrics of micro-step `i` of this part."""
+
+        def loss(weights: Params, batch: Batch, rng: Array | None) -> LossSums:
+            return self.loss_fn(_whole_tables(weights, self._inner, self.roles), batch, rng)
+
         terms, values = micro_gradients(loss, weights, jax.tree.map(lambda x: x[i], batch), rng)
         return terms, {**values, "parts": (values["weight"] > 0).astype(jnp.float32)}
 
-    def names(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Sums, Sums]:
-        terms, values = micro_step(_gathered(params, outer, compute_dtype, roles), batch, 0, rng)
-        return {name: term.weight for name, term in terms.items()}, values
+    def _sum_part(
+        self,
+        params: Params,
+        batch: Batch,
+        steps: Array,
+        rng: Array | None,
+        terms: tuple[str, ...],
+        values: tuple[str, ...],
+    ) -> tuple[Terms, Sums]:
+        """Sums the micro-steps of this part in a loop, and then reduces the sums over the parts, once."""
+        weights = self._constrain(_gathered(params, self._outer, self.compute_dtype, self.roles))
 
-    def sum_update(params: Params, batch: Batch, steps: ArrayLike, rng: Array | None) -> tuple[Terms, Sums]:
-        terms, values = jax.eval_shape(sharded(names, out_specs=PartitionSpec()), params, batch, steps, rng)
+        def body(i: Array, sums: tuple[Terms, Sums]) -> tuple[Terms, Sums]:
+            micro_terms, micro_values = self._micro_step(weights, batch, i, rng)
+            total = self._constrain_terms(add_terms(sums[0], micro_terms))
+            return total, jax.tree.map(lambda row, value: row.at[i].set(value), sums[1], micro_values)
 
-        def part(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
-            weights = constrain(_gathered(params, outer, compute_dtype, roles))
+        rows = {name: jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], jnp.float32) for name in values}
+        start = empty_terms(weights, tuple(name for name in terms if name != MAIN)), rows
+        total, rows = jax.lax.fori_loop(0, steps, body, start)
+        # The one reduction of the gradients in an update: everything before it stayed on its device.
+        axes = self._reduced_axes
+        total = {name: _reduced(term, self._outer, axes) for name, term in total.items()}
+        return self._constrain_terms(total), jax.lax.psum(rows, axes)
 
-            def body(i: Array, sums: tuple[Terms, Sums]) -> tuple[Terms, Sums]:
-                micro_terms, micro_values = micro_step(weights, batch, i, rng)
-                total = add_terms(sums[0], micro_terms)
-                total = {name: TermSums(constrain(t.grads), t.weight) for name, t in total.items()}
-                return total, jax.tree.map(lambda row, value: row.at[i].set(value), sums[1], micro_values)
+    def _constrain(self, tree: Params) -> Params:
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, self._inner)
 
-            rows = {name: jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], jnp.float32) for name in values}
-            start = empty_terms(weights, tuple(name for name in terms if name != MAIN)), rows
-            total, rows = jax.lax.fori_loop(0, steps, body, start)
-            total = {name: _reduced(term, outer, split) for name, term in total.items()}
-            total = {name: TermSums(constrain(t.grads), t.weight) for name, t in total.items()}
-            return total, jax.lax.psum(rows, split)
-
-        whole: Any = PartitionSpec()  # in the place of an array
-        specs = {name: TermSums(outer, whole) for name in terms}, whole
-        return sharded(part, out_specs=specs)(params, batch, steps, rng)
-
-    return sum_update
+    def _constrain_terms(self, terms: Terms) -> Terms:
+        # Without it the compiler may lay the carry of the loop out otherwise than the gradients that are added to it.
+        return {name: TermSums(self._constrain(term.grads), term.weight) for name, term in terms.items()}
 
 
 def _gathered(params: Params, specs: Params, compute_dtype: str, roles: Roles) -> Params:
