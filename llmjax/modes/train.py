@@ -24,7 +24,7 @@ from llmjax.build.corpus_record import (
     save_tokenizer,
     write_record,
 )
-from llmjax.build.program import make_program
+from llmjax.build.program import Program, make_program
 from llmjax.build.restore import (
     hold,
     open_checkpoints,
@@ -51,6 +51,7 @@ from llmjax.terminal.lines import format_table, indent, say
 from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.loop import train
 from llmjax.train.loop.run import Result
+from llmjax.train.loop.run_position import Position
 from llmjax.train.loop.stop_request import OUTPUT_CLOSED, Stopped, StopRequest
 from llmjax.train.loop.upkeep import FollowUpFailed, TrainingFailed, describe_failure
 from llmjax.workdir import standing
@@ -66,34 +67,31 @@ def run(request: Request) -> int:
         with StopRequest(at_once=True) as stop:
             try:
                 return train_until(stop, request, check_lock)
-            except Stopped:  # before or after training, which is stopped in its own way
+            # Before or after training. The loop itself stops in its own way, which saves.
+            except Stopped:
                 say("\nstopped; the same command goes on from there")
                 return stop.exit_code
 
 
 def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], None]) -> int:
-    """Trains to the end or until `stop` asks for it; the exit code. Stopped where there is no training to be saved.
+    """Trains until the end, or until `stop` asks for it; returns the exit code.
 
-    `check_lock` raises where another run has taken the workdir.
+    `check_lock` raises where another run has taken the workdir. Raises Stopped where a wish to stop comes before or
+    after training, when there is nothing to save.
     """
-    config, derived, workdir = request.config, request.derived, request.workdir
-    corpus = read_corpus(config, derived, workdir)
+    config, workdir = request.config, request.workdir
+    corpus = read_corpus(config, request.derived, workdir)
     asked = make_probes(corpus, config)
+    # A stopped update has sums in its state, even if updates now have one micro-step and need none.
     under_way = bool(standing.partial_folders(workdir))
     so_far = saved_config(workdir)
-    program = make_program(config, derived, corpus.tokenizer.vocab_size, accumulates=under_way)
+    program = make_program(config, request.derived, corpus.tokenizer.vocab_size, accumulates=under_way)
     check_state_fits(program)
-    with open_checkpoints(workdir, "checkpoints", config.checkpoint, check_lock) as checkpoints:
+    with open_checkpoints(workdir, standing.CHECKPOINTS, config.checkpoint, check_lock) as checkpoints:
         state, position = resume_or_init(program, corpus, checkpoints, workdir)
-        steering = program.steering
-        finished = position.tokens >= steering.num_tokens
+        finished = position.tokens >= program.steering.num_tokens
         if hosts.is_primary():
-            standing.check_metrics(workdir, position.update, warn)
-            lasting = config if not finished else as_long_as_before(config, workdir)
-            write_json(workdir / "config.json", lasting.to_dict())
-            save_tokenizer(workdir, corpus.tokenizer)
-            write_record(workdir, corpus)
-            write_atomically(workdir / FILE, scores_as_json(program.task.scores))
+            write_beginning(program, corpus, workdir, position, finished)
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
         for remark in [] if finished else remarks(program, so_far, position.tokens):
@@ -105,9 +103,9 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         recorder = Recorder(
             workdir,
             resume_update=position.update,
-            num_tokens=steering.num_tokens,
+            num_tokens=program.steering.num_tokens,
             scores=program.task.scores,
-            tokens_per_update=steering.tokens_per_update,
+            tokens_per_update=program.steering.tokens_per_update,
             on_closed=lambda: stop.ask(OUTPUT_CLOSED),
         )
         run = make_run(program, corpus, workdir, checkpoints, stop, check_lock)
@@ -117,7 +115,8 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         except (TrainingFailed, FollowUpFailed) as error:
             if hosts.is_primary():
                 complain(str(error))
-                if isinstance(error, TrainingFailed):  # an update that was under way is behind the damage
+                # A training that failed goes back to a checkpoint from before the stopped update.
+                if isinstance(error, TrainingFailed):
                     standing.remove_partial_update(workdir)
                 write_report(workdir)
             return 1
@@ -140,8 +139,23 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     return stop.exit_code if result.stopped else 0
 
 
+def write_beginning(
+    program: Program, corpus: Corpus, workdir: pathlib.Path, position: Position, finished: bool
+) -> None:
+    """Writes the files that later commands need of a run: its config, tokenizer, documents and scores."""
+    standing.check_metrics(workdir, position.update, warn)
+    lasting = as_long_as_before(program.config, workdir) if finished else program.config
+    write_json(workdir / "config.json", lasting.to_dict())
+    save_tokenizer(workdir, corpus.tokenizer)
+    write_record(workdir, corpus)
+    write_atomically(workdir / FILE, scores_as_json(program.task.scores))
+
+
 def as_long_as_before(config: Config, workdir: pathlib.Path) -> Config:
-    """`config` with the train.num_updates of the run in `workdir`, should that be more: nothing done is undone."""
+    """`config`, with the larger train.num_updates of the run in `workdir` if that asks for more.
+
+    The saved config of a finished run never asks for fewer updates than were done.
+    """
     saved = saved_config(workdir)
     if saved is None or saved["train"]["num_updates"] <= config.train.num_updates:
         return config

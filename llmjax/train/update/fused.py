@@ -1,9 +1,9 @@
-"""All micro-steps of an update in one compiled function: gradients summed on each device, reduced once in the end.
+"""All micro-steps of an update in one compiled function: each device sums its own gradients, reduced once in the end.
 
-A loop of micro-steps that leaves the mesh to the compiler adds gradients up over the devices in every one of
-them, since a split batch beside replicated parameters allows nothing else. Here the axes of the batch are manual
-(`jax.shard_map`): a gradient is its device's own until the one reduction after the loop, whose bytes do not
-grow with the number of micro-steps.
+Where the compiler alone divides the work, it reduces gradients over the devices in every micro-step, because the
+parameters are replicated and the batch is split. Here the axes of the batch are manual (`jax.shard_map`): each device
+keeps its own gradients until one reduction after the loop. The bytes of that reduction do not grow with the number of
+micro-steps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llmjax.train.update.gradients import (
 from llmjax.train.update.step import TrainStep, make_fused_step
 from llmjax.types import Array, Batch, LossSums, Params
 
-# When weights are gathered over `fsdp` -> the mesh axes over which gradients stay apart until the update ends.
+# `compute.gather` -> the mesh axes along which each device keeps gradients of its own until the update ends.
 MANUAL = {"update": ("data", "fsdp"), "micro_step": ("data",)}
 
 Sums = dict[str, Array]
@@ -65,26 +65,28 @@ def make_update_sums(
     steps   int32 [], traced: one compile serves 1 to K
     rng     one key for all micro-steps, or None
 
-    The M sequences are cut into parts, each of which sums gradients of its own; a part that is not finite is
-    left out alone, since no device hears of the others before the loop has ended. `loss_fn` sees the M / parts
-    sequences of one part; its model is built with a `Layout` whose `manual` is MANUAL[gather].
+    The M sequences are cut into parts, and each part sums its own gradients. A part that is not finite is left out
+    alone, because devices learn of each other only after the loop. `loss_fn` is given the M / parts sequences of one
+    part; its model must be built with a `Layout` whose `manual` is MANUAL[gather].
 
-    gather  "update": one part a device along data and fsdp. Weights are gathered over fsdp once, in
-            `compute_dtype` where the model casts them anyway, and gradients are summed whole.
-            "micro_step": one part an index of `data`. Weights are gathered over fsdp where they are used, and
+    gather  "update": a part for each device along data and fsdp. Weights are gathered over fsdp once, in
+            `compute_dtype` where the model casts them anyway, and each device sums whole gradients.
+            "micro_step": a part for each index of `data`. Weights are gathered over fsdp where they are used, and
             gradients are reduced over fsdp in each micro-step and summed in shards.
 
     A micro-step's gradient of a cast weight is rounded to `compute_dtype`, and so is its reduction over fsdp
     within a micro-step; all sums over micro-steps and parts are float32.
 
-    sums, float32 [K], 0 from `steps` on: each value of `micro_gradients`, added up over the parts (so that
-    `square_norm` and `weight_square` are of each part, and `dropped` counts parts), and `parts`, how many hold
-    any weight.
+    sums, float32 [K], 0 from element `steps` on:
+      each value of `micro_gradients`, added up over the parts, each of which has a `square_norm` and a `weight_square`
+      of its own; `dropped` counts parts
+      parts  how many parts hold any weight
     """
     return _UpdateSums(loss_fn, mesh, param_specs, roles, gather, compute_dtype)
 
 
-@dataclasses.dataclass(frozen=True)
+# eq=False: jax.jit looks functions up by their hash, which a dataclass would make of its fields, and dicts have none.
+@dataclasses.dataclass(frozen=True, eq=False)
 class _UpdateSums:
     """The function that `make_update_sums` makes; the fields are its arguments."""
 
