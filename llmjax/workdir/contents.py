@@ -1,5 +1,5 @@
-"""The files of a run that people and later commands read: config.json, samples.md, summary.json; and the commands that
-go on from them."""
+"""The files of a workdir that people and later commands read: config.json and summary.json, and the commands that
+go on from a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmjax.names import is_unicode, quote
 
 
 def check_place(workdir: pathlib.Path) -> None:
-    """UserError where `workdir` neither is nor can become a folder that checkpoints can be written to."""
+    """Raises UserError where `workdir` is not, and cannot become, a folder that checkpoints can be written to."""
     check_name(f"--workdir={workdir}", workdir, "give another path")
     there = next(path for path in (workdir, *workdir.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
@@ -25,7 +25,7 @@ def check_place(workdir: pathlib.Path) -> None:
 
 
 def check_name(asked: str, workdir: pathlib.Path, remedy: str) -> None:
-    """UserError, which begins with `asked`, where orbax cannot read or write checkpoints below a path such as this."""
+    """Raises UserError where orbax cannot read or write checkpoints below `workdir`. The error begins with `asked`."""
     if not is_unicode(workdir.absolute()):
         raise UserError(f"{asked} is not UTF-8, as checkpoints need; {remedy}")
     if "**" in str(workdir.absolute()):
@@ -54,7 +54,11 @@ def saved_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def commands(workdir: pathlib.Path, num_updates: int, prompt: str) -> dict[str, str]:
-    """Label -> the shell command that goes on from the run in `workdir`."""
+    """Label -> a shell command that uses the run in `workdir`.
+
+    num_updates  of the run; "train on" asks for twice as many
+    prompt       of the command that generates
+    """
     python = pathlib.Path(sys.executable)
     here = pathlib.Path.cwd()
     python = python.relative_to(here) if python.is_relative_to(here) else python
