@@ -57,7 +57,7 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
         with _terminable(alone):
             return dispatch.run(values.mode, config, workdir, prompts=prompts, checkpoint=values.checkpoint)
     except BrokenPipeError:
-        from llmjax.progress import silence
+        from llmjax.terminal.progress import silence
 
         silence()
         return 141

@@ -19,7 +19,7 @@ ORDER = [
     "batch",
     "types",
     "scores",
-    "progress",
+    "quantities",
     "parallel",
     "terminal",
     "ops",
@@ -46,6 +46,7 @@ WITHIN = {
     "plan": ["hlo", "topology", "summary", "communication", "compile", "memory", "advice"],
     "data": ["checksums", "sources", "tokenizer", "examples", "store", "layout", "packing", "pipeline"],
     "config": ["file", "help", "schema", "reading", "resolve", "resume", "init_from"],
+    "terminal": ["bar", "lines", "progress"],
     "evaluate": ["held_out", "scoring", "not_finite", "probes"],
 }
 # (room, a room below it that it does without)
@@ -67,13 +68,13 @@ APART = [
     ("report", "types"),
 ]
 ALONE = {  # library, or what it is asked for -> the files or rooms that alone know it
-    "orbax": ["train/checkpoint/checkpoint.py"],
+    "orbax": ["train/checkpoint/orbax_files.py"],
     "grain": ["data/pipeline.py"],
     "sentencepiece": ["data/tokenizer/"],
     "flax": ["nn/", "models/"],
     "tensorboardX": ["workdir/recorder.py"],
     "ml_collections": ["config/file.py"],
-    "tqdm": ["terminal.py", "progress.py"],
+    "tqdm": ["terminal/bar.py"],
     "torch": [],
     "jax.distributed": ["parallel/hosts.py"],
     "optax.MultiSteps": ["train/update/multisteps.py"],
@@ -88,6 +89,7 @@ HOST_SIDE = (
     "failures",
     "files",
     "names",
+    "quantities",
     "ranges",
     "flags",
     "modes/table",

@@ -10,8 +10,8 @@ import pytest
 import llmjax
 from llmjax import main
 from llmjax.escapes import complain, one_line, printable, show
-from llmjax.progress import Progress
-from llmjax.terminal import indent, say
+from llmjax.terminal.lines import indent, say
+from llmjax.terminal.progress import Progress
 
 OBEYED = {
     "bell": "\x07",

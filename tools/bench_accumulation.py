@@ -4,7 +4,7 @@
     pip install 'llmjax[tpu]'
     JAX_PLATFORMS=cpu python tools/bench_accumulation.py --parts memory reductions     # about 10 minutes, no TPU
 
-time        milliseconds per micro-step of AdamW with 16.8 M parameters on the CPU, in windows of 8 micro-steps. The
+time        milliseconds per micro-step of AdamW with 16.8 M parameters on the CPU, in updates of 8 micro-steps. The
             gradient is given, so that there is no forward or backward pass: what is left is our train step, with its
             checks and norms, and `MultiSteps.update` with `apply_updates`. Each has a process of its own, ours with the
             memory settings that every run of llmjax has (`parallel/host_memory.py`), stock without and with them. They
@@ -18,7 +18,7 @@ reductions  gradients that each device gives to reductions in one update, in GB,
 
 Stock does the same work in every micro-step, and so does our `multisteps`, which is stock fed with sums and weights and
 has no goal. `in_place` makes the update in the last micro-step: `accumulating` is one before it, `mean_of_8` the mean
-over a window. `fused` makes its gradients in the loop, which on the CPU adds 8 bytes per parameter. One JSON object a
+over an update. `fused` makes its gradients in the loop, which on the CPU adds 8 bytes per parameter. One JSON object a
 line. The goal of a time is one for the ratio ours / rival, the others are for our value.
 """
 
@@ -34,8 +34,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from accumulation_sides import STEPS, STOCK, Engines, stock_update
 from bench_train import load_config
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from lines import can_run, make_parser, report
 from turns import take_turns
 
@@ -46,23 +47,13 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.plan.hlo.parse import NO_TRIPS, Module, Trips, loops, parse
 from llmjax.plan.hlo.traffic import bytes_touched, collectives
 from llmjax.plan.topology import topology_devices
-from llmjax.train.optim.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from llmjax.train.optim.param_roles import Roles
 from llmjax.train.steering.steering import Measured
-from llmjax.train.update.accumulate import UpdateInputs
-from llmjax.train.update.engines import ENGINES
-from llmjax.train.update.fused import make_update_sums
 from llmjax.train.update.state import TrainState
-from llmjax.train.update.step import make_fused_step, make_train_step
-from llmjax.types import Array, Batch, LossSums, Params
+from llmjax.types import Array, Batch, Params
 
-# Micro-steps of a window.
-STEPS = 8
 # Of the parameters whose updates are timed.
 MATRICES = 16
 TIME_GOAL, MEMORY_GOAL, REDUCTION_GOAL, CONTROLLER_GOAL = 0.1, 17.0, 1.9, 0.01
-STOCK = "optax.MultiSteps(optax.adamw)"
-OPTIMIZER = OptimizerConfig(name="adamw", clip_norm=0.0)
 DECODER = {  # changes to configs/base.py: 470 M parameters
     "model.num_layers": 24, "model.model_dim": 1024, "model.num_heads": 16, "model.mlp_dim": 4096,
     "model.dtype": "bfloat16", "compute.scan_layers": True, "compute.remat": "full", "tokenizer.vocab_size": 65536,
@@ -75,111 +66,37 @@ SMOKE_MODEL = {
 }  # fmt: skip
 
 
-@jax.custom_vjp
-def given(params: Params, grads: Params) -> Array:
-    """A loss without a value whose gradient is `grads`."""
-    return jnp.zeros([])
-
-
-given.defvjp(
-    lambda params, grads: (jnp.zeros([]), grads),
-    lambda grads, seed: (jax.tree.map(lambda g: seed * g, grads), None),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Engines:
-    """The three ways to accumulate, without a model. The gradients of `fused` are made of its parameters."""
-
-    params: Params
-    mesh: Mesh
-
-    @property
-    def roles(self) -> Roles:
-        return Roles(jax.tree.map(lambda _: ("embed", "mlp"), self.params))
-
-    @property
-    def optimizer(self) -> Optimizer:
-        return make_optimizer(OPTIMIZER, 100, self.roles)
-
-    def order(self) -> UpdateInputs:
-        hyper = self.optimizer.hyperparameters(0.0, 1.0)
-        floats = {f.name: jnp.float32(getattr(hyper, f.name)) for f in dataclasses.fields(hyper)}
-        limit = jnp.float32(jnp.inf)
-        return UpdateInputs(jnp.int32(STEPS), dataclasses.replace(hyper, **floats), limit, limit)
-
-    def batch(self, *lead: int) -> Batch:
-        rows, index = jnp.ones((*lead, 1, 8)), jnp.zeros((*lead, 1), jnp.int32)
-        ones = rows.astype(jnp.int32)
-        return Batch(ones, ones, rows, ones, ones, index)
-
-    def state(self, engine: str) -> TrainState:
-        accumulator = ENGINES[engine](self.optimizer, STEPS)
-        params = jax.tree.map(jnp.copy, self.params)
-        return TrainState(params, accumulator.init(params), jnp.zeros([], jnp.int32), jax.random.key(0))
-
-    def micro_step(
-        self, engine: str, state: TrainState, batch: Batch, order: UpdateInputs, grads: Params
-    ) -> TrainState:
-        def loss(params: Params, batch: Batch, rng: Array) -> LossSums:
-            return LossSums(given(params, grads), jnp.sum(batch.weights), {})
-
-        accumulate = ENGINES[engine](self.optimizer, STEPS).micro_step
-        return make_train_step(loss, accumulate)(state, batch, order)
-
-    def fused(self, state: TrainState, batch: Batch, order: UpdateInputs) -> TrainState:
-        def loss(params: Params, batch: Batch, rng: Array) -> LossSums:
-            weight = jnp.sum(batch.weights)
-            return LossSums(given(params, jax.tree.map(lambda p: weight * p, params)), weight, {})
-
-        specs = jax.tree.map(lambda _: PartitionSpec(), self.params)
-        window = make_update_sums(
-            loss, self.mesh, specs, self.roles, gather="update", compute_dtype="float32"
-        )
-        return make_fused_step(window, self.optimizer)(state, batch, order)
-
-    @staticmethod
-    def stock() -> optax.MultiSteps:
-        return optax.MultiSteps(
-            optax.adamw(OPTIMIZER.learning_rate, weight_decay=OPTIMIZER.weight_decay), STEPS
-        )
-
-
-def stock_update(
-    multi: optax.MultiSteps, params: Params, state: optax.MultiStepsState, grads: Params
-) -> tuple[Params, optax.MultiStepsState]:
-    updates, state = multi.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-
 def matrices(count: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {f"w{i}_DF": jax.ShapeDtypeStruct((width, width), jnp.float32) for i in range(count)}
 
 
-def stock_window(params: Params, grads: Params) -> Callable[[], dict[str, float]]:
-    """A window of stock MultiSteps: milliseconds per micro-step."""
+def stock_rounds(params: Params, grads: Params) -> Callable[[], dict[str, float]]:
+    """One update of stock MultiSteps, to be called again and again: milliseconds per micro-step."""
     multi = Engines.stock()
     step = jax.jit(functools.partial(stock_update, multi), donate_argnums=(0, 1))
     state = (params, multi.init(params))
 
-    def window() -> dict[str, float]:
+    def one_update() -> dict[str, float]:
         nonlocal state
         start = time.perf_counter()
         for _ in range(STEPS):
             state = jax.block_until_ready(step(*state, grads))
         return {"mean": 1e3 * (time.perf_counter() - start) / STEPS}
 
-    return window
+    return one_update
 
 
-def summing_window(engine: str, params: Params, grads: Params) -> Callable[[], dict[str, float]]:
-    """Milliseconds per micro-step of an engine with a call for each one, and of the micro-steps that end no update."""
+def summing_rounds(engine: str, params: Params, grads: Params) -> Callable[[], dict[str, float]]:
+    """One update of an engine with a call for each micro-step.
+
+    `mean` is the milliseconds per micro-step, `accumulating` those of the micro-steps before the last.
+    """
     engines = Engines(params, make_mesh(MeshConfig(), jax.devices()[:1]))
     micro_step = functools.partial(engines.micro_step, engine)
     step, order, batch = jax.jit(micro_step, donate_argnums=0), engines.order(), engines.batch()
     state = engines.state(engine)
 
-    def window() -> dict[str, float]:
+    def one_update() -> dict[str, float]:
         nonlocal state
         times = []
         for _ in range(STEPS):
@@ -188,11 +105,14 @@ def summing_window(engine: str, params: Params, grads: Params) -> Callable[[], d
             times.append(1e3 * (time.perf_counter() - start))
         return {"accumulating": statistics.mean(times[:-1]), "mean": statistics.mean(times)}
 
-    return window
+    return one_update
 
 
-def fused_window(params: Params, grads: Params) -> Callable[[], dict[str, float]]:
-    """The same of our `fused`; a micro-step is what a window of eight takes longer than one of one."""
+def fused_rounds(params: Params, grads: Params) -> Callable[[], dict[str, float]]:
+    """One update of our `fused`, in milliseconds per micro-step as in `summing_rounds`.
+
+    One call holds all micro-steps, so `accumulating` compares an update of eight with an update of one.
+    """
     engines = Engines(params, make_mesh(MeshConfig(), jax.devices()[:1]))
     step, order, batch = jax.jit(engines.fused, donate_argnums=0), engines.order(), engines.batch(STEPS)
     state = engines.state("fused")
@@ -204,35 +124,35 @@ def fused_window(params: Params, grads: Params) -> Callable[[], dict[str, float]
         jax.block_until_ready(state)
         return 1e3 * (time.perf_counter() - start)
 
-    def window() -> dict[str, float]:
+    def one_update() -> dict[str, float]:
         one, all_steps = call(1), call(STEPS)
         return {"accumulating": (all_steps - one) / (STEPS - 1), "mean": all_steps / STEPS}
 
-    return window
+    return one_update
 
 
 def make_side(make_update: Callable, keep: bool, width: int) -> tuple[Callable[[], dict[str, float]], None]:
-    """A process that measures a window, of MATRICES matrices, whenever it is asked."""
+    """A process that measures an update of MATRICES matrices whenever it is asked."""
     if keep:
         keep_freed_memory()
     params = {
         name: 0.02 * jax.random.normal(jax.random.key(1), x.shape)
         for name, x in matrices(MATRICES, width).items()
     }
-    window = make_update(params, jax.tree.map(lambda p: 1e-3 * p, params))
-    window()
-    return window, None
+    one_update = make_update(params, jax.tree.map(lambda p: 1e-3 * p, params))
+    one_update()
+    return one_update, None
 
 
 def bench_time(rounds: int, smoke: bool) -> None:
-    """Windows of each engine in turn."""
+    """Times updates of each engine in turn."""
     width = 32 if smoke else 1024
     makes = {
-        "stock": (stock_window, False),
-        "stock_tuned": (stock_window, True),
-        "in_place": (functools.partial(summing_window, "in_place"), True),
-        "multisteps": (functools.partial(summing_window, "multisteps"), True),
-        "fused": (fused_window, True),
+        "stock": (stock_rounds, False),
+        "stock_tuned": (stock_rounds, True),
+        "in_place": (functools.partial(summing_rounds, "in_place"), True),
+        "multisteps": (functools.partial(summing_rounds, "multisteps"), True),
+        "fused": (fused_rounds, True),
     }
     sides = take_turns([functools.partial(make_side, *make, width) for make in makes.values()], rounds)
     columns = {

@@ -1,6 +1,6 @@
 """The devices' half of a run: mesh, model, optimizer, state and compiled steps, made from a config.
 
-`build/corpus.py` is the host's half; the two meet in the vocabulary size and in `Batch`.
+`build/corpus.py` makes the host's half. The two halves share only the vocabulary size and the fields of `Batch`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from llmjax.types import Batch, LossSums, Params
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What runs on the devices: the model on its mesh, the state's shape, and the compiled steps."""
+    """What runs on the devices: the model on its mesh, the shape of the state, and the jitted steps."""
 
     config: Config
     derived: Derived
@@ -58,7 +58,8 @@ class Program:
     engine: Engine
     steering: Steering
     param_specs: Params
-    train_step: jax.stages.Wrapped  # a TrainStep
+    # Called as a `step.TrainStep`; donates the state.
+    train_step: jax.stages.Wrapped
     eval_step: Callable[[Params, Batch], LossSums]
     statistics: Callable[[Params, Batch], dict]
     token_losses: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
@@ -68,7 +69,8 @@ class Program:
         return Layout(self.mesh)
 
     def init(self, params: Params | None = None) -> TrainState:
-        """A fresh state, every array made in its place on the mesh. Given `params` are used, and donated."""
+        """A new state, each array made in shards on the mesh. `params`, if given, are used instead of random ones, and
+        donated."""
         rng = make_key(self.config.seed)
         if params is not None:
             return state_around(params, self.engine, rng, self.param_specs, self.mesh)
@@ -84,11 +86,11 @@ class Program:
         return abstract_state(self.model.init, own, self.param_specs, self.mesh)
 
     def saved(self, state: TrainState) -> TrainState:
-        """What a checkpoint holds of `state`."""
+        """The state as a checkpoint holds it."""
         return saved_state(state, self.engine)
 
     def resumed(self, saved: TrainState) -> TrainState:
-        """The state to go on from."""
+        """The state to train on from, made of the state that a checkpoint holds."""
         return resumed_state(saved, self.engine, self.param_specs, self.mesh)
 
     def eval_params(self, state: TrainState) -> Params:
@@ -102,7 +104,7 @@ class Program:
 
     @property
     def averages(self) -> bool:
-        """Whether `eval_params` are others than the parameters in training."""
+        """Whether evaluation uses other parameters than training, such as an average of them."""
         return self.config.optimizer.name == "schedule_free_adamw"
 
     @property
@@ -122,25 +124,25 @@ class Program:
 
     @property
     def batch(self) -> BatchArithmetic:
-        """How updates are cut into micro-steps, and these into sequences."""
+        """How updates are cut into micro-steps, and micro-steps into sequences."""
         return self.derived.batch
 
     @property
     def attention(self) -> dict[str, tuple[str, str]]:
-        """What was chosen, and why: the `kernel`, and the algorithm over `mesh.seq`."""
+        """What was chosen, and why: the attention kernel, and the algorithm over `mesh.seq`."""
         sharing = self.derived.sharing
         kernel = choose_kernel(self.config.compute.kernel, self.mesh.devices.flat[0].platform)
         described = "" if sharing is None else sharing.describe()
         return {"kernel": kernel, "mesh.seq": (described, self.derived.sharing_reason)}
 
     def cost(self, attended: float) -> Cost:
-        """What a micro-step costs where a token attends to `attended` keys, on average."""
+        """The cost of a micro-step, where a token attends to `attended` keys on average."""
         mesh, batch = self.mesh.shape, self.batch
         tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
         return self.model.cost(attended, tokens, batch.seq_len)
 
     def abstract_inputs(self) -> UpdateInputs:
-        """Shapes and dtypes of what the host decides."""
+        """Shapes and dtypes of the `UpdateInputs` that the host decides."""
         inputs = self.steering.decide(self.steering.start(), 0).inputs
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), inputs)
 
@@ -151,8 +153,11 @@ class Program:
         )
 
     def probe_shape(self, length: int) -> tuple[int, int]:
-        """Rows and positions of a batch for texts of `length` tokens: that of an evaluation, or where they do not fit
-        into a sequence longer and fewer rows, of about as many tokens."""
+        """(rows, positions) of a batch for probe texts of `length` tokens.
+
+        It is the shape of an evaluation batch. Texts longer than seq_len get longer and fewer rows, which hold about as
+        many tokens.
+        """
         T, shards = self.batch.seq_len, batch_shards(self.layout)[0]
         rows, longer = self.config.evaluate.batch_size or self.batch.micro_batch_size, -(-length // T)
         return max(rows // longer // shards, 1) * shards, longer * T
@@ -166,9 +171,10 @@ def make_program(
     *,
     accumulates: bool = False,
 ) -> Program:
-    """The program of a checked `config` on `devices` (default: all there are). Nothing is compiled or allocated yet.
+    """The program of a checked `config` on `devices` (default: all). Nothing is compiled or allocated yet.
 
-    `accumulates`: the state can hold an update under way even if no update of `config` has more than one micro-step.
+    accumulates  the state must be able to hold a partial update, even if no update of `config` has more than one
+                 micro-step: a run may resume in the middle of an update of an earlier config
     """
     mesh = make_mesh(config.mesh, devices)
     if vocab_size % mesh.shape["tensor"]:
@@ -195,7 +201,7 @@ def make_program(
     )
     param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=is_axes)
     state = abstract_state(model.init, engine, param_specs, mesh)
-    # Where gradients stay apart, each device works with a model that sees no more than its own sequences.
+    # Where each device keeps gradients of its own, it computes with a model that sees only its own sequences.
     local = make_model(config, derived, vocab_size, Layout(mesh, engine.manual)) if engine.manual else model
     local_loss = make_task_loss(config, local, local.layout, training=True) if engine.manual else loss
     step = engine.make_step(local_loss, mesh, param_specs, roles)
@@ -207,6 +213,8 @@ def make_program(
         engine=engine,
         steering=steering,
         param_specs=param_specs,
+        # The state is donated, so that old and new state are never both in memory. Its shardings are fixed, because the
+        # compiler would choose others and compile again for the next call.
         train_step=jax.jit(
             step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)
         ),
@@ -217,7 +225,7 @@ def make_program(
 
 
 def _check_host_memory(config: Config, mesh: Mesh) -> None:
-    """UserError where something is to lie in a host's memory that its devices cannot reach."""
+    """Raises UserError where arrays are to be offloaded and the devices have no access to memory of their host."""
     device = mesh.devices.flat[0]
     compute = config.compute
     asked = {"compute.offload_optimizer": compute.offload_optimizer, "compute.offload": compute.offload}
@@ -230,7 +238,7 @@ def _check_host_memory(config: Config, mesh: Mesh) -> None:
 
 
 def make_steering(config: Config, derived: Derived, mesh: Mesh, engine: Engine) -> Steering:
-    """What decides about each update of the run."""
+    """The rules that decide the size, the hyperparameters and the limits of each update."""
     tokens_per_update = derived.batch.tokens_per_update
     return Steering(
         schedule=derived.batch_schedule,

@@ -1,4 +1,4 @@
-"""Restores the state of a run from its checkpoints, or begins a run, with the parameters of another one if asked."""
+"""Restores the state of a run from its checkpoints, or makes a new one, with parameters of another run if asked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmjax.config.reading import read_optimizer
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, together
-from llmjax.terminal import say
+from llmjax.terminal.lines import say
 from llmjax.train.checkpoint.checkpoint import CheckpointConfig, Checkpoints, warn
 from llmjax.train.checkpoint.which import named_update
 from llmjax.train.loop.run_position import Position
@@ -24,12 +24,16 @@ from llmjax.workdir import standing
 from llmjax.workdir.contents import saved_config
 from llmjax.workdir.lock import Lock, wait_to_see
 
-WINDOW = CheckpointConfig(every=0, keep=1, keep_best=False)  # of an update stopped between two micro-steps
+# How the folder of a stopped update is kept: the newest alone, for the one before it is of no use any more.
+KEEP_NEWEST = CheckpointConfig(every=0, keep=1, keep_best=False)
 
 
 @contextlib.contextmanager
 def hold(workdir: pathlib.Path) -> Iterator[Callable[[], None]]:
-    """Keeps other runs out of `workdir`; gives what raises UserError once one has taken it over nevertheless."""
+    """Holds the lock of `workdir` in all processes of a run.
+
+    Gives a function that raises UserError where another run has taken the lock in spite of that.
+    """
     with contextlib.ExitStack() as stack:
         lock = together(lambda: stack.enter_context(Lock(workdir, warn)) if hosts.is_primary() else None)
         token = from_primary(lock and lock.token)
@@ -43,7 +47,7 @@ def open_checkpoints(
     config: CheckpointConfig,
     check_lock: Callable[[], None] = lambda: None,
 ) -> Checkpoints:
-    """The checkpoints in a folder of `workdir`, for a run that trains there."""
+    """The checkpoints in a folder of `workdir`, for a run that trains there; `check_lock` precedes each save."""
     return Checkpoints(
         workdir / folder,
         config,
@@ -56,14 +60,16 @@ def open_checkpoints(
 def resume_or_init(
     program: Program, corpus: Corpus, checkpoints: Checkpoints, workdir: pathlib.Path
 ) -> tuple[TrainState, Position]:
-    """The state and position of the newest good checkpoint, or of the update that was stopped after it, or fresh ones.
+    """The state and position from which a run goes on.
 
-    UserError where there were checkpoints and none of them is good: a run never begins again in silence.
+    They are those of the newest good checkpoint, or of an update that was stopped after it. Where nothing was saved
+    they are new. Raises UserError where there were checkpoints and none of them is good, so that a run never begins
+    again in silence.
     """
     with contextlib.ExitStack() as stack:
         sources = [checkpoints]
-        if standing.has_window(workdir):
-            sources.append(stack.enter_context(open_checkpoints(workdir, "window", WINDOW)))
+        for folder in standing.partial_folders(workdir):
+            sources.append(stack.enter_context(open_checkpoints(workdir, folder, KEEP_NEWEST)))
         metas = {}
         for source in sources:
             if source.latest() is not None:
@@ -90,18 +96,18 @@ def resume_or_init(
         if newest is checkpoints:
             return restore(program, checkpoints)
         position = Position.from_meta(metas[newest])
-        position.check_window(program.batch.micro_batch_size, program.engine.stops_within)
+        position.check_partial_update(program.batch.micro_batch_size, program.engine.stops_within)
         return newest.restore(program.abstract_state())[0], position
 
 
 def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
-    """The latest checkpoint's state, to train on from, and its position."""
+    """The state of the latest checkpoint, ready to train on, and its position."""
     saved, meta = checkpoints.restore(program.abstract_saved())
     return program.resumed(saved), Position.from_meta(meta)
 
 
 def initial_params(program: Program) -> tuple[int, Params]:
-    """Update and parameters of the checkpoint that checkpoint.init_from and checkpoint.init_checkpoint name."""
+    """The update and parameters of the checkpoint that checkpoint.init_from and checkpoint.init_checkpoint name."""
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
     saved = saved_config(source)
@@ -110,7 +116,8 @@ def initial_params(program: Program) -> tuple[int, Params]:
             f"checkpoint.init_from={config.checkpoint.init_from!r} has lost its config.json; restore it"
         )
     trained_with = read_optimizer(saved, source)
-    if trained_with != config.optimizer:  # which may keep the parameters to go on from in its state
+    # Some optimizers keep the parameters to evaluate with in their state, which then must be read too.
+    if trained_with != config.optimizer:
         config = dataclasses.replace(config, optimizer=trained_with)
         program = make_program(
             config, program.derived, program.model.vocab_size, list(program.mesh.devices.flat)
@@ -121,9 +128,10 @@ def initial_params(program: Program) -> tuple[int, Params]:
 def load_params(
     program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
 ) -> tuple[int, Params]:
-    """Update and parameters of the checkpoint `latest`, `best` or a number, fit to evaluate and generate with.
+    """The update and parameters of a checkpoint, for evaluation and generation.
 
-    `key` is where the name was given, for errors. Of `latest` the newest good one is meant, of the others that alone.
+    checkpoint  latest (the newest good one), best, or the number of an update
+    key         the flag or config key that named it, for errors
     """
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no checkpoints; train there first, or give another --workdir")

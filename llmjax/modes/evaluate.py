@@ -24,7 +24,7 @@ from llmjax.parallel import hosts
 from llmjax.report.report import write_report
 from llmjax.scores import describe_scores
 from llmjax.tasks.contract import Task
-from llmjax.terminal import format_table, say
+from llmjax.terminal.lines import format_table, say
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 from llmjax.workdir import standing

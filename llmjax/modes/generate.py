@@ -17,7 +17,7 @@ from llmjax.escapes import show
 from llmjax.generate.generate import make_generator
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
-from llmjax.terminal import say
+from llmjax.terminal.lines import say
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 

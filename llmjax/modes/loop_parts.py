@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 
 import llmjax
 from llmjax.build.corpus import Corpus
+from llmjax.build.placement import Feed
 from llmjax.build.program import Program
 from llmjax.build.restore import (
-    WINDOW,
+    KEEP_NEWEST,
     initial_params,
     open_checkpoints,
     restore,
@@ -30,8 +32,9 @@ from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run import Run
 from llmjax.train.loop.stop_request import StopRequest
 from llmjax.train.update.state import TrainState
-from llmjax.types import Batch
-from llmjax.workdir.contents import write_samples
+from llmjax.types import Batch, Params
+from llmjax.workdir import standing
+from llmjax.workdir.samples import Sample, write_samples
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
@@ -44,81 +47,116 @@ def make_run(
     stop: StopRequest,
     check_lock: Callable[[], None] = lambda: None,
 ) -> Run:
-    """What the loop needs to know of everything else; what takes long heeds `stop`."""
-    config, batch = program.config, program.batch
+    """The `Run` of a program and a corpus. Evaluation and sampling end early where `stop` asks for it.
 
-    def held_out(state: TrainState) -> dict[str, float]:
-        return score_held_out(program, corpus, program.eval_params(state), stop.watch)
-
-    def sample(state: TrainState, update: int) -> None:
-        samples = sample_texts(program, corpus, program.eval_params(state), stop.watch)
-        if hosts.is_primary():
-            write_samples(workdir / "samples.md", update, samples)
-
-    def describe_batch(first: int, count: int) -> str:
-        documents = corpus.train.documents(np.arange(first, first + count))
-        return "documents " + ", ".join(f"{name} [tokens {start}:{stop}]" for name, start, stop in documents)
-
-    def name_guilty(state: TrainState, first: int, count: int) -> str:
-        losses = lambda params, arrays: program.token_losses(params, program.placement.place(arrays))  # noqa: E731
-        guilty = documents_not_finite(losses, program.eval_params(state), corpus.train, first, count)
-        if not guilty:
-            return "by itself each document has a finite loss now"
-        return "not finite by itself: " + ", ".join(
-            f"{name} [tokens {start}:{stop}]" for name, start, stop in guilty
-        )
-
-    def write_documents(name: str, first: int, count: int) -> str:
-        path = workdir / "documents" / f"{name}.md"
-        if hosts.is_primary():
-            write_atomically(path, corpus.train_text(first, count))
-        return str(path)
-
-    def save_window(state: TrainState, meta: dict) -> None:
-        with open_checkpoints(workdir, "window", WINDOW, check_lock) as windows:
-            windows.save(meta["cursor"], state, meta)
-
-    def loss(state: TrainState, batch: Batch) -> float:
-        sums = program.eval_step(program.eval_params(state), program.engine.one_micro_batch(batch))
-        sums = jax.device_get(sums)
-        return float(sums.loss) / max(float(sums.weight), 1.0)
-
-    def begin() -> TrainState:
-        params = initial_params(program)[1] if config.checkpoint.init_from else None
-        return program.init(params)
-
-    versions = {"python": sys.version.split()[0], "llmjax": llmjax.__version__}
-    versions |= {name: metadata.version(name) for name in PACKAGES}
+    check_lock  raises UserError where another run has taken the workdir
+    """
+    config, parts = program.config, _Parts(program, corpus, workdir, stop, check_lock)
     return Run(
         steering=program.steering,
-        micro_batch_size=batch.micro_batch_size,
-        seq_len=batch.seq_len,
+        micro_batch_size=program.batch.micro_batch_size,
+        seq_len=program.batch.seq_len,
         evaluate_every=config.evaluate.every,
         statistics_every=config.train.statistics_every,
         engine=program.engine,
         step=program.train_step,
-        make_batches=lambda cursor, length: program.placement.batches(
-            corpus.train, start=cursor, length=length
-        ),
-        evaluate=None if corpus.held_out is None else held_out,
+        make_batches=parts.make_batches,
+        evaluate=None if corpus.held_out is None else parts.evaluate,
         score=program.task.scores[0],
-        sample=sample,
-        loss=loss,
-        begin=begin,
+        sample=parts.sample,
+        loss=parts.loss,
+        begin=parts.begin,
         restore=lambda: restore(program, checkpoints),
         statistics=lambda state, batch: layer_statistics(program, state, batch),
-        describe_batch=describe_batch,
-        name_guilty=name_guilty,
-        write_documents=write_documents,
+        describe_batch=parts.describe_batch,
+        name_guilty=parts.name_guilty,
+        write_documents=parts.write_documents,
         saved=program.saved,
-        save_window=save_window,
-        meta={"config": config.to_dict(), "versions": versions, "data_fingerprint": corpus.fingerprint},
+        save_partial_update=parts.save_partial_update,
+        meta={
+            "config": config.to_dict(),
+            "versions": versions(),
+            "data_fingerprint": corpus.fingerprint,
+        },
         flops_per_token={
             length: program.cost(corpus.train_plan.attended_in(length)).flops_per_token
             for length in program.steering.lengths.lengths
         },
         peak_flops=peak_flops(list(program.mesh.devices.flat)),
     )
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of llmjax and of the packages that decide a run's numbers, for its checkpoints."""
+    ours = {"python": sys.version.split()[0], "llmjax": llmjax.__version__}
+    return ours | {name: metadata.version(name) for name in PACKAGES}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The callables of a `Run`, see there for what each is given and gives."""
+
+    program: Program
+    corpus: Corpus
+    workdir: pathlib.Path
+    stop: StopRequest
+    check_lock: Callable[[], None]
+
+    def make_batches(self, cursor: int, length: int) -> Feed:
+        return self.program.placement.batches(self.corpus.train, start=cursor, length=length)
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        params = self.program.eval_params(state)
+        return score_held_out(self.program, self.corpus, params, self.stop.watch)
+
+    def sample(self, state: TrainState, update: int) -> None:
+        # Every process takes part in the sampling, and the first one writes.
+        texts = sample_texts(self.program, self.corpus, self.program.eval_params(state), self.stop.watch)
+        if hosts.is_primary():
+            write_samples(self.workdir, [Sample(update, *text) for text in texts])
+
+    def loss(self, state: TrainState, batch: Batch) -> float:
+        program = self.program
+        sums = program.eval_step(program.eval_params(state), program.engine.one_micro_batch(batch))
+        sums = jax.device_get(sums)
+        return float(sums.loss) / max(float(sums.weight), 1.0)
+
+    def begin(self) -> TrainState:
+        program = self.program
+        params = initial_params(program)[1] if program.config.checkpoint.init_from else None
+        return program.init(params)
+
+    def describe_batch(self, first: int, count: int) -> str:
+        return "documents " + _list_spans(self.corpus.train.documents(np.arange(first, first + count)))
+
+    def name_guilty(self, state: TrainState, first: int, count: int) -> str:
+        program = self.program
+
+        def losses(params: Params, arrays: Mapping[str, np.ndarray]) -> Any:
+            return program.token_losses(params, program.placement.place(arrays))
+
+        # Each document goes through the model by itself, so that one which is not finite reveals no other.
+        guilty = documents_not_finite(losses, program.eval_params(state), self.corpus.train, first, count)
+        if not guilty:
+            return "by itself each document has a finite loss now"
+        return f"not finite by itself: {_list_spans(guilty)}"
+
+    def write_documents(self, name: str, first: int, count: int) -> str:
+        path = self.workdir / "documents" / f"{name}.md"
+        if hosts.is_primary():
+            write_atomically(path, self.corpus.train_text(first, count))
+        return str(path)
+
+    def save_partial_update(self, state: TrainState, meta: dict) -> None:
+        folder = standing.PARTIAL_UPDATE
+        with open_checkpoints(self.workdir, folder, KEEP_NEWEST, self.check_lock) as stopped:
+            # Its number is the cursor, because several can be stopped within the same update.
+            stopped.save(meta["cursor"], state, meta)
+
+
+def _list_spans(spans: Iterable[tuple[str, int, int]]) -> str:
+    """`a.txt [tokens 0:512], b.txt [tokens 3:9]` from the names of documents and their first and last token."""
+    return ", ".join(f"{name} [tokens {start}:{stop}]" for name, start, stop in spans)
 
 
 def layer_statistics(program: Program, state: TrainState, batch: Batch) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from llmjax.modes.request import Request
 from llmjax.plan.advice import remarks
 from llmjax.plan.compile import compile_step
 from llmjax.plan.summary import describe, describe_program
-from llmjax.terminal import StageProgress, format_table, say
+from llmjax.terminal.lines import StageProgress, format_table, say
 from llmjax.workdir import standing
 
 

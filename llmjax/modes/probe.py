@@ -12,7 +12,7 @@ from llmjax.config.schema import Config
 from llmjax.evaluate.probes import suite
 from llmjax.evaluate.scoring import Arrays, Probe, Text
 from llmjax.parallel import hosts
-from llmjax.terminal import format_table, say
+from llmjax.terminal.lines import format_table, say
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 from llmjax.workdir.contents import write_json

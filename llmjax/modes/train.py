@@ -1,9 +1,14 @@
 """`--mode=train`: trains from wherever the workdir stands, then probes, summarizes and writes the report.
 
-A workdir holds config.json (resolved), metrics.jsonl, tensorboard/, checkpoints/, tokenizer/, samples.md, summary.json,
-report.html, scores.json (what its scores are), saved.json (its last save) and documents.json (what it was trained on);
-probes.json where there were probes, documents/ where text was written out to be looked at, and window/ while a stopped
-update is open.
+A workdir holds
+
+    config.json       the resolved config            documents.json  the documents of the run
+    metrics.jsonl     a line for each update         checkpoints/    the newest, and the best
+    tensorboard/      the same for TensorBoard       saved.json      which checkpoint was written last
+    samples.jsonl     texts sampled by the run       tokenizer/      the tokenizer of the run
+    scores.json       what its scores are            probes.json     where evaluate.probes asks for them
+    summary.json      results and commands           documents/      texts behind spikes and dropped micro-steps
+    report.html       all of it as one page          partial_update/ an update stopped between its micro-steps
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from llmjax.build.corpus_record import (
     save_tokenizer,
     write_record,
 )
-from llmjax.build.program import make_program
+from llmjax.build.program import Program, make_program
 from llmjax.build.restore import (
     hold,
     open_checkpoints,
@@ -38,18 +43,21 @@ from llmjax.parallel.agreement import together
 from llmjax.plan.advice import remarks
 from llmjax.plan.memory import check_state_fits
 from llmjax.plan.summary import describe
+from llmjax.quantities import format_duration
 from llmjax.report.report import write_report
 from llmjax.scores import FILE, Score, describe_scores, scores_as_json
 from llmjax.tasks.table import TASKS
-from llmjax.terminal import format_table, indent, say
+from llmjax.terminal.lines import format_table, indent, say
 from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.loop import train
 from llmjax.train.loop.run import Result
+from llmjax.train.loop.run_position import Position
 from llmjax.train.loop.stop_request import OUTPUT_CLOSED, Stopped, StopRequest
 from llmjax.train.loop.upkeep import FollowUpFailed, TrainingFailed, describe_failure
 from llmjax.workdir import standing
-from llmjax.workdir.contents import commands, last_sample, saved_config, write_json
+from llmjax.workdir.contents import commands, saved_config, write_json
 from llmjax.workdir.recorder import Recorder
+from llmjax.workdir.samples import read_samples
 
 
 def run(request: Request) -> int:
@@ -59,48 +67,45 @@ def run(request: Request) -> int:
         with StopRequest(at_once=True) as stop:
             try:
                 return train_until(stop, request, check_lock)
-            except Stopped:  # before or after training, which is stopped in its own way
+            # Before or after training. The loop itself stops in its own way, which saves.
+            except Stopped:
                 say("\nstopped; the same command goes on from there")
                 return stop.exit_code
 
 
 def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], None]) -> int:
-    """Trains to the end or until `stop` asks for it; the exit code. Stopped where there is no training to be saved.
+    """Trains until the end, or until `stop` asks for it; returns the exit code.
 
-    `check_lock` raises where another run has taken the workdir.
+    `check_lock` raises where another run has taken the workdir. Raises Stopped where a wish to stop comes before or
+    after training, when there is nothing to save.
     """
-    config, derived, workdir = request.config, request.derived, request.workdir
-    corpus = read_corpus(config, derived, workdir)
+    config, workdir = request.config, request.workdir
+    corpus = read_corpus(config, request.derived, workdir)
     asked = make_probes(corpus, config)
-    under_way = standing.has_window(workdir)
+    # A stopped update has sums in its state, even if updates now have one micro-step and need none.
+    under_way = bool(standing.partial_folders(workdir))
     so_far = saved_config(workdir)
-    program = make_program(config, derived, corpus.tokenizer.vocab_size, accumulates=under_way)
+    program = make_program(config, request.derived, corpus.tokenizer.vocab_size, accumulates=under_way)
     check_state_fits(program)
-    with open_checkpoints(workdir, "checkpoints", config.checkpoint, check_lock) as checkpoints:
+    with open_checkpoints(workdir, standing.CHECKPOINTS, config.checkpoint, check_lock) as checkpoints:
         state, position = resume_or_init(program, corpus, checkpoints, workdir)
-        steering = program.steering
-        finished = position.tokens >= steering.num_tokens
+        finished = position.tokens >= program.steering.num_tokens
         if hosts.is_primary():
-            standing.check_metrics(workdir, position.update, warn)
-            lasting = config if not finished else as_long_as_before(config, workdir)
-            write_json(workdir / "config.json", lasting.to_dict())
-            save_tokenizer(workdir, corpus.tokenizer)
-            write_record(workdir, corpus)
-            write_atomically(workdir / FILE, scores_as_json(program.task.scores))
+            write_beginning(program, corpus, workdir, position, finished)
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
         for remark in [] if finished else remarks(program, so_far, position.tokens):
             say(f"note: {remark}\n")
-        ready = f"ready after {time.perf_counter() - request.started:.0f} s"
+        ready = f"ready after {format_duration(time.perf_counter() - request.started)}"
         done = f"finished: {position.update:,} updates are done, and train.num_updates="
         done += f"{config.train.num_updates} asks for no more"
         say(done if finished else f"{ready}; the first update compiles")
         recorder = Recorder(
             workdir,
             resume_update=position.update,
-            num_tokens=steering.num_tokens,
+            num_tokens=program.steering.num_tokens,
             scores=program.task.scores,
-            tokens_per_update=steering.tokens_per_update,
+            tokens_per_update=program.steering.tokens_per_update,
             on_closed=lambda: stop.ask(OUTPUT_CLOSED),
         )
         run = make_run(program, corpus, workdir, checkpoints, stop, check_lock)
@@ -110,12 +115,13 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         except (TrainingFailed, FollowUpFailed) as error:
             if hosts.is_primary():
                 complain(str(error))
-                if isinstance(error, TrainingFailed):  # an update that was under way is behind the damage
-                    standing.remove_window(workdir)
+                # A training that failed goes back to a checkpoint from before the stopped update.
+                if isinstance(error, TrainingFailed):
+                    standing.remove_partial_update(workdir)
                 write_report(workdir)
             return 1
-    if hosts.is_primary() and result.position.window is None:
-        standing.remove_window(workdir)
+    if hosts.is_primary() and result.position.partial_update is None:
+        standing.remove_partial_update(workdir)
     what = "probing"
     try:
         if not result.stopped:
@@ -133,8 +139,23 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     return stop.exit_code if result.stopped else 0
 
 
+def write_beginning(
+    program: Program, corpus: Corpus, workdir: pathlib.Path, position: Position, finished: bool
+) -> None:
+    """Writes the files that later commands need of a run: its config, tokenizer, documents and scores."""
+    standing.check_metrics(workdir, position.update, warn)
+    lasting = as_long_as_before(program.config, workdir) if finished else program.config
+    write_json(workdir / "config.json", lasting.to_dict())
+    save_tokenizer(workdir, corpus.tokenizer)
+    write_record(workdir, corpus)
+    write_atomically(workdir / FILE, scores_as_json(program.task.scores))
+
+
 def as_long_as_before(config: Config, workdir: pathlib.Path) -> Config:
-    """`config` with the train.num_updates of the run in `workdir`, should that be more: nothing done is undone."""
+    """`config`, with the larger train.num_updates of the run in `workdir` if that asks for more.
+
+    The saved config of a finished run never asks for fewer updates than were done.
+    """
     saved = saved_config(workdir)
     if saved is None or saved["train"]["num_updates"] <= config.train.num_updates:
         return config
@@ -157,9 +178,11 @@ def finish(
         results = describe_scores(scores, result.position.evaluation) | describe_compression(
             TASKS[config.task.name], corpus
         )
-    sample = last_sample(workdir / "samples.md")
+    samples, _ = read_samples(workdir)
     opening = (
-        sample[0].strip().split("\n")[0][:20] if sample and config.data.sources != ("stdlib",) else "import "
+        samples[-1].prompt.strip().split("\n")[0][:20]
+        if samples and config.data.sources != ("stdlib",)
+        else "import "
     )
     done = math.ceil(result.position.tokens / (config.train.tokens_per_update or 1))
     following = commands(workdir, max(config.train.num_updates, done), opening)
@@ -169,15 +192,15 @@ def finish(
     )
     report = write_report(workdir)
     if result.stopped:
-        window = result.position.window
+        partial = result.position.partial_update
         where = f"after update {result.position.update}"
-        if window is not None:
-            where += f" and {len(window.metrics)} of {window.steps} micro-steps of the next"
+        if partial is not None:
+            where += f" and {len(partial.metrics)} of {partial.steps} micro-steps of the next"
         say(f"\nstopped {where} and saved; go on with\n  {following['resume']}")
         return
-    if sample is not None:
-        say(f"\nsample: after\n{indent(sample[0])}\nthe model continued\n{indent(sample[1])}")
+    if samples:
+        say(f"\nsample: after\n{indent(samples[-1].prompt)}\nthe model continued\n{indent(samples[-1].text)}")
     rows = format_table(results | {"report": str(report)})
-    seconds = f"{result.position.seconds:.0f} s"
+    seconds = format_duration(result.position.seconds)
     say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before, after {seconds}\n{rows}")
     say(f"\nnext\n{format_table(following)}")

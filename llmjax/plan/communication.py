@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmjax.plan.hlo.parse import parse
 from llmjax.plan.hlo.traffic import Collective, collectives
-from llmjax.plan.summary import format_bytes
+from llmjax.quantities import format_bytes
 
 
 def describe_communication(text: str) -> str:

@@ -17,7 +17,8 @@ import jax
 from llmjax.build.program import Program, make_program
 from llmjax.errors import UserError
 from llmjax.plan.communication import describe_communication
-from llmjax.plan.summary import format_bytes, tree_bytes_per_device
+from llmjax.plan.summary import tree_bytes_per_device
+from llmjax.quantities import format_bytes, format_duration
 
 ATTEMPTS = 4  # compiles of other micro-batches; each takes as long as the first
 
@@ -55,7 +56,7 @@ def compile_step(program: Program, progress: Callable[[str], None] = lambda line
     started = time.perf_counter()
     need = measure(program)
     rows = {
-        "compiled": f"in {time.perf_counter() - started:.0f} s",
+        "compiled": f"in {format_duration(time.perf_counter() - started)}",
         "needs": f"{format_bytes(need.total)} per device: arguments {format_bytes(need.arguments)}, "
         f"temporaries {format_bytes(need.temporaries)}",
     }

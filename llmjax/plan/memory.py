@@ -7,7 +7,8 @@ import os
 from llmjax.build.program import Program
 from llmjax.errors import UserError
 from llmjax.plan.compile import available_memory
-from llmjax.plan.summary import format_bytes, tree_bytes_per_device
+from llmjax.plan.summary import tree_bytes_per_device
+from llmjax.quantities import format_bytes
 
 
 def check_state_fits(program: Program) -> None:

@@ -12,6 +12,7 @@ from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
 from llmjax.data.store.columns import StoreHeader
 from llmjax.data.tokenizer.tokenizer import KINDS, TokenizerConfig
+from llmjax.quantities import format_bytes, format_number, format_quantity
 from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.schedules import describe_schedule
 from llmjax.train.steering.controller import RULES
@@ -57,8 +58,8 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     return {
-        "model": f"{c.model.family}, {format_count(num_params)} parameters, "
-        f"{format_count(cost.flops_per_token)}FLOP per token, {c.model.dtype}",
+        "model": f"{c.model.family}, {format_number(num_params)} parameters, "
+        f"{format_quantity(cost.flops_per_token, 'FLOP')} per token, {c.model.dtype}",
         "attention": _describe_attention(program),
         "optimizer": _describe_optimizer(c.optimizer, c.train.num_updates),
         "mesh": f"{axes} on {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}",
@@ -119,19 +120,6 @@ def _describe_updates(program: Program, num_rows: int, start: int) -> str:
     sequences = total * program.batch.sequences_per_update
     done = f", {start:,} of them done" if start else ""
     return (
-        f"{total:,}{done}; {format_count(sequences * program.batch.seq_len)} tokens = "
+        f"{total:,}{done}; {format_number(sequences * program.batch.seq_len)} tokens = "
         f"{sequences / num_rows:.2f} epochs"
     )
-
-
-def format_count(n: float) -> str:
-    """1.23 M, 4.5 G: three digits and a unit, with a space before the unit and after it none."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= 0.9995 * size:  # what rounds to 1000 of the smaller unit is 1 of this
-            return f"{n / size:.3g} {unit}"
-    return f"{n:.3g} "
-
-
-def format_bytes(n: float) -> str:
-    """1.23 GB, decimal."""
-    return f"{format_count(n)}B"

@@ -1,4 +1,4 @@
-"""What charts are drawn with: numbers as text, curves thinned and smoothed, ranges and ticks of axes.
+"""What charts are drawn with: curves thinned and smoothed, ranges and ticks of axes.
 
 Long curves are thinned to the lowest and the highest value of every bucket of neighbours. A bucket mean would
 be shorter, but it hides exactly the spikes for which one looks at a loss curve.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+from llmjax.quantities import format_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,45 +24,6 @@ class Axis:
     divisor: float = 1.0
     whole: bool = False  # ticks at whole numbers only
     marks: tuple[tuple[float, str], ...] = ()  # every point there is and its text, in the place of numbers
-
-
-# --- numbers ---
-
-
-def format_number(value: float, digits: int = 3) -> str:
-    """Writes a number to `digits` significant digits: 0.912, 1.2k, 3.4M, 7B, 3×10⁻⁴, −2, nan."""
-    if not math.isfinite(value):
-        return str(value).replace("-", "−")
-    size = abs(float(f"{value:.{digits}g}"))  # rounded first, so that 999.96 becomes 1k and not 1000
-    sign = "−" if value < 0 and size else ""
-    if size == 0:
-        return "0"
-    if size < 1e-3 or size >= 1e15:
-        mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
-        return f"{sign}{_trim(mantissa)}×10{str(int(exponent)).translate(SUPERSCRIPT)}"
-    thousands = min(math.floor(math.log10(size) + 1e-9) // 3, 4) if size >= 1000 else 0
-    scaled = size / 1000**thousands
-    decimals = max(digits - 1 - math.floor(math.log10(scaled) + 1e-9), 0)
-    return f"{sign}{_trim(f'{scaled:.{decimals}f}')}{['', 'k', 'M', 'B', 'T'][thousands]}"
-
-
-def format_duration(seconds: float) -> str:
-    """Writes a time span with its two largest units: 0.84 s, 48 s, 3 min 48 s, 2 h 05 min, 3 d 4 h."""
-    if not math.isfinite(seconds) or seconds < 10:
-        return f"{format_number(seconds, 2)} s"
-    whole = round(seconds)
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{minutes} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{days} d {hours % 24} h"
-
-
-def _trim(digits: str) -> str:
-    return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 
 # --- points ---

@@ -14,12 +14,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from llmjax.quantities import format_duration, format_number
 from llmjax.report.chart_axes import (
     Axis,
     apart,
     domain,
-    format_duration,
-    format_number,
     log_ticks,
     thin,
     tick_labels,

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from llmjax.quantities import format_number
 from llmjax.report import chart_axes, charts
 from llmjax.workdir.metrics import number
 
@@ -45,7 +46,7 @@ def _context(of: object) -> Drawn | None:
 def _copy(of: object) -> Drawn | None:
     chance = number(of.get("chance")) if isinstance(of, dict) else None
     note = "How many tokens are known when random ones come again."
-    note += f" Guessing: {chart_axes.format_number(100 * chance, 2)}%." if chance is not None else ""
+    note += f" Guessing: {format_number(100 * chance, 2)}%." if chance is not None else ""
     axis = "distance", "tokens since the first copy"
     return _over_log2(
         of,

@@ -1,12 +1,11 @@
-"""The files of a run that people and later commands read: config.json, samples.md, summary.json; and the commands that
-go on from them."""
+"""The files of a workdir that people and later commands read: config.json and summary.json, and the commands that
+go on from a run."""
 
 from __future__ import annotations
 
 import json
 import os
 import pathlib
-import re
 import sys
 from typing import Any
 
@@ -16,7 +15,7 @@ from llmjax.names import is_unicode, quote
 
 
 def check_place(workdir: pathlib.Path) -> None:
-    """UserError where `workdir` neither is nor can become a folder that checkpoints can be written to."""
+    """Raises UserError where `workdir` is not, and cannot become, a folder that checkpoints can be written to."""
     check_name(f"--workdir={workdir}", workdir, "give another path")
     there = next(path for path in (workdir, *workdir.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
@@ -26,7 +25,7 @@ def check_place(workdir: pathlib.Path) -> None:
 
 
 def check_name(asked: str, workdir: pathlib.Path, remedy: str) -> None:
-    """UserError, which begins with `asked`, where orbax cannot read or write checkpoints below a path such as this."""
+    """Raises UserError where orbax cannot read or write checkpoints below `workdir`. The error begins with `asked`."""
     if not is_unicode(workdir.absolute()):
         raise UserError(f"{asked} is not UTF-8, as checkpoints need; {remedy}")
     if "**" in str(workdir.absolute()):
@@ -54,41 +53,12 @@ def saved_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     return saved
 
 
-def write_samples(path: pathlib.Path, update: int, samples: list[tuple[str, str]]) -> None:
-    """Adds the samples of `update`, (prompt, continuation) each; what a resumed run samples again is replaced."""
-    # Bytes that are not UTF-8 become lone surrogates, from which they are written again.
-    old = path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else "# Samples\n\n"
-    sections = re.split(r"(?m)^(?=<!-- update \d{1,18} -->$)", old)
-    kept = [
-        s
-        for s in sections
-        if not (m := re.match(r"<!-- update (\d{1,18}) -->", s)) or int(m.group(1)) < update
-    ]
-    new = f"<!-- update {update} -->\n## update {update}\n\n" + "".join(
-        f"### prompt\n\n{_fenced(prompt)}\n### continuation\n\n{_fenced(continuation)}\n"
-        for prompt, continuation in samples
-    )
-    write_atomically(path, "".join(kept).encode("utf-8", "surrogateescape") + new.encode("utf-8", "replace"))
-
-
-def last_sample(path: pathlib.Path) -> tuple[str, str] | None:
-    """The newest (prompt, continuation), or None."""
-    if not path.exists():
-        return None
-    fenced = re.findall(
-        r"(?ms)^(`{3,})text\n(.*?)\n\1$", path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
-    )
-    return (fenced[-2][1], fenced[-1][1]) if len(fenced) > 1 else None
-
-
-def _fenced(text: str) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}\n"
-
-
 def commands(workdir: pathlib.Path, num_updates: int, prompt: str) -> dict[str, str]:
-    """Label -> the shell command that goes on from the run in `workdir`."""
+    """Label -> a shell command that uses the run in `workdir`.
+
+    num_updates  of the run; "train on" asks for twice as many
+    prompt       of the command that generates
+    """
     python = pathlib.Path(sys.executable)
     here = pathlib.Path.cwd()
     python = python.relative_to(here) if python.is_relative_to(here) else python

@@ -1,10 +1,11 @@
-"""The lock of a workdir: two runs that train in one and the same would destroy each other's checkpoints.
+"""The lock of a workdir. Two runs that train in the same workdir would destroy each other's checkpoints.
 
-The first process of a run holds `lock` in its workdir, a file that says who it is. On one machine the kernel
-keeps it (`flock`), and lets go of it when the process dies, however it dies. On a file system that machines
-share, where `flock` may reach only as far as each of them, the holder also touches the file every few seconds:
-another machine takes over only a lock that is touched no more. And a run checks before each save that the lock
-is still its own, so that one which was long suspended, and taken for dead, does not write on.
+The first process of a run writes the file `lock` into its workdir, which says who it is, and locks the file with
+`flock`. On one machine this is enough: the kernel releases the lock when the process dies, however it dies. On a file
+system that several machines share, `flock` may be seen only by the machine that called it. Therefore the holder also
+touches the file every few seconds, and another machine takes over only a lock that has not been touched for a while.
+A run that was suspended for long may be taken for dead. It checks before each save that the lock is still its own, and
+stops writing if it is not.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from llmjax.errors import UserError
 from llmjax.files import naming
 
 NAME = "lock"
+# A choice: a twelfth of STALE_SECONDS, so that a few late touches do no harm.
 TOUCH_SECONDS = 5.0
-# How long another machine's lock must stay untouched to be taken for what a dead run left. A file system that
-# machines share may show a change half a minute late.
+# A lock of another machine that was not touched for this long belongs to a dead run. A file system that machines share
+# may show a change half a minute late, and this is twice that.
 STALE_SECONDS = 60.0
-# After signing, where the file system has no locks.
+# A choice: how long to wait after signing, where the file system has no locks, for a rival that signs at the same time.
 SETTLE_SECONDS = 1.0
 
 
@@ -38,10 +40,12 @@ class Holder:
     """A process that holds, or held, a lock.
 
     host     name of its machine
-    pid      its number there
-    started  when it began, in ticks of its machine, which tells it from a later process of the same number; or ""
-    kernel   the boot of its machine and its space of numbers, within which `pid` means something; or ""
-    token    drawn anew for each time that a lock is taken
+    pid      its process id on that machine
+    started  when the process began, in clock ticks since the machine booted. It tells the process from a later one with
+             the same id; "" where unknown
+    kernel   the id of the machine's boot and the namespace of process ids, in which alone `pid` means something; ""
+             where unknown
+    token    a random text, drawn each time that a lock is taken
     """
 
     host: str
@@ -52,10 +56,10 @@ class Holder:
 
 
 class Lock:
-    """The right to train in `workdir`, taken when made; a context manager, which gives it back.
+    """The right to train in `workdir`. Making one takes the lock; as a context manager it gives the lock back.
 
-    Raises UserError where another run has it. Where it cannot be seen at once whether another machine's run is
-    alive, this waits up to `STALE_SECONDS`, having said so through `tell`.
+    Raises UserError where another run has the lock. Whether a run on another machine is alive cannot be seen at once:
+    this says so through `tell` and then waits for up to `STALE_SECONDS`.
     """
 
     def __init__(self, workdir: pathlib.Path, tell: Callable[[str], None] = lambda text: None):
@@ -76,7 +80,7 @@ class Lock:
         self.release()
 
     def check(self) -> None:
-        """UserError where the lock is no longer this run's: the workdir must not be written to."""
+        """Raises UserError where another run has taken the lock, so that this one must not write to the workdir."""
         holder = _read(self._path)
         if holder != self._me:
             who = "nobody" if holder is None else f"process {holder.pid} on {holder.host}"
@@ -87,11 +91,11 @@ class Lock:
 
     @property
     def token(self) -> str:
-        """What the other processes of this run must find in the file, on a disk that all share."""
+        """The token in the lock file, by which the other processes of this run see that they share its disk."""
         return self._me.token
 
     def release(self) -> None:
-        """Gives the lock back, if it is still this run's, and leaves no empty workdir that was not there before."""
+        """Gives the lock back if it is still this run's. Removes the workdir if this made it and it is empty."""
         self._end.set()
         self._toucher.join()
         with contextlib.suppress(OSError):
@@ -102,17 +106,18 @@ class Lock:
         os.close(self._file)
 
     def _take(self) -> int:
-        """An open file that keeps the lock."""
+        """Takes the lock; returns the open file, which holds the lock as long as it is open."""
         while True:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             is_handed_over = False
             try:
                 kept = self._wait_for_the_other(file)
+                # A run that has just ended removed the file that was opened here: a lock on it protects nothing.
                 if not _is_at(file, self._path):
-                    continue  # the other has just ended and removed it
+                    continue
                 self._sign(file)
                 if not kept:
-                    # Nothing but the signature decides between two that start at once.
+                    # Without locks, of two runs that start at once the one that signed last has the lock.
                     time.sleep(SETTLE_SECONDS)
                     if _read(self._path) != self._me:
                         raise self._refusal(_read(self._path))
@@ -124,14 +129,15 @@ class Lock:
                     os.close(file)
 
     def _wait_for_the_other(self, file: int) -> bool:
-        """Whether the kernel keeps the lock, when no other run has it; UserError where one has."""
+        """Whether the kernel holds the lock for this run. Raises UserError where another run has it."""
         kept = _keep(file)
         holder = _read(self._path)
         if kept is False:
             # A process that was forked from the holder, and outlived it, may keep the file open.
             if holder is None or _is_here(holder) is not False:
                 raise self._refusal(holder)
-            self._path.unlink(missing_ok=True)  # and the kernel's lock with it: the next file is a new one
+            # The next attempt makes a new file, on which the kernel has no lock yet.
+            self._path.unlink(missing_ok=True)
             return False
         if holder is not None and not (kept and _same_boot(holder, self._me)):
             alive = _is_here(holder)
@@ -140,7 +146,8 @@ class Lock:
         return bool(kept)
 
     def _is_touched(self, holder: Holder) -> bool:
-        """Whether a run on another machine still touches its lock; by the clock of the file system alone."""
+        """Whether a run on another machine still touches its lock."""
+        # Clocks of machines differ. Both times are those of the file system: the age is that of a new file beside it.
         touched = _changed(self._path)
         probe = self._path.with_name(f"{NAME}.{self._me.token}")
         probe.touch()
@@ -167,6 +174,7 @@ class Lock:
         )
 
     def _sign(self, file: int) -> None:
+        """Writes who holds the lock into it, and waits until it is on disk, where other machines see it."""
         text = json.dumps(dataclasses.asdict(self._me)) + "\n"
         with naming(self._path):
             os.ftruncate(file, 0)
@@ -174,15 +182,19 @@ class Lock:
             os.fsync(file)
 
     def _touch(self) -> None:
+        """Runs in a thread: shows other machines that this run is alive, until the lock is released."""
         while not self._end.wait(TOUCH_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(self._file)
 
 
 def wait_to_see(workdir: pathlib.Path, token: str, seconds: float = 30.0) -> None:
-    """Returns when this process sees the lock that the first process of its run took; UserError where it does not.
+    """Waits until this process sees the lock file that the first process of its run wrote.
 
-    A disk that machines share may show a new file late; one that they do not share never shows it.
+    token    the one in that file
+    seconds  how long to wait. A shared disk may show a new file late
+
+    Raises UserError where the file does not appear, so that the workdir is on no shared disk.
     """
     end = time.monotonic() + seconds
     while (holder := _read(workdir / NAME)) is None or holder.token != token:
@@ -195,7 +207,7 @@ def wait_to_see(workdir: pathlib.Path, token: str, seconds: float = 30.0) -> Non
 
 
 def _keep(file: int) -> bool | None:
-    """Takes the kernel's lock on an open file: whether it was free, or None where the file system has no locks."""
+    """Takes the kernel's lock on an open file. False where another process has it; None where there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -206,7 +218,7 @@ def _keep(file: int) -> bool | None:
 
 
 def _same_boot(one: Holder, other: Holder) -> bool:
-    """Whether both ran under one kernel, in whatever container: then its lock speaks for both."""
+    """Whether both processes run under the same kernel, also in different containers, so that `flock` covers both."""
     return one.kernel != "" and one.kernel.split()[:1] == other.kernel.split()[:1]
 
 
@@ -215,6 +227,7 @@ def _this_process() -> Holder:
 
 
 def _kernel() -> str:
+    """The boot of this machine and this process's namespace of process ids, or "" where Linux does not say."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -223,10 +236,10 @@ def _kernel() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine began, or "" where that cannot be had."""
+    """When a process of this machine began, or "" where it has ended or nothing is known."""
     try:
-        # The second field is a name in parentheses, which may hold anything. After it come the state, where Z is
-        # a process that has ended and still waits for its parent, and as the twentieth field the start.
+        # The second field is the program's name in parentheses, and may itself hold spaces and parentheses. The fields
+        # after it begin with the state, in which Z means ended but not yet reaped; the twentieth is the start.
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] == "Z" else fields[19]
     except (OSError, IndexError):
@@ -234,7 +247,7 @@ def _started(pid: int) -> str:
 
 
 def _is_here(holder: Holder) -> bool | None:
-    """Whether the holder still runs, or None where this process cannot see it."""
+    """Whether the holder still runs. None where it runs under another kernel or namespace, which cannot be seen."""
     if not holder.kernel or holder.kernel != _kernel():
         return None
     try:
@@ -247,7 +260,7 @@ def _is_here(holder: Holder) -> bool | None:
 
 
 def _read(path: pathlib.Path) -> Holder | None:
-    """Who signed the lock; None where nobody did, or where it cannot be read."""
+    """The holder that the lock file names; None where it names none or cannot be read."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -255,13 +268,15 @@ def _read(path: pathlib.Path) -> Holder | None:
 
 
 def _changed(path: pathlib.Path) -> float:
-    """When a file was last touched. It is opened first, for only then does NFS ask the server."""
+    """When a file was last touched, or 0 where it cannot be opened."""
+    # NFS answers a plain stat from its cache, and asks the server only when a file is opened.
     with contextlib.suppress(OSError), path.open("rb") as file:
         return os.fstat(file.fileno()).st_mtime
     return 0.0
 
 
 def _is_at(file: int, path: pathlib.Path) -> bool:
+    """Whether the open file is still the one at `path`, and was not removed or replaced."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except OSError:

@@ -1,8 +1,7 @@
 """Reads metrics.jsonl, whatever state a run left it in.
 
-A metrics file is written by a run that may be killed at any moment, so reading is forgiving: a torn last line
-is dropped, other unreadable lines are counted, and an update that was written twice counts once (the later
-line). Kinds and fields that are not known do no harm.
+A run may be killed at any moment, so the reader is forgiving. It drops a torn last line, counts other lines that it
+cannot read, and of two lines for the same update takes the later one. It ignores unknown kinds and keys.
 """
 
 import dataclasses
@@ -12,17 +11,20 @@ import pathlib
 
 import numpy as np
 
-LARGEST = 2**53  # update: up to here floats hold every whole number
-SPELLED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # numbers that JSON cannot hold
+# The largest update: up to 2^53, a float64 holds every whole number.
+LARGEST = 2**53
+# Numbers that JSON cannot hold are written as text.
+SPELLED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
     """The lines of a run by kind, in the order of updates; all numbers are floats.
 
-    train, evaluate  hold numbers alone, but for the text `reason`
-    statistics       also lists of numbers, one for a layer, and dicts of numbers
-    events           also the texts `event` and `text`; several to an update
+    train, evaluate  numbers, and the text `reason`
+    statistics       numbers, lists of numbers (one for each layer), and dicts of numbers
+    events           the texts `event` and `text`, and the number `update`; an update may have several
+    unreadable       how many lines could not be read
     """
 
     train: list[dict]
@@ -33,7 +35,7 @@ class Metrics:
 
 
 def read_metrics(path: pathlib.Path) -> Metrics:
-    """Reads metrics.jsonl; a file that does not exist has no lines."""
+    """Reads a metrics file. A file that does not exist has no lines."""
     kinds: dict[str, dict[int, dict]] = {"train": {}, "evaluate": {}, "statistics": {}}
     events: dict[tuple, dict] = {}
     unreadable, pending = 0, 0
@@ -42,7 +44,8 @@ def read_metrics(path: pathlib.Path) -> Metrics:
             for line in lines:
                 if not line.strip():
                     continue
-                unreadable += pending  # the line before this one was not the last
+                # A line that cannot be read counts only when another follows: the last one is merely torn.
+                unreadable += pending
                 record = read_line(line)
                 pending = int(record is None)
                 if record is None:
@@ -59,16 +62,14 @@ def read_metrics(path: pathlib.Path) -> Metrics:
 
 
 def read_line(line: str | bytes) -> dict | None:
-    """One line with its numbers as floats, or None where it is torn or is no record of something at an update."""
+    """One line as a dict whose numbers are floats, or None where the line is torn or has no valid `update`."""
     try:
         record = json.loads(line)
         if not isinstance(record, dict):
             return None
         record = {key: _floats(value) for key, value in record.items()}
-    except (
-        ValueError,
-        RecursionError,
-    ):  # no JSON, bytes that are no text, a number too long, lists without end
+    # No JSON, bytes that are no text, a number of too many digits; and brackets nested too deeply.
+    except (ValueError, RecursionError):
         return None
     update, texts = record.get("update"), (record.get(key, "") for key in ("kind", "event", "text"))
     whole = isinstance(update, float) and update.is_integer() and 0 <= update <= LARGEST
@@ -76,7 +77,7 @@ def read_line(line: str | bytes) -> dict | None:
 
 
 def _floats(value: object) -> object:
-    """Every number in `value` as a float, also those spelled as text; None for what is neither that nor text."""
+    """`value` with every number as a float, spelled ones too. Text stays, and anything else becomes None."""
     if isinstance(value, list):
         return [_floats(each) for each in value]
     if isinstance(value, dict):
@@ -94,7 +95,7 @@ def _plain(record: dict) -> dict:
 
 
 def number(value: object) -> float | None:
-    """The value as a float where it is a number or the text of one that is not finite; None for all else."""
+    """`value` as a float, where it is a number or the text nan, inf or -inf; otherwise None."""
     if isinstance(value, str):
         return SPELLED.get(value.lower())
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -106,13 +107,13 @@ def number(value: object) -> float | None:
 
 
 def column(records: list[dict], key: str) -> np.ndarray:
-    """`[records]` the values under a key, NaN where a record has no number there."""
+    """float64 [records]: the values under a key, NaN where a record has no number there."""
     values = (record.get(key) for record in records)
     return np.array([value if isinstance(value, float) else math.nan for value in values], dtype=float)
 
 
 def layer_columns(records: list[dict], key: str) -> np.ndarray:
-    """`[records, layers]` the lists under a key, NaN where a list has no number or is not there."""
+    """float64 [records, layers]: the lists under a key, NaN where a list is missing or has no number."""
     rows = [value if isinstance(value := record.get(key), list) else [] for record in records]
     values = np.full((len(rows), max(map(len, rows), default=0)), math.nan)
     for i, row in enumerate(rows):

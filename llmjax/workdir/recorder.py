@@ -2,28 +2,28 @@
 
 One JSON object a line. `{"kind": "train", "update": n, ...}` once per update, with
 
-    tokens                positions consumed since the run began, padding included (sequences x seq_len)
-    seconds               wall time since the run began, added up over resumed parts
+    tokens                positions trained on since the run began, padding included (sequences x seq_len)
+    seconds               wall time since the run began, summed over its resumed parts
     loss                  mean per target token, exact over the update's micro-steps
     learning_rate, grad_norm, accumulation_steps
     seq_len               of the rows trained on
     packing_efficiency    summed target weights / positions
     data_wait             seconds of this update spent waiting for the next batch
-    tokens_per_second     absent where the step compiled: at a start, and before another seq_len
+    tokens_per_second     absent where the step was compiled: at a start, and where seq_len changes
     mfu                   model FLOPs per second / peak; absent where the device's peak is unknown
     noise_scale           of the gradient, in target tokens; absent before it was measured
     reason                why a controller chose this accumulation_steps; absent without one
-    dropped               micro-steps that were not finite and left out; absent where none was
+    dropped               how many micro-steps were left out because they were not finite; absent where none was
     skipped               1 where the parameters did not move; absent otherwise
 
 and `{"kind": "evaluate", "update", "tokens", "seconds", ...}` with the scores of the task on held-out text,
 `{"kind": "statistics", "update", "tokens", "seconds", ...}` of the layers (see `statistics.py`), and
 `{"kind": "event", "update", "event", "text"}` for what a person should know. Numbers that JSON cannot hold are
-written "nan", "inf", "-inf".
+written as the texts "nan", "inf" and "-inf".
 
-A resumed run continues the file where its checkpoint stood: later lines, and a torn last one, are cut first; other
-lines that cannot be read are moved to metrics.unreadable.jsonl. So the file has neither gaps nor duplicates, and, apart
-from `TIMING` fields, equals that of a run that never stopped.
+A resumed run first cuts the file back to its checkpoint: it removes later lines and a torn last line, and moves other
+lines that cannot be read to metrics.unreadable.jsonl. The file then has neither gaps nor duplicates. Except for the
+fields in `TIMING`, it equals the file of a run that never stopped.
 """
 
 from __future__ import annotations
@@ -39,22 +39,26 @@ from tensorboardX import SummaryWriter
 
 from llmjax.files import write_atomically
 from llmjax.parallel import hosts
-from llmjax.progress import Progress
 from llmjax.scores import Score
+from llmjax.terminal.progress import Progress
 from llmjax.workdir.metrics import read_line
 
-UNREADABLE = "metrics.unreadable.jsonl"  # beside metrics.jsonl
+# Beside metrics.jsonl.
+UNREADABLE = "metrics.unreadable.jsonl"
+# The fields that depend on the clock, and so differ between two runs with the same numbers.
 TIMING = ("seconds", "tokens_per_second", "data_wait", "mfu")
 
 
 class Recorder:
-    """Writes metrics into `workdir`, from the first process only; a context manager, which closes the files.
+    """Writes the metrics of a run and shows its progress. A context manager, which closes the files.
 
-    resume_update   the update from which the run goes on; what was recorded after it is dropped
-    num_tokens      at which the run ends, for the progress display
-    tokens_per_update  of an update of the usual size, likewise
-    scores          of evaluations, which are shown
-    on_closed       called where standard output was closed by whoever read it
+    Only the first process writes; in the others every method does nothing.
+
+    resume_update      the update from which the run goes on; lines after it are dropped
+    num_tokens         the tokens of the whole run, for the progress display
+    tokens_per_update  the tokens of an update of the usual size, for the progress display
+    scores             the scores of an evaluation that are shown
+    on_closed          called when whoever read standard output has closed it
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class Recorder:
             str(self._workdir / "tensorboard"),
             purge_step=update + 1,
             flush_secs=10,
-            # Its time is in seconds: names could collide.
+            # By default tensorboardX names a file by the second: two files of one second would be the same.
             filename_suffix=f".{update}.{os.getpid()}.{self._opened}",
         )
 
@@ -111,7 +115,7 @@ class Recorder:
             self._progress.evaluate(update, values)
 
     def statistics(self, update: int, values: dict[str, Any]) -> None:
-        """Records what the layers look like: numbers, lists of numbers, and dicts of both."""
+        """Records the statistics of the layers: numbers, lists of numbers, and dicts of both."""
         if self._primary:
             self._write("statistics", update, values)
 
@@ -122,7 +126,7 @@ class Recorder:
             self._progress.say(f"update {update}  {event}: {text}")
 
     def rewind(self, update: int) -> None:
-        """Forgets what was recorded after `update`, to which the run has gone back."""
+        """Removes the lines after `update`, to which the run has gone back."""
         if self._primary:
             self._file.close()
             self._board.close()
@@ -130,7 +134,7 @@ class Recorder:
             self._open(update)
 
     def forget(self, update: int) -> None:
-        """Forgets the evaluation and the statistics of `update`, the last one, for they are made anew."""
+        """Removes the evaluation and the statistics of `update`, the last one, because they are made again."""
         if self._primary:
             self._file.close()
             truncate(self._workdir / "metrics.jsonl", update, keep_rewinds=True, of_update=("train", "event"))
@@ -142,7 +146,10 @@ class Recorder:
             self._progress.say(text)
 
     def flush(self) -> None:
-        """Puts everything recorded so far on disk, as a checkpoint that follows it relies on."""
+        """Puts everything recorded so far on disk.
+
+        It is called before a checkpoint is saved: a run that resumes there must find every line up to it.
+        """
         if self._primary:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -158,12 +165,13 @@ class Recorder:
     def _write(self, kind: str, update: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, "update": update} | _plain(values)) + "\n")
         for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):  # tensorboardX complains of others
+            # tensorboardX warns of numbers that are not finite, and TensorBoard shows no lists.
+            if isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(f"{kind}/{name}", value, update)
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it."""
+    """`value` with numbers that are not finite as text, so that JSON can hold it."""
     if isinstance(value, dict):
         return {name: _plain(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
@@ -176,12 +184,12 @@ def _plain(value: Any) -> Any:
 def truncate(
     path: Path, update: int, keep_rewinds: bool = False, of_update: Sequence[str] | None = None
 ) -> int:
-    """Drops from a metrics file, in one step, all lines after `update` and a torn last one.
+    """Removes from a metrics file, in one step, all lines after `update` and a torn last line.
 
-    Other lines that cannot be read are moved to a file beside it, to whose end they are added. Returns how many.
+    Other lines that cannot be read are moved to the end of `UNREADABLE`; returns how many.
 
-    What was recorded of going back to `update` itself happened after it, and goes unless `keep_rewinds`. Of the
-    lines of `update` itself stay those whose kind is in `of_update`; None: all.
+    keep_rewinds  whether to keep the event of a rewind to `update`, which carries that number but happened later
+    of_update     the kinds whose lines of `update` itself are kept; None: all kinds
     """
     if not path.exists():
         return 0

@@ -1,7 +1,7 @@
-"""Where a workdir stands: what was saved in it, whether that is still there, and whether all processes see the same.
+"""The state of a workdir: what was saved in it, whether it is still there, and whether all processes see the same.
 
-`saved.json` says which save was the last to be finished. It lies outside of the folders of checkpoints, so that a
-folder that is gone (a volume that is not mounted) is not mistaken for a run that has still to begin.
+`saved.json` names the last save that was finished. It lies outside the folders of checkpoints. If such a folder is
+missing, perhaps because a volume is not mounted, the run is therefore not mistaken for one that has yet to begin.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from llmjax.workdir.contents import saved_config, write_json
 from llmjax.workdir.metrics import read_metrics
 
 SAVED = "saved.json"
-FOLDERS = ("checkpoints", "window")  # of updates done, and of one under way
+# The folder of checkpoints between updates, and the one of an update that was stopped between two micro-steps.
+CHECKPOINTS = "checkpoints"
+PARTIAL_UPDATE = "partial_update"
+# Versions before 0.2 kept a stopped update in a folder of this name. It is read and removed, never written.
+OLD_PARTIAL_UPDATE = "window"
+PARTIAL_FOLDERS = (PARTIAL_UPDATE, OLD_PARTIAL_UPDATE)
+FOLDERS = (CHECKPOINTS, *PARTIAL_FOLDERS)
 
 
 def note_saved(workdir: pathlib.Path, folder: str) -> Callable[[int | None, dict], None]:
-    """What writes down that a checkpoint in `folder` of the workdir is complete: (its number, its meta) -> None.
+    """A function (number, meta) -> None that writes to saved.json that checkpoint `number` in `folder` is complete.
 
-    Without a number: that there is none any more, each having been given up as worth nothing.
+    The number None says that all checkpoints were given up, because they gave no finite loss.
     """
 
     def note(number: int | None, meta: dict) -> None:
@@ -37,7 +43,7 @@ def note_saved(workdir: pathlib.Path, folder: str) -> Callable[[int | None, dict
 
 
 def check_meta(meta: Mapping[str, Any]) -> None:
-    """ValueError, saying why, where a run cannot go on from what a checkpoint says beside its arrays."""
+    """Raises ValueError, which says why, where the meta of a checkpoint lacks something that a run needs to resume."""
     Position.from_meta(dict(meta))
     for name, kind in (("config", dict), ("data_fingerprint", str)):
         if not isinstance(meta.get(name), kind):
@@ -47,28 +53,31 @@ def check_meta(meta: Mapping[str, Any]) -> None:
 
 
 def has_begun(workdir: pathlib.Path) -> bool:
-    """Whether the run in `workdir` has something to go on from."""
+    """Whether `workdir` holds a checkpoint or a stopped update from which its run can resume."""
     return any(shelf.numbers(workdir / folder) for folder in FOLDERS)
 
 
-def has_window(workdir: pathlib.Path) -> bool:
-    """Whether a stopped update is kept in `workdir`."""
-    return bool(shelf.numbers(workdir / "window"))
+def partial_folders(workdir: pathlib.Path) -> list[str]:
+    """The folders in `workdir` that hold an update stopped between two micro-steps: none, one, or both names."""
+    return [folder for folder in PARTIAL_FOLDERS if shelf.numbers(workdir / folder)]
 
 
-def remove_window(workdir: pathlib.Path) -> None:
-    """Deletes the stopped update in `workdir`, which has been gone on with and saved since; not what was set aside."""
-    folder = workdir / "window"
-    for number in shelf.numbers(folder):
-        shutil.rmtree(folder / str(number), ignore_errors=True)
-    if folder.is_dir() and not shelf.set_aside(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+def remove_partial_update(workdir: pathlib.Path) -> None:
+    """Deletes the stopped update in `workdir`, once the run has finished and saved it. Damaged ones stay, for a person
+    to look at."""
+    for name in PARTIAL_FOLDERS:
+        folder = workdir / name
+        for number in shelf.numbers(folder):
+            shutil.rmtree(folder / str(number), ignore_errors=True)
+        if folder.is_dir() and not shelf.set_aside(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_standing(workdir: pathlib.Path, warn: Callable[[str], None]) -> None:
-    """UserError where a run was saved in `workdir` and nothing is left of it; `warn` says where only the last is gone.
+    """Raises UserError where a run was saved in `workdir` and no checkpoint is left.
 
-    A run that was killed before its first checkpoint has nothing to lose, and may begin again.
+    Where only the last save is gone, it says so through `warn`. A run that was killed before its first checkpoint may
+    begin again.
     """
     last = _last_saved(workdir)
     if has_begun(workdir):
@@ -79,7 +88,8 @@ def check_standing(workdir: pathlib.Path, warn: Callable[[str], None]) -> None:
             )
         return
     if last and any(workdir.glob(f"{last}.orbax-checkpoint-tmp*")):
-        return  # it died between noting its first save and giving it its name
+        # The run died after its first save was noted and before the folder got its name.
+        return
     if reason := _why_saved(workdir, last):
         raise UserError(
             f"--workdir={workdir} holds no checkpoint, although {reason}; mount or restore {workdir / 'checkpoints'}, "
@@ -88,7 +98,7 @@ def check_standing(workdir: pathlib.Path, warn: Callable[[str], None]) -> None:
 
 
 def check_metrics(workdir: pathlib.Path, update: int, warn: Callable[[str], None]) -> None:
-    """Says where metrics.jsonl lacks updates that were done before `update`, from where the run goes on."""
+    """Warns where metrics.jsonl lacks lines up to `update`, after which the run goes on."""
     path = workdir / "metrics.jsonl"
     if not update:
         return
@@ -102,7 +112,7 @@ def check_metrics(workdir: pathlib.Path, update: int, warn: Callable[[str], None
 def config_of(workdir: pathlib.Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """The resolved config of the run in `workdir`, or None where there is no run.
 
-    Where config.json is gone, a checkpoint has it too.
+    Where config.json is gone, the config is read from a checkpoint.
     """
     saved = saved_config(workdir)
     if saved is not None:
@@ -125,7 +135,10 @@ def config_of(workdir: pathlib.Path, warn: Callable[[str], None]) -> dict[str, A
 
 
 def describe(workdir: pathlib.Path, *, folders: bool) -> dict[str, str]:
-    """What this process sees in `workdir`, to be compared with what others see; with `folders`, checkpoints as well."""
+    """Name -> what this process sees in `workdir`, for a comparison between processes.
+
+    folders  whether checkpoints are compared too
+    """
     seen = {}
     for name in ("config.json", "tokenizer/tokenizer.json"):
         path = workdir / name
@@ -139,7 +152,7 @@ def describe(workdir: pathlib.Path, *, folders: bool) -> dict[str, str]:
 
 
 def digest_of(config: Mapping[str, Any]) -> str:
-    """A few letters that differ where two configs do."""
+    """Twelve hexadecimal digits of a hash, by which processes see whether their configs are the same."""
     return _digest(json.dumps(config, sort_keys=True).encode())
 
 
@@ -148,7 +161,7 @@ def _digest(data: bytes) -> str:
 
 
 def _last_saved(workdir: pathlib.Path) -> str:
-    """The last finished save, such as checkpoints/60; nothing where none was noted, or all were given up."""
+    """The last finished save, such as checkpoints/60; "" where none was noted or all were given up."""
     path = workdir / SAVED
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -160,7 +173,7 @@ def _last_saved(workdir: pathlib.Path) -> str:
 
 
 def _why_saved(workdir: pathlib.Path, last: str) -> str:
-    """What shows that something was saved in `workdir`; nothing where its run may have been killed before that."""
+    """What shows that something was saved in `workdir`; "" where its run may have been killed before its first save."""
     if last:
         return f"{SAVED} says that {last} was saved"
     for folder in FOLDERS:
@@ -168,7 +181,7 @@ def _why_saved(workdir: pathlib.Path, last: str) -> str:
             return f"{folder}/{aside[-1]} shows that there was one"
     if (workdir / SAVED).exists():
         return ""
-    # What older versions left, which wrote no saved.json. A second save waited for the first to be finished.
+    # Older versions wrote no saved.json. Their second save waited until the first was finished.
     if (workdir / "summary.json").exists():
         return "summary.json shows that its run was saved at the end"
     config, lines = saved_config(workdir), read_metrics(workdir / "metrics.jsonl").train

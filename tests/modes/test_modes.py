@@ -21,7 +21,7 @@ from llmjax.train.checkpoint.checkpoint import Checkpoints
 PROMISED = (
     "config.json",
     "metrics.jsonl",
-    "samples.md",
+    "samples.jsonl",
     "summary.json",
     "report.html",
     "tokenizer/tokenizer.json",
@@ -135,7 +135,9 @@ def test_the_plan_comes_first_and_the_results_last(told):
 
 
 def test_the_same_command_again_trains_nothing_and_tells_the_end_again(folder, workdir, capsys, monkeypatch):
-    before = {name: (workdir / name).read_bytes() for name in ("metrics.jsonl", "samples.md", "config.json")}
+    before = {
+        name: (workdir / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "config.json")
+    }
 
     def make_run(*args):
         return dataclasses.replace(original(*args), step=lambda state, batch: pytest.fail("a step was taken"))
@@ -151,10 +153,10 @@ def test_the_same_command_again_trains_nothing_and_tells_the_end_again(folder, w
 
 def test_more_updates_go_on_where_the_run_ended_and_need_only_the_workdir(folder, workdir, capsys):
     done = (workdir / "metrics.jsonl").read_text()
-    samples = (workdir / "samples.md").read_text()
+    samples = (workdir / "samples.jsonl").read_text()
     run(capsys, ["llmjax", f"--workdir={workdir}", "--config.train.num_updates=9"])
     assert (workdir / "metrics.jsonl").read_text().startswith(done)
-    assert (workdir / "samples.md").read_text().startswith(samples)
+    assert (workdir / "samples.jsonl").read_text().startswith(samples)
     lines = tiny_run.read_lines(workdir)
     assert [line["update"] for line in lines if line["kind"] == "train"] == [*range(1, 10)]
     assert [line["update"] for line in lines if line["kind"] == "evaluate"] == [3, 6, 9]

@@ -16,10 +16,9 @@ from llmjax.config.resolve import resolve_config
 from llmjax.data.store.columns import StoreHeader
 from llmjax.plan.summary import (
     describe,
-    format_bytes,
-    format_count,
     tree_bytes_per_device,
 )
+from llmjax.quantities import format_number
 
 
 def program_for(devices, vocab_size=64, **changes):
@@ -38,15 +37,6 @@ def corpus(tmp_path_factory):
     raw.data.sources = (str(tiny_run.write_corpus(folder / "corpus")),)
     raw.data.cache_dir = str(folder / "cache")
     return make_corpus(*resolve_config(read_config(raw.to_dict()), 8))
-
-
-@pytest.mark.parametrize("number, text", [
-    (0, "0 "), (7, "7 "), (999, "999 "), (1000, "1 k"), (1234, "1.23 k"), (999_499, "999 k"), (999_600, "1 M"),
-    (1_380_000, "1.38 M"), (5e9, "5 G"), (3.21e13, "32.1 T"),
-])  # fmt: skip
-def test_counts_have_three_digits_and_a_unit(number, text):
-    assert format_count(number) == text
-    assert format_bytes(number) == f"{text}B"
 
 
 def test_the_state_takes_the_bytes_that_it_takes():
@@ -85,11 +75,11 @@ def test_the_plan_is_that_of_corpus_and_program(corpus):
     assert rows["tokenizer"] == f"bytes, {corpus.tokenizer.vocab_size} ids"
     assert rows["packing"].startswith(f"{corpus.train_plan.num_rows} sequences of 32 tokens")
     count = sum(np.prod(x.shape) for x in jax.tree.leaves(program.init().params))
-    assert f"{format_count(count)} parameters" in rows["model"]
+    assert f"{format_number(count)} parameters" in rows["model"]
     assert rows["mesh"] == "data=4 x fsdp=2 x seq=1 x tensor=1 on 8 cpu devices"
     assert rows["batch"] == program.batch.describe()
     epochs = 6 * 16 / corpus.train_plan.num_rows
-    assert rows["updates"] == f"6, 2 of them done; 3.07 k tokens = {epochs:.2f} epochs"
+    assert rows["updates"] == f"6, 2 of them done; 3.07k tokens = {epochs:.2f} epochs"
     assert rows["output"] == "runs/x"
     assert not any("\n" in text for text in rows.values())
 

@@ -8,25 +8,6 @@ import pytest
 from llmjax.report import chart_axes
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (0.5, "0.5"), (3.14159, "3.14"), (1234, "1.23k"), (1200, "1.2k"), (3_400_000, "3.4M"),
-     (7e9, "7B"), (1.5e13, "15T"), (999.96, "1k"), (999_999, "1M"), (3e-4, "3×10⁻⁴"), (9.999e-4, "0.001"),
-     (-2.5, "−2.5"), (100, "100"), (1e20, "1×10²⁰"), (math.nan, "nan"), (-math.inf, "−inf")],
-)  # fmt: skip
-def test_numbers_are_short_and_keep_three_digits(value, text):
-    assert chart_axes.format_number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (0.84, "0.84 s"), (48, "48 s"), (59.7, "1 min 00 s"), (228, "3 min 48 s"),
-     (7500, "2 h 05 min"), (273600, "3 d 4 h")],
-)  # fmt: skip
-def test_durations_show_their_two_largest_units(seconds, text):
-    assert chart_axes.format_duration(seconds) == text
-
-
 def test_thinning_keeps_first_last_and_every_extreme():
     values = np.random.default_rng(0).normal(size=50_000)
     values[12_345], values[31_007] = 99.0, -99.0

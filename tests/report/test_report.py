@@ -12,6 +12,7 @@ import pytest
 from llmjax.report import report
 from llmjax.scores import FILE, Score, scores_as_json
 from llmjax.tasks.language_model import LanguageModel
+from llmjax.workdir.samples import Sample, write_samples
 
 VOID = {"meta", "input", "br", "link", "img"}
 
@@ -65,7 +66,7 @@ def _workdir(folder, lines=(), tail="", **files):
     (folder / FILE).write_text(scores_as_json(LanguageModel.scores))
     for name, content in files.items():
         if name == "samples":
-            (folder / "samples.md").write_text(content, encoding="utf-8")
+            write_samples(folder, content)
         else:
             (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -96,10 +97,8 @@ def full(tmp_path):
         "model": {"num_layers": 4, "names": ["a"], "rope": {"base": 10000.0}},
         "train": {"num_updates": 80},
     }
-    samples = "# Samples\n\n## update 20\n\n```\nearly\n```\n\n## update 40\n\n### `def f`\n\n"
-    samples += (
-        "````python\ndef f():\n\treturn '<script>alert(1)</script>'\n## no heading\n```\n从前有座山\n````\n"
-    )
+    text = "():\n\treturn '<script>alert(1)</script>'\n## no heading\n```\n从前有座山"
+    samples = [Sample(20, "", "early"), Sample(40, "def f", text)]
     return _page(_workdir(tmp_path, lines, summary=summary, config=config, samples=samples))
 
 
@@ -134,15 +133,18 @@ def test_results_are_those_of_the_last_evaluation_with_compressors_beside(full):
 def test_plan_commands_and_configuration_are_shown_escaped(full):
     assert full.text("h1") == "a small <GPT>" and "<GPT>" not in full.source
     assert "612 documents & more" in full.text("td")
-    assert full.texts["code"] == ["def f", "python -m llmjax.main --prompt='a < b'"]
+    assert full.texts["code"] == ["python -m llmjax.main --prompt='a < b'"]
     assert {"seed", "num_layers", "rope.base"} <= set(full.texts["th"])
     assert {"7", "4", '["a"]', "10000.0"} <= set(full.texts["td"])
     assert "40 of 80 updates · 655k tokens · 22 s" in full.text("p")
 
 
 def test_the_last_samples_are_open_with_their_white_space_and_nothing_runs(full):
-    sample = full.texts["pre"][0]
-    assert sample == "def f():\n\treturn '<script>alert(1)</script>'\n## no heading\n```\n从前有座山"
+    prompt, sample = full.texts["pre"][:2]
+    assert (prompt, sample) == (
+        "def f",
+        "():\n\treturn '<script>alert(1)</script>'\n## no heading\n```\n从前有座山",
+    )
     assert full.count("script") == 7 + 1  # one of values for each chart, and the page's own
     assert full.source.index("从前有座山") < full.source.index("<summary>update 20</summary>")
 
@@ -210,9 +212,21 @@ def test_a_long_run_is_thinned_but_keeps_its_spike(tmp_path):
     assert '"8.25"' in page.text("script") and "thinned" in page.text("p")
 
 
-def test_samples_without_headings_or_with_an_open_fence_are_shown(tmp_path):
-    page = _page(_workdir(tmp_path, samples="Some words.\n\n~~~\n  text\n```\n\n\nend"))
-    assert page.texts["pre"] == ["  text\n```\n\n\nend"] and "Some words." in page.texts["p"]
+def test_samples_without_a_prompt_or_with_an_open_fence_are_shown(tmp_path):
+    text = "Some words.\n\n~~~\n  text\n```\n\n\nend"
+    page = _page(_workdir(tmp_path, samples=[Sample(1, "", text)]))
+    assert page.texts["pre"] == [text] and page.texts["h3"] == ["update 1"]
+
+
+def test_lines_of_samples_that_cannot_be_read_are_counted(tmp_path):
+    _workdir(tmp_path, samples=[Sample(1, "a", "b")])
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write("{\n")
+    page = _page(tmp_path)
+    assert "samples.jsonl: 1 unreadable lines were left out." in page.text("p") and page.texts["pre"] == [
+        "a",
+        "b",
+    ]
 
 
 def _steered(update):
@@ -336,7 +350,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "summary.json", "probes.json", "metrics.jsonl", "samples.md"]
+    "name", ["config.json", "summary.json", "probes.json", "metrics.jsonl", "samples.jsonl"]
 )
 def test_whatever_a_file_of_the_run_holds_there_is_a_page(name, tmp_path):
     line = '{"kind": "evaluate", "update": 1, "tokens": 10, "loss": 2.0, "perplexity": "inf", "bits_per_byte": null}'
@@ -373,3 +387,11 @@ def test_a_workdir_of_an_older_version_shows_all_that_its_evaluations_have(tmp_p
     (tmp_path / FILE).unlink()
     tiles = re.search(r'<dl class="tiles">(.*?)</dl>', report.write_report(tmp_path).read_text())[1]
     assert "Held-out loss</dt><dd><b>2.500" in tiles and "Bits per byte</dt><dd><b>1.750" in tiles
+
+
+def test_samples_in_the_file_of_an_older_version_are_named_and_do_no_harm(tmp_path):
+    _workdir(tmp_path, [_train(1)], samples=[Sample(1, "new", "text")])
+    (tmp_path / "samples.md").write_text("# Samples\n\n## update 1\n\n```\nold text\n```\n")
+    page = _page(tmp_path)
+    assert "samples.md was written by an older version and is not shown here." in page.text("p")
+    assert "old text" not in page.source and page.texts["pre"] == ["new", "text"]

@@ -1,12 +1,14 @@
 """Runs whose batch varies, whose updates are fused, that spike or look at their layers: as a user starts them."""
 
 import json
+import shutil
 
 import pytest
 import tiny_run
 from tiny_run import command
 
 from llmjax import main
+from llmjax.train.checkpoint import shelf
 from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 
 CONTROLLED = {
@@ -87,11 +89,26 @@ def test_a_run_stopped_in_its_first_update_goes_on_there_whatever_is_asked_for_n
     assert "resume with compute.micro_batch_size=8" in refuse(
         capsys, [*another, "--config.mesh.data=4", "--config.mesh.seq=2"]
     )
-    # Updates of a single micro-step from now on; the open one is still of four.
-    run(capsys, command(folder, f"--workdir={parts}", "--config.train.batch_points=0:256", **settings))
-    assert [line["accumulation_steps"] for line in lines(parts)] == [4] + [1] * 8
-    assert lines(parts)[0] == lines(whole)[0]
-    assert not (parts / "window").exists()
+    old = as_saved_by_an_older_version(parts, folder / "old")
+    for workdir in (parts, old):
+        # Updates of a single micro-step from now on; the open one is still of four.
+        run(capsys, command(folder, f"--workdir={workdir}", "--config.train.batch_points=0:256", **settings))
+        assert [line["accumulation_steps"] for line in lines(workdir)] == [4] + [1] * 8
+        assert lines(workdir)[0] == lines(whole)[0]
+        assert not (workdir / "partial_update").exists() and not (workdir / "window").exists()
+
+
+def as_saved_by_an_older_version(workdir, copy):
+    """A copy of a workdir with a stopped update, under the names that version 0.1 gave to the folder and its meta."""
+    shutil.copytree(workdir, copy)
+    (copy / "partial_update").rename(copy / "window")
+    saved = json.loads((copy / "saved.json").read_text())
+    (copy / "saved.json").write_text(json.dumps(saved | {"folder": "window"}))
+    for path in (copy / "window").glob(f"*/{shelf.META}"):
+        meta = json.loads(path.read_text())
+        meta["window"] = meta.pop("partial_update")
+        path.write_text(json.dumps(shelf.with_digest({k: v for k, v in meta.items() if k != shelf.DIGEST})))
+    return copy
 
 
 def test_a_spike_is_told_with_the_text_of_its_documents(folder, capsys):

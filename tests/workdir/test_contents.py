@@ -8,7 +8,7 @@ import pytest
 
 from llmjax.errors import UserError
 from llmjax.files import write_atomically
-from llmjax.workdir.contents import commands, last_sample, saved_config, write_json, write_samples
+from llmjax.workdir.contents import commands, saved_config, write_json
 
 
 def test_a_file_is_replaced_whole_and_nothing_stays_beside_it(tmp_path):
@@ -49,30 +49,6 @@ def test_a_saved_config_that_cannot_be_read_is_named(text, what, tmp_path):
     assert str(tmp_path / "config.json") in str(error.value) and "\n" not in str(error.value)
 
 
-HARD = "a\n```\nfence ```` inside\n<!-- update 5 in a line -->\n\n"
-
-
-def test_samples_of_any_text_are_read_back(tmp_path):
-    path = tmp_path / "samples.md"
-    assert last_sample(path) is None
-    for prompt, continuation in (("import ", "os\n"), (HARD, HARD), ("", ""), ("春江", "潮水")):
-        write_samples(path, 1, [(prompt, continuation)])
-        assert last_sample(path) == (prompt, continuation)
-
-
-def test_samples_are_added_and_those_made_again_are_replaced(tmp_path):
-    path, straight = tmp_path / "samples.md", tmp_path / "straight.md"
-    for update in (100, 200, 300):
-        write_samples(path, update, [(HARD, f"before {update}")])
-    for update in (200, 300):  # resumed from 100
-        write_samples(path, update, [("p", f"after {update}")])
-    write_samples(straight, 100, [(HARD, "before 100")])
-    for update in (200, 300):
-        write_samples(straight, update, [("p", f"after {update}")])
-    assert path.read_text() == straight.read_text()
-    assert last_sample(path) == ("p", "after 300")
-
-
 def test_the_commands_can_be_pasted_into_a_shell(tmp_path):
     workdir = tmp_path / "a name"
     texts = commands(workdir, 400, "it's")
@@ -84,15 +60,3 @@ def test_the_commands_can_be_pasted_into_a_shell(tmp_path):
     assert shlex.split(texts["report"])[-1] == str(workdir / "report.html")
     assert shlex.split(texts["generate"])[-1] == "--prompt=it's"
     assert json.dumps(texts)
-
-
-def test_samples_that_others_damaged_stop_nothing_and_stay(tmp_path):
-    path = tmp_path / "samples.md"
-    write_samples(path, 2, [("a", "b")])
-    damage = b"\xff\xfe bytes\r\n<!-- update " + b"9" * 5000 + b" -->\n\0\n````\n"
-    path.write_bytes(path.read_bytes() + damage)
-    write_samples(path, 4, [("c", "d\udcff")])
-    assert damage in path.read_bytes() and b"<!-- update 4 -->" in path.read_bytes()
-    assert last_sample(path) == ("c", "d?")
-    path.write_bytes(b"\xff```text\n\xff\n```\n")
-    assert last_sample(path) is None

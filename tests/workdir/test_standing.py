@@ -11,7 +11,7 @@ from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.errors import UserError
 from llmjax.train.checkpoint import shelf
-from llmjax.train.loop.run_position import Position
+from llmjax.train.loop.run_position import PartialUpdateRecord, Position
 from llmjax.workdir import standing
 from llmjax.workdir.contents import write_json
 from llmjax.workdir.lock import Lock
@@ -156,31 +156,31 @@ def test_a_run_goes_on_where_only_the_last_save_is_gone_and_says_so(workdir):
     told = []
     shutil.rmtree(workdir / "checkpoints" / "40")
     standing.check_standing(workdir, told.append)
-    save(workdir, "window", 333)
-    shutil.rmtree(workdir / "window")
+    save(workdir, "partial_update", 333)
+    shutil.rmtree(workdir / "partial_update")
     standing.check_standing(workdir, told.append)
-    assert ["checkpoints/40" in told[0], "window/333" in told[1], len(told)] == [True, True, 2]
+    assert ["checkpoints/40" in told[0], "partial_update/333" in told[1], len(told)] == [True, True, 2]
     assert all("not there any more; going on from the newest that is" in text for text in told)
 
 
-def test_a_window_alone_is_enough_to_go_on_from(workdir):
-    save(workdir, "window", 333)
+def test_a_stopped_update_alone_is_enough_to_go_on_from(workdir):
+    save(workdir, "partial_update", 333)
     shutil.rmtree(workdir / "checkpoints")
     standing.check_standing(workdir, pytest.fail)
-    assert standing.has_window(workdir)
+    assert standing.partial_folders(workdir) == ["partial_update"]
 
 
-def test_removing_a_window_keeps_what_was_set_aside(workdir):
+def test_removing_a_stopped_update_keeps_what_was_set_aside(workdir):
     for number in (333, 444):
-        save(workdir, "window", number)
-    standing.remove_window(workdir)
-    assert not (workdir / "window").exists()
+        save(workdir, "partial_update", number)
+    standing.remove_partial_update(workdir)
+    assert not (workdir / "partial_update").exists()
     for number in (333, 444):
-        save(workdir, "window", number)
-    shelf.move_aside(workdir / "window", 333)
-    standing.remove_window(workdir)
-    assert [path.name for path in (workdir / "window").iterdir()] == ["damaged-333"]
-    assert not standing.has_window(workdir)
+        save(workdir, "partial_update", number)
+    shelf.move_aside(workdir / "partial_update", 333)
+    standing.remove_partial_update(workdir)
+    assert [path.name for path in (workdir / "partial_update").iterdir()] == ["damaged-333"]
+    assert not standing.partial_folders(workdir)
 
 
 def test_a_config_that_is_gone_is_taken_from_the_newest_readable_checkpoint(workdir):
@@ -211,14 +211,15 @@ def test_metrics_that_lack_updates_are_said(workdir):
 
 
 META = Position(update=3, cursor=24, tokens=96).to_meta() | {"config": {}, "data_fingerprint": "a"}
+MAY_BE_NONE = ("evaluation", "histories", "partial_update", "owes")
 WRONG = {
-    **{f"no {name}": {name: None} for name in META if name not in ("evaluation", "histories", "window", "owes")},
+    **{f"no {name}": {name: None} for name in META if name not in MAY_BE_NONE},
     "update of text": {"update": "3"}, "cursor below 0": {"cursor": -1}, "tokens not whole": {"tokens": 1.5},
     "update true": {"update": True}, "seconds of text": {"seconds": "1"}, "evaluation of a number": {"evaluation": 1.0},
     "one history": {"histories": [1]}, "histories of numbers": {"histories": [1, 2]},
-    "histories without keys": {"histories": [{}, {}]}, "a window without steps": {"window": {"metrics": []}},
-    "a window of a number": {"window": 5}, "config of a list": {"config": []}, "fingerprint of a number":
-    {"data_fingerprint": 5},
+    "histories without keys": {"histories": [{}, {}]}, "a partial update of a number": {"partial_update": 5},
+    "a partial update without steps": {"partial_update": {"metrics": []}}, "config of a list": {"config": []},
+    "fingerprint of a number": {"data_fingerprint": 5},
 }  # fmt: skip
 
 
@@ -235,6 +236,25 @@ def test_a_meta_with_missing_or_wrong_values_is_named(kind):
 
 def test_a_checkpoint_of_an_older_version_owes_nothing():
     assert not Position.from_meta({name: value for name, value in META.items() if name != "owes"}).owes
+
+
+def test_a_checkpoint_of_an_older_version_has_its_partial_update_under_another_name():
+    partial = PartialUpdateRecord(4, 2, ({"loss": 1.0},))
+    meta = json.loads(json.dumps(Position(update=3, partial_update=partial).to_meta()))
+    old = {name: value for name, value in meta.items() if name != "partial_update"}
+    assert Position.from_meta(old | {"window": meta["partial_update"]}).partial_update == partial
+    assert Position.from_meta(old | {"window": None}).partial_update is None
+    with pytest.raises(ValueError, match="partial_update is missing"):
+        Position.from_meta(old)
+
+
+def test_a_stopped_update_of_an_older_version_is_found_and_removed(workdir):
+    save(workdir, "window", 333)
+    assert standing.partial_folders(workdir) == ["window"] and standing.has_begun(workdir)
+    save(workdir, "partial_update", 444)
+    assert standing.partial_folders(workdir) == ["partial_update", "window"]
+    standing.remove_partial_update(workdir)
+    assert not (workdir / "window").exists() and not (workdir / "partial_update").exists()
 
 
 def test_what_processes_compare_tells_different_disks_apart(workdir, tmp_path_factory):

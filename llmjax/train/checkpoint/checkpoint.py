@@ -1,16 +1,17 @@
-"""Checkpoints: the state, and beside it what a run needs to go on as if it had never stopped.
+"""The checkpoints of a run: saved while training goes on, verified before they are used, deleted when not needed.
 
-A checkpoint is the state (parameters, optimizer, random key, update count) plus a `meta` dictionary (data
-cursor, tokens, seconds, resolved config, versions, data fingerprint) and digests of both. Arrays are stored
-under the path of their leaf, `params/embed/table`, so that a checkpoint depends on names and not on Python
-classes, and can be restored in part and onto any mesh. Saves are asynchronous: the device is read before
-`save` returns, so donating the state afterwards is safe, but a save that nobody waits for at exit is lost. A
-process that dies in a save, or while it deletes an old checkpoint, leaves only whole ones: the folder gets its
-name when all of it is written, digests included. What a disk damages later is noticed before it is used: the
-newest good checkpoint serves instead, and the damaged one is set aside. This file alone knows orbax.
+A checkpoint holds the state (parameters, optimizer, random key, update count), a dictionary `meta` (data cursor,
+tokens, seconds, resolved config, versions, data fingerprint), and digests of both. An array is stored under the path
+of its leaf, such as `params/embed/table`. A checkpoint therefore depends on names and not on Python classes, and can be
+restored in part and onto any mesh.
 
-What is found out about a checkpoint after it was saved, such as its held-out loss, is amended to its meta: see
-`retention.py`, which also says what is kept.
+A save is asynchronous. `save` returns when the arrays are copied from the devices, so the state may be donated
+afterwards; a save for which nobody waits at exit is lost. A process that dies while it saves or deletes leaves only
+whole checkpoints, because a folder gets its name when everything in it is written. Damage that a disk does later is
+found before the checkpoint is used: the damaged one is set aside, and the newest good one is used instead.
+
+What is found out about a checkpoint after its save, such as its held-out loss, is added to its meta by `amend`.
+`retention.py` decides by these facts which checkpoints are kept.
 """
 
 from __future__ import annotations
@@ -23,33 +24,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import absl.logging
 import jax
-import orbax.checkpoint as ocp
 
 from llmjax.errors import UserError
 from llmjax.escapes import complain
 from llmjax.parallel import hosts
-from llmjax.parallel.agreement import from_primary, gather, on_primary, together
+from llmjax.parallel.agreement import from_primary, on_primary, together
 from llmjax.ranges import COUNT, Range, check_ranges
-from llmjax.train.checkpoint import digests, leaves, shelf
+from llmjax.train.checkpoint import orbax_files, shelf
 from llmjax.train.checkpoint.digests import Damaged
 from llmjax.train.checkpoint.retention import Facts, best_of, kept, read_amended, write_amended
+from llmjax.train.checkpoint.verification import find_damage, sort_checkpoints
 from llmjax.train.checkpoint.which import check_name
 from llmjax.types import Params
 
-DELETED = "deleted"  # a folder beside the checkpoints
 Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, in updates, what to keep, and whose parameters to begin with.
+    """The section `checkpoint` of the config: when to save, what to keep, and which parameters a new run begins with.
 
-    every            updates between checkpoints
-    keep, keep_best  the newest `keep` and, if wanted, the best
-    init_from        workdir of the run with whose parameters this one begins; "" = fresh ones
-    init_checkpoint  which of its checkpoints: latest, best or the number of an update
+    every            updates between checkpoints; 0 = only at the end
+    keep             how many of the newest checkpoints are kept
+    keep_best        whether the best one is kept too
+    init_from        workdir of another run, whose parameters this run begins with; "" = random ones
+    init_checkpoint  the checkpoint of that run: latest, best or the number of an update
     """
 
     every: Annotated[int, Range(1, COUNT, "only at the end")] = 100
@@ -69,22 +69,24 @@ class CheckpointConfig:
 
 
 def warn(text: str) -> None:
-    """Says on stderr, once for all processes, what is wrong although the run goes on."""
+    """Writes a warning to standard error, once for all processes: something is wrong, but the run goes on."""
     if hosts.is_primary():
         complain(text)
 
 
 class Checkpoints:
-    """The checkpoints in one directory. A context manager: leaving it waits for what is being written.
+    """The checkpoints in one directory. A context manager, which on leaving waits until everything is written.
 
-    `read_only` is for a process that does not train: it writes nothing, cleans nothing up and sets nothing aside,
-    and so may look into the directory of a run that is under way.
+    All processes of a run make one and call the same methods in the same order.
 
-    check_meta  raises ValueError where a meta is not what the run needs; the checkpoint then counts as damaged
-    tell        says which checkpoint is damaged, why, and what became of it
-    before_save raises where the directory must no longer be written to
-    on_saved    (update, meta) -> None; called on the first process, in a thread, when a checkpoint is complete but
-                for its name; and again of the newest, or None, when later ones were given up
+    read_only    for a process that does not train. It writes, deletes and renames nothing, so it may look into the
+                 directory of a run that is under way
+    check_meta   raises ValueError where a meta is not what the run needs; the checkpoint then counts as damaged
+    tell         receives a sentence about each damaged checkpoint: which, why, and what became of it
+    before_save  raises where the directory must no longer be written to
+    on_saved     (update, meta) -> None. It is called on the first process, in the thread of the save, when a checkpoint
+                 is complete except for its name. It is called again with the newest update, or None, when checkpoints
+                 were given up
     """
 
     def __init__(
@@ -104,35 +106,27 @@ class Checkpoints:
             )
         self.config = config or CheckpointConfig()
         self.directory = os.path.abspath(directory)
-        if absl.logging.get_verbosity() > absl.logging.WARNING:  # at INFO a save prints some seventy lines
-            absl.logging.set_verbosity(absl.logging.WARNING)
+        orbax_files.be_quiet()
         self._folder, self._read_only = Path(self.directory), read_only
         self._check_meta, self._tell = check_meta, tell
         self._before_save, self._on_saved = before_save, on_saved
         self._facts: dict[int, Facts] = {}
         self._saved_here: set[int] = set()
-        self._unwritten: dict[int, dict] = {}  # what is to be amended once the checkpoint is written
+        # Amended values of checkpoints that are still being written.
+        self._unwritten: dict[int, dict] = {}
         self._good: list[int] = []
         self._damaged: dict[int, str] = {}
         self._verified: set[int] = set()
-        self._has_good = False  # whether a good one is known; before that none is deleted
+        # Nothing is deleted before one checkpoint is known to be good.
+        self._has_good = False
         self._saving: tuple[int, dict] | None = None
-        self._manager: ocp.CheckpointManager | None = None
+        self._manager: Any = None
         self._sweep()
         self._look()
         if not read_only:
-            self._manager = self._make_manager()
-
-    def _make_manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Preserve(self.config, self._facts),
-            cleanup_tmp_directories=True,
-            # Deleted where it is, a checkpoint would for a moment be one that lacks files.
-            todelete_subdir=DELETED,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._is_complete),
-        )
-        handlers = {"state": _DigestedTree(), "meta": ocp.JsonCheckpointHandler()}
-        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            self._manager = orbax_files.make_manager(
+                self.directory, self.config, self._facts, self._is_complete
+            )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -149,12 +143,15 @@ class Checkpoints:
         rank: float | None = None,
         spare: bool = False,
     ) -> bool:
-        """Starts writing `state` and `meta` (JSON) as the checkpoint of `update`; False if it exists.
+        """Starts to write `state` and `meta` (JSON) as the checkpoint of `update`; returns False if there is one.
 
-        `rank` orders it among the others, the lowest being the best; a checkpoint without one is never the best. A
-        `spare` one is kept while it is the newest or the best, until `amend` says that it is no longer spare.
+        rank   orders the checkpoints: the lowest is the best, and one without a rank is never the best
+        spare  the checkpoint is kept only while it is the newest or the best, until `amend` says otherwise
+
+        Raises ValueError where a newer checkpoint exists, and RuntimeError where orbax does not save.
         """
         self.wait()
+        # Parameters known to give no finite loss are worth nothing: these replace them.
         if update in self.updates() and self._finite_loss(update) is False:
             self._delete(update)
         if update in self.updates():
@@ -169,31 +166,29 @@ class Checkpoints:
         self._saved_here.add(update)
         self._has_good = True
         self._saving = update, meta
-        items = ocp.args.Composite(
-            state=_DigestedTreeSave(leaves.to_tree(state)), meta=ocp.args.JsonSave(shelf.with_digest(meta))
-        )
-        assert self._manager is not None  # what is read only is not written to
-        if not self._manager.save(update, args=items, force=True):
+        # A read-only directory has no manager, and is never saved to.
+        assert self._manager is not None
+        if not orbax_files.start_saving(self._manager, update, state, meta):
             raise RuntimeError(f"the checkpoint of update {update} was not saved in {self.directory}")
         return True
 
     def restore(self, abstract_state: Any, update: int | None = None) -> tuple[Any, dict]:
-        """The state and meta of `update` (default: the newest good one), laid out as `abstract_state` says.
+        """The state and meta of `update`, or of the newest good checkpoint, laid out as `abstract_state` says.
 
         `abstract_state` is the state with `jax.ShapeDtypeStruct` (shape, dtype, sharding) for leaves. Raises
         UserError where there is no such checkpoint or only damaged ones, and where a leaf is missing, left over,
         or of another shape or dtype.
         """
-        return self._read(update, lambda found: self._restore(found, abstract_state))
+        return self._read(update, lambda found: self._read_state(found, abstract_state))
 
     def restore_params(self, abstract_params: Params, update: int | None = None) -> tuple[Params, dict]:
-        """The parameters alone, for evaluation and generation: nothing of the optimizer goes to the devices."""
+        """The parameters and meta, for evaluation and generation: the optimizer's state is not read at all."""
         wanted = {"params": abstract_params}
-        state, meta = self._read(update, lambda found: self._restore(found, wanted, only=("params",)))
+        state, meta = self._read(update, lambda found: self._read_state(found, wanted, only=("params",)))
         return state["params"], meta
 
     def read_meta(self, update: int | None = None) -> dict:
-        """What was saved beside the arrays of `update` (default: the latest), and what was amended since."""
+        """The meta of `update`, or of the latest checkpoint, with everything that was amended since the save."""
         update = self._existing(update)
         try:
             return self._meta(update)
@@ -203,9 +198,9 @@ class Checkpoints:
             ) from None
 
     def amend(self, update: int, **values: Any) -> None:
-        """Adds `values`, which JSON holds, to the meta of a checkpoint; nothing happens where there is none.
+        """Adds `values`, which JSON can hold, to the meta of a checkpoint; does nothing where there is no checkpoint.
 
-        They are on disk at once where the checkpoint is, and otherwise when the next `wait` or `close` returns.
+        They are written at once, or, while the checkpoint itself is still being written, by the next `wait` or `close`.
         """
         if update not in self.updates():
             return
@@ -215,10 +210,10 @@ class Checkpoints:
             self._write_amended()
 
     def verify(self, update: int | None = None) -> int:
-        """`update`, or without one the newest, once its files were found to be what was written.
+        """Compares the files of a checkpoint with their digests; returns its update.
 
-        A damaged checkpoint is set aside, and the one before it takes its place; where `update` names it, or
-        nothing is left, UserError.
+        Without `update` it tries the newest first, sets each damaged one aside, and goes on with the one before. Raises
+        UserError where `update` is damaged, or where no good checkpoint is left.
         """
         self.wait()
         while True:
@@ -230,33 +225,34 @@ class Checkpoints:
             self._give_up(found, why, update)
 
     def updates(self) -> list[int]:
-        """The updates that have a checkpoint, ascending, with the one being written."""
+        """The updates that have a checkpoint, ascending. The one being written is among them."""
         return list(self._good) if self._manager is None else sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The newest checkpoint's update, or None; those that are known to give no finite loss do not count."""
+        """The update of the newest checkpoint that is not known to give a loss that is not finite, or None."""
         return max(
             (update for update in self.updates() if self._finite_loss(update) is not False), default=None
         )
 
     def latest_good(self) -> int | None:
-        """The newest update with whose parameters a finite loss has been seen since, or None."""
+        """The newest update whose parameters have given a finite loss since they were saved, or None."""
         return max((update for update in self.updates() if self._finite_loss(update) is True), default=None)
 
     def best(self) -> int | None:
-        """The update with the lowest rank of those that were evaluated, or None."""
+        """The update with the lowest rank, or None where no checkpoint has a rank."""
         return best_of(self.updates(), self._facts)
 
     def would_be_best(self, rank: float) -> bool:
-        """Whether a checkpoint of this rank would be the new best, and is to be kept as such."""
+        """Whether a checkpoint of this rank would be kept as the new best."""
         best = self.best()
         least = None if best is None else self._facts[best].rank
         return self.config.keep_best and math.isfinite(rank) and (least is None or rank < least)
 
     def give_up_after(self, update: int | None) -> None:
-        """Gives up the checkpoints after `update` (None: all of them), which give no finite loss.
+        """Gives up the checkpoints after `update` (None: all of them), because they give no finite loss.
 
-        Those that were saved here are deleted; others stay, but are never the latest or the best again.
+        Checkpoints that this process saved are deleted. Older ones stay on disk, but are never the latest or the best
+        again.
         """
         self.wait()
         for later in self.updates():
@@ -271,82 +267,61 @@ class Checkpoints:
             self._on_saved(left, {"update": left})
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more; raises what went wrong in writing."""
+        """Returns when nothing is being written any more. Raises whatever went wrong in the writing."""
         if self._manager is not None:
             self._manager.wait_until_finished()
             self._write_amended()
+            # Only now: a checkpoint is not deleted while its successor may still fail to be written.
             spare = set(self.updates()) - kept(self.updates(), self._facts, self.config)
             for update in spare if self._has_good else ():
                 self._delete(update)
         self._sweep()
 
     def close(self) -> None:
-        """Waits and lets go of the directory."""
+        """Waits as `wait` does, and closes orbax's manager."""
         self.wait()
         if self._manager is not None:
             self._manager.close()
         self._sweep()
 
     def _sweep(self) -> None:
-        """Removes what was put aside to be deleted."""
+        """Removes checkpoints that were moved to the folder of deleted ones."""
         if not self._read_only and hosts.is_primary():
-            shutil.rmtree(os.path.join(self.directory, DELETED), ignore_errors=True)
+            shutil.rmtree(os.path.join(self.directory, orbax_files.DELETED), ignore_errors=True)
 
     def _is_complete(self) -> None:
-        """Told by orbax, in the thread of a save, just before the checkpoint gets its name."""
+        """Called by orbax, in the thread of a save, just before the checkpoint gets its name."""
         if self._saving is not None:
             self._on_saved(*self._saving)
 
     def _look(self) -> None:
-        """Finds out what is there. What is visibly damaged is set aside here; contents are compared when read."""
-        good, damaged = self._sort() if self._read_only else on_primary(self._sort)
+        """Lists the checkpoints of the directory and sets visibly damaged ones aside. Contents are compared later."""
+
+        def sort():
+            return sort_checkpoints(self._folder, self._check_meta, read_only=self._read_only)
+
+        good, damaged = sort() if self._read_only else on_primary(sort)
         self._good = [update for update, _ in good]
-        self._facts.update({update: Facts(**facts) for update, facts in good})
+        self._facts.update(
+            {update: Facts(**facts).amended(self._unwritten.get(update, {})) for update, facts in good}
+        )
         for update, why, name in damaged:
             if update not in self._damaged:
                 self._damaged[update] = why
                 self._tell(f"{self._describe(update, name)}; it is not used")
-
-    def _sort(self) -> tuple[list[tuple[int, dict]], list[tuple[int, str, str]]]:
-        """(update, facts) of what looks whole; (update, what is wrong, its new name) of what does not."""
-        good, damaged = [], []
-        for update in shelf.numbers(self._folder):
-            path = self._folder / str(update)
-            try:
-                shelf.check(path, self._check_meta, contents=False)
-                good.append((update, dataclasses.asdict(Facts.of(self._meta(update)))))
-            except Damaged as why:
-                if not path.exists():
-                    continue  # deleted meanwhile by the run that trains here
-                name = "" if self._read_only else shelf.move_aside(self._folder, update)
-                damaged.append((update, str(why), name))
-        return good, damaged
 
     def _meta(self, update: int) -> dict:
         meta = shelf.read_meta(self._folder / str(update))
         return meta | read_amended(self.directory, update) | self._unwritten.get(update, {})
 
     def _damage(self, update: int) -> str:
-        """What is wrong with the contents of a checkpoint, or nothing; the processes share the reading."""
-        path, part, parts = self._folder / str(update), jax.process_index(), jax.process_count()
-        why, known = "", True
-        try:
-            shelf.check(path, self._check_meta, part=part, parts=parts)
-            known = shelf.has_digests(path)
-        except Damaged as found:
-            why = str(found)
-        why = next(filter(None, gather(why)), "")
-        if not why and not known:
-            self._tell(
-                f"the checkpoint of update {update} in {self.directory} has no digests (an older version wrote it), "
-                "so damage in it may go unnoticed"
-            )
-        return why
+        return find_damage(self._folder / str(update), self._check_meta, self._tell)
 
     def _give_up(self, update: int, why: str, asked: int | None) -> None:
-        """Goes on without a damaged checkpoint; UserError where `asked` names it."""
+        """Sets a damaged checkpoint aside and says which one is used instead. UserError where `asked` names it."""
         path = self._folder / str(update)
-        if from_primary(not path.exists()):  # deleted meanwhile by the run that trains here
+        # The run that trains here may have deleted it in the meantime.
+        if from_primary(not path.exists()):
             self._look()
             return
         self._damaged[update] = why
@@ -370,6 +345,7 @@ class Checkpoints:
         return ", ".join(map(str, self.updates()))
 
     def _existing(self, update: int | None) -> int:
+        """`update`, or the latest one where it is None. UserError where there is no such checkpoint."""
         found = self.updates()
         if update in self._damaged and update not in found:
             raise UserError(f"{self._describe(update)}; choose {self._others() or 'another workdir'}")
@@ -396,15 +372,17 @@ class Checkpoints:
         return update
 
     def _finite_loss(self, update: int) -> bool | None:
+        """Whether the parameters have given a finite loss; None where no loss was seen."""
         return self._facts[update].finite_loss if update in self._facts else None
 
     def _delete(self, update: int) -> None:
-        assert self._manager is not None  # what is read only is not written to
+        # A read-only directory has no manager, and nothing is deleted from it.
+        assert self._manager is not None
         self._manager.delete(update)
         self._facts.pop(update, None)
 
     def _write_amended(self) -> None:
-        """Writes what is to be amended; not to be called while a checkpoint is being written."""
+        """Writes amended values to disk. Not to be called while a checkpoint is being written."""
         unwritten, self._unwritten = self._unwritten, {}
         if self._read_only or not hosts.is_primary():
             return
@@ -413,10 +391,11 @@ class Checkpoints:
                 write_amended(self.directory, update, values)
 
     def _read(self, asked: int | None, read: Callable[[int], Value]) -> tuple[Value, dict]:
-        """What `read` makes of the checkpoint of `asked`, or of the newest good one; and its meta."""
+        """`read(update)` and the meta, for the checkpoint `asked` or, where it is None, the newest good one."""
         while True:
             update = self.verify(asked)
-            self._verified.discard(update)  # a disk may damage it before it is read again
+            # It is verified again before the next reading, for the disk may damage it in between.
+            self._verified.discard(update)
             path, has_digests = self._folder / str(update), False
             try:
                 has_digests = shelf.has_digests(path)
@@ -425,59 +404,13 @@ class Checkpoints:
             except (UserError, jax.errors.JaxRuntimeError, MemoryError):
                 raise
             except Exception as error:
+                # Its digests are right, so the files are as they were written: the fault lies elsewhere.
                 if path.exists() and has_digests:
-                    raise  # it is what was written
+                    raise
                 text = " ".join(str(error).split())
                 self._give_up(update, f"{type(error).__name__}: {text[:200]}", asked)
 
-    def _restore(self, update: int, abstract: Any, only: tuple[str, ...] = ()) -> Any:
-        flat, treedef = jax.tree_util.tree_flatten(abstract)
-        wanted = {path: leaves.stored(leaf) for path, leaf in zip(leaves.paths(abstract), flat)}
-        place = os.path.join(self.directory, str(update), shelf.STATE)
-        handler = ocp.PyTreeCheckpointHandler()
-        tree = handler.metadata(Path(place)).tree
-        found = dict(zip(leaves.paths(tree), jax.tree_util.tree_leaves(tree)))
-        found = {path: leaf for path, leaf in found.items() if path[: len(only)] == only}
-        leaves.check_leaves(wanted, found, f"the checkpoint of update {update} in {self.directory}")
-        tree = leaves.nest(wanted)
-        request = ocp.args.PyTreeRestore(
-            item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
-        )
-        with ocp.Checkpointer(handler) as reader:
-            restored = reader.restore(place, args=request)
-        by_path = dict(zip(leaves.paths(restored), jax.tree_util.tree_leaves(restored)))
-        arrays = [leaves.unstored(by_path[path], leaf) for path, leaf in zip(leaves.paths(abstract), flat)]
-        return jax.tree_util.tree_unflatten(treedef, arrays)
-
-
-class _DigestedTree(ocp.PyTreeCheckpointHandler):
-    """Writes a tree of arrays and, when every process has written its part, the digests of their files."""
-
-    def finalize(self, directory: Any) -> None:
-        """Called by orbax on the first process, in the thread of the save, before the folder gets its name."""
-        # orbax looks for the parts of the checkpoint by a pattern. Its own kind of path also reads brackets and stars
-        # in the names of folders as patterns, and then finds no parts and raises nothing.
-        directory = Path(directory)
-        super().finalize(directory)
-        if not (directory / shelf.MERGED).exists():
-            raise OSError(f"the parts of a checkpoint were not put together in {directory}")
-        digests.write(directory)
-
-
-@ocp.args.register_with_handler(_DigestedTree, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _DigestedTreeSave(ocp.args.PyTreeSave):
-    """The tree to be written. orbax finds the handler by this class."""
-
-
-class _Preserve(ocp.checkpoint_managers.PreservationPolicy):
-    """What orbax is not to delete; `facts` is shared with `Checkpoints` and grows."""
-
-    def __init__(self, config: CheckpointConfig, facts: dict[int, Facts]):
-        self._config = config
-        self._facts = facts
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        updates = [checkpoint.step for checkpoint in checkpoints]
-        stay = kept(updates, self._facts, self._config)
-        return [update in stay for update in updates]
+    def _read_state(self, update: int, abstract: Any, only: tuple[str, ...] = ()) -> Any:
+        folder = self._folder / str(update) / shelf.STATE
+        where = f"the checkpoint of update {update} in {self.directory}"
+        return orbax_files.read_state(folder, abstract, where, only)

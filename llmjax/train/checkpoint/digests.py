@@ -1,9 +1,9 @@
-"""Digests of all files in a folder: written when the folder is whole, compared before it is read.
+"""Digests of all files in a folder, written when the folder is complete and compared before it is read.
 
-What a disk gives back is not always what was put there, and a flipped bit in an array looks like any other
-number. `digests.json` holds the size of each file and a CRC-32 for each 16 MiB of it: no single flipped bit
-and no run of up to 32 wrong ones escapes it, and of any other damage one case in four billion. It guards
-against accidents, not against people. zlib computes it at about 1 GB/s a core without holding Python's lock.
+A disk does not always return what was written, and a flipped bit in an array looks like any other number.
+`digests.json` holds the size of each file and a CRC-32 for each 16 MiB of it. CRC-32 finds every single flipped bit
+and every run of up to 32 wrong bits; other damage escapes it once in four billion cases. It protects against
+accidents, not against people. zlib computes it at about 1 GB/s a core, without holding Python's lock.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from pathlib import Path
 from llmjax.files import write_atomically
 
 NAME = "digests.json"
-CHUNK = 16 * 2**20  # bytes
+# Bytes that one CRC-32 covers. A choice: large enough for few digests, small enough to share between threads.
+CHUNK = 16 * 2**20
 ALGORITHM = "crc32"
-# While a run goes on beside it, and while everything waits for it.
+# A choice: a run goes on while digests are written, so writing takes few cores; everything waits for reading.
 WRITING_THREADS, READING_THREADS = 2, 8
 
 
 class Damaged(Exception):
-    """What is wrong with something on disk: the rest of a sentence that has named it."""
+    """Something on disk is damaged. The message says what is wrong, for a sentence that names the file before it."""
 
 
 def write(folder: Path) -> None:
-    """Writes the digests of the files that are in `folder` now into it; they are on the disk when it returns."""
+    """Writes `digests.json` for the files that are in `folder` now, and waits until it is on disk."""
     sizes = {name: (folder / name).stat().st_size for name in _files(folder)}
     pieces = [(name, offset) for name, size in sizes.items() for offset in range(0, size, CHUNK)]
     found: dict[str, list[int]] = {name: [] for name in sizes}
@@ -42,10 +43,12 @@ def write(folder: Path) -> None:
 
 
 def check(folder: Path, *, contents: bool = True, part: int = 0, parts: int = 1) -> None:
-    """Raises Damaged, saying why, where the files in `folder` are not those that its digests are of.
+    """Raises Damaged, which says why, where the files in `folder` do not match its digests.
 
-    Without `contents` only sizes are compared, which reads nothing. Several processes share the work: each
-    reads its `part` of `parts`. Files that the digests do not know do no harm.
+    contents     whether to compare contents. Otherwise only sizes are compared, and no file is read
+    part, parts  the share of this process, where several share the work
+
+    Files without a digest are ignored.
     """
     chunk, files = _read(folder)
     pieces = []
@@ -71,12 +74,12 @@ def check(folder: Path, *, contents: bool = True, part: int = 0, parts: int = 1)
 
 
 def of_json(value: object) -> int:
-    """The digest of a value of plain JSON, whatever its layout in a file."""
+    """The digest of a JSON value. It does not depend on the order of keys or on white space in a file."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _read(folder: Path) -> tuple[int, dict[str, tuple[int, list[int]]]]:
-    """Bytes of a chunk, and of each file its size and digests."""
+    """Bytes of a chunk, and for each file its size and the digests of its chunks."""
     try:
         saved = json.loads((folder / NAME).read_text(encoding="utf-8"))
         files = {name: (entry["size"], entry["digests"]) for name, entry in saved["files"].items()}

@@ -1,6 +1,7 @@
-"""The leaves of a state by name: how a tree of arrays is stored, whatever classes it is made of.
+"""The leaves of a state by name, so that a stored tree does not depend on the Python classes of the state.
 
-A leaf is stored under its path, `params/embed/table`, and a random key as the data of the key.
+A leaf is stored under its path, such as `params/embed/table`. A random key is stored as the integers that it consists
+of.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def paths(tree: Any) -> list[tuple[str, ...]]:
 
 
 def nest(leaves: dict[tuple[str, ...], Any]) -> dict:
-    """Nested dictionaries from paths: what is written, whatever classes the state is made of."""
+    """Nested dictionaries of leaves, made from their paths."""
     tree: dict = {}
     for path, leaf in leaves.items():
         node = tree
@@ -32,6 +33,7 @@ def nest(leaves: dict[tuple[str, ...], Any]) -> dict:
 
 
 def to_tree(state: Any) -> dict:
+    """The state as nested dictionaries of plain arrays, as it is written."""
     leaves = jax.tree_util.tree_leaves(state)
     arrays = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
     return nest(dict(zip(paths(state), arrays)))
@@ -42,7 +44,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def stored(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The array under which `leaf` is stored: itself, or the data of a random key."""
+    """Shape, dtype and sharding of the array as which `leaf` is stored."""
     sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
     if not _is_key(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -52,16 +54,21 @@ def stored(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
 
 
-def unstored(array: jax.Array, leaf: Any) -> jax.Array:
+def from_stored(array: jax.Array, leaf: Any) -> jax.Array:
+    """The leaf that was stored as `array`; `leaf` says whether it is a random key."""
     if not _is_key(leaf):
         return array
-    impl = []  # only a traced key tells its implementation, not an abstract one
+    # The dtype of an abstract key does not name its generator, and a traced key does.
+    impl = []
     jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), leaf.dtype))
     return jax.random.wrap_key_data(array, impl=impl[0])
 
 
 def check_leaves(wanted: dict, found: dict, where: str) -> None:
-    """Raises UserError at the first leaf that differs: orbax would cast it, or leave it out, in silence."""
+    """Raises UserError at the first leaf of `found`, in a checkpoint, that is not as `wanted` says.
+
+    orbax itself would cast it, or leave it out, in silence.
+    """
     for path, leaf in wanted.items():
         name = "/".join(path)
         if path not in found:

@@ -1,7 +1,7 @@
-"""What is known about each checkpoint, some of it found out only after it was saved, and which of them are kept.
+"""Which checkpoints are kept, and the facts about each of them that decide it.
 
-A checkpoint is saved before its parameters are evaluated, so that nothing that an evaluation does can lose it. What
-is found out later lies beside its arrays in a small file of its own, and is deleted with them.
+A checkpoint is saved before its parameters are evaluated, so that a failing evaluation cannot lose it. What is found
+out later is written to a small file beside its arrays, and is deleted with them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from llmjax.files import write_atomically
 from llmjax.train.checkpoint.digests import of_json
 from llmjax.train.checkpoint.shelf import DIGEST
 
-AMENDED = "amended.json"  # in the folder of a checkpoint
+# In the folder of a checkpoint.
+AMENDED = "amended.json"
 
 
 class Keeping(Protocol):
@@ -30,17 +31,18 @@ class Keeping(Protocol):
     def keep_best(self) -> bool: ...
 
 
-OLD_RANK = "held_out_loss"  # what older versions call the rank in their meta
+# The key under which older versions wrote the rank.
+OLD_RANK = "held_out_loss"
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What decides whether a checkpoint is kept.
+    """The facts that decide whether a checkpoint is kept.
 
-    rank         what checkpoints are ordered by: the lowest is the best. Finite; None where it was not evaluated
-    finite_loss    whether a finite loss has been seen with its parameters: True, False where all that was seen since
-                   was not finite, None where nothing was seen yet
-    spare          saved for the sake of an evaluation that follows, apart from the cadence of checkpoints
+    rank         orders the checkpoints: the lowest is the best. A finite number; None where it was not evaluated
+    finite_loss  True where its parameters have given a finite loss, False where they gave only losses that were not
+                 finite, None where they gave none yet
+    spare        it was saved only because an evaluation follows, and not because checkpoint.every asked for it
     """
 
     rank: float | None = None
@@ -49,11 +51,11 @@ class Facts:
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Facts:
-        """The facts in the meta of a checkpoint; what it does not say is not known."""
+        """The facts in the meta of a checkpoint. What the meta does not say counts as unknown."""
         return cls().amended(meta)
 
     def amended(self, meta: Mapping[str, Any]) -> Facts:
-        """The facts with what `meta` adds to them."""
+        """These facts, updated by those that `meta` holds."""
         if OLD_RANK in meta:
             meta = {"rank": meta[OLD_RANK], **meta}
         known = {field.name: meta[field.name] for field in dataclasses.fields(self) if field.name in meta}
@@ -76,8 +78,7 @@ def best_of(updates: Sequence[int], facts: Mapping[int, Facts]) -> int | None:
 def kept(updates: Sequence[int], facts: Mapping[int, Facts], config: Keeping) -> set[int]:
     """Which checkpoints stay: the newest, the newest `keep` that are not spare, the best, and the newest good one.
 
-    The newest good one is the last with whose parameters a finite loss has been seen: what is newer may turn out to
-    be worth nothing.
+    The newest good one is the last whose parameters have given a finite loss. Newer ones may turn out to give none.
     """
     known = {update: facts.get(update, Facts()) for update in sorted(updates)}
     usable = [update for update, fact in known.items() if fact.finite_loss is not False]
@@ -92,9 +93,9 @@ def kept(updates: Sequence[int], facts: Mapping[int, Facts], config: Keeping) ->
 
 
 def read_amended(directory: str, update: int) -> dict[str, Any]:
-    """What was added to the meta of a checkpoint after it was saved; nothing where that was damaged since.
+    """The values that were amended to a checkpoint's meta; empty where there are none or their file is damaged.
 
-    Without it a checkpoint is as good as it was, only less is known of it.
+    Losing them does not harm the checkpoint; only less is known of it.
     """
     path = Path(directory) / str(update) / AMENDED
     try:
@@ -105,7 +106,7 @@ def read_amended(directory: str, update: int) -> dict[str, Any]:
 
 
 def write_amended(directory: str, update: int, values: Mapping[str, Any]) -> None:
-    """Adds `values` to what was amended before, in one step."""
+    """Adds `values` to those amended before, in one step."""
     path = Path(directory) / str(update) / AMENDED
     new = json.loads(json.dumps(read_amended(directory, update) | dict(values)))
     write_atomically(path, json.dumps(new | {DIGEST: of_json(new)}))

@@ -1,7 +1,7 @@
-"""What lies in a folder of checkpoints: which look whole, which do not, and how a damaged one is set aside.
+"""The files of a folder of checkpoints: how they are named, read, checked, and set aside when damaged.
 
-A checkpoint is the folder `N`, the number of its update, with `state/` (the arrays and their digests) and
-`meta/metadata` (JSON). A damaged one is renamed to `damaged-N` and never deleted: orbax looks only at numbers.
+A checkpoint is a folder named by the number of its update. It holds `state/` (the arrays and their digests) and
+`meta/metadata` (JSON). A damaged checkpoint is renamed to `damaged-N` and never deleted; orbax ignores such names.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from llmjax.train.checkpoint.digests import Damaged
 
 META = "meta/metadata"
 STATE = "state"
-MERGED = "manifest.ocdbt"  # in STATE: what orbax writes when it has put together what the processes wrote
-DIGEST = "digest"  # of all else in the meta, under this key
-CheckMeta = Callable[[dict], None]  # raises ValueError where a run cannot go on from a meta
+# In STATE. orbax writes it when it has put together the parts that the processes wrote.
+MERGED = "manifest.ocdbt"
+# The key in the meta of a digest of everything else in it.
+DIGEST = "digest"
+# Raises ValueError where a run cannot resume from a meta.
+CheckMeta = Callable[[dict], None]
 
 
 def numbers(folder: Path) -> list[int]:
-    """The updates that something in `folder` is named after, ascending; none where there is no such folder."""
+    """The updates that entries of `folder` are named after, ascending; empty where there is no such folder."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -38,24 +41,27 @@ def set_aside(folder: Path) -> list[str]:
 
 
 def read_meta(path: Path) -> dict:
-    """The meta of the checkpoint in `path`, without its digest; raises Damaged where it is not what was written."""
+    """The meta of the checkpoint in `path`, without its digest. Raises Damaged where it does not match the digest."""
     meta, _ = _read_meta(path)
     return meta
 
 
 def with_digest(meta: dict) -> dict:
-    """`meta` as it is written."""
+    """`meta` with its digest, as it is written."""
     plain = json.loads(json.dumps(meta))
     return {**plain, DIGEST: digests.of_json(plain)}
 
 
 def has_digests(path: Path) -> bool:
-    """Whether the checkpoint in `path` can be compared with what was written; those of older versions cannot."""
+    """Whether the checkpoint in `path` has digests. Older versions wrote none."""
     return _read_meta(path)[1] or (path / STATE / digests.NAME).exists()
 
 
 def check(path: Path, check_meta: CheckMeta, *, contents: bool = True, part: int = 0, parts: int = 1) -> None:
-    """Raises Damaged, saying why, where the checkpoint in `path` is not whole; `contents` as in `digests.check`."""
+    """Raises Damaged, which says why, where the checkpoint in `path` is not whole.
+
+    `contents`, `part` and `parts` are as in `digests.check`.
+    """
     if not path.is_dir():
         raise Damaged("it is a file and no folder")
     meta, has_digest = _read_meta(path)
@@ -80,7 +86,7 @@ def check(path: Path, check_meta: CheckMeta, *, contents: bool = True, part: int
 
 
 def _check_old(state: Path) -> None:
-    """Raises Damaged where a file of arrays without digests is visibly no such file."""
+    """Raises Damaged where the arrays of a checkpoint without digests are visibly damaged."""
     for file in sorted(state.rglob("*")):
         if file.is_file() and not file.stat().st_size:
             raise Damaged(f"{file.relative_to(state.parent).as_posix()} is empty")
@@ -93,7 +99,7 @@ def _check_old(state: Path) -> None:
 
 
 def move_aside(folder: Path, update: int) -> str:
-    """Renames the checkpoint of `update` in `folder`, so that nothing takes it for a good one; its new name."""
+    """Renames the damaged checkpoint of `update`, so that nothing takes it for a good one; returns the new name."""
     name, number = f"damaged-{update}", 1
     while (folder / name).exists():
         number += 1
@@ -109,7 +115,7 @@ def move_aside(folder: Path, update: int) -> str:
 
 
 def _read_meta(path: Path) -> tuple[dict, bool]:
-    """The meta in `path`, and whether it had a digest, which then was right."""
+    """The meta of the checkpoint in `path`, and whether it has a digest. Raises Damaged where the digest is wrong."""
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,12 +1,12 @@
-"""The training loop: updates one after the other, with the host never in the way of the device.
+"""The training loop: one update after the other, without ever letting the device wait for the host.
 
-Everything is dispatched asynchronously. The metrics of an update are fetched only when the next one has been
-dispatched, so the device always has work. The loop drains before it evaluates or saves, so the metrics file
-holds every line that belongs to a checkpoint. What is done between two updates is in `upkeep.py`.
+All work is dispatched asynchronously. The host reads the metrics of an update only after it has dispatched the next
+one, so the device always has work. Before the loop saves or evaluates, it waits for the last update and records it, so
+the metrics file holds every line up to a checkpoint. `upkeep.py` does what is due between two updates.
 
-A run is at a `Position`. A loop started from a restored state and its position goes on bit for bit like one
-that never stopped, also in the middle of an update: batches follow from the cursor, randomness from the
-update, decisions from what was observed, each from nothing else.
+Where a run stands is its `Position`. A loop that starts from a restored state and position goes on bit for bit like one
+that never stopped, even in the middle of an update. This holds because the batches depend only on the cursor, the
+randomness only on the update, and the decisions only on what was observed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmjax.errors import UserError
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run import Record, Result, Run, State
 from llmjax.train.loop.run_clock import Clock
-from llmjax.train.loop.run_position import OpenWindow, Position
+from llmjax.train.loop.run_position import PartialUpdateRecord, Position
 from llmjax.train.loop.stop_request import Stopped, StopRequest
 from llmjax.train.loop.update_totals import (
     mean_metrics,
@@ -38,19 +38,28 @@ from llmjax.train.update.engine import MicroMetrics
 
 __all__ = ["TrainingFailed", "train"]
 
-MAX_REWINDS = 10  # to one and the same checkpoint
+# A choice: after this many rewinds to the same checkpoint the run fails, because the data can hardly be the reason.
+MAX_REWINDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class _Dispatched:
-    """An update under way: where the run stands after it, what was decided, its metrics on the device."""
+    """An update that was dispatched and is not yet recorded.
+
+    position   where the run stands after it
+    decision   the steering's decision about it
+    metrics    the metrics of each call of the step, still on the device
+    before     the metrics of micro-steps that were done before the run was resumed
+    data_wait  seconds spent waiting for batches
+    is_open    whether it was stopped before its last micro-step
+    """
 
     position: Position
     decision: Decision
     metrics: list[dict[str, jax.Array]]
-    before: tuple[MicroMetrics, ...]  # of micro-steps done before the run was resumed
+    before: tuple[MicroMetrics, ...]
     data_wait: float
-    is_open: bool  # stopped before its last micro-step
+    is_open: bool
 
 
 def train(
@@ -61,15 +70,17 @@ def train(
     checkpoints: Checkpoints,
     stop: StopRequest | None = None,
 ) -> Result:
-    """Trains from `position` to the end of the run, or until SIGTERM or Ctrl-C; saves before it returns.
+    """Trains from `position` to the end of the run, or until it is asked to stop; saves before it returns.
 
-    `state` is donated. `stop` is a request that is already being listened to; without one, train listens itself.
-    Raises TrainingFailed and saves nothing of what failed, and FollowUpFailed where all is saved, but an evaluation,
-    samples or statistics failed.
+    state  donated
+    stop   a StopRequest whose signal handlers are installed already; without one, this function makes its own
+
+    Raises TrainingFailed where the training cannot go on; what failed is not saved. Raises FollowUpFailed where the
+    training is saved, but an evaluation, samples or statistics failed.
     """
     if int(state.update) != position.update:
         raise ValueError(f"the state is at update {int(state.update)}, the position at {position.update}")
-    position.check_window(run.micro_batch_size, run.engine.stops_within)
+    position.check_partial_update(run.micro_batch_size, run.engine.stops_within)
     with stop.deferred() if stop is not None else StopRequest() as stop:
         loop = _Loop(run, state, position, recorder, checkpoints, stop)
         with contextlib.closing(loop):
@@ -77,7 +88,7 @@ def train(
 
 
 class _Loop:
-    """A run in motion: the state and position after what was dispatched, and the update not yet recorded."""
+    """A run in motion: its state and position after the last dispatch, and the update that is not yet recorded."""
 
     def __init__(
         self,
@@ -95,9 +106,12 @@ class _Loop:
         self.upkeep = Upkeep(run, position, recorder, checkpoints, stop, self.clock)
         self.pending: _Dispatched | None = None
         self.batches: Any = None
-        self.length = 0  # of their rows
-        self.batch: Any = None  # the last one dispatched
-        self.rewinds = 0  # to the checkpoint that is now the latest
+        # The length of the rows in `batches`.
+        self.length = 0
+        # The last batch that was dispatched, for the statistics of the layers.
+        self.batch: Any = None
+        # Rewinds to the checkpoint that is now the latest.
+        self.rewinds = 0
 
     def run_to_end(self) -> Result:
         try:
@@ -109,16 +123,18 @@ class _Loop:
         return Result(self.state, self._position_now(), stopped)
 
     def _train(self) -> bool:
-        """Update after update; whether it was asked to stop."""
+        """Makes updates until the run ends or is asked to stop; returns whether it was asked to stop."""
         stopped = False
         while not self.upkeep.ends(self.position) and not stopped:
             dispatched = self.dispatch()
+            # Only now the host waits for the update before, while the device works on the new one. After a rewind the
+            # new one is worth nothing.
             if self.settle():
-                continue  # back before what was just dispatched
+                continue
             stopped = dispatched.is_open or (self.stop.poll() and not self.upkeep.ends(dispatched.position))
             self.position = dispatched.position
             if dispatched.is_open:
-                self.save_window(dispatched)
+                self.save_partial_update(dispatched)
                 break
             self.pending = dispatched
             if not (stopped or self.upkeep.pauses(self.position)) or self.settle():
@@ -140,16 +156,18 @@ class _Loop:
     def dispatch(self) -> _Dispatched:
         """Starts the micro-steps of one update, waiting for batches but not for the device.
 
-        A wish to stop is heeded between two micro-steps: then the update stays open.
+        Where the run is asked to stop between two micro-steps, the update stays open.
         """
-        run, position, window = self.run, self.position, self.position.window
-        before = () if window is None else window.metrics
-        # The same history whether or not the last update was recorded already.
+        run, position, partial = self.run, self.position, self.position.partial_update
+        before = () if partial is None else partial.metrics
+        # A decision uses the history up to the last update but one. It is the same whether or not the last update has
+        # been recorded, so a resumed run decides alike.
         history = self.histories[0 if self.pending is None else 1]
-        decision = run.steering.decide(history, position.tokens, 0 if window is None else window.steps)
+        decision = run.steering.decide(history, position.tokens, 0 if partial is None else partial.steps)
         if self.length != decision.length:
             self.close()
-            self.clock.forget()  # the step compiles
+            # The step compiles for the new length.
+            self.clock.forget()
         if self.batches is None:
             self.batches, self.length = run.make_batches(position.cursor, decision.length), decision.length
         left = decision.steps - len(before)
@@ -175,12 +193,12 @@ class _Loop:
                 tokens=position.tokens + decision.steps * run.micro_batch_size * run.seq_len,
                 before=position.tokens,
                 evaluation=None,
-                window=None,
+                partial_update=None,
             )
         return _Dispatched(position, decision, made.metrics, before, made.waited, is_open)
 
     def settle(self) -> bool:
-        """Waits for the update under way, records it, reacts to what happened in it; True where the run went back."""
+        """Waits for the pending update, records it and reacts to spikes; returns whether the run was rewound."""
         if self.pending is None:
             return False
         done, self.pending = self.pending, None
@@ -220,7 +238,7 @@ class _Loop:
         self.upkeep.observe(position, finite=finite, applied=measured.applied, left_out=left_out)
 
     def _last_batch(self) -> Any:
-        """The batches that the last call of the step took, made anew where the run was stopped since."""
+        """The batch of the last call of the step. A run that has just resumed makes it again."""
         if self.batch is None:
             run, position = self.run, self.position
             trained = (position.tokens - position.before) // (run.micro_batch_size * run.seq_len)
@@ -231,14 +249,14 @@ class _Loop:
                 self.batch, _ = run.engine.next_batch(batches, steps)
         return self.batch
 
-    def save_window(self, dispatched: _Dispatched) -> None:
-        """Saves an update under way, with its micro-steps' numbers, in the place kept for such."""
-        window = OpenWindow(
+    def save_partial_update(self, dispatched: _Dispatched) -> None:
+        """Saves an update that was stopped between two micro-steps, with the metrics of those that are done."""
+        partial = PartialUpdateRecord(
             dispatched.decision.steps, self.run.micro_batch_size, tuple(self._fetch(dispatched))
         )
-        self.position = dataclasses.replace(self.position, window=window)
+        self.position = dataclasses.replace(self.position, partial_update=partial)
         self.recorder.flush()
-        self.run.save_window(self.state, self.run.meta | self._position_now().to_meta())
+        self.run.save_partial_update(self.state, self.run.meta | self._position_now().to_meta())
 
     def _react(self, spike: Spike, done: _Dispatched, steps: list[MicroMetrics], applied: bool) -> bool:
         reaction = ON_SPIKE[self.run.steering.stability.on_spike]
@@ -247,7 +265,7 @@ class _Loop:
         return reaction.rewinds and self._rewind(done, spike)
 
     def _rewind(self, done: _Dispatched, spike: Spike) -> bool:
-        """Back to the latest checkpoint, but on with the data after the spike."""
+        """Goes back to the latest checkpoint, and on with the data after the spike; False where there is none."""
         self.checkpoints.wait()
         if self.checkpoints.latest() is None:
             self.recorder.event(
@@ -271,7 +289,7 @@ class _Loop:
         return True
 
     def _left_out(self, done: _Dispatched, steps: list[MicroMetrics], number: int) -> str:
-        """How much of a micro-step was left out, and on account of which of its documents."""
+        """A phrase that says how much of a micro-step was left out, and which of its documents were not finite."""
         parts, dropped = self.run.steering.parts_per_micro_step, int(steps[number]["dropped"])
         of_parts = f" in {dropped} of {parts} parts" if dropped < parts else ""
         text = f"was not finite{of_parts} and left out{' there' if of_parts else ''}"
@@ -288,7 +306,8 @@ class _Loop:
         try:
             path = self.run.write_documents(f"update-{update}-{event}-{number + 1}", first, size)
             written = f"written to {path}"
-        except OSError as error:  # a full disk must not end a run for the sake of a message
+        # A full disk must not end a run for the sake of a message.
+        except OSError as error:
             written = f"not written ({error.strerror})"
         documents = self.run.describe_batch(first, size)
         where = f"micro-step {number + 1} of {count} of update {update}"

@@ -1,4 +1,4 @@
-"""What the training loop is given: the parts of a run, the record it writes into, and where a run ended."""
+"""What the training loop is given and gives back: the parts of a run, the record it writes, and its result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from llmjax.train.loop.run_position import Position
 from llmjax.train.steering.steering import Steering
 from llmjax.train.update.engine import Engine, Feed
 
-State = Any  # as in `state.TrainState`
+# A `state.TrainState`, or a stand-in in tests.
+State = Any
 Evaluation = dict[str, float]
 
 
@@ -27,23 +28,23 @@ class Record(Protocol):
         """Records one evaluation on held-out text."""
 
     def statistics(self, update: int, values: dict[str, Any]) -> None:
-        """Records what the layers look like: numbers, lists of numbers, and dicts of both."""
+        """Records the statistics of the layers: numbers, lists of numbers, and dicts of both."""
 
     def event(self, update: int, event: str, text: str) -> None:
         """Records and shows what a person should know."""
 
     def rewind(self, update: int) -> None:
-        """Forgets what was recorded after `update`, to which the run has gone back."""
+        """Removes the lines after `update`, to which the run has gone back."""
 
     def forget(self, update: int) -> None:
-        """Forgets the evaluation and the statistics of `update`, the last one, for they are made anew."""
+        """Removes the evaluation and the statistics of `update`, the last one, because they are made again."""
 
     def flush(self) -> None:
-        """Puts everything recorded so far on disk, as a checkpoint that follows it relies on."""
+        """Puts everything recorded so far on disk, before a checkpoint is saved that relies on it."""
 
 
 class Batches(Feed, Protocol):
-    """Where an engine finds its batches, until it is closed."""
+    """A feed of batches that ends with `close`."""
 
     def close(self) -> None:
         """Ends the thread that makes them."""
@@ -51,34 +52,34 @@ class Batches(Feed, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run consists of. Callables come from outside: the loop knows neither data nor evaluation.
+    """The parts of a run. Data and evaluation come in as callables, so that the loop knows neither.
 
-    Cadences count `steering.tokens_per_update` tokens as one update, so that they do not depend on how large
-    updates are.
+    Every `steering.tokens_per_update` tokens count as one update for evaluate_every and statistics_every, so that these
+    do not depend on how large single updates are.
 
     steering            decides about each update
     micro_batch_size    sequences per micro-step, over all devices
     seq_len             positions per sequence
-    evaluate_every      updates between evaluations; 0: only at the end
-    statistics_every    updates between per-layer statistics; 0: never
-    engine              of gradient accumulation: how `step` is called
+    evaluate_every      updates between evaluations; 0 = only at the end
+    statistics_every    updates between per-layer statistics; 0 = never
+    engine              the engine of gradient accumulation, which calls `step`
     step                (state, batch, inputs) -> (state, metrics), compiled; metrics as in `step.make_train_step`
     make_batches        (cursor, length) -> the batches on the devices, from that sequence on, cut into rows of `length`
-    score               of an evaluation by which the best checkpoint is chosen, and which must be finite
+    score               the score of an evaluation that chooses the best checkpoint; the run fails if it is not finite
     evaluate            state -> held-out scores by name (the same on every process), or None
                         where nothing is held out
     restore             () -> the state and the position of the latest checkpoint
     sample              (state, update) -> None, after each evaluation
-    loss                (state, batch) -> the mean loss of a micro-batch with the parameters as they are now
-    begin               () -> the state with which a new run begins, made anew
+    loss                (state, batch) -> the mean loss of the first micro-batch in `batch`
+    begin               () -> a new state, the same with which the run began
     statistics          (state, batch) -> what is recorded of the layers
     describe_batch      (first sequence, count) -> the documents in them, for a message
     name_guilty         (state, first sequence, count) -> the documents in them whose loss is not finite with the
                         parameters as they are now, for a message
     write_documents     (name, first sequence, count) -> the file into which their text was written, for a message
-    saved               state -> what a checkpoint holds of it
-    save_window         (state, meta) -> None, saves an update under way
-    meta                what else goes into each checkpoint: config, versions, data fingerprint
+    saved               state -> the state as a checkpoint holds it
+    save_partial_update (state, meta) -> None, saves an update that was stopped between two micro-steps
+    meta                what each checkpoint holds besides the position: config, versions, data fingerprint
     flops_per_token     of the model, forward and backward, for each length of rows; only with `peak_flops`
     peak_flops          per second, of all devices together; 0: unknown
     """
@@ -95,7 +96,7 @@ class Run:
     restore: Callable[[], tuple[State, Position]]
     describe_batch: Callable[[int, int], str]
     write_documents: Callable[[str, int, int], str]
-    save_window: Callable[[State, dict], None]
+    save_partial_update: Callable[[State, dict], None]
     statistics_every: int = 0
     sample: Callable[[State, int], None] = lambda state, update: None
     statistics: Callable[[State, Any], dict[str, Any]] = lambda state, batch: {}

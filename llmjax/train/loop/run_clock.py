@@ -6,26 +6,29 @@ import time
 
 
 class Clock:
-    """Wall time of the run, and of single updates where they followed one another without a pause."""
+    """Measures the wall time of a run, and of each update that follows the one before without a pause.
+
+    seconds  the time that earlier parts of the run took
+    """
 
     def __init__(self, seconds: float):
         self._begin = time.perf_counter() - seconds
         self._lap: float | None = None
 
     def total(self) -> float:
-        """Seconds since the run began, in all its parts."""
+        """Seconds that the run has taken, over all its parts."""
         return time.perf_counter() - self._begin
 
     def lap(self) -> float | None:
-        """Seconds since the last update ended; None for the first after a start or `forget`."""
+        """Seconds since the last call or `restart`; None at the first call and after `forget`."""
         now, last = time.perf_counter(), self._lap
         self._lap = now
         return None if last is None else now - last
 
     def forget(self) -> None:
-        """Leaves the current lap out, because its time goes into compilation."""
+        """Makes the next `lap` None, because its time goes into compilation."""
         self._lap = None
 
     def restart(self) -> None:
-        """Begins a new lap after a pause, whose time went into evaluation and saving."""
+        """Begins a new lap after a pause for saving and evaluation, so that the pause counts for no update."""
         self._lap = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How far a run has come: what a checkpoint says beside its arrays, and all that the host remembers."""
+"""How far a run has come: what a checkpoint holds beside its arrays."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import Any
 from llmjax.errors import UserError
 from llmjax.train.steering.steering import History
 
+# Under which name versions before 0.2 wrote `Position.partial_update`.
+OLD_KEYS = {"partial_update": "window"}
+
 
 @dataclasses.dataclass(frozen=True)
-class OpenWindow:
-    """An update that was stopped between two of its micro-steps.
+class PartialUpdateRecord:
+    """What the host knows of an update that was stopped between two of its micro-steps.
 
-    steps             its k, whatever is configured now
-    micro_batch_size  of its micro-steps
-    metrics           of the micro-steps done
+    The gradient sums so far lie in the state, see `accumulate.PartialUpdate`.
+
+    steps             micro-steps of the whole update, as decided when it began
+    micro_batch_size  sequences of each of its micro-steps
+    metrics           the numbers of each micro-step that is done
     """
 
     steps: int
@@ -25,16 +30,17 @@ class OpenWindow:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Saved with every checkpoint.
+    """Where a run stands. Every checkpoint holds one; a run that resumes goes on from it bit for bit.
 
     update      optimizer updates done
     cursor      packed sequences consumed
-    tokens      positions trained on, padding included: what schedules follow. Behind the cursor once data was left out
-    before      the same before the last update
-    seconds     wall time spent
-    evaluation  the held-out results at this very update, if it was evaluated
-    histories   observed up to the last update but one, and up to the last; None at the start
-    window      the update that is under way; None between updates
+    tokens      positions trained on, padding included, which schedules follow. It is less than cursor x seq_len after a
+                rewind, which skips data
+    before      `tokens` before the last update
+    seconds     wall time spent, over all parts of the run
+    evaluation  held-out scores of the parameters as they are now; None if they were not evaluated
+    histories   what the steering observed up to the last update but one, and up to the last; None at the start
+    partial_update  the update under way; None between updates
     owes        whether statistics, evaluation or samples that are due at this update are still to be made
     """
 
@@ -45,21 +51,23 @@ class Position:
     seconds: float = 0.0
     evaluation: dict[str, float] | None = None
     histories: tuple[History, History] | None = None
-    window: OpenWindow | None = None
+    partial_update: PartialUpdateRecord | None = None
     owes: bool = False
 
-    def check_window(self, micro_batch_size: int, stops_within: bool) -> None:
-        """UserError where the update that is under way cannot be gone on with as the run is now configured."""
-        window = self.window
-        if window is None:
+    def check_partial_update(self, micro_batch_size: int, stops_within: bool) -> None:
+        """Raises UserError where the run, as it is configured now, cannot finish the update under way.
+
+        micro_batch_size  sequences of a micro-step now
+        stops_within      whether the engine can go on in the middle of an update
+        """
+        partial = self.partial_update
+        if partial is None:
             return
-        stopped = (
-            f"update {self.update + 1} was stopped after {len(window.metrics)} of {window.steps} micro-steps"
-        )
-        if window.micro_batch_size != micro_batch_size:
+        stopped = f"update {self.update + 1} was stopped after {len(partial.metrics)} of {partial.steps} micro-steps"
+        if partial.micro_batch_size != micro_batch_size:
             raise UserError(
-                f"{stopped} of {window.micro_batch_size} sequences, but now a micro-step has {micro_batch_size}; "
-                f"resume with compute.micro_batch_size={window.micro_batch_size} until the next checkpoint"
+                f"{stopped} of {partial.micro_batch_size} sequences, but now a micro-step has {micro_batch_size}; "
+                f"resume with compute.micro_batch_size={partial.micro_batch_size} until the next checkpoint"
             )
         if not stops_within:
             raise UserError(
@@ -68,17 +76,18 @@ class Position:
             )
 
     def to_meta(self) -> dict[str, Any]:
-        """Plain values that JSON keeps exactly."""
+        """The position as plain values that JSON keeps exactly."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> Position:
-        """The position that a checkpoint's meta holds; ValueError, saying why, where it holds none."""
-        fields = [field.name for field in dataclasses.fields(cls) if field.name != "owes"]
+        """The position that a checkpoint's meta holds. Raises ValueError, which says why, where it holds none."""
+        # Older versions named some fields otherwise, and did not know `owes`: their checkpoints owe nothing.
+        meta = {new: meta[old] for new, old in OLD_KEYS.items() if old in meta} | {"owes": False} | meta
+        fields = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in fields if name not in meta]:
             raise ValueError(f"{missing[0]} is missing")
-        # A checkpoint of an older version owes nothing.
-        values = {name: meta[name] for name in fields} | {"owes": meta.get("owes", False)}
+        values = {name: meta[name] for name in fields}
         for name in ("update", "cursor", "tokens", "before"):
             if type(values[name]) is not int or values[name] < 0:
                 raise ValueError(f"{name}={values[name]!r} is not a whole number from 0")
@@ -86,16 +95,25 @@ class Position:
             raise ValueError(f"seconds={values['seconds']!r} is not a number")
         if not isinstance(values["evaluation"], dict | None):
             raise ValueError(f"evaluation={values['evaluation']!r} is not a set of results")
-        try:
-            if values["histories"] is not None:
-                first, second = values["histories"]
-                values["histories"] = History.from_dict(first), History.from_dict(second)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise ValueError("histories is not what was observed of two updates") from None
-        try:
-            if values["window"] is not None:
-                window = values["window"]
-                values["window"] = OpenWindow(**{**window, "metrics": tuple(window["metrics"])})
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError("window is not an update under way") from None
+        values["histories"] = _read_histories(values["histories"])
+        values["partial_update"] = _read_partial_update(values["partial_update"])
         return cls(**values)
+
+
+def _read_histories(saved: Any) -> tuple[History, History] | None:
+    if saved is None:
+        return None
+    try:
+        first, second = saved
+        return History.from_dict(first), History.from_dict(second)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError("histories is not what was observed of two updates") from None
+
+
+def _read_partial_update(saved: Any) -> PartialUpdateRecord | None:
+    if saved is None:
+        return None
+    try:
+        return PartialUpdateRecord(**{**saved, "metrics": tuple(saved["metrics"])})
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("partial_update is not an update under way") from None

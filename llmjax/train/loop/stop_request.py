@@ -1,4 +1,4 @@
-"""A wish to stop: SIGTERM (a preemption notice, a time limit) or Ctrl-C, agreed upon by all processes."""
+"""Requests to stop a run: SIGTERM (a preemption notice, a time limit) or Ctrl-C. All processes agree on when."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ import jax
 from llmjax.parallel import hosts
 
 Item = TypeVar("Item")
-# The same items one by one, as `StopRequest.watch` gives them; `Stopped` between two of them.
+# The type of `StopRequest.watch`, which passes items on and may raise `Stopped` before any of them.
 Watch = Callable[[Iterable[Any]], Iterator[Any]]
 
 
 class Stopped(BaseException):
-    """The work was left because somebody wished to stop; nothing that was saved is harmed.
+    """Raised to leave unfinished work because somebody asked to stop. Nothing that was saved is harmed.
 
-    Not an Exception, like KeyboardInterrupt: what handles failures must not take it for one.
+    Like KeyboardInterrupt it is no Exception, so that `except Exception` does not take it for a failure.
     """
 
 
-# Exit codes. 75 is EX_TEMPFAIL of sysexits.h, "try again later": what queues of jobs restart. The others are those
-# that shells give to processes that these signals end.
+# Exit codes. 75 is EX_TEMPFAIL of sysexits.h, "try again later", after which job queues restart a job. The others are
+# 128 plus the number of the signal SIGINT, SIGPIPE or SIGTERM, as a shell reports a process that it ends.
 STOPPED, INTERRUPTED, OUTPUT_CLOSED, TERMINATED = 75, 130, 141, 143
-# Seconds that an interrupted process gets to end in good order before it is ended where it stands.
+# A choice: the seconds that Python gets to end a twice interrupted process in good order, before it is ended at once.
 PATIENCE = 2.0
 
 
 class StopRequest:
-    """A context manager within which SIGTERM and a first Ctrl-C ask to stop; a second interrupts at once.
+    """A context manager within which SIGTERM and a first Ctrl-C ask to stop. A second Ctrl-C interrupts at once.
 
-    `at_once`: a wish to stop raises `Stopped` there and then, but within `deferred`: for work that leaves nothing to
-    save. Several processes always wait until they have agreed. Outside the main thread, where Python allows no
-    handlers, only `ask` asks for anything.
+    at_once    a signal raises `Stopped` immediately, except within `deferred`: for work that has nothing to save. With
+               several processes it never does, because they must agree first
+    exit_code  the exit code of a process that was stopped
 
-    exit_code  what a process that was stopped exits with
+    Python allows signal handlers only in the main thread. In other threads only `ask` asks to stop.
     """
 
     def __init__(self, *, at_once: bool = False):
@@ -62,12 +62,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def ask(self, exit_code: int = STOPPED) -> None:
-        """Asks to stop, as a signal does."""
+        """Asks to stop, as a signal would."""
         self._asked, self.exit_code = True, exit_code
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[StopRequest]:
-        """Within it a wish to stop is only taken note of, for `poll` to tell."""
+        """Within it a signal is only noted, and `poll` reports it."""
         before, self._raises = self._raises, False
         try:
             yield self
@@ -75,10 +75,10 @@ class StopRequest:
             self._raises = before
 
     def poll(self) -> bool:
-        """Whether to stop now; every process calls this equally often and gets the same answer.
+        """Whether to stop now. Every process must call this equally often, and all get the same answer.
 
-        On several processes the answer is that of the vote begun at the last call, which is there by now,
-        so that nothing waits.
+        With several processes, each call starts a vote and returns the result of the vote that the last call started.
+        That result has arrived by then, so nothing waits.
         """
         if jax.process_count() == 1:
             return self._asked
@@ -86,12 +86,12 @@ class StopRequest:
         return vote is not None and bool(vote)
 
     def check(self) -> None:
-        """Polls, and raises `Stopped` where to stop."""
+        """Raises `Stopped` where `poll` says to stop."""
         if self.poll():
             raise Stopped
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, before each of which it is checked whether to stop."""
+        """Passes `items` on, and raises `Stopped` before one of them where `poll` says to stop."""
         for item in items:
             self.check()
             yield item
@@ -102,7 +102,7 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._raises and jax.process_count() == 1:
             raise Stopped
-        # Not print: the handler may have interrupted one.
+        # os.write and not print: the handler may have interrupted a print, whose buffer cannot be entered twice.
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step and a checkpoint; Ctrl-C interrupts at once\n")
 
@@ -110,9 +110,10 @@ class StopRequest:
 def end_on_second_interrupt() -> None:
     """Makes a second Ctrl-C end the process within `PATIENCE` seconds, whatever it is doing.
 
-    Python's own handlers run only between two of its instructions, so that Ctrl-C would have to wait for a compiler
-    or a device. What is being written is written under another name and is not harmed.
+    Python runs its signal handlers only between two of its own instructions, so Ctrl-C has to wait while a compiler or
+    a device works. Files are safe: each is written under another name until it is whole.
     """
+    # The interpreter writes the number of each signal into this pipe at once, and the thread below reads it.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

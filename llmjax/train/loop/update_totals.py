@@ -1,4 +1,4 @@
-"""One update's numbers from those of its micro-steps: exact sums, added in float64 and divided once."""
+"""The numbers of an update from those of its micro-steps: sums in float64, each divided once by its weight."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from collections.abc import Callable, Sequence
 from llmjax.train.steering.steering import Measured
 from llmjax.train.update.engine import MicroMetrics
 
-OF_THE_UPDATE = ("is_update", "applied", "mean_loss", "grad_norm", "square_total")  # of the last micro-step
+# Metrics of the whole update, see `accumulate.Outcome`. Only the last micro-step has them.
+OF_THE_UPDATE = ("is_update", "applied", "mean_loss", "grad_norm", "square_total")
+# Metrics for steering, which are not recorded.
 OF_THE_PARTS = ("square_norm", "weight_square", "parts", "dropped")
 
 
 def total(steps: Sequence[MicroMetrics], name: str) -> float:
-    """The sum over micro-steps."""
+    """The sum of a metric over micro-steps, with one rounding (`math.fsum`)."""
     return math.fsum(step[name] for step in steps)
 
 
 def measure(steps: Sequence[MicroMetrics]) -> Measured:
-    """What steering wants to know of an update."""
+    """The update as the steering is told of it."""
     last = steps[-1]
     return Measured(
         steps=len(steps),
@@ -33,9 +35,10 @@ def measure(steps: Sequence[MicroMetrics]) -> Measured:
 
 
 def mean_metrics(steps: Sequence[MicroMetrics]) -> dict[str, float]:
-    """What is recorded: each sum divided by the total of its own weight, or NaN where that is 0; and the gradient norm.
+    """The metrics of an update for the record: the gradient norm, and each sum divided by the total of its weight.
 
-    `<term>_weight` is the weight of a sum `<term>`, `weight` that of all others.
+    The weight of a sum `<term>` is `<term>_weight` where there is one, and `weight` otherwise. Where the total is 0,
+    the mean is NaN.
     """
     values = {"grad_norm": steps[-1]["grad_norm"]}
     for name in sorted(steps[0]):
@@ -48,7 +51,7 @@ def mean_metrics(steps: Sequence[MicroMetrics]) -> dict[str, float]:
     return values
 
 
-# By the kind of a spike, the size of a micro-step's part in it.
+# Kind of spike -> how much a micro-step contributed to it.
 SHARE_IN_SPIKE: dict[str, Callable[[MicroMetrics], float]] = {
     "loss": lambda step: step["loss"] / step["weight"],
     "gradient norm": lambda step: step["square_norm"] / step["weight"] ** 2,
@@ -56,7 +59,7 @@ SHARE_IN_SPIKE: dict[str, Callable[[MicroMetrics], float]] = {
 
 
 def worst_micro_step(steps: Sequence[MicroMetrics], kind: str) -> int:
-    """Which micro-step has the largest mean loss, or for a gradient spike the largest mean gradient."""
+    """The index of the micro-step with the largest mean loss or, for a spike of the gradient norm, mean gradient."""
 
     def size(step: MicroMetrics) -> float:
         return SHARE_IN_SPIKE[kind](step) if step["weight"] else -math.inf

@@ -1,12 +1,12 @@
-"""What a run does between two updates: it saves, evaluates, samples, looks at its layers, and knows what to go back to.
+"""What a run does between two updates: it saves, records statistics of its layers, evaluates, and samples.
 
-The work is saved before anything that may fail: a checkpoint comes first, then the statistics, the evaluation and the
-samples of the same update. The checkpoint says that it owes them until they are made, so that a run that ended in
-the middle of them makes them good when it is started again.
+The work is saved before anything that may fail. The checkpoint comes first, then the statistics, the evaluation and the
+samples of the same update. Until these are made, the checkpoint says that it owes them, and a run that ended in the
+middle of them makes them when it is started again.
 
-A checkpoint is good once a finite loss has been seen with its parameters: that of the next update, that of an
-evaluation, or at the end of a run without held-out documents that of one more micro-batch. Updates that are not
-finite are left out and change nothing, so the state after them is saved as that of the last update that was applied.
+A checkpoint is good once its parameters have given a finite loss: in the next update, in an evaluation or, at the end
+of a run without held-out documents, on one more micro-batch. An update that is not finite is left out and changes
+nothing. The state after it is therefore saved as the state of the last update that was applied.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from llmjax.train.loop.stop_request import Stopped, StopRequest
 
 
 class TrainingFailed(UserError):
-    """Updates keep failing, or a loss is not finite: why, and where to go back to."""
+    """Updates keep failing, or a loss is not finite. The message says why, and which checkpoint to go back to."""
 
 
 class FollowUpFailed(UserError):
-    """The training is saved, but what was to be made of it failed: what, and why."""
+    """The training is saved, but its statistics, evaluation or samples failed. The message says which, and why."""
 
 
 def describe_failure(saved: str, what: str, error: Exception) -> str:
-    """One sentence for the user: what is saved, what failed of what follows, and what to do."""
+    """One sentence for the user: what is saved, what failed after that, and what to do."""
     reason = str(error).strip().split("\n")[0].rstrip(".")
     if not isinstance(error, UserError):
         reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
@@ -46,10 +46,10 @@ def describe_failure(saved: str, what: str, error: Exception) -> str:
 
 
 class Upkeep:
-    """The upkeep of one run, between its updates.
+    """Saves, evaluates and samples between the updates of one run, and knows which of its states is good.
 
-    applied   the position after the last update that was applied, None before one is known
-    left_out  how many updates since were left out because they were not finite
+    applied   the position after the last update that was applied; None where it is not known
+    left_out  how many updates since then were left out because they were not finite
     """
 
     def __init__(
@@ -63,15 +63,17 @@ class Upkeep:
     ):
         self._run, self._recorder, self._clock = run, recorder, clock
         self._checkpoints, self._stop = checkpoints, stop
-        self._unseen: int | None = checkpoints.latest()  # a checkpoint that no loss has been seen of yet
-        self._begins = position.update == 0 and position.window is None
-        self._seen = False  # whether any loss of this run was finite
+        # The checkpoint whose parameters have not given a loss yet.
+        self._unseen: int | None = checkpoints.latest()
+        self._begins = position.update == 0 and position.partial_update is None
+        # Whether any loss of this run was finite.
+        self._seen = False
         known = position.histories is None or position.histories[1].stability.skipped == 0
-        self.applied: Position | None = position if known and position.window is None else None
+        self.applied: Position | None = position if known and position.partial_update is None else None
         self.left_out = 0
 
     def is_due(self, position: Position, every: int) -> bool:
-        """Whether the last update passed a multiple of `every` updates of the usual size."""
+        """Whether the last update passed a multiple of `every` updates of the usual size; never where `every` is 0."""
         unit = every * self._run.steering.tokens_per_update
         return unit > 0 and position.tokens // unit > position.before // unit
 
@@ -80,13 +82,18 @@ class Upkeep:
         return position.tokens >= self._run.steering.num_tokens
 
     def pauses(self, position: Position) -> bool:
-        """Whether the loop is to drain now, in order to save, to evaluate or to look at the layers."""
+        """Whether the loop must pause after `position`, to save, to evaluate or to record statistics."""
         run = self._run
         every = (run.evaluate_every, run.statistics_every, self._checkpoints.config.every)
         return self.ends(position) or any(self.is_due(position, each) for each in every)
 
     def observe(self, position: Position, *, finite: bool, applied: bool, left_out: bool) -> None:
-        """Takes note of an update: whether its loss was finite, and what became of it."""
+        """Takes note of an update.
+
+        finite    its loss was finite, so the parameters before it are good
+        applied   it changed the parameters
+        left_out  it was left out because it was not finite
+        """
         if finite:
             self._seen = True
             if self._unseen is not None:
@@ -97,13 +104,16 @@ class Upkeep:
         self.left_out = self.left_out + 1 if left_out else 0
 
     def went_back(self) -> None:
-        """The run is at its latest checkpoint again."""
+        """Takes note that the run was rewound to its latest checkpoint."""
         self._unseen, self.left_out, self.applied = self._checkpoints.latest(), 0, None
 
     # --- between two updates ---
 
     def begin(self, state: State, position: Position, batch: Callable[[], Any]) -> Position:
-        """What a run owes from before it was stopped; and at its end a checkpoint, should there be none."""
+        """Makes what a resumed run still owes, and saves a run that ends at once without a checkpoint.
+
+        `batch()` gives the last batch, for the statistics. Returns the position without the debt.
+        """
         if self.ends(position) and self._checkpoints.latest() is None:
             position = self._with_owed(position)
             self._save(state, position)
@@ -115,7 +125,10 @@ class Upkeep:
     def pause(
         self, state: State, position: Position, batch: Callable[[], Any], stopped: bool
     ) -> tuple[Position, bool]:
-        """Saves, and then makes what is due at `position`, unless stopped; the position, and whether it saved."""
+        """Saves if that is due, and makes what is due at `position` unless the run is being stopped.
+
+        Returns the position, with what was found out, and whether a checkpoint was saved.
+        """
         if self.left_out and self.ends(position) and not stopped:
             which = "update was" if self.left_out == 1 else f"{self.left_out} updates were"
             raise self.fail(f"the last {which} not finite and left out", state, position)
@@ -130,10 +143,10 @@ class Upkeep:
         return position, saved
 
     def fail(self, reason: str, state: State, position: Position, *, bad: bool = False) -> TrainingFailed:
-        """The error to raise; keeps a checkpoint from before the damage and gives up those that are worth nothing.
+        """The error to raise, once a good checkpoint is kept and later ones are given up.
 
-        `bad`: it is known that the parameters give no finite loss. Where updates were left out, it is looked into:
-        gradients may overflow while the loss is still a number.
+        bad  it is known that the parameters give no finite loss. Otherwise, where updates were left out, the parameters
+             are tried, because gradients can overflow while the loss is still finite
         """
         self._checkpoints.wait()
         if self.left_out and not bad:
@@ -149,7 +162,7 @@ class Upkeep:
         return TrainingFailed(f"{reason}; {self.way_back()}")
 
     def way_back(self) -> str:
-        """Which checkpoint is the last good one, and what to do."""
+        """Names the last good checkpoint and says what to do, for an error."""
         self._checkpoints.wait()
         good = self._checkpoints.latest_good()
         if good is None:
@@ -183,7 +196,8 @@ class Upkeep:
         assert position.histories is not None  # the loop gives its own
         skipped = position.histories[1].stability.skipped
         if not (due or spare) or (skipped and not stopped and not self.ends(position)):
-            return False  # nor do parameters that no loss has yet been finite with replace those that had one
+            # Parameters that have given no finite loss do not replace a checkpoint whose parameters have.
+            return False
         return self._save(state, position, spare=spare)
 
     def _save(self, state: State, position: Position, *, spare: bool = False, **facts: Any) -> bool:
@@ -197,7 +211,10 @@ class Upkeep:
         return True
 
     def _save_applied(self, state: State) -> bool:
-        """Saves the state as that of the last update that was applied, which it is; False where there is that."""
+        """Saves `state` as the state of the last applied update; False where there is none, or it is saved already.
+
+        The updates since were left out, so `state` differs only in its count of updates.
+        """
         applied = self.applied
         if applied is None or applied.update == 0:
             return False
@@ -205,7 +222,7 @@ class Upkeep:
         return self._save(dataclasses.replace(state, update=update), applied)
 
     def _stop_in_damage(self, state: State, position: Position) -> bool:
-        """Saves what is there after updates that were left out, and then asks whether it is any good."""
+        """Saves the last applied update on a stop after updates that were left out, and tries whether it is good."""
         saved = self._save_applied(state)
         if self.applied is not None:
             which = "update was" if self.left_out == 1 else f"{self.left_out} updates were"
@@ -219,9 +236,9 @@ class Upkeep:
             self._checkpoints.amend(self.applied.update, finite_loss=good)
 
     def _looks_good(self, state: State, position: Position, *, deep: bool = False) -> bool | None:
-        """Whether the parameters give a finite loss now, and if `deep` finite gradients; None where it cannot be told.
+        """Whether the parameters give a finite loss and, if `deep`, finite gradients; None where that cannot be told.
 
-        They are tried on the first micro-batch of the run, with which better ones gave a finite loss.
+        They are tried on the first micro-batch of the run, which is known to give finite losses with good parameters.
         """
         run = self._run
         try:
@@ -237,13 +254,14 @@ class Upkeep:
             if deep:
                 values += jax.tree.leaves(run.statistics(state, batch))
             return bool(np.isfinite(values).all())
-        except (Exception, Stopped):  # it is asked after another failure, or on the way out
+        # This runs after another failure or while the run stops, which matter more than a failure here.
+        except (Exception, Stopped):
             return None
 
     # --- what follows a save ---
 
     def _follow_up(self, state: State, position: Position, batch: Callable[[], Any]) -> Position:
-        """Makes the statistics, the evaluation and the samples that `position` owes; the position without the debt."""
+        """Makes the statistics, the evaluation and the samples that `position` owes; returns it without the debt."""
         if not position.owes:
             return position
         what = "looking at its layers"
@@ -265,14 +283,15 @@ class Upkeep:
             self._save_undue(state, position)
             raise
         except Exception as error:
-            if jax.process_count() == 1:  # other processes may not be here, and saving takes all of them
+            # A save takes all processes, and the others may not have failed.
+            if jax.process_count() == 1:
                 self._save_undue(state, position)
             self._checkpoints.wait()
             saved = f"training is saved in {self._checkpoints.directory} up to update {self._checkpoints.latest()}"
             raise FollowUpFailed(describe_failure(saved, what, error)) from error
 
     def _evaluate(self, state: State, position: Position) -> dict[str, float] | None:
-        """The held-out results at `position`, recorded; None where nothing is held out or due."""
+        """Evaluates if that is due, and records the scores; otherwise returns the scores in `position`, or None."""
         evaluate = self._run.evaluate
         if evaluate is None or not self._evaluates(position):
             return position.evaluation
@@ -290,7 +309,7 @@ class Upkeep:
         position: Position,
         results: dict[str, float] | None,
     ) -> Position:
-        """Says beside the checkpoint what was found, and that nothing is owed any more."""
+        """Amends the checkpoint with what was found out, and with the fact that it owes nothing any more."""
         facts: dict[str, Any] = {"owes": False}
         if results is not None and results is not position.evaluation:
             rank = self._rank(results)
@@ -310,14 +329,14 @@ class Upkeep:
         return dataclasses.replace(position, evaluation=results, owes=False)
 
     def _save_undue(self, state: State, position: Position) -> None:
-        """Saves what no cadence asked for, before the run ends early."""
+        """Saves the run before it ends early, although no checkpoint is due."""
         if self.left_out:
             self._save_applied(state)
-        elif position.window is None:
+        elif position.partial_update is None:
             self._save(state, position)
 
     def _rank(self, results: dict[str, float]) -> float:
-        """What checkpoints are ordered by."""
+        """The number by which checkpoints are ordered, the lowest being the best."""
         return self._run.score.rank(results[self._run.score.name])
 
     def _now(self, position: Position) -> dict[str, float]:

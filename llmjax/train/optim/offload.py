@@ -11,26 +11,26 @@ from jax.sharding import NamedSharding
 HOST = "pinned_host"
 
 
-def is_stashed(leaf: Any) -> bool:
+def is_offloaded(leaf: Any) -> bool:
     """Whether this array of an optimizer's state is kept there: every array of floats that is no scalar."""
     return leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def stashed(sharding: NamedSharding) -> NamedSharding:
+def on_host(sharding: NamedSharding) -> NamedSharding:
     """`sharding`, but in the memory of each device's host."""
     return sharding.with_memory_kind(HOST)
 
 
-def fetch(state: Any) -> Any:
+def to_device(state: Any) -> Any:
     """`state` in the devices' memory."""
     return _moved(state, jax.memory.Space.Device)
 
 
-def stash(state: Any) -> Any:
+def to_host(state: Any) -> Any:
     """`state` in the memory of their hosts."""
     return _moved(state, jax.memory.Space.Host)
 
 
 def _moved(state: Any, space: Any) -> Any:
     """`space`: one of `jax.memory.Space`."""
-    return jax.tree.map(lambda x: jax.device_put(x, space) if is_stashed(x) else x, state)
+    return jax.tree.map(lambda x: jax.device_put(x, space) if is_offloaded(x) else x, state)

@@ -140,7 +140,7 @@ class Optimizer:
     eval_params(opt_state, params) -> the parameters to evaluate with; others only for schedule-free
     hyperparameters(done, size) -> those of an update of `size` that begins at `done`, both in tokens divided by
         train.tokens_per_update, so that with a constant batch `done` counts updates and `size` is 1
-    offload: opt_state lies in the memory of the hosts; who calls `update` fetches it and puts it back (`stash`)
+    offload: opt_state lies in the memory of the hosts; the caller of `update` moves it here and back, see `offload.py`
     """
 
     init: Callable[[Params], OptState]

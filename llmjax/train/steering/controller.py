@@ -19,8 +19,10 @@ from typing import Annotated, Any
 from llmjax.errors import UserError, choose
 from llmjax.ranges import COUNT, FOLD, Range, check_ranges
 
-SPIKE = 3.0  # times the gradient norm that the averages foretell; a norm that noise alone does not reach
-LEAST_PAIRS = 1e-6  # of W^2: below this all weight is in one part, and rounding decides
+# A gradient norm of more than this many times the expected one is a spike. Noise alone does not reach it.
+SPIKE = 3.0
+# The least W^2 - sum w_i^2, as a fraction of W^2: below it all weight is in one part, and rounding decides.
+LEAST_PAIRS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)

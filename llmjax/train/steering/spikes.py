@@ -25,9 +25,13 @@ import numpy as np
 from llmjax.errors import choose
 from llmjax.ranges import COUNT, FOLD, Range, check_ranges
 
-LEAST_HALF_LIFE = 16  # updates: a deviation needs that many, however many tokens an update has
-LEAST_DEVIATION = 0.01  # of a logarithm: where nothing scatters, a rise of a few percent is no spike yet
-PER_ABSOLUTE = math.sqrt(math.pi / 2)  # a normal distribution's standard deviation / mean absolute deviation
+# The least half-life in updates: a deviation needs about this many values, however many tokens an update has.
+LEAST_HALF_LIFE = 16
+# The least deviation of a logarithm: where nothing scatters, a rise of a few percent is no spike yet.
+LEAST_DEVIATION = 0.01
+# The standard deviation of a normal distribution divided by its mean absolute deviation.
+PER_ABSOLUTE = math.sqrt(math.pi / 2)
+# Just below the logarithm of the largest float32, 88.72.
 LOG_FLOAT32_MAX = 88.0
 
 

@@ -1,7 +1,7 @@
-"""What an engine of gradient accumulation is: the state that it keeps, the step that it compiles, how the host runs it.
+"""What an engine of gradient accumulation is: the state it keeps, the step it compiles, and how the host runs it.
 
-`engines.py` is the table of them. The loop, the builder and the checkpoints know the methods of `Engine` and no engine
-by its name.
+`engines.py` is the table of all engines. The loop, the builder and the checkpoints use the methods of `Engine` and know
+no engine by its name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from llmjax.train.optim.offload import fetch
+from llmjax.train.optim.offload import to_device
 from llmjax.train.optim.optimizer import Optimizer, OptState
 from llmjax.train.optim.param_roles import Roles
 from llmjax.train.update.accumulate import Outcome, PartialUpdate, UpdateInputs
@@ -24,8 +24,10 @@ from llmjax.train.update.gradients import LossFn, Terms, empty_terms
 from llmjax.train.update.step import Metrics, TrainStep, make_train_step
 from llmjax.types import Array, Batch, Params
 
-MicroMetrics = dict[str, float]  # the numbers of one micro-step
-Specs = Any  # the tree of the parameters, of PartitionSpec
+# The metrics of one micro-step.
+MicroMetrics = dict[str, float]
+# A tree like the parameters, of PartitionSpecs.
+Specs = Any
 
 
 class Feed(Protocol):
@@ -35,15 +37,15 @@ class Feed(Protocol):
         """The next micro-batch; StopIteration where there is none."""
 
     def take(self, count: int) -> Batch:
-        """The next `count` micro-batches in one, each field with a leading dimension of `Engine.lead`."""
+        """The next `count` micro-batches, stacked along the leading dimension `Engine.lead`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """Heeded by the engines that bring weights together themselves.
+    """Options of engines that gather weights over mesh.fsdp themselves; the other engines ignore them.
 
-    gather         how often they do over mesh.fsdp: `compute.gather`
-    compute_dtype  what they cast weights to: `model.dtype`
+    gather         how often weights are gathered: `compute.gather`
+    compute_dtype  the dtype that weights are cast to: `model.dtype`
     """
 
     gather: str = "micro_step"
@@ -52,12 +54,12 @@ class EngineOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What came of dispatching micro-steps: nothing here waits for the device.
+    """The result of dispatching micro-steps. Its arrays may still be computed by the device.
 
-    state    after them
-    batch    that the last call of the step took
-    metrics  of each call, on the device
-    steps    micro-steps dispatched
+    state    the state after the micro-steps
+    batch    the batch of the last call of the step
+    metrics  the metrics of each call, on the device
+    steps    how many micro-steps were dispatched
     waited   seconds spent waiting for batches
     """
 
@@ -70,14 +72,15 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """An engine whose sums live within one call, or the base of one that sums over several.
+    """The base of all engines.
 
-    Between updates only the optimizer's own state means anything: `canonical` gives it, and `restore` takes it up
-    again, with any engine and any `max_steps`, so that a checkpoint between updates never says how its batches were
-    cut.
+    Between two updates only the optimizer's own state matters. `canonical` extracts it for a checkpoint, and `restore`
+    makes an engine's state of it, with any engine and any `max_steps`. A checkpoint between updates therefore does not
+    depend on how batches were cut.
 
     max_steps  the most micro-steps that an update can have
-    terms      names of the loss terms with weights of their own, each of which is summed apart
+    terms      names of the loss terms that have weights of their own; each is summed apart
+    options    see `EngineOptions`
     """
 
     optimizer: Optimizer
@@ -89,7 +92,7 @@ class Engine:
 
     @property
     def keeps_sums(self) -> bool:
-        """Whether the state holds the sums of a partial update, wrapped around the optimizer's own."""
+        """Whether the state is a `PartialUpdate` around the optimizer's own state, with sums over several calls."""
         return False
 
     def init(self, params: Params) -> OptState:
@@ -97,7 +100,7 @@ class Engine:
         return self.restore(self.optimizer.init(params), params, jnp.zeros([], jnp.int32))
 
     def restore(self, opt_state: OptState, params: Params, update: Array) -> OptState:
-        """The state after `update` updates, with no micro-step done since, from the optimizer's own state."""
+        """The engine's state after `update` whole updates, made of the optimizer's own state."""
         if not self.keeps_sums:
             return opt_state
         empty = {"terms": empty_terms(params, self.terms), "loss": jnp.zeros([], jnp.float32)}
@@ -107,25 +110,28 @@ class Engine:
         )
 
     def canonical(self, state: OptState) -> OptState:
-        """The optimizer's own state, all there is to save between two updates."""
+        """The optimizer's own state, which a checkpoint between two updates holds."""
         return state.multi.inner_opt_state if self.keeps_sums else state
 
     def eval_params(self, state: OptState, params: Params) -> Params:
         """The parameters to evaluate and to generate with."""
         own = self.canonical(state)
-        return self.optimizer.eval_params(fetch(own) if self.optimizer.offload else own, params)
+        return self.optimizer.eval_params(to_device(own) if self.optimizer.offload else own, params)
 
     # --- the compiled step ---
 
     @property
     def manual(self) -> tuple[str, ...]:
-        """The mesh axes along which gradients stay apart until the update ends; models are built for that."""
+        """The mesh axes along which each device keeps gradients of its own until the update ends.
+
+        The model must be built with a `Layout` for which these axes are manual.
+        """
         return ()
 
     def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Specs, roles: Roles) -> TrainStep:
         """`step(state, batch, inputs) -> (state, metrics)`, to be jitted with `state` donated.
 
-        `loss_fn` is of a model whose `Layout` has the axes `manual`.
+        `loss_fn` is the loss of a model whose `Layout` has the manual axes `manual`.
         """
         raise NotImplementedError
 
@@ -133,24 +139,24 @@ class Engine:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The leading dimensions of what a call of the step takes, before those of a micro-batch."""
+        """The dimensions that the batch of a call of the step has before those of a micro-batch: () or (max_steps,)."""
         raise NotImplementedError
 
     @property
     def stops_within(self) -> bool:
-        """Whether an update can be left between two of its micro-steps, and gone on with."""
+        """Whether an update can be stopped between two micro-steps and resumed there."""
         raise NotImplementedError
 
     def next_batch(self, feed: Feed, left: int) -> tuple[Batch, int]:
-        """What the next call of the step takes, and its micro-steps, where `left` of them are to be done."""
+        """The batch for the next call of the step, and the number of micro-steps in it, of the `left` that remain."""
         raise NotImplementedError
 
     def one_micro_batch(self, batch: Batch) -> Batch:
-        """The first micro-batch of what a call of the step takes."""
+        """The first micro-batch in the batch of a call of the step."""
         raise NotImplementedError
 
     def micro_metrics(self, fetched: Sequence[dict[str, Any]], steps: int) -> list[MicroMetrics]:
-        """The numbers of each of `steps` micro-steps, from the metrics of each call."""
+        """The metrics of each of `steps` micro-steps, from the metrics of each call of the step."""
         raise NotImplementedError
 
     def update(
@@ -163,9 +169,9 @@ class Engine:
         left: int,
         is_asked_to_stop: Callable[[], bool],
     ) -> Progress:
-        """Dispatches the `left` micro-steps that an update still has, or fewer where it is asked to stop in between.
+        """Dispatches the `left` micro-steps that remain of an update, or fewer where it is asked to stop in between.
 
-        `state` is donated. StopIteration where `feed` ends too early.
+        `state` is donated. Raises StopIteration where `feed` ends too early.
         """
         metrics: list[Metrics] = []
         done, waited = 0, 0.0
@@ -181,12 +187,16 @@ class Engine:
 
 
 class EachMicroStep(Engine):
-    """The base of engines with one call of the step for each micro-step."""
+    """The base of engines that call the step once for each micro-step."""
 
     def micro_step(
         self, params: Params, state: OptState, terms: Terms, loss: Array, inputs: UpdateInputs
     ) -> tuple[Params, OptState, Outcome]:
-        """Takes the sums of a micro-batch, all of them finite; on the last micro-step of an update, updates."""
+        """Adds the sums of a micro-batch, which are finite, to the state; on the last micro-step, makes the update.
+
+        terms  the gradient sums of each loss term
+        loss   float32 [], the loss sum of the main term
+        """
         raise NotImplementedError
 
     def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Specs, roles: Roles) -> TrainStep:
@@ -211,7 +221,7 @@ class EachMicroStep(Engine):
 
 
 class WholeUpdate(Engine):
-    """The base of engines with one call of the step for all micro-steps of an update."""
+    """The base of engines that call the step once for all micro-steps of an update."""
 
     @property
     def lead(self) -> tuple[int, ...]:

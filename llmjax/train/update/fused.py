@@ -1,15 +1,14 @@
-"""All micro-steps of an update in one compiled function: gradients summed on each device, reduced once in the end.
+"""All micro-steps of an update in one compiled function: each device sums its own gradients, reduced once in the end.
 
-A loop of micro-steps that leaves the mesh to the compiler adds gradients up over the devices in every one of
-them, since a split batch beside replicated parameters allows nothing else. Here the axes of the batch are manual
-(`jax.shard_map`): a gradient is its device's own until the one reduction after the loop, whose bytes do not
-grow with the number of micro-steps.
+Where the compiler alone divides the work, it reduces gradients over the devices in every micro-step, because the
+parameters are replicated and the batch is split. Here the axes of the batch are manual (`jax.shard_map`): each device
+keeps its own gradients until one reduction after the loop. The bytes of that reduction do not grow with the number of
+micro-steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,7 @@ from llmjax.train.update.gradients import (
 from llmjax.train.update.step import TrainStep, make_fused_step
 from llmjax.types import Array, Batch, LossSums, Params
 
-# When weights are gathered over `fsdp` -> the mesh axes over which gradients stay apart until the update ends.
+# `compute.gather` -> the mesh axes along which each device keeps gradients of its own until the update ends.
 MANUAL = {"update": ("data", "fsdp"), "micro_step": ("data",)}
 
 Sums = dict[str, Array]
@@ -66,73 +65,133 @@ def make_update_sums(
     steps   int32 [], traced: one compile serves 1 to K
     rng     one key for all micro-steps, or None
 
-    The M sequences are cut into parts, each of which sums gradients of its own; a part that is not finite is
-    left out alone, since no device hears of the others before the loop has ended. `loss_fn` sees the M / parts
-    sequences of one part; its model is built with a `Layout` whose `manual` is MANUAL[gather].
+    The M sequences are cut into parts, and each part sums its own gradients. A part that is not finite is left out
+    alone, because devices learn of each other only after the loop. `loss_fn` is given the M / parts sequences of one
+    part; its model must be built with a `Layout` whose `manual` is MANUAL[gather].
 
-    gather  "update": one part a device along data and fsdp. Weights are gathered over fsdp once, in
-            `compute_dtype` where the model casts them anyway, and gradients are summed whole.
-            "micro_step": one part an index of `data`. Weights are gathered over fsdp where they are used, and
+    gather  "update": a part for each device along data and fsdp. Weights are gathered over fsdp once, in
+            `compute_dtype` where the model casts them anyway, and each device sums whole gradients.
+            "micro_step": a part for each index of `data`. Weights are gathered over fsdp where they are used, and
             gradients are reduced over fsdp in each micro-step and summed in shards.
 
     A micro-step's gradient of a cast weight is rounded to `compute_dtype`, and so is its reduction over fsdp
     within a micro-step; all sums over micro-steps and parts are float32.
 
-    sums, float32 [K], 0 from `steps` on: each value of `micro_gradients`, added up over the parts (so that
-    `square_norm` and `weight_square` are of each part, and `dropped` counts parts), and `parts`, how many hold
-    any weight.
+    sums, float32 [K], 0 from element `steps` on:
+      each value of `micro_gradients`, added up over the parts, each of which has a `square_norm` and a `weight_square`
+      of its own; `dropped` counts parts
+      parts  how many parts hold any weight
     """
-    manual = MANUAL[gather]
-    split = tuple(axis for axis in manual if mesh.shape[axis] > 1)  # XLA fails at sums over an axis of size 1
-    automatic = tuple(axis for axis in mesh.axis_names if axis not in manual)
-    outer = jax.tree.map(lambda spec: without_axes(spec, automatic), param_specs)
-    inner = jax.tree.map(lambda spec: without_axes(spec, manual), param_specs)
-    sharded = functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(outer, PartitionSpec(None, manual), PartitionSpec(), PartitionSpec()),
-        axis_names={*manual},
-        check_vma=False,  # with it on, the gradient for a replicated weight is summed over devices at once
-    )
+    return _UpdateSums(loss_fn, mesh, param_specs, roles, gather, compute_dtype)
 
-    def constrain(tree: Params) -> Params:
-        return jax.tree.map(jax.lax.with_sharding_constraint, tree, inner)
 
-    def loss(weights: Params, batch: Batch, rng: Array | None) -> LossSums:
-        return loss_fn(_whole_tables(weights, inner, roles), batch, rng)
+# eq=False: jax.jit looks functions up by their hash, which a dataclass would make of its fields, and dicts have none.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _UpdateSums:
+    """The function that `make_update_sums` makes; the fields are its arguments."""
 
-    def micro_step(weights: Params, batch: Batch, i: Array | int, rng: Array | None) -> tuple[Terms, Sums]:
+    loss_fn: LossFn
+    mesh: Mesh
+    param_specs: Params
+    roles: Roles
+    gather: str
+    compute_dtype: str
+
+    def __call__(
+        self, params: Params, batch: Batch, steps: ArrayLike, rng: Array | None
+    ) -> tuple[Terms, Sums]:
+        # shard_map wants the specs of what comes out, which depend on the names of the loss terms and metrics.
+        names = self._shard_map(self._names, PartitionSpec())
+        terms, values = jax.eval_shape(names, params, batch, steps, rng)
+
+        def part(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
+            return self._sum_part(params, batch, steps, rng, tuple(terms), tuple(values))
+
+        # A PartitionSpec stands in the place of an array.
+        whole: Any = PartitionSpec()
+        specs = {name: TermSums(self._outer, whole) for name in terms}, whole
+        return self._shard_map(part, specs)(params, batch, steps, rng)
+
+    @property
+    def _manual(self) -> tuple[str, ...]:
+        return MANUAL[self.gather]
+
+    @property
+    def _reduced_axes(self) -> tuple[str, ...]:
+        # XLA fails at sums over a mesh axis of size 1.
+        return tuple(axis for axis in self._manual if self.mesh.shape[axis] > 1)
+
+    @property
+    def _outer(self) -> Params:
+        """The specs of the parameters over the manual axes, as shard_map wants them."""
+        automatic = tuple(axis for axis in self.mesh.axis_names if axis not in self._manual)
+        return jax.tree.map(lambda spec: without_axes(spec, automatic), self.param_specs)
+
+    @property
+    def _inner(self) -> Params:
+        """The specs of the parameters over the other axes, as the compiler is told them inside shard_map."""
+        return jax.tree.map(lambda spec: without_axes(spec, self._manual), self.param_specs)
+
+    def _shard_map(self, function: Callable, out_specs: Any) -> Callable:
+        """`function(params, batch, steps, rng)` on each part: the manual axes cut parameters and sequences."""
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(self._outer, PartitionSpec(None, self._manual), PartitionSpec(), PartitionSpec()),
+            out_specs=out_specs,
+            axis_names={*self._manual},
+            # With the check on, jax sums the gradient of a replicated weight over the devices in every micro-step.
+            check_vma=False,
+        )
+
+    def _names(self, params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Sums, Sums]:
+        """The loss terms and the metrics of one micro-step, traced for their names alone."""
+        weights = _gathered(params, self._outer, self.compute_dtype, self.roles)
+        terms, values = self._micro_step(weights, batch, 0, rng)
+        return {name: term.weight for name, term in terms.items()}, values
+
+    def _micro_step(
+        self, weights: Params, batch: Batch, i: Array | int, rng: Array | None
+    ) -> tuple[Terms, Sums]:
+        """The gradient sums and metrics of micro-step `i` of this part."""
+
+        def loss(weights: Params, batch: Batch, rng: Array | None) -> LossSums:
+            return self.loss_fn(_whole_tables(weights, self._inner, self.roles), batch, rng)
+
         terms, values = micro_gradients(loss, weights, jax.tree.map(lambda x: x[i], batch), rng)
         return terms, {**values, "parts": (values["weight"] > 0).astype(jnp.float32)}
 
-    def names(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Sums, Sums]:
-        terms, values = micro_step(_gathered(params, outer, compute_dtype, roles), batch, 0, rng)
-        return {name: term.weight for name, term in terms.items()}, values
+    def _sum_part(
+        self,
+        params: Params,
+        batch: Batch,
+        steps: Array,
+        rng: Array | None,
+        terms: tuple[str, ...],
+        values: tuple[str, ...],
+    ) -> tuple[Terms, Sums]:
+        """Sums the micro-steps of this part in a loop, and then reduces the sums over the parts, once."""
+        weights = self._constrain(_gathered(params, self._outer, self.compute_dtype, self.roles))
 
-    def sum_update(params: Params, batch: Batch, steps: ArrayLike, rng: Array | None) -> tuple[Terms, Sums]:
-        terms, values = jax.eval_shape(sharded(names, out_specs=PartitionSpec()), params, batch, steps, rng)
+        def body(i: Array, sums: tuple[Terms, Sums]) -> tuple[Terms, Sums]:
+            micro_terms, micro_values = self._micro_step(weights, batch, i, rng)
+            total = self._constrain_terms(add_terms(sums[0], micro_terms))
+            return total, jax.tree.map(lambda row, value: row.at[i].set(value), sums[1], micro_values)
 
-        def part(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
-            weights = constrain(_gathered(params, outer, compute_dtype, roles))
+        rows = {name: jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], jnp.float32) for name in values}
+        start = empty_terms(weights, tuple(name for name in terms if name != MAIN)), rows
+        total, rows = jax.lax.fori_loop(0, steps, body, start)
+        # The one reduction of the gradients in an update: everything before it stayed on its device.
+        axes = self._reduced_axes
+        total = {name: _reduced(term, self._outer, axes) for name, term in total.items()}
+        return self._constrain_terms(total), jax.lax.psum(rows, axes)
 
-            def body(i: Array, sums: tuple[Terms, Sums]) -> tuple[Terms, Sums]:
-                micro_terms, micro_values = micro_step(weights, batch, i, rng)
-                total = add_terms(sums[0], micro_terms)
-                total = {name: TermSums(constrain(t.grads), t.weight) for name, t in total.items()}
-                return total, jax.tree.map(lambda row, value: row.at[i].set(value), sums[1], micro_values)
+    def _constrain(self, tree: Params) -> Params:
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, self._inner)
 
-            rows = {name: jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], jnp.float32) for name in values}
-            start = empty_terms(weights, tuple(name for name in terms if name != MAIN)), rows
-            total, rows = jax.lax.fori_loop(0, steps, body, start)
-            total = {name: _reduced(term, outer, split) for name, term in total.items()}
-            total = {name: TermSums(constrain(t.grads), t.weight) for name, t in total.items()}
-            return total, jax.lax.psum(rows, split)
-
-        whole: Any = PartitionSpec()  # in the place of an array
-        specs = {name: TermSums(outer, whole) for name in terms}, whole
-        return sharded(part, out_specs=specs)(params, batch, steps, rng)
-
-    return sum_update
+    def _constrain_terms(self, terms: Terms) -> Terms:
+        # Without it the compiler may lay the carry of the loop out otherwise than the gradients that are added to it.
+        return {name: TermSums(self._constrain(term.grads), term.weight) for name, term in terms.items()}
 
 
 def _gathered(params: Params, specs: Params, compute_dtype: str, roles: Roles) -> Params:

@@ -1,8 +1,8 @@
 """Gradient accumulation that adds each micro-step's sums in place and runs the optimizer once an update.
 
-`optax.MultiSteps` runs the optimizer on every micro-step, throws the result away on all but the last, and writes
-every array of its state anew each time. This engine adds to the sums and touches nothing else until the last
-micro-step. The arithmetic and its order are those of `multisteps.py`.
+`optax.MultiSteps` runs the optimizer on every micro-step, discards the result except on the last, and writes every
+array of its state each time. This engine only adds to the sums until the last micro-step. It does the same arithmetic
+in the same order as `multisteps.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmjax.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class InPlace(EachMicroStep):
-    """With `max_steps` = 1 there is nothing to add up, and the state is the optimizer's own."""
+    """Adds sums in place. With `max_steps` = 1 there is nothing to add, and the state is the optimizer's own."""
 
     @property
     def keeps_sums(self) -> bool:
@@ -46,13 +46,14 @@ class InPlace(EachMicroStep):
             )
             return params, own, jax.tree.map(jnp.zeros_like, sums), outcome
 
-        # A loop of no or one turn: XLA changes its state in place, but copies what a conditional keeps.
+        # A loop of 0 or 1 rounds in the place of a conditional: XLA updates the carry of a loop in place, but copies
+        # what a conditional passes through.
         carry = params, multi.inner_opt_state, sums, Outcome(is_update, jnp.array(False), zero, zero, zero)
-        turns = is_update.astype(jnp.int32)
-        params, own, sums, outcome = jax.lax.fori_loop(0, turns, close, carry)
+        rounds = is_update.astype(jnp.int32)
+        params, own, sums, outcome = jax.lax.fori_loop(0, rounds, close, carry)
         multi = multi._replace(
             mini_step=jnp.where(is_update, 0, mini_step),
-            gradient_step=multi.gradient_step + turns,
+            gradient_step=multi.gradient_step + rounds,
             inner_opt_state=own,
             acc_grads=sums,
         )

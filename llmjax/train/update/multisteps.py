@@ -6,9 +6,9 @@ term's weight, and the loss. The optimizer inside of it divides, once, by the to
     multi = optax.MultiSteps(inner, every_k_schedule=k, use_grad_mean=False)
     updates, state = multi.update(sums, state, params)
 
-A micro-step that is not finite is fed as zeros with the weight zero, see `gradients.micro_gradients`. The parameter
-`should_skip_update_fn` would not do: a micro-step that it skips is not counted, so the update would wait for one
-micro-batch more than its k.
+A micro-step that is not finite is fed as zeros with weight zero, see `gradients.micro_gradients`. The parameter
+`should_skip_update_fn` of `optax.MultiSteps` would not do: it does not count a micro-step that it skips, so the update
+would take one micro-batch more than its k.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmjax.train.optim.offload import fetch, stash
+from llmjax.train.optim.offload import to_device, to_host
 from llmjax.train.optim.optimizer import OptState
 from llmjax.train.update.accumulate import (
     Outcome,
@@ -36,7 +36,7 @@ from llmjax.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class MultiSteps(EachMicroStep):
-    """Runs the optimizer on every micro-step, as `optax.MultiSteps` does, and keeps the result of the last."""
+    """Runs the optimizer on every micro-step, as `optax.MultiSteps` does, and keeps only the result of the last."""
 
     @property
     def keeps_sums(self) -> bool:
@@ -56,17 +56,17 @@ class MultiSteps(EachMicroStep):
 
         inner = optax.GradientTransformation(self.optimizer.init, update)
         multi = optax.MultiSteps(inner, every_k_schedule=lambda _: steps, use_grad_mean=False)
-        own = fetch(before.inner_opt_state) if offload else before.inner_opt_state
+        own = to_device(before.inner_opt_state) if offload else before.inner_opt_state
         updates, after = multi.update(
             {"terms": terms, "loss": loss}, before._replace(inner_opt_state=own), params
         )
         is_update = multi.has_updated(after)
-        # MultiSteps multiplies by 0 what is not to count, and 0 x inf is not a number: select instead.
+        # MultiSteps multiplies discarded results by 0, and 0 x inf is not a number. Selecting is safe.
         empty = jax.tree.map(jnp.zeros_like, after.acc_grads)
         outcome = select(is_update, updates["outcome"], jax.tree.map(jnp.zeros_like, updates["outcome"]))
         outcome = dataclasses.replace(outcome, is_update=is_update, applied=outcome.applied > 0)
         after = after._replace(
             acc_grads=select(is_update, empty, after.acc_grads),
-            inner_opt_state=stash(after.inner_opt_state) if offload else after.inner_opt_state,
+            inner_opt_state=to_host(after.inner_opt_state) if offload else after.inner_opt_state,
         )
         return applied_to(params, updates["params"], outcome.applied), PartialUpdate(steps, after), outcome

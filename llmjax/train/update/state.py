@@ -1,8 +1,8 @@
-"""The training state, initialised under jit with every array born in its place on the mesh.
+"""The training state: what it holds, how it lies on the mesh, and how it is made, saved and resumed.
 
-Parameters follow their logical axes; whatever in the optimizer state mirrors a parameter is sharded like it
-(the partitioning of ZeRO, Rajbhandari et al. 2020); all else is replicated over the mesh, never host-local,
-so that a checkpoint restores onto any mesh.
+Parameters are sharded by their logical axes. An array of the optimizer state that mirrors a parameter is sharded like
+the parameter (the partitioning of ZeRO, Rajbhandari et al. 2020). Everything else is replicated over the mesh, never
+local to a host, so that a checkpoint restores onto any mesh.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llmjax.train.optim.offload import is_stashed, stashed
+from llmjax.train.optim.offload import is_offloaded, on_host
 from llmjax.train.optim.optimizer import Optimizer, OptState
 from llmjax.types import Array, Params
 
-InitParams = Callable[[Array], Params]  # rng -> a nested dict of arrays
-Specs = Any  # the same nested dict, of PartitionSpec
+# rng -> a nested dict of arrays.
+InitParams = Callable[[Array], Params]
+# A nested dict like the parameters, of PartitionSpecs.
+Specs = Any
 
 
 class StateKeeper(Protocol):
-    """What the state asks of an `Engine`."""
+    """The part of an `Engine` that makes and reads the state."""
 
     @property
     def optimizer(self) -> Optimizer: ...
@@ -39,12 +41,12 @@ class StateKeeper(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes, but for the data cursor.
+    """Everything that training changes, except the data cursor.
 
     params     nested dict of float32 arrays
-    opt_state  of the engine: the optimizer's own, and within an update the sums so far
+    opt_state  the engine's state: the optimizer's own, with the sums so far where an update takes several calls
     update     int32 [], updates done
-    rng        typed random key [], never changes; an update draws from fold_in(rng, update)
+    rng        random key [], which never changes: an update draws from fold_in(rng, update)
     """
 
     params: Params
@@ -56,13 +58,13 @@ class TrainState:
 def init_state(
     init_params: InitParams, engine: StateKeeper, rng: Array, param_specs: Specs, mesh: Mesh
 ) -> TrainState:
-    """A new state, initialised in shards: no parameter and no moment is ever whole on one device.
+    """A new state, made under jit with each array sharded from the start, so that none is ever whole on one device.
 
-    `init_params(rng)` gives unboxed parameters, `param_specs` has their structure. The numbers do not depend
-    on the mesh.
+    `init_params(rng)` gives unboxed parameters, and `param_specs` has their structure. The numbers do not depend on the
+    mesh.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(init_params, engine, param_specs, mesh))
-    # Drawing random numbers is much code for one run: on the CPU, LLVM takes five times longer to optimise it than not.
+    # Drawing random numbers is much code that runs once: on the CPU, LLVM compiles it five times faster unoptimised.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     return jax.jit(_create(init_params, engine), out_shardings=shardings, compiler_options=options)(rng)
 
@@ -70,7 +72,7 @@ def init_state(
 def state_around(
     params: Params, engine: StateKeeper, rng: Array, param_specs: Specs, mesh: Mesh
 ) -> TrainState:
-    """The new state that `init_state` gives for the same `rng`, but with these parameters, which are donated."""
+    """A new state as `init_state` makes it from `rng`, but with the given parameters, which are donated."""
 
     def create(params: Params, rng: Array) -> TrainState:
         return _begin(params, engine, jax.random.split(rng)[1])
@@ -83,7 +85,7 @@ def state_around(
 def abstract_state(
     init_params: InitParams, engine: StateKeeper, param_specs: Specs, mesh: Mesh
 ) -> TrainState:
-    """The state as ShapeDtypeStructs with shardings: enough to compile a step or restore a checkpoint."""
+    """The state as ShapeDtypeStructs with shardings, from which a step can be compiled or a checkpoint restored."""
     state = jax.eval_shape(_create(init_params, engine), jax.random.key(0))
     shardings = state_shardings(state, param_specs, mesh, offload=engine.optimizer.offload)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
@@ -94,10 +96,12 @@ def state_shardings(
 ) -> TrainState:
     """A tree of NamedSharding like `state` (arrays or ShapeDtypeStructs), from the specs of its parameters.
 
-    An optimizer leaf belongs to the parameter whose path ends its own. Along every dimension of the same length it
-    is split like the parameter; dimensions of length 1, which Adafactor's rows and columns have, are not split. A
-    leaf of another rank or with other lengths is replicated. `offload`: the optimizer's own leaves lie in the memory
-    of the hosts; sums under way do not.
+    A leaf of the optimizer state belongs to the parameter whose path is the end of the leaf's path. It is split like
+    the parameter along dimensions of the same length. Dimensions of length 1, which the rows and columns of Adafactor
+    have, are not split. A leaf of another rank or with other lengths is replicated.
+
+    offload  the optimizer's own leaves lie in the memory of the hosts; the sums of a partial update do not, because
+             every micro-step adds to them
     """
     flat_specs = jax.tree.leaves(param_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     flat_params = jax.tree_util.tree_leaves_with_path(state.params)
@@ -120,19 +124,19 @@ def state_shardings(
 
     def placed(path: tuple[Any, ...], sharding: NamedSharding, leaf: Array) -> NamedSharding:
         is_sum = any(getattr(key, "name", "") == "acc_grads" for key in path)
-        return stashed(sharding) if is_stashed(leaf) and not is_sum else sharding
+        return on_host(sharding) if is_offloaded(leaf) and not is_sum else sharding
 
     own = jax.tree_util.tree_map_with_path(placed, shardings.opt_state, state.opt_state)
     return dataclasses.replace(shardings, opt_state=own)
 
 
 def saved_state(state: TrainState, engine: StateKeeper) -> TrainState:
-    """What a checkpoint holds, between two updates: it does not depend on how batches are cut."""
+    """The state as a checkpoint between two updates holds it. It does not depend on how batches are cut."""
     return dataclasses.replace(state, opt_state=engine.canonical(state.opt_state))
 
 
 def resumed_state(saved: TrainState, engine: StateKeeper, param_specs: Specs, mesh: Mesh) -> TrainState:
-    """The state to train on from, of a `saved_state` with the same or another number of micro-steps."""
+    """The state to train on from, made of a `saved_state`, for any engine and any number of micro-steps."""
 
     def resume(saved: TrainState) -> TrainState:
         return dataclasses.replace(

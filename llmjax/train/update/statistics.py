@@ -1,8 +1,8 @@
-"""How each layer is doing: the size of its gradient, its parameters and its activations, on demand.
+"""Statistics of each layer, on demand: the sizes of its gradient, its parameters and its activations.
 
-A healthy network has much the same figures from layer to layer. Gradients that shrink or grow from layer to
-layer by a factor, a residual stream that grows without bound, a branch that adds nothing: all of it is seen
-here before the loss shows it. A separate program, compiled when first asked for: training itself is unchanged.
+In a healthy network the figures of neighbouring layers are alike. Gradients that shrink or grow by a factor from layer
+to layer, a residual stream that grows without bound, and a branch that adds nothing are seen here before the loss shows
+them. This is a program of its own, compiled when it is first called, so that training itself is unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from llmjax.train.optim.param_roles import Roles
 from llmjax.train.update.gradients import LossFn
 from llmjax.types import Array, Batch, Params
 
-Statistics = dict[str, Any]  # of arrays; "other" holds a dict of arrays for each block that is no layer
+# Arrays by name. "other" holds such a dict for each block that is no layer.
+Statistics = dict[str, Any]
 
 
 def make_statistics(
@@ -25,15 +26,16 @@ def make_statistics(
 ) -> Callable[[Params, Batch], Statistics]:
     """`statistics(params, batch)`, to be jitted: a forward pass, and a forward and a backward pass, without dropout.
 
-    Float32 [L] each, or where noted also under `other`, float32 [], for each further block (embedding, final_norm):
-      what `activations` gives, `Model.activations`: the residual stream's root mean square and others
-      gradient_norm    of the block's parameters (also in `other`); every loss term is divided by its weight
-      parameter_norm   (also in `other`)
-      gradient_ratio   gradient norm / parameter norm, 0 where the parameters are all 0 (also in `other`)
+    float32 [L] each, one number for each of L layers:
+      the activations        as `Model.activations` gives them: the root mean square of the residual stream and others
+      gradient_norm          of the layer's parameters, where every loss term is divided by its weight
+      parameter_norm         of the layer's parameters
+      gradient_ratio         gradient norm / parameter norm, 0 where the parameters are all 0
 
-    A family with several stacks of layers has the name of the stack before each of the last three.
+    The last three are also under `other`, float32 [], for each further block (embedding, final_norm). A family with
+    several stacks of layers has the name of the stack before each of the three.
 
-    What is not finite comes out as it is. A batch without weight has a gradient of 0.
+    Values that are not finite are returned as they are. A batch without weight has a gradient of 0.
     """
 
     def mean_loss(params: Params, batch: Batch) -> Array:

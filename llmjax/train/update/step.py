@@ -1,7 +1,7 @@
 """The compiled steps of training and evaluation: pure functions for `build` to jit.
 
-Model, task and optimizer are closed over; nothing here waits for the device, and a step compiles once for a
-whole run.
+Model, task and optimizer are closed over. Nothing here waits for the device, and a step compiles once for a whole run
+(once for each length, where data.length_points has several).
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from llmjax.types import Array, Batch, LossSums, Params
 
 Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch, UpdateInputs], tuple[TrainState, Metrics]]
-# (params, opt_state, the gradient sums of a micro-batch, its loss sum, inputs) -> what they become, and the outcome
+# (params, opt_state, gradient sums of a micro-batch, its loss sum, inputs) -> (params, opt_state, outcome)
 Accumulate = Callable[[Params, OptState, Terms, Array, UpdateInputs], tuple[Params, OptState, Outcome]]
 
 
 def make_train_step(loss_fn: LossFn, accumulate: Accumulate) -> TrainStep:
     """`train_step(state, batch, inputs) -> (state, metrics)`, one micro-step; jit it with `state` donated.
 
-    On a mesh also give jit the shardings of the state as `out_shardings`: left free, the compiler changes
-    some of them, and the next call compiles anew.
+    On a mesh, give jit the shardings of the state as `out_shardings` too. Otherwise the compiler changes some of them,
+    and the next call compiles again.
 
-    All micro-steps of an update share one random key, fold_in(state.rng, state.update): `loss_fn` must draw
-    each sequence's randomness from that key and `batch.index`, so that it does not depend on how the batch
-    was cut.
+    All micro-steps of an update share one random key, fold_in(state.rng, state.update). `loss_fn` must draw the
+    randomness of a sequence from that key and `batch.index` alone, so that it does not depend on how the batch was cut.
 
-    metrics, all float32 []: the sums of `micro_gradients`, and
-      is_update, applied, mean_loss, grad_norm, square_total: of the update, see `Outcome`; 0 on micro-steps
-      that do not end one
+    metrics, float32 [] each:
+      the sums of `micro_gradients`
+      the fields of `Outcome`, which are 0 on micro-steps that do not end an update
     """
 
     def train_step(state: TrainState, batch: Batch, inputs: UpdateInputs) -> tuple[TrainState, Metrics]:
@@ -54,8 +53,9 @@ def make_fused_step(
 ) -> TrainStep:
     """`fused_step(state, batches, inputs) -> (state, metrics)`: k micro-steps and the end of the update, in one call.
 
-    `sum_update` is as `fused.make_update_sums` makes it. `batches` is a Batch whose fields have a leading dimension K,
-    of which the first k count. metrics as those of `make_train_step`, float32 [K] each, the update's in element k - 1.
+    sum_update  made by `fused.make_update_sums`
+    batches     a Batch whose fields have a leading dimension K, of which the first k = inputs.steps count
+    metrics     those of `make_train_step`, float32 [K] each; the fields of `Outcome` are in element k - 1
     """
 
     def fused_step(state: TrainState, batches: Batch, inputs: UpdateInputs) -> tuple[TrainState, Metrics]:
@@ -82,9 +82,9 @@ def _as_metrics(outcome: Outcome) -> Metrics:
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Batch], LossSums]:
-    """`eval_step(params, batch) -> LossSums`, without dropout; add the sums of all batches, then divide once.
+    """`eval_step(params, batch) -> LossSums`, without dropout. Add the sums of all batches before dividing once.
 
-    `loss_fn` is the loss that evaluation reports, without the terms that only training has. `params` are those of
+    `loss_fn` is the loss that evaluation reports, without the terms that only training has. `params` must come from
     `Engine.eval_params`.
     """
     return lambda params, batch: loss_fn(params, batch, None)

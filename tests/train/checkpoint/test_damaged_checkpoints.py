@@ -336,7 +336,7 @@ def test_a_save_is_complete_with_its_digests_or_has_no_name(tmp_path, monkeypatc
     def die(folder):
         raise OSError("disk full")
 
-    monkeypatch.setattr("llmjax.train.checkpoint.checkpoint.digests.write", die)
+    monkeypatch.setattr("llmjax.train.checkpoint.orbax_files.digests.write", die)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, make_state(2), {"cursor": 2})
     with pytest.raises(OSError, match="disk full"):

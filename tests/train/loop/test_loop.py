@@ -28,7 +28,7 @@ from llmjax.scores import Score
 from llmjax.train.checkpoint.checkpoint import CheckpointConfig, Checkpoints
 from llmjax.train.loop.loop import TrainingFailed, train
 from llmjax.train.loop.run import Run
-from llmjax.train.loop.run_position import OpenWindow, Position
+from llmjax.train.loop.run_position import PartialUpdateRecord, Position
 from llmjax.train.loop.stop_request import StopRequest
 from llmjax.train.loop.update_totals import mean_metrics
 from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
@@ -69,7 +69,7 @@ def quadratic(params, x_BT, noise):
 
 
 def micro_step(state, x_BT, inputs):
-    """Gradient descent on a quadratic over a window of micro-batches, with noise drawn for each update."""
+    """Gradient descent on a quadratic over the micro-batches of an update, with noise drawn for each update."""
     noise = 0.01 * jax.random.normal(jax.random.fold_in(state.rng, state.update), (LENGTH,))
     loss, grads = jax.value_and_grad(quadratic)(state.params, x_BT, noise)
     finite = jnp.isfinite(loss)
@@ -153,21 +153,21 @@ def make_run(num_updates=NUM_UPDATES, points=(), steering=(), **changes):
         restore=None,
         describe_batch=lambda first, count: f"documents {first} to {first + count - 1}",
         write_documents=lambda name, first, count: f"{name}.md",
-        save_window=None,
+        save_partial_update=None,
         meta={"config": {"seed": 0}},
     )
     return dataclasses.replace(run, **changes)
 
 
-WINDOW = CheckpointConfig(every=0, keep=1, keep_best=False)
+KEEP_NEWEST = CheckpointConfig(every=0, keep=1, keep_best=False)
 
 
 def start_or_resume(workdir, run, every=3, sharding=None, stop=None, **config):
     """What a main program does: from the latest checkpoint, or an update under way, where there is one."""
 
-    def save_window(state, meta):
-        with Checkpoints(workdir / "window", WINDOW) as windows:
-            windows.save(meta["cursor"], state, meta)
+    def save_partial_update(state, meta):
+        with Checkpoints(workdir / "partial_update", KEEP_NEWEST) as stopped:
+            stopped.save(meta["cursor"], state, meta)
 
     with Checkpoints(workdir / "checkpoints", CheckpointConfig(every=every, **config)) as checkpoints:
 
@@ -178,11 +178,11 @@ def start_or_resume(workdir, run, every=3, sharding=None, stop=None, **config):
         state, position = jax.jit(make_state, out_shardings=sharding)(), Position()
         if checkpoints.latest() is not None:
             state, position = restore()
-        if (workdir / "window").is_dir():
-            with Checkpoints(workdir / "window", WINDOW) as windows:
-                if windows.latest() > position.cursor:
-                    state, position = restore(windows)
-        run = dataclasses.replace(run, restore=restore, save_window=save_window)
+        if (workdir / "partial_update").is_dir():
+            with Checkpoints(workdir / "partial_update", KEEP_NEWEST) as stopped:
+                if stopped.latest() > position.cursor:
+                    state, position = restore(stopped)
+        run = dataclasses.replace(run, restore=restore, save_partial_update=save_partial_update)
         steering = run.steering
         with Recorder(
             workdir,
@@ -410,7 +410,7 @@ def test_a_size_changed_in_mid_update_is_that_of_the_next_update(tmp_path):
         return run.step(state, batch, inputs)
 
     stopped = start_or_resume(tmp_path, dataclasses.replace(run, step=asking))
-    assert len(stopped.position.window.metrics) == 2 and stopped.position.window.steps == 3
+    assert len(stopped.position.partial_update.metrics) == 2 and stopped.position.partial_update.steps == 3
     start_or_resume(tmp_path, make_run(num_updates=6, points=("0:32",)))
     steps = [line["accumulation_steps"] for line in lines(tmp_path) if line["kind"] == "train"]
     assert steps == [3] + [1] * 9  # 6 updates of 64 tokens in all
@@ -595,14 +595,14 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
         few = make_run(make_batches=lambda cursor, length: (x for x in [jnp.ones((SIZE, LENGTH))]))
         with pytest.raises(UserError, match=r"the data ended within update 1"):
             train(few, make_state(), Position(), recorder, checkpoints)
-        open_window = Position(window=OpenWindow(4, 2 * SIZE, ({"loss": 1.0},)))
+        stopped_within = Position(partial_update=PartialUpdateRecord(4, 2 * SIZE, ({"loss": 1.0},)))
         with pytest.raises(
             UserError, match=r"after 1 of 4 micro-steps .* resume with compute.micro_batch_size=8"
         ):
-            train(make_run(), make_state(), open_window, recorder, checkpoints)
-        open_window = Position(window=OpenWindow(4, SIZE, ({"loss": 1.0},)))
+            train(make_run(), make_state(), stopped_within, recorder, checkpoints)
+        stopped_within = Position(partial_update=PartialUpdateRecord(4, SIZE, ({"loss": 1.0},)))
         with pytest.raises(UserError, match=r"resume with compute.engine=in_place"):
-            train(make_run(engine=Fused(OPTIMIZER, 4)), make_state(), open_window, recorder, checkpoints)
+            train(make_run(engine=Fused(OPTIMIZER, 4)), make_state(), stopped_within, recorder, checkpoints)
 
 
 def test_batches_are_closed_however_the_loop_ends(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from param_axes import BY_NAME
 
-from llmjax.train.loop.run_position import OpenWindow, Position
+from llmjax.train.loop.run_position import PartialUpdateRecord, Position
 from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.steering.batch_schedule import BatchArithmetic, make_batch_schedule
 from llmjax.train.steering.controller import ControllerConfig
@@ -121,7 +121,7 @@ def test_a_position_survives_json():
         cursor=7,
         tokens=11,
         histories=(steering.start(), history),
-        window=OpenWindow(4, 2, ({"loss": float(np.float32(0.1))},)),
+        partial_update=PartialUpdateRecord(4, 2, ({"loss": float(np.float32(0.1))},)),
     )
     again = Position.from_meta(json.loads(json.dumps({**position.to_meta(), "config": {}})))
     assert again == position

@@ -191,7 +191,7 @@ def test_k_within_a_window_is_that_of_its_first_micro_step(engine):
     assert [bool(c.is_update) for c in overridden.outcomes] == [False] * 3 + [True]
 
 
-def test_an_open_window_goes_on_where_its_state_was_saved(engine):
+def test_an_stopped_within_goes_on_where_its_state_was_saved(engine):
     data = [a[0] for a in make_data()]
     plain = Trainer(engine, adamw(), 4).window(data, 4)
     for stop in (1, 2, 3):

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from llmjax.escapes import show
+from llmjax.quantities import format_duration, format_number
 from llmjax.scores import Score
+from llmjax.terminal.bar import Bar
 
 PLAIN_SECONDS = 10.0
 SMOOTHING = 0.9  # of tokens/s over updates, for the eye; the recorded figures are exact
@@ -42,16 +42,9 @@ class Progress:
         self._shown = False
         self._speed: float | None = None
         self._printed = -PLAIN_SECONDS
-        self._bar = None
+        self._bar: Bar | None = None
         if sys.stderr.isatty():
-            has_width = _has_width()
-            self._bar = tqdm(
-                total=num_tokens // tokens_per_update,
-                bar_format="{n_fmt}/{total_fmt} |{bar}| {desc}",
-                ncols=None if has_width else 80,
-                dynamic_ncols=has_width,
-                leave=True,
-            )
+            self._bar = Bar(total := num_tokens // tokens_per_update, f"0/{total}", stays=True)
 
     def train(self, update: int, values: Mapping[str, Any]) -> None:
         """Shows one update; `values` are those of the metrics file."""
@@ -61,8 +54,8 @@ class Progress:
             self._speed = speed if last is None else SMOOTHING * last + (1 - SMOOTHING) * speed
         text = self._describe(values)
         if self._bar is not None:
-            self._bar.set_description_str(text, refresh=False)
-            self._bar.update(values["tokens"] // self._unit - self._bar.n)
+            done = values["tokens"] // self._unit
+            self._bar.show(done, f"{done}/{self._num_tokens // self._unit}", text)
         elif self._is_due(values["tokens"]):
             self.say(f"{self._where(update, values)}  {text}")
 
@@ -82,7 +75,7 @@ class Progress:
         """Prints `text` above the bar."""
         try:
             if self._bar is not None:
-                with self._bar.external_write_mode(file=sys.stdout):
+                with self._bar.lifted():
                     show(text)
             else:
                 show(text)
@@ -106,7 +99,7 @@ class Progress:
         text = f"loss {values['loss']:.4f}"
         if self._speed:
             left = (self._num_tokens - values["tokens"]) / self._speed
-            text += f"  {format_count(self._speed)} tokens/s  ETA {format_seconds(max(left, 0))}"
+            text += f"  {format_number(self._speed)} tokens/s  ETA {format_duration(max(left, 0))}"
         return text
 
 
@@ -116,26 +109,3 @@ def silence() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-
-
-def _has_width() -> bool:
-    """Whether the terminal knows how wide it is; some pseudo-terminals say 0, and a bar would not show."""
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (OSError, AttributeError):
-        return True
-
-
-def format_count(number: float) -> str:
-    """Three digits and a unit: 12.3k, 1.23M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:  # what rounds to 1000 of the smaller unit is 1 of this
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def format_seconds(seconds: float) -> str:
-    """m:ss, or h:mm:ss from an hour on."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

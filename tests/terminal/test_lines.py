@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from llmjax.parallel import hosts
-from llmjax.terminal import StageProgress, format_table, indent, say
+from llmjax.terminal.lines import StageProgress, format_table, indent, say
 
 
 class Terminal(io.StringIO):
@@ -39,7 +39,7 @@ def test_a_stage_has_a_bar_on_a_terminal_that_leaves_nothing_behind(monkeypatch)
         progress("reading", 1000, 1000)
         progress("writing", 10, 50)
     shown = terminal.getvalue()
-    assert "reading   0% |" in shown and "/1.00k ETA" in shown and "writing" in shown
+    assert "reading   0% |" in shown and "| 0 B of 1 kB" in shown and "writing" in shown
     assert not shown.split("\r")[-1].strip()
 
 

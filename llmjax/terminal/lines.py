@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-
-from tqdm import tqdm
+import time
 
 from llmjax.escapes import show
 from llmjax.parallel import hosts
+from llmjax.quantities import format_bytes, format_duration
+from llmjax.terminal.bar import Bar
 
 
 def say(text: str = "") -> None:
@@ -23,16 +24,21 @@ def format_table(rows: dict[str, str]) -> str:
 
 
 def indent(text: str) -> str:
-    """`text` behind a bar, every line of it."""
+    """`text` as a quotation: every line of it behind a vertical line."""
     return "\n".join(f"  | {line}" for line in text.split("\n"))
 
 
 class StageProgress:
-    """A bar per stage on a terminal, nothing elsewhere: `progress(stage, done, total)`. A context manager."""
+    """Shows how far each stage is that reads or writes bytes: `progress(stage, bytes done, bytes in all)`.
+
+    Each stage has a bar of its own, which vanishes when the stage ends. Nothing is shown where standard error is no
+    terminal, and by processes other than the first. A context manager.
+    """
 
     def __init__(self) -> None:
         self._stage = ""
-        self._bar: tqdm | None = None
+        self._bar: Bar | None = None
+        self._began = 0.0
 
     def __enter__(self) -> StageProgress:
         return self
@@ -44,17 +50,15 @@ class StageProgress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         if not (hosts.is_primary() and sys.stderr.isatty()):
             return
-        bar = self._bar
-        if bar is None or stage != self._stage:
+        before, after = (
+            f"{stage} {done / max(total, 1):4.0%}",
+            f"{format_bytes(done)} of {format_bytes(total)}",
+        )
+        if self._bar is None or stage != self._stage:
             self.__exit__()
-            self._stage = stage
-            self._bar = bar = tqdm(
-                total=total,
-                desc=stage,
-                unit="B",
-                unit_scale=True,
-                leave=False,
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} ETA {remaining}",
-            )
-        bar.update(done - bar.n)
+            self._bar = Bar(total, before, after, stays=False)
+            self._stage, self._began = stage, time.monotonic()
+        if done:
+            left = (time.monotonic() - self._began) * (total - done) / done
+            after += f"  ETA {format_duration(max(left, 0))}"
+        self._bar.show(done, before, after)

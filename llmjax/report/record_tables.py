@@ -1,0 +1,62 @@
+"""The tables of the report: every evaluation, every event, and every change of the batch with its reason."""
+
+import numpy as np
+
+from llmjax.quantities import format_number
+from llmjax.report import curves
+from llmjax.report.page_parts import figure_table, folded, section
+from llmjax.report.results import FEW_DIGITS
+from llmjax.report.run_files import Run
+from llmjax.workdir.metrics import Metrics, column
+
+# A table of more rows than this is folded, so that it fills no screen by itself.
+LONG = 12
+
+
+def draw_evaluations(run: Run) -> str:
+    """A row for each evaluation. Scores come first; further columns show whatever else was measured."""
+    lines = run.metrics.evaluate
+    if not lines:
+        return ""
+    scores = {score.name: score for score in run.scores}
+    first = [key for key in ("update", "tokens", *scores) if any(key in line for line in lines)]
+    measured = {key for line in lines for key, value in line.items() if isinstance(value, float)}
+    keys = first + sorted(measured - {*first, "seconds"})
+
+    def cell(key: str, value: float | None) -> str:
+        if value is None:
+            return "–"
+        if key == "update":
+            return f"{value:,.0f}"
+        if key in scores and scores[key].digits > FEW_DIGITS:
+            return f"{value:.4f}"
+        return format_number(value, 4)
+
+    rows = [[cell(key, line.get(key)) for key in keys] for line in lines]
+    table = figure_table([key.replace("_", " ") for key in keys], rows)
+    if len(lines) > LONG:
+        table = folded(f"All {len(lines):,} evaluations", table)
+    return section("Held-out evaluations", table)
+
+
+def draw_events(metrics: Metrics) -> str:
+    """The events of the run, how much was dropped and skipped in all, and each change of the batch."""
+    counts = {key: float(np.nansum(column(metrics.train, key))) for key in curves.COUNTED}
+    words = {"dropped": "micro-step{} dropped", "skipped": "update{} skipped"}
+    said = [f"{count:,.0f} {words[key].format('s' * (count != 1))}" for key, count in counts.items() if count]
+    body = f'<p class="note">In all, {" and ".join(said)}.</p>' if said else ""
+    if metrics.events:
+        rows = [
+            [f"{line['update']:,.0f}", str(line.get("event", "")), str(line.get("text", ""))]
+            for line in metrics.events
+        ]
+        table = figure_table(["update", "event", "what happened"], rows, words=2)
+        body = (folded(f"All {len(rows):,} events", table) if len(rows) > LONG else table) + body
+    rows = [
+        [f"{update:,.0f}", f"{before:,.0f} → {after:,.0f}", reason]
+        for update, before, after, reason in curves.batch_changes(metrics)
+    ]
+    if rows:
+        table = figure_table(["update", "micro-steps", "why"], rows, words=1)
+        body += folded(f"Changes of the batch ({len(rows):,})", table)
+    return section("Events", body)
