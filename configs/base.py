@@ -105,15 +105,35 @@ def get_config() -> ConfigDict:
     optimizer.warmup_updates = 40  # of linear rise to the peak
     optimizer.final_lr_fraction = 0.1  # of the peak, at the last update of the schedule
     optimizer.decay_fraction = 0.2  # of the schedule, for wsd: the linear decay at the end
-    optimizer.beta1 = 0.9  # decay of the first moment, per update
-    optimizer.beta2 = 0.95  # decay of the second moment, per update
-    optimizer.eps = 1e-8  # added to the root of the second moment
-    optimizer.muon_form = "debiased"  # debiased | reference: bias-corrected momentum, or as Jordan's own code
     optimizer.weight_decay = 0.1  # not on norms and biases
     optimizer.clip = "global"  # global | block (each layer by itself) | adaptive (by the norm of the weights)
     optimizer.clip_norm = 1.0  # largest gradient norm; adaptive: / weight norm, 0.01 to 0.16; 0 = off
     optimizer.batch_scaling = "none"  # learning rate times this power of the batch: none | sqrt | linear
-    optimizer.constant_in = "updates"  # updates | tokens: what betas and weight_decay are constant in
+    optimizer.constant_in = "updates"  # updates | tokens: per which all decays, weight_decay too, are fixed
+
+    # One section for each optimizer. A key of an optimizer that the run does not use may not be changed.
+    c.adamw = adamw = ConfigDict()
+    adamw.beta1 = 0.9  # decay of the first moment, per update
+    adamw.beta2 = 0.95  # decay of the second moment, per update
+    adamw.eps = 1e-8  # added to the root of the second moment
+
+    c.lion = lion = ConfigDict()
+    lion.beta1 = 0.9  # weight of the momentum, against the newest gradient, in the sum whose sign is the step
+    lion.beta2 = 0.95  # decay of the momentum, per update
+
+    c.adafactor = adafactor = ConfigDict()
+    adafactor.momentum = 0.9  # decay of the momentum, per update; 0 saves its memory
+    adafactor.decay_cap = 0.95  # largest decay of the second moment, per update
+
+    # Muon trains the matrices inside the network; embeddings, output head, norms and biases: AdamW, by the keys above.
+    c.muon = muon = ConfigDict()
+    muon.momentum = 0.95  # decay of the momentum, per update
+    muon.form = "debiased"  # debiased | reference: bias-corrected momentum, or as Jordan's own code
+
+    c.schedule_free_adamw = schedule_free_adamw = ConfigDict()
+    schedule_free_adamw.beta1 = 0.9  # weight of the average in the parameters at which gradients are taken
+    schedule_free_adamw.beta2 = 0.95  # decay of the second moment, per update
+    schedule_free_adamw.eps = 1e-8  # added to the root of the second moment
 
     c.controller = controller = ConfigDict()
     controller.name = "none"  # none | noise_scale | norm_test: what decides accumulation_steps

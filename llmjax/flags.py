@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from llmjax.config.moved import MOVED
+from llmjax.config.moved import MOVED, new_name, new_names
 from llmjax.errors import UserError
 from llmjax.modes.table import MODES
 from llmjax.workdir.contents import saved_config
@@ -46,8 +46,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
     config = load_config(values.config, values.workdir)
     if values.config is None and not overrides.keys() <= set(_keys(config)):
         config = _complete(config, values.workdir)
-    for key, texts in overrides.items():
-        set_key(config, key, texts)
+    # The keys with old names come last: the new name of some depends on optimizer.name, which may be set as well.
+    for key in sorted(overrides, key=MOVED.__contains__):
+        set_key(config, key, overrides[key])
     return values, _complete(config, values.workdir) if values.config is None else config
 
 
@@ -77,6 +78,8 @@ def load_config(path: str | None, workdir: str | None) -> dict[str, Any]:
         if unknown := re.search('Key "(.+?)" does not exist(?:.*Did you mean "(.+?)")?', str(error), re.S):
             key, close = unknown.groups()
             hint = f"; did you mean {close!r}?" if close else ""
+            if moved := new_names(key):
+                hint = f"; it has moved to {' or '.join(moved)}"
             raise UserError(f"--config={path} sets the key {key!r}, which is not known{hint}") from None
         text = " ".join(str(error).split())
         raise UserError(
@@ -94,8 +97,9 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
     """Sets `key`, section.name, to what `texts` mean as a value of its type: the last of them, of a list all."""
     keys = _keys(config)
     if key not in keys:
-        close = [MOVED[key]] if key in MOVED else []
-        close += [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+        if key in MOVED:
+            raise UserError(f"--config.{key} is not known; {_new_name_hint(key, config)}")
+        close = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
         close += difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         hint = f"did you mean --config.{close[0]}?" if close else "configs/base.py lists every key"
         raise UserError(f"--config.{key} is not known; {hint}")
@@ -106,6 +110,15 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
             f"--config.{key} is a section; set its keys, such as --config.{key}.{next(iter(values[name]))}"
         )
     values[name] = _value(values[name], key, texts)
+
+
+def _new_name_hint(key: str, config: dict[str, Any]) -> str:
+    """What to write in place of `key`, which is an old name."""
+    optimizer = config["optimizer"]["name"]
+    new = new_name(key, optimizer)
+    if new is None:
+        return f"optimizer.name={optimizer!r} never read it, so leave it out"
+    return f"did you mean --config.{new}?"
 
 
 def _keys(config: dict[str, Any]) -> list[str]:

@@ -1,8 +1,8 @@
-"""The range of a number in a config, written beside its key: `top_k: Annotated[int, Range(1, 2**24, "off")]`.
+"""What is written beside a key of the config: `top_k: Annotated[int, Range(1, 2**24, "off"), Unset(0)]`.
 
-Every number key of a section has one, and `check_ranges`, which each section calls when it is made, enforces them all.
-So what is not a number that means something (infinite, NaN, negative, too large for the arithmetic behind the key) is
-one sentence before anything else looks at it.
+Every number key of a section has a `Range`, and `check_ranges`, which each section calls when it is made, enforces them
+all. So what is not a number that means something (infinite, NaN, negative, too large for the arithmetic behind the key)
+is one sentence before anything else looks at it. `Unset` is the value of a key in a run that never set it.
 """
 
 from __future__ import annotations
@@ -65,6 +65,18 @@ class Range:
         return f"{broken}; use {' or '.join([*others, allowed])}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Unset:
+    """The value that a key has in a run that does not set it. configs/base.py may give new runs another value.
+
+    It belongs to a run whose config.json is older than the key, and it stands for what such runs did. Where the run
+    uses something that does not read the key, the key must keep this value. A key without an `Unset` is in every
+    config.json that was ever written, so that a file that lacks it is damaged.
+    """
+
+    value: Any
+
+
 def check_ranges(section: str, config: Any) -> None:
     """UserError for the first number of the dataclass `config` that is outside of the range in its annotation.
 
@@ -87,9 +99,19 @@ def check_ranges(section: str, config: Any) -> None:
 @functools.cache
 def ranges(cls: type) -> dict[str, Range]:
     """The range of each field of a dataclass that has one."""
+    return {key: note for key, note in _notes(cls) if isinstance(note, Range)}
+
+
+@functools.cache
+def unset(cls: type) -> dict[str, Any]:
+    """The value of each field of a dataclass that has an `Unset`."""
+    return {key: note.value for key, note in _notes(cls) if isinstance(note, Unset)}
+
+
+def _notes(cls: type) -> list[tuple[str, Any]]:
+    """What is written beside the types of the fields of a dataclass, as pairs of a field and a note."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    extras = {key: getattr(hint, "__metadata__", ()) for key, hint in hints.items()}
-    return {key: bounds for key, found in extras.items() for bounds in found if isinstance(bounds, Range)}
+    return [(key, note) for key, hint in hints.items() for note in getattr(hint, "__metadata__", ())]
 
 
 def shown(value: Any) -> str:

@@ -4,12 +4,14 @@ import dataclasses
 import importlib
 import inspect
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from param_axes import BY_NAME
+from sections import optimizer_section, section
 
 from configs import base
 from llmjax.build.model import FAMILIES
@@ -22,7 +24,6 @@ from llmjax.models.gpt import GPT
 from llmjax.modes import dispatch
 from llmjax.modes.table import MODES
 from llmjax.nn import attention_choice, config, position, remat
-from llmjax.nn.config import ModelConfig
 from llmjax.nn.layers import MLP, Norm
 from llmjax.ops import activation, norm, rope
 from llmjax.ops.attention import sequence_attention
@@ -30,12 +31,15 @@ from llmjax.parallel import mesh
 from llmjax.parallel.rules import Layout
 from llmjax.plan.hlo import traffic
 from llmjax.report import probe_charts
-from llmjax.train.optim import clip, muon, optimizer
+from llmjax.train.optim import clip, optimizer
+from llmjax.train.optim.optimizers import muon, table
 from llmjax.train.steering import batch_schedule, controller, spikes
 from llmjax.train.update import engines, fused
 
 BTD = jnp.zeros((1, 2, 8))
-TINY = config.resolve(ModelConfig(num_layers=1, model_dim=8, num_heads=2))
+# As they are before a test adds another.
+SECTIONS_OF_OPTIMIZERS = tuple(table.OPTIMIZERS)
+TINY = config.resolve(section("model", num_layers=1, model_dim=8, num_heads=2))
 
 
 class Reached(Exception):
@@ -86,11 +90,10 @@ def wanted(name):
     return controller.initial_state(settings, 2)
 
 
-def optimizer_with(**changes):
-    settings = optimizer.OptimizerConfig()
-    for key, value in changes.items():
-        object.__setattr__(settings, key, value)
-    made = optimizer.make_optimizer(settings, 100, BY_NAME)
+def optimizer_with(own=types.MappingProxyType({}), **changes):
+    settings = forced(optimizer_section(), **changes)
+    sections = {name: section(name) for name in SECTIONS_OF_OPTIMIZERS} | own
+    made = optimizer.make_optimizer(settings, sections, 100, BY_NAME)
     made.hyperparameters(10.0, 1.0)
     made.init({"w_DF": jnp.zeros((2, 2))})
 
@@ -120,10 +123,11 @@ TABLES = {
                        lambda name: batch_schedule.BatchSchedule(name, ((0, 8),), 4).accumulation_steps(3)),
     "controller": (controller.RULES, Reaching(), wanted),
     "on_spike": (spikes.ON_SPIKE, Reaching(), spike_limits),
-    "optimizer": (optimizer._TRANSFORMS, reach, lambda name: optimizer_with(name=name)),
+    "optimizer": (table.OPTIMIZERS, Reaching(), lambda name: optimizer_with(name=name)),
     "schedule": (optimizer.SCHEDULES, Reaching(), lambda name: optimizer_with(schedule=name)),
     "constant_in": (optimizer.CONSTANT_IN, reach, lambda name: optimizer_with(constant_in=name)),
-    "muon_form": (muon.MUON_FORMS, reach, lambda name: optimizer_with(name="muon", muon_form=name)),
+    "muon.form": (muon.MUON_FORMS, reach,
+                  lambda name: optimizer_with({"muon": forced(section("muon"), form=name)}, name="muon")),
     "clip": (clip.CLIPS, reach, lambda name: clip.make_clip(name, 1.0, BY_NAME)),
     "fused_gather": (fused.MANUAL, (), lambda name: fused.MANUAL[name]),
     "tokenizer kind": (tokenizer.KINDS, Reaching(),
@@ -202,11 +206,12 @@ NAMED = {
     "train.batch_schedule": batch_schedule.SCHEDULES,
     "compute.engine": engines.ENGINES,
     "compute.gather": fused.MANUAL,
-    "optimizer.name": optimizer._TRANSFORMS,
+    "optimizer.name": table.OPTIMIZERS,
     "optimizer.schedule": optimizer.SCHEDULES,
     "optimizer.batch_scaling": optimizer.BATCH_SCALING,
     "optimizer.constant_in": optimizer.CONSTANT_IN,
     "optimizer.clip": clip.CLIPS,
+    "muon.form": muon.MUON_FORMS,
     "controller.name": controller.RULES,
     "stability.on_spike": spikes.ON_SPIKE,
     "evaluate.probes": suite.PROBES,

@@ -39,14 +39,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lines import can_run, make_parser, report
 from turns import take_turns
 
+from configs.base import get_config
 from llmjax.build.model import make_task_loss
 from llmjax.build.program import Program, make_program
+from llmjax.config.reading import read_config
 from llmjax.parallel.host_memory import keep_freed_memory
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.plan.hlo.parse import NO_TRIPS, Module, Trips, loops, parse
 from llmjax.plan.hlo.traffic import bytes_touched, collectives
 from llmjax.plan.topology import topology_devices
-from llmjax.train.optim.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from llmjax.train.optim.optimizer import Optimizer, make_optimizer
 from llmjax.train.optim.param_roles import Roles
 from llmjax.train.steering.steering import Measured
 from llmjax.train.update.accumulate import UpdateInputs
@@ -62,7 +64,8 @@ STEPS = 8
 MATRICES = 16
 TIME_GOAL, MEMORY_GOAL, REDUCTION_GOAL, CONTROLLER_GOAL = 0.1, 17.0, 1.9, 0.01
 STOCK = "optax.MultiSteps(optax.adamw)"
-OPTIMIZER = OptimizerConfig(name="adamw", clip_norm=0.0)
+BASE = read_config(get_config().to_dict())
+OPTIMIZER = dataclasses.replace(BASE.optimizer, name="adamw", clip_norm=0.0)
 DECODER = {  # changes to configs/base.py: 470 M parameters
     "model.num_layers": 24, "model.model_dim": 1024, "model.num_heads": 16, "model.mlp_dim": 4096,
     "model.dtype": "bfloat16", "compute.scan_layers": True, "compute.remat": "full", "tokenizer.vocab_size": 65536,
@@ -100,7 +103,7 @@ class Engines:
 
     @property
     def optimizer(self) -> Optimizer:
-        return make_optimizer(OPTIMIZER, 100, self.roles)
+        return make_optimizer(OPTIMIZER, BASE.optimizers, 100, self.roles)
 
     def order(self) -> UpdateInputs:
         hyper = self.optimizer.hyperparameters(0.0, 1.0)

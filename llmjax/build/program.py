@@ -103,7 +103,7 @@ class Program:
     @property
     def averages(self) -> bool:
         """Whether `eval_params` are others than the parameters in training."""
-        return self.config.optimizer.name == "schedule_free_adamw"
+        return self.engine.optimizer.averages
 
     @property
     def placement(self) -> Placement:
@@ -182,7 +182,11 @@ def make_program(
     make_engine = choose(ENGINES, "compute.engine", config.compute.engine)
     engine = make_engine(
         make_optimizer(
-            config.optimizer, config.train.num_updates, roles, offload=config.compute.offload_optimizer
+            config.optimizer,
+            config.optimizers,
+            config.train.num_updates,
+            roles,
+            offload=config.compute.offload_optimizer,
         ),
         options=EngineOptions(config.compute.gather, config.model.dtype),
     )

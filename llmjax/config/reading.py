@@ -1,8 +1,7 @@
 """The one reader of config files and of saved configs: nested mappings become a `Config`.
 
-A config file has every key. The config.json of an older run has none of the keys that are newer than the run: there the
-default of the dataclass is taken, so the default of a new key must keep the meaning of the runs that did not know it.
-What new runs do is said by configs/base.py.
+A config file has every key. The config.json of an older run lacks the keys that are newer than the run. They take the
+value of the `Unset` beside the key, which says what the runs did that did not know it.
 """
 
 from __future__ import annotations
@@ -14,29 +13,11 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmjax.config.moved import MOVED
+from llmjax.config.moved import MOVED, new_name
 from llmjax.config.schema import Config
 from llmjax.errors import UserError
-from llmjax.ranges import shown
-from llmjax.train.optim.optimizer import OptimizerConfig
-
-# The keys that every version has written: a saved config without one of them is damaged. All others have a default.
-FIRST_KEYS = {
-    "": "seed",
-    "model": "family num_layers model_dim num_heads num_kv_heads head_dim mlp_dim activation norm norm_eps position "
-    "rope_theta qk_norm use_bias tie_embeddings logit_softcap dropout init_std dtype",
-    "tokenizer": "kind path vocab_size train_bytes character_coverage num_reserved",
-    "data": "sources text_field on_bad_text seq_len held_out_fraction cache_dir num_workers prefetch",
-    "mesh": "data fsdp seq tensor",
-    "compute": "micro_batch_size accumulation_steps scan_layers remat kernel",
-    "train": "num_updates tokens_per_update z_loss",
-    "optimizer": "name learning_rate schedule warmup_updates final_lr_fraction decay_fraction beta1 beta2 eps "
-    "weight_decay clip_norm",
-    "evaluate": "every batch_size",
-    "checkpoint": "every keep keep_best",
-    "generate": "max_tokens temperature top_k top_p seed",
-    "plan": "topology",
-}
+from llmjax.ranges import shown, unset
+from llmjax.train.optim.optimizers.table import OPTIMIZERS
 
 
 def read_config(raw: Mapping[str, Any]) -> Config:
@@ -60,10 +41,15 @@ def _with_names_of_now(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     renamed = {
         name: dict(values) if isinstance(values, Mapping) else values for name, values in saved.items()
     }
-    for old, new in MOVED.items():
-        (section, key), (new_section, new_key) = old.split("."), new.split(".")
-        if key in renamed.get(section, {}):
-            renamed.setdefault(new_section, {})[new_key] = renamed[section].pop(key)
+    optimizer = renamed.get("optimizer", {}).get("name")
+    for old in MOVED:
+        section, key = old.split(".")
+        if key not in renamed.get(section, {}):
+            continue
+        value, new = renamed[section].pop(key), new_name(old, optimizer)
+        if new is not None:
+            new_section, new_key = new.split(".")
+            renamed.setdefault(new_section, {})[new_key] = value
     return renamed
 
 
@@ -77,30 +63,32 @@ def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[st
     prefix = f"{section}." if section else ""
     if not isinstance(saved, Mapping):
         raise UserError(f"{path} has {section}={shown(saved)}, which is no section of keys; restore the file")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints, older = _hints(cls), unset(cls)
     for key in saved:
-        if key not in fields:
+        if key not in hints:
             raise UserError(
                 f"{path} has the key {prefix}{key}, which this version of llmjax does not know"
-                f"{did_you_mean(key, fields)}; use the version that wrote it"
+                f"{did_you_mean(key, hints)}; use the version that wrote it"
             )
-    hints = _hints(cls)
     values: dict[str, Any] = {}
-    for key, field in fields.items():
+    for key in hints:
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _complete_section(hints[key], saved.get(key, {}), prefix + key, path)
         elif key in saved:
             values[key] = saved[key]
-        elif key in FIRST_KEYS.get(section, "").split():
-            raise UserError(f"{path} lacks the key {prefix}{key}, which every run has; restore the file")
+        elif key in older:
+            values[key] = list(older[key]) if isinstance(older[key], tuple) else older[key]
         else:
-            values[key] = list(field.default) if isinstance(field.default, tuple) else field.default
+            raise UserError(f"{path} lacks the key {prefix}{key}, which every run has; restore the file")
     return values
 
 
-def read_optimizer(saved: Mapping[str, Any], workdir: Any) -> OptimizerConfig:
-    """The optimizer of the saved config of the run in `workdir`."""
-    return _read_section(OptimizerConfig, complete_config(saved, workdir)["optimizer"], "optimizer.")
+def read_optimizer(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
+    """The section `optimizer` and the sections of all optimizers in the saved config of the run in `workdir`."""
+    complete, hints = complete_config(saved, workdir), _hints(Config)
+    return {
+        name: _read_section(hints[name], complete[name], f"{name}.") for name in ("optimizer", *OPTIMIZERS)
+    }
 
 
 def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:

@@ -17,6 +17,7 @@ from llmjax.nn.config import resolve
 from llmjax.nn.position import POSITIONS
 from llmjax.ops.attention.sequence_attention import Sharing
 from llmjax.parallel.mesh import mesh_shape
+from llmjax.train.optim.optimizers.table import check_all_read
 from llmjax.train.steering.batch_schedule import (
     BatchArithmetic,
     BatchSchedule,
@@ -62,6 +63,7 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     Every rule that crosses sections is checked here, before anything is read, compiled or written.
     """
     config = dataclasses.replace(config, model=resolve(config.model))
+    check_all_read(config.optimizer.name, config.optimizers)
     data, fsdp, seq, tensor = mesh_shape(config.mesh, num_devices)
     model, T = config.model, config.data.seq_len
     if T % seq:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from sections import section
 
 from llmjax.models.contract import unbox
 from llmjax.nn.attention import on_each_device
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.nn.stack import Block
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
@@ -23,7 +24,8 @@ from llmjax.train.update.fused import MANUAL
 
 B, T, D = 8, 16, 16
 CONFIG = resolve(
-    ModelConfig(
+    section(
+        "model",
         num_layers=1,
         model_dim=D,
         num_heads=4,

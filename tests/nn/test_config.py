@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
+from sections import section
 
 from llmjax.errors import UserError
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 
-SMALL = ModelConfig(num_layers=2, model_dim=96, num_heads=4)
+SMALL = section("model", num_layers=2, model_dim=96, num_heads=4)
 
 
 def resolved(**changes):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from llmjax.errors import UserError, choose
-from llmjax.ranges import COUNT, FOLD, Range, check_ranges
+from llmjax.ranges import COUNT, FOLD, Range, Unset, check_ranges
 
 SPIKE = 3.0  # times the gradient norm that the averages foretell; a norm that noise alone does not reach
 LEAST_PAIRS = 1e-6  # of W^2: below this all weight is in one part, and rounding decides
@@ -41,13 +41,13 @@ class ControllerConfig:
     Raises UserError for a value out of range.
     """
 
-    name: str = "none"
-    k_min: Annotated[int, Range(1, COUNT)] = 1
-    k_max: Annotated[int, Range(1, COUNT)] = 64
-    half_life: Annotated[int, Range(1, FOLD)] = 200_000
-    hysteresis: Annotated[float, Range(0, 1, below=True)] = 0.25
-    batch_per_noise: Annotated[float, Range(1e-9, 1e9)] = 1.0
-    norm_test_theta: Annotated[float, Range(1e-9, 1e9)] = 0.5
+    name: Annotated[str, Unset("none")] = "none"
+    k_min: Annotated[int, Range(1, COUNT), Unset(1)] = 1
+    k_max: Annotated[int, Range(1, COUNT), Unset(64)] = 64
+    half_life: Annotated[int, Range(1, FOLD), Unset(200_000)] = 200_000
+    hysteresis: Annotated[float, Range(0, 1, below=True), Unset(0.25)] = 0.25
+    batch_per_noise: Annotated[float, Range(1e-9, 1e9), Unset(1.0)] = 1.0
+    norm_test_theta: Annotated[float, Range(1e-9, 1e9), Unset(0.5)] = 0.5
 
     def __post_init__(self) -> None:
         choose(RULES, "controller.name", self.name)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from param_axes import BY_NAME
+from sections import optimizer_of, optimizer_section
 from tiny_run import lines_of
 
 from llmjax.errors import UserError
@@ -31,7 +32,6 @@ from llmjax.train.loop.run import Run
 from llmjax.train.loop.run_position import OpenWindow, Position
 from llmjax.train.loop.stop_request import StopRequest
 from llmjax.train.loop.update_totals import mean_metrics
-from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.steering.batch_schedule import BatchArithmetic, make_batch_schedule
 from llmjax.train.steering.controller import ControllerConfig
 from llmjax.train.steering.length_schedule import make_length_schedule
@@ -43,8 +43,8 @@ from llmjax.workdir.recorder import TIMING, Recorder
 
 ROOT = pathlib.Path(__file__).parents[3]
 STEPS, SIZE, LENGTH, NUM_UPDATES = 2, 4, 8, 12
-OPTIMIZER = make_optimizer(
-    OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_updates=0), 1, BY_NAME
+OPTIMIZER = optimizer_of(
+    optimizer_section(learning_rate=1e-3, schedule="constant", warmup_updates=0), 1, BY_NAME
 )
 
 

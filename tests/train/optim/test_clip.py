@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 from param_axes import BY_NAME
+from sections import section
 
 from llmjax.models.gpt import GPT
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.parallel.rules import Layout
 from llmjax.train.optim.clip import CLIPS, make_clip
@@ -16,9 +17,9 @@ from llmjax.train.update.gradients import mean_gradient, micro_gradients
 from llmjax.types import LossSums
 
 MODELS = {
-    "llama": ModelConfig(num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, tie_embeddings=False),
-    "gpt2": ModelConfig(
-        num_layers=3, model_dim=16, num_heads=4, activation="gelu", norm="layernorm", position="learned",
+    "llama": section("model", num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, tie_embeddings=False),
+    "gpt2": section(
+        "model", num_layers=3, model_dim=16, num_heads=4, activation="gelu", norm="layernorm", position="learned",
         use_bias=True,
     ),
 }  # fmt: skip

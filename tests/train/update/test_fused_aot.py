@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from param_axes import BY_NAME
+from sections import section
 
 from llmjax.models.gpt import GPT
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.attention import blockwise
 from llmjax.parallel.mesh import MeshConfig, make_mesh
@@ -40,7 +41,7 @@ def compiled(capacity, gather="update", **sizes):
     """A decoder's window of `capacity` micro-steps for 8 chips: its collectives, its parameters, how many sums."""
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), topology_devices("v5e:2x4"))
     layout = Layout(mesh, MANUAL[gather])
-    config = resolve(ModelConfig(**SHAPE))
+    config = resolve(section("model", **SHAPE))
     model = GPT(
         config, VOCAB, LENGTH, layout, blockwise.attend, compute=LayerCompute(scan_layers=True, remat="full")
     )

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from param_axes import BY_NAME
+from sections import section
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.attention import Attention
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import MLP, Norm
 from llmjax.ops.attention import full
@@ -23,7 +24,7 @@ from llmjax.train.update.statistics import make_statistics
 from llmjax.types import Batch
 
 V, T, L = 64, 24, 4
-TINY = ModelConfig(num_layers=L, model_dim=16, num_heads=4, init_std=0.2, dropout=0.1)
+TINY = section("model", num_layers=L, model_dim=16, num_heads=4, init_std=0.2, dropout=0.1)
 BATCH = 4
 
 

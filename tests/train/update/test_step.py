@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from param_axes import BY_NAME
+from sections import optimizer_of, optimizer_section
 
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.in_place import InPlace
 from llmjax.train.update.state import init_state, state_shardings
@@ -54,8 +54,8 @@ class Setup:
     def __init__(self, k, mesh_config=None, loss_fn=loss_fn, **optimizer):
         devices = jax.devices() if mesh_config else jax.devices()[:1]
         self.mesh = make_mesh(mesh_config or MeshConfig(), devices)
-        config = OptimizerConfig(**{"warmup_updates": 4, "learning_rate": 0.05, **optimizer})
-        self.optimizer, self.k, self.traces = make_optimizer(config, 40, BY_NAME), k, 0
+        config = optimizer_section(**{"warmup_updates": 4, "learning_rate": 0.05, **optimizer})
+        self.optimizer, self.k, self.traces = optimizer_of(config, 40, BY_NAME), k, 0
         self.engine = InPlace(self.optimizer, k)
 
         def counted(*args):
