@@ -14,13 +14,17 @@ from param_axes import BY_NAME
 from sections import optimizer_section, section
 
 from configs import base
-from llmjax.build.model import FAMILIES
+from configs.base import get_config
+from llmjax.build.model import make_model
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
 from llmjax.data.layout import layout
 from llmjax.data.sources import sources
 from llmjax.data.tokenizer import tokenizer
 from llmjax.errors import UserError
 from llmjax.evaluate.probes import sentences, suite
 from llmjax.models.gpt import GPT
+from llmjax.models.table import FAMILIES
 from llmjax.modes import dispatch
 from llmjax.modes.table import MODES
 from llmjax.nn import attention_choice, config, position, remat
@@ -59,6 +63,12 @@ class Reaching:
 
 def model(**changes):
     return GPT(dataclasses.replace(TINY, **changes), 16, 4)
+
+
+def model_of_family(name):
+    whole, derived = resolve_config(read_config(get_config().to_dict()), 1)
+    whole = dataclasses.replace(whole, model=forced(whole.model, family=name))
+    make_model(whole, derived, 16, Layout(mesh.make_mesh(whole.mesh, jax.devices()[:1])))
 
 
 def kernel_call(name):
@@ -105,6 +115,7 @@ def decode_badly(name):
 
 # What is asked for -> (table, an entry to add, who looks a name up in it).
 TABLES = {
+    "family": (FAMILIES, reach, model_of_family),
     "activation": (activation.ACTIVATIONS, activation.Activation(reach),
                    lambda name: MLP(dataclasses.replace(TINY, activation=name), Layout()).init(jax.random.key(0), BTD)),
     "activation, FLOPs": (activation.ACTIVATIONS, Reaching(), flops),
@@ -186,7 +197,7 @@ def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
 
     def make_and_apply():
         changed = config.resolve(dataclasses.replace(TINY, mlp_dim=0, **{key: "never_heard_of"}))
-        gpt = FAMILIES[changed.family](changed, 16, 4)
+        gpt = GPT(changed, 16, 4)
         params = gpt.init(jax.random.key(0))
         gpt.decode(params, jnp.zeros((1, 2), jnp.int32), gpt.make_cache(1, 4))
 
@@ -196,6 +207,7 @@ def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
 
 NAMED = {
     **{f"model.{key}": table for key, table in config.CHOICES.items()},
+    "model.family": FAMILIES,
     "compute.offload": remat.OFFLOADS,
     "compute.remat": remat.REMATS,
     "compute.kernel": sequence_attention.ATTENTION,
@@ -227,7 +239,6 @@ def test_the_comments_of_base_name_all_that_a_table_has(key):
 
 def test_tables_of_one_noun_hold_the_same_names():
     """Where two rooms know a noun, one of which may not import the other."""
-    assert tuple(FAMILIES) == config.CHOICES["family"]
     assert ("auto", *sequence_attention.ALGORITHMS) == mesh.SEQ_ATTENTION
     assert ("auto", *layout.LAYOUTS) == mesh.LAYOUTS
     assert attention_choice.TRADED.keys() == sequence_attention.ALGORITHMS.keys()

@@ -10,8 +10,9 @@ from llmjax.data.examples.contract import Examples
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.layout.layout import RowLayout
 from llmjax.data.tokenizer.tokenizer import KINDS
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.evaluate.probes.suite import PROBES
+from llmjax.models.table import FAMILIES
 from llmjax.nn.attention_choice import choose_sharing
 from llmjax.nn.config import resolve
 from llmjax.nn.position import POSITIONS
@@ -62,6 +63,7 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
 
     Every rule that crosses sections is checked here, before anything is read, compiled or written.
     """
+    choose(FAMILIES, "model.family", config.model.family)
     config = dataclasses.replace(config, model=resolve(config.model))
     check_all_read(config.optimizer.name, config.optimizers)
     data, fsdp, seq, tensor = mesh_shape(config.mesh, num_devices)

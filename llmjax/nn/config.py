@@ -12,9 +12,8 @@ from llmjax.ops.norm import NORMS
 from llmjax.ops.rope import SCALINGS
 from llmjax.ranges import COUNT, Range, Unset, check_ranges, unset
 
-# What each name means is said by tables; those of `family` and `dtype` are in build/program.py and in jax.
+# The names that a key may have. `model.family` is not among them: its table lies above, in `models/table.py`.
 CHOICES = {
-    "family": ("gpt",),
     "activation": ACTIVATIONS,
     "norm": NORMS,
     "position": POSITIONS,

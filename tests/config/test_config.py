@@ -90,6 +90,7 @@ BAD = {
         {"model__activation": "swigloo"},
         r"model.activation='swigloo' is not known; use one of swiglu",
     ),
+    "family": ({"model__family": "gtp"}, r"model.family='gtp' is not known; use one of gpt"),
     "dropout": ({"model__dropout": 1.5}, r"model.dropout=1.5"),
     "not closing": ({"train__tokens_per_update": 8000}, r"train.tokens_per_update=8000 .* data.seq_len=512"),
     "product": (

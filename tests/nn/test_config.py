@@ -56,7 +56,6 @@ def test_sizes_that_are_given_stay():
     ({"norm": "none"}, "model.norm='none' is not known"),
     ({"position": "alibi"}, "model.position='alibi' is not known"),
     ({"dtype": "float16"}, "model.dtype='float16' is not known"),
-    ({"family": "gtp"}, "model.family='gtp' is not known"),
     ({"norm_eps": -1.0}, "model.norm_eps=-1.0"),
     ({"init_std": -1.0}, "model.init_std=-1.0"),
     ({"rope_theta": 0.0}, "model.rope_theta=0.0"),
