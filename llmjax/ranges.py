@@ -14,19 +14,22 @@ from typing import Any
 
 from llmjax.errors import UserError
 
-LONGEST = 60  # characters of a value that are shown in a sentence
-COUNT = 2**31 - 1  # what counters of updates, sequences and positions on the devices can hold
-FOLD = 2**63 - 1  # what 64 bits with a sign can hold: seeds, tokens seen
+# The most characters of a value that a sentence shows.
+LONGEST = 60
+# The largest int32: the counters of updates, sequences and positions on the devices.
+COUNT = 2**31 - 1
+# The largest int64: seeds, and tokens seen.
+FOLD = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers from `least` to `most`.
+    """The numbers from `least` to `most` that a key allows.
 
-    zero   what a 0 stands for, as in "0 for none"; where it is set, 0 is allowed though it may be less than `least`
+    zero   what a 0 stands for, as in "0 for none". If this is not empty, 0 is allowed even if it is less than `least`
     all    whether -1 is allowed too, and stands for all that is left
-    above  whether `least` itself is left out
-    below  whether `most` itself is left out
+    above  whether only numbers above `least` are allowed, without `least` itself
+    below  whether only numbers below `most` are allowed, without `most` itself
     """
 
     least: float
@@ -44,7 +47,7 @@ class Range:
         return enough and (value < self.most if self.below else value <= self.most)
 
     def rule(self, value: float) -> str:
-        """What a `value` outside of the range breaks, and what to do: the end of a sentence that names it."""
+        """The end of a sentence about a `value` outside of the range: the rule that it breaks, and what to do."""
         least, most = _shortest(self.least), _shortest(self.most)
         if (self.least, self.most) == (0, 1):
             interval = f"{'(' if self.above else '['}{least}, {most}{')' if self.below else ']'}"
@@ -115,10 +118,11 @@ def _notes(cls: type) -> list[tuple[str, Any]]:
 
 
 def shown(value: Any) -> str:
-    """`value` as a sentence shows it: like in Python, with control characters escaped, and cut where it is long."""
+    """`value` as a sentence shows it: as in Python, control characters escaped, and cut to `LONGEST` characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python spells whole numbers out up to some 4300 digits
+    except ValueError:
+        # Python refuses to write out a whole number of more than 4300 digits.
         return f"a {type(value).__name__} of more digits than can be shown"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 

@@ -26,16 +26,17 @@ def read_config(raw: Mapping[str, Any]) -> Config:
 
 
 def complete_config(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
-    """The saved config of the run in `workdir` with the defaults of the keys that are newer than the run.
+    """The saved config of the run in `workdir` with every key of today.
 
-    UserError where a key is not known here, as in the run of a newer version, and where one is missing that every
+    UserError for a key that is not known, as a newer version of llmjax writes it, and for a missing key that every
     version has written.
     """
     return _complete_section(Config, _with_names_of_now(saved), "", f"{workdir}/config.json")
 
 
 def _with_names_of_now(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`saved` with the keys that have moved since under their new names."""
+    """`saved` with the keys of `MOVED` under their new names."""
+    # A section that is no section is named by whoever reads on.
     if not all(isinstance(values, Mapping) for name, values in saved.items() if name != "seed"):
         return saved
     renamed = {
@@ -60,6 +61,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[str, Any]:
+    """The keys of the dataclass `cls` from `saved`, and the value of `Unset` for the keys that `saved` lacks."""
     prefix = f"{section}." if section else ""
     if not isinstance(saved, Mapping):
         raise UserError(f"{path} has {section}={shown(saved)}, which is no section of keys; restore the file")
@@ -92,6 +94,7 @@ def read_optimizer(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
 
 
 def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
+    """The dataclass `cls` with the values of `raw`, which must have exactly its keys."""
     hints = _hints(cls)
     for key in raw:
         if key not in hints:
@@ -115,12 +118,15 @@ def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _read_value(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type `hint`, or a UserError; an int may stand for a float, one string for a tuple of strings, and
-    strings for whole numbers in a tuple."""
+    """`value` as the type `hint`; UserError where it is of another type.
+
+    An int may stand for a float, one string for a tuple of strings, and strings for the whole numbers of a tuple.
+    """
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
-        except OverflowError:  # no float is so large, and no range either: it stays what it is
+        except OverflowError:
+            # No float is so large. The check of the key's range names it, with the int as the user wrote it.
             return value
     if hint == tuple[int, ...]:
         values = value if isinstance(value, list | tuple) else (value,)
@@ -141,7 +147,7 @@ def _read_value(value: Any, hint: Any, key: str) -> Any:
 
 
 def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:
-    """The whole numbers in `values`, which may be numbers or texts with commas between them; None for others."""
+    """The whole numbers in `values`, each a number or a text of numbers with commas between; None for anything else."""
     if not all(isinstance(v, int | str) and not isinstance(v, bool) for v in values):
         return None
     parts: list[Any] = []
@@ -154,7 +160,7 @@ def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:
 
 
 def _check_text(value: Any, texts: Sequence[str], key: str) -> None:
-    """UserError for the character of code 0, which ends a text wherever the operating system reads it."""
+    """UserError where one of `texts` has the character of code 0, at which the operating system would end it."""
     if any("\0" in text for text in texts):
         raise UserError(
             f"{key}={shown(value)} has a character of code 0, which no name can hold; leave it out"
@@ -162,6 +168,6 @@ def _check_text(value: Any, texts: Sequence[str], key: str) -> None:
 
 
 def did_you_mean(word: str, words: typing.Iterable[str]) -> str:
-    """The end of an error message: the likeliest of `words`, or nothing."""
+    """The end of an error message that asks whether the most similar of `words` was meant; "" where none is similar."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -133,8 +133,8 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimizer of a run of `num_updates` updates of train.tokens_per_update tokens.
 
-    `sections` are those of all optimizers, `roles` those of the parameters to be trained. With `offload` the
-    optimizer's state lies in the memory of the hosts.
+    `sections` holds the sections of all optimizers, and `roles` describes the parameters to be trained. With `offload`
+    the optimizer's state lies in the memory of the hosts.
     """
     kind = OPTIMIZERS[config.name]
     schedule, scaling = make_schedule(config, num_updates), BATCH_SCALING[config.batch_scaling]
@@ -143,8 +143,8 @@ def make_optimizer(
         scale = size**scaling
         exponent, decay_factor = CONSTANT_IN[config.constant_in](size, scale)
         decays = {name: decay**exponent for name, decay in kind.decays(sections).items()}
-        # A large update stands for `size` small ones that end at done + 1, ..., done + size. It takes the learning rate
-        # at the middle of these.
+        # This update stands for `size` updates of size 1, which end at done + 1, ..., done + size. It takes the rate at
+        # the middle of them.
         rate = schedule(done + (size + 1) / 2)
         return Hyperparameters(scale * rate, config.weight_decay * decay_factor, decays)
 
