@@ -7,6 +7,7 @@ from typing import Any
 
 from configs.base import get_config
 from llmjax.config.schema import Config
+from llmjax.parallel.mesh import AXES, MeshConfig
 from llmjax.train.optim.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.train.optim.param_roles import Roles
@@ -17,6 +18,11 @@ SECTIONS = typing.get_type_hints(Config)
 def section(name: str, /, **changes: Any) -> Any:
     """The section `name` of configs/base.py with `changes`."""
     return SECTIONS[name](**get_config()[name].to_dict() | changes)
+
+
+def mesh_section(*sizes: int, **changes: Any) -> MeshConfig:
+    """The section `mesh`; `sizes` are those of its first axes, in the order of `AXES`."""
+    return section("mesh", **dict(zip(AXES, sizes)) | changes)
 
 
 def optimizer_section(name: str = "adamw", **changes: Any) -> OptimizerConfig:

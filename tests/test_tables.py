@@ -89,13 +89,13 @@ def kept(name):
 
 
 def spike_limits(name):
-    settings = dataclasses.replace(spikes.StabilityConfig())
+    settings = dataclasses.replace(section("stability"))
     object.__setattr__(settings, "on_spike", name)
     return spikes.limits(settings, spikes.StabilityState())
 
 
 def wanted(name):
-    settings = controller.ControllerConfig()
+    settings = section("controller")
     object.__setattr__(settings, "name", name)
     return controller.initial_state(settings, 2)
 
@@ -142,7 +142,7 @@ TABLES = {
     "clip": (clip.CLIPS, reach, lambda name: clip.make_clip(name, 1.0, BY_NAME)),
     "fused_gather": (fused.MANUAL, (), lambda name: fused.MANUAL[name]),
     "tokenizer kind": (tokenizer.KINDS, Reaching(),
-                       lambda name: tokenizer.train_tokenizer(forced(tokenizer.TokenizerConfig(), kind=name), ["a"])),
+                       lambda name: tokenizer.train_tokenizer(forced(section("tokenizer"), kind=name), ["a"])),
     "on_bad_text": (sources._BAD_TEXT, True, decode_badly),
     "language of a pass key": (sentences.PASS_KEYS, (reach, "", "", ""), lambda name: sentences.pass_key(name, 0)),
     "probe, words": (suite.WORDS, reach, lambda name: suite.describe({name: [1]})),

@@ -39,12 +39,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lines import can_run, make_parser, report
 from turns import take_turns
 
-from configs.base import get_config
 from llmjax.build.model import make_task_loss
 from llmjax.build.program import Program, make_program
-from llmjax.config.reading import read_config
 from llmjax.parallel.host_memory import keep_freed_memory
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.plan.hlo.parse import NO_TRIPS, Module, Trips, loops, parse
 from llmjax.plan.hlo.traffic import bytes_touched, collectives
 from llmjax.plan.topology import topology_devices
@@ -64,7 +62,7 @@ STEPS = 8
 MATRICES = 16
 TIME_GOAL, MEMORY_GOAL, REDUCTION_GOAL, CONTROLLER_GOAL = 0.1, 17.0, 1.9, 0.01
 STOCK = "optax.MultiSteps(optax.adamw)"
-BASE = read_config(get_config().to_dict())
+BASE, _ = load_config({})
 OPTIMIZER = dataclasses.replace(BASE.optimizer, name="adamw", clip_norm=0.0)
 DECODER = {  # changes to configs/base.py: 470 M parameters
     "model.num_layers": 24, "model.model_dim": 1024, "model.num_heads": 16, "model.mlp_dim": 4096,
@@ -177,7 +175,7 @@ def stock_window(params: Params, grads: Params) -> Callable[[], dict[str, float]
 
 def summing_window(engine: str, params: Params, grads: Params) -> Callable[[], dict[str, float]]:
     """Milliseconds per micro-step of an engine with a call for each one, and of the micro-steps that end no update."""
-    engines = Engines(params, make_mesh(MeshConfig(), jax.devices()[:1]))
+    engines = Engines(params, make_mesh(BASE.mesh, jax.devices()[:1]))
     micro_step = functools.partial(engines.micro_step, engine)
     step, order, batch = jax.jit(micro_step, donate_argnums=0), engines.order(), engines.batch()
     state = engines.state(engine)
@@ -196,7 +194,7 @@ def summing_window(engine: str, params: Params, grads: Params) -> Callable[[], d
 
 def fused_window(params: Params, grads: Params) -> Callable[[], dict[str, float]]:
     """The same of our `fused`; a micro-step is what a window of eight takes longer than one of one."""
-    engines = Engines(params, make_mesh(MeshConfig(), jax.devices()[:1]))
+    engines = Engines(params, make_mesh(BASE.mesh, jax.devices()[:1]))
     step, order, batch = jax.jit(engines.fused, donate_argnums=0), engines.order(), engines.batch(STEPS)
     state = engines.state("fused")
 
@@ -265,7 +263,7 @@ def compiled(function: Callable, donate: tuple[int, ...], *args: Any) -> Module:
 
 def bench_memory(smoke: bool) -> None:
     """Programs for one chip, whose parameters are too large to stay in its VMEM."""
-    mesh, width = make_mesh(MeshConfig(), topology_devices("v5e:1x1")), 128 if smoke else 8192
+    mesh, width = make_mesh(BASE.mesh, topology_devices("v5e:1x1")), 128 if smoke else 8192
     params = matrices(4, width)
     engines, size = Engines(params, mesh), 4 * width**2
 

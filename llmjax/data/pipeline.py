@@ -53,8 +53,8 @@ class DataConfig:
     cache_dir: str
     num_workers: Annotated[int, Range(1, 1024, "one per core")]
     prefetch: Annotated[int, Range(1, 1024, "none")]
-    length_points: Annotated[tuple[str, ...], Unset(())] = ()
-    source_len: Annotated[int, Range(1, 2**30, "data.seq_len"), Unset(0)] = 0
+    length_points: Annotated[tuple[str, ...], Unset(())]
+    source_len: Annotated[int, Range(1, 2**30, "data.seq_len"), Unset(0)]
 
     def __post_init__(self):
         check_ranges("data", self)

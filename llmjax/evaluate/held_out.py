@@ -33,8 +33,8 @@ class EvaluateConfig:
 
     every: Annotated[int, Range(1, COUNT, "only at the end")]
     batch_size: Annotated[int, Range(1, 2**24, "the micro-batch size")]
-    probes: Annotated[tuple[str, ...], Unset(())] = ()
-    probe_lengths: Annotated[tuple[int, ...], Range(1, 2**30), Unset(())] = ()
+    probes: Annotated[tuple[str, ...], Unset(())]
+    probe_lengths: Annotated[tuple[int, ...], Range(1, 2**30), Unset(())]
 
     def __post_init__(self):
         check_ranges("evaluate", self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Annotated
 
 from llmjax.errors import UserError, choose
@@ -13,7 +14,7 @@ from llmjax.ops.rope import SCALINGS
 from llmjax.ranges import COUNT, Range, Unset, check_ranges, unset
 
 # The names that a key may have. `model.family` is not among them: its table lies above, in `models/table.py`.
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "activation": ACTIVATIONS,
     "norm": NORMS,
     "position": POSITIONS,

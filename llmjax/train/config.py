@@ -31,9 +31,9 @@ class TrainConfig:
     num_updates: Annotated[int, Range(0, COUNT)]
     tokens_per_update: Annotated[int, Range(1, FOLD)]
     z_loss: Annotated[float, Range(0, 1e3)]
-    batch_schedule: Annotated[str, Unset("constant")] = "constant"
-    batch_points: Annotated[tuple[str, ...], Unset(())] = ()
-    statistics_every: Annotated[int, Range(1, COUNT, "never"), Unset(0)] = 0
+    batch_schedule: Annotated[str, Unset("constant")]
+    batch_points: Annotated[tuple[str, ...], Unset(())]
+    statistics_every: Annotated[int, Range(1, COUNT, "never"), Unset(0)]
 
     def __post_init__(self):
         check_ranges("train", self)

@@ -20,8 +20,6 @@ from llmjax.errors import UserError
 from llmjax.flags import parse, set_key
 from llmjax.ranges import unset
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
-from llmjax.train.steering.controller import ControllerConfig
-from llmjax.train.steering.spikes import StabilityConfig
 from llmjax.workdir.contents import write_json
 
 # The keys that the config.json of every version has: a file without one of them is damaged.
@@ -266,11 +264,11 @@ def test_an_older_run_that_lacks_a_key_takes_its_default_or_is_named(section, ke
 
 def test_an_older_run_that_lacks_sections_takes_their_defaults(tmp_path):
     saved = saved_run(tmp_path)
-    for section in ("controller", "stability"):
-        del saved[section]
+    for name in ("controller", "stability"):
+        del saved[name]
     write_json(tmp_path / "config.json", saved)
     config = read_config(parse(["llmjax", f"--workdir={tmp_path}", "--config.controller.k_max=9"])[1])
-    assert config.controller == ControllerConfig(k_max=9) and config.stability == StabilityConfig()
+    assert config.controller == section("controller", k_max=9) and config.stability == section("stability")
 
 
 def test_a_changed_value_of_a_key_that_the_run_is_older_than_is_named_with_its_default(tmp_path):

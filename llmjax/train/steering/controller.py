@@ -41,13 +41,13 @@ class ControllerConfig:
     Raises UserError for a value out of range.
     """
 
-    name: Annotated[str, Unset("none")] = "none"
-    k_min: Annotated[int, Range(1, COUNT), Unset(1)] = 1
-    k_max: Annotated[int, Range(1, COUNT), Unset(64)] = 64
-    half_life: Annotated[int, Range(1, FOLD), Unset(200_000)] = 200_000
-    hysteresis: Annotated[float, Range(0, 1, below=True), Unset(0.25)] = 0.25
-    batch_per_noise: Annotated[float, Range(1e-9, 1e9), Unset(1.0)] = 1.0
-    norm_test_theta: Annotated[float, Range(1e-9, 1e9), Unset(0.5)] = 0.5
+    name: Annotated[str, Unset("none")]
+    k_min: Annotated[int, Range(1, COUNT), Unset(1)]
+    k_max: Annotated[int, Range(1, COUNT), Unset(64)]
+    half_life: Annotated[int, Range(1, FOLD), Unset(200_000)]
+    hysteresis: Annotated[float, Range(0, 1, below=True), Unset(0.25)]
+    batch_per_noise: Annotated[float, Range(1e-9, 1e9), Unset(1.0)]
+    norm_test_theta: Annotated[float, Range(1e-9, 1e9), Unset(0.5)]
 
     def __post_init__(self) -> None:
         choose(RULES, "controller.name", self.name)

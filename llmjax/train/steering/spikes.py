@@ -70,11 +70,11 @@ class StabilityConfig:
     Raises UserError for a value out of range.
     """
 
-    on_spike: Annotated[str, Unset("warn")] = "warn"
-    threshold: Annotated[float, Range(0, 1e6, above=True), Unset(6.0)] = 6.0
-    half_life: Annotated[int, Range(1, FOLD), Unset(200_000)] = 200_000
-    warmup_updates: Annotated[int, Range(10, COUNT), Unset(50)] = 50
-    max_skips: Annotated[int, Range(1, COUNT), Unset(20)] = 20
+    on_spike: Annotated[str, Unset("warn")]
+    threshold: Annotated[float, Range(0, 1e6, above=True), Unset(6.0)]
+    half_life: Annotated[int, Range(1, FOLD), Unset(200_000)]
+    warmup_updates: Annotated[int, Range(10, COUNT), Unset(50)]
+    max_skips: Annotated[int, Range(1, COUNT), Unset(20)]
 
     def __post_init__(self) -> None:
         check_ranges("stability", self)

@@ -15,9 +15,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from param_axes import BY_NAME
-from sections import optimizer_of, optimizer_section
+from sections import mesh_section, optimizer_of, optimizer_section
 
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.engines import ENGINES
 from llmjax.train.update.fused import make_update_sums
@@ -104,7 +104,7 @@ def relative_error(params, expected):
 
 
 def train(engine, devices, k, terms):
-    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    mesh = make_mesh(mesh_section(data=devices), jax.devices()[:devices])
     loss = functools.partial(loss_fn, terms=terms)
     specs = {name: P() for name in init_params()}
     accumulator = ENGINES[engine](OPTIMIZER, k, terms)

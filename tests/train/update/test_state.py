@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from param_axes import BY_NAME
-from sections import optimizer_of, optimizer_section
+from sections import mesh_section, optimizer_of, optimizer_section
 
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.in_place import InPlace
@@ -54,7 +54,7 @@ def init_params(rng):
 
 def mesh_of(data, fsdp, tensor):
     devices = jax.devices()[: data * fsdp * tensor]
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+    return make_mesh(mesh_section(data=data, fsdp=fsdp, tensor=tensor), devices)
 
 
 def engine_of(name, k=2):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from param_axes import BY_NAME
-from sections import optimizer_of, optimizer_section
+from sections import mesh_section, optimizer_of, optimizer_section
 
 from configs.gpt2_124m import get_config
 from llmjax.config.reading import read_config
@@ -15,7 +15,7 @@ from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.attention.sequence_attention import make_attend
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
 from llmjax.train.optim.optimizers.adafactor import scale_by_adafactor
 from llmjax.train.optim.param_roles import Roles
@@ -85,7 +85,7 @@ def test_vectors_keep_their_whole_second_moment():
 def test_the_second_moments_of_gpt2_hold_less_than_a_hundredth_of_its_parameters(scan_layers):
     config = read_config(get_config().to_dict())
     model = resolve(config.model)
-    layout = Layout(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    layout = Layout(make_mesh(mesh_section(data=1), jax.devices()[:1]))
     gpt = GPT(
         model,
         50304,
