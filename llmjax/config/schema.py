@@ -1,7 +1,8 @@
 """Everything that decides a run, as frozen dataclasses: one for each section of a config file.
 
 The dataclass of a section lies beside the code that reads it and has exactly the keys of the section. It has no
-defaults: configs/base.py alone says what a run does that sets nothing.
+defaults: configs/base.py alone says what a run does that sets nothing. `LayerCompute` and `CheckpointConfig` do have
+some, for models and checkpoints that are made without a config.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class TrainConfig:
         check_ranges("train", self)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig(LayerCompute):
     """How the work is cut and where things lie: no key of this section, nor of `mesh`, changes the loss curve.
 
@@ -53,11 +53,11 @@ class ComputeConfig(LayerCompute):
     The others are those of `LayerCompute`.
     """
 
-    micro_batch_size: Annotated[int, Range(1, COUNT, "what follows from accumulation_steps")] = 0
-    accumulation_steps: Annotated[int, Range(1, COUNT, "what follows from micro_batch_size")] = 1
-    engine: Annotated[str, Unset("in_place")] = "in_place"
-    gather: Annotated[str, Unset("micro_step")] = "micro_step"
-    offload_optimizer: Annotated[bool, Unset(False)] = False
+    micro_batch_size: Annotated[int, Range(1, COUNT, "what follows from accumulation_steps")]
+    accumulation_steps: Annotated[int, Range(1, COUNT, "what follows from micro_batch_size")]
+    engine: Annotated[str, Unset("in_place")]
+    gather: Annotated[str, Unset("micro_step")]
+    offload_optimizer: Annotated[bool, Unset(False)]
 
     def __post_init__(self) -> None:
         check_ranges("compute", self)

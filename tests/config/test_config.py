@@ -10,6 +10,7 @@ import re
 import typing
 
 import pytest
+from sections import section
 
 from llmjax.config.moved import MOVED, new_name
 from llmjax.config.reading import complete_config, read_config, read_optimizer
@@ -18,6 +19,7 @@ from llmjax.config.resume import check_init, check_resume
 from llmjax.config.schema import Config
 from llmjax.errors import UserError
 from llmjax.flags import parse, set_key
+from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ranges import unset
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.workdir.contents import write_json
@@ -62,14 +64,25 @@ def test_every_config_reads(name):
 
 def test_base_lists_every_key_with_a_comment():
     text = (ROOT / "configs" / "base.py").read_text(encoding="utf-8")
-    for section, hint in typing.get_type_hints(Config).items():
+    for name, hint in typing.get_type_hints(Config).items():
         if not dataclasses.is_dataclass(hint):
             continue
         for field in dataclasses.fields(hint):
-            assert re.search(rf"\b{section}\.{field.name} = [^\n]*", text), f"{section}.{field.name}"
+            assert re.search(rf"\b{name}\.{field.name} = [^\n]*", text), f"{name}.{field.name}"
     assignments = re.findall(r"^    \w+\.(\w+) = (?!.*ConfigDict)(.*)$", text, re.M)
     for key, rest in assignments:
         assert "#" in rest, f"{key} has no comment"
+
+
+def test_base_alone_has_the_defaults():
+    """Apart from what models and checkpoints take that are made without a config."""
+    for name, cls in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(cls) and name != "checkpoint":
+            for field in dataclasses.fields(cls):
+                beside = field.default is not dataclasses.MISSING
+                assert beside == (name == "compute" and field.name in LayerCompute.__dataclass_fields__), (
+                    field.name
+                )
 
 
 def test_the_resolved_config_survives_json():
@@ -304,10 +317,10 @@ def test_a_run_of_a_newer_version_is_named_by_its_key(tmp_path):
 
 
 def test_a_config_file_still_has_every_key(tmp_path):
-    for section, key in saved_keys():
+    for name, key in saved_keys():
         raw = load()
-        del raw[section][key]
-        with pytest.raises(UserError, match=rf"{section}.{key} is missing; start from configs/base.py"):
+        del raw[name][key]
+        with pytest.raises(UserError, match=rf"{name}.{key} is missing; start from configs/base.py"):
             read_config(raw)
 
 
