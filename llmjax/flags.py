@@ -114,7 +114,7 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
 
 def _new_name_hint(key: str, config: dict[str, Any]) -> str:
     """What to write in place of `key`, which is an old name."""
-    optimizer = config["optimizer"]["name"]
+    optimizer = config.get("optimizer", {}).get("name")
     new = new_name(key, optimizer)
     if new is None:
         return f"optimizer.name={optimizer!r} never read it, so leave it out"
