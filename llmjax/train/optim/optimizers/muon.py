@@ -33,7 +33,9 @@ MUON_RMS = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig:
-    """The `muon` section of the config. Embeddings, output head, norms and biases are trained by AdamW with the keys
+    """The `muon` section of the config.
+
+    Muon trains the matrices inside the network. AdamW trains embeddings, output head, norms and biases, with the keys
     of the section `adamw`.
 
     momentum  the decay of the momentum per update (0.95 in Jordan et al. 2024 and Liu et al. 2025)
@@ -65,12 +67,13 @@ def scale_by_muon(
                where the reference counts it 0.68, and 0.39 in the fifth instead of 0.37. For independent gradients
                the second and third update differ from the reference by about 16 % of their length, the tenth by
                4 %, and the fiftieth by less than 0.3 %.
-    reference  as Jordan's code does it: m = 0.95 m + 0.05 g, beginning at zero, and then 0.95 m + 0.05 g.
+    reference  as Jordan's code does it: m = momentum * m + (1 - momentum) * g, beginning at zero, and then the same
+               sum of m and g once more, without a correction.
 
     Both forms depart from Jordan's code in the scale of an update, which is max(1, rows / columns) ** 0.5 times an
     orthogonal matrix there and needs a learning rate of its own beside AdamW's. An orthogonal m x n matrix has the
     root mean square 1 / sqrt(max(m, n)). Here it is multiplied by 0.2 sqrt(max(m, n)), so that its root mean square
-    is the one of AdamW's update and a single learning rate and weight decay serve all parameters (Liu et al. 2025).
+    equals the usual one of AdamW, and a single learning rate and weight decay serve all parameters (Liu et al. 2025).
     Jordan iterates in bfloat16, this function in float32.
     """
 
