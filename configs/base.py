@@ -145,9 +145,7 @@ def get_config() -> ConfigDict:
     controller.norm_test_theta = 0.5  # the largest noise / gradient with which norm_test is content
 
     c.stability = stability = ConfigDict()
-    stability.on_spike = (
-        "warn"  # at a spike of loss or gradient: none | warn | skip | rewind (to a checkpoint)
-    )
+    stability.on_spike = "warn"  # when loss or gradient spikes: none | warn | skip | rewind (to a checkpoint)
     stability.threshold = 6.0  # standard deviations above the running level from which on a value is a spike
     stability.half_life = 200_000  # tokens after which a value counts half in the running level
     stability.warmup_updates = 50  # updates at the beginning in which nothing is a spike
@@ -156,7 +154,7 @@ def get_config() -> ConfigDict:
     c.evaluate = evaluate = ConfigDict()
     evaluate.every = 100  # updates between evaluations on the held-out documents; 0 = only at the end
     evaluate.batch_size = 0  # sequences per call; 0 = the micro-batch size
-    evaluate.probes = ()  # long-context probes at the end of the run: position, context, passkey, needle, copy
+    evaluate.probes = ()  # of long context, after the last update: position, context, passkey, needle, copy
     evaluate.probe_lengths = ()  # tokens of probe texts, also above seq_len; () = 1, 16, 32, 64, ... seq_len
 
     c.checkpoint = checkpoint = ConfigDict()

@@ -47,7 +47,7 @@ def test_every_axis_of_the_table_is_of_activations_or_has_a_side_that_a_role_kno
         if axis.side:
             assert name in Role.of((name,)).axes
         else:
-            assert name in ("batch", "length")
+            assert name in ("batch", "length", "source_length")
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
