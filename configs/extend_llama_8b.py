@@ -2,10 +2,10 @@
 
     python -m llmjax.main --config=configs/extend_llama_8b.py --mode=plan
 
-Planned and compiled for a TPU v5p 4x4x4 (48.5 GB per device, as its compiler says), not trained here. One billion
-tokens, for half a billion to five are enough to extend a model to this length (Fu et al. 2024, "Data Engineering for
-Scaling Language Models to 128K Context"). To train, set data.sources, leave plan.topology empty, and have a run of
-`llama_8b` in runs/llama_8b.
+This config has been planned and compiled for a TPU v5p 4x4x4, but not trained. The compiler says that it needs 48.5 GB
+per device. It trains on one billion tokens: half a billion to five billion are enough to extend a model to this length
+(Fu et al. 2024, "Data Engineering for Scaling Language Models to 128K Context"). To train, have a run of `llama_8b` in
+runs/llama_8b, set data.sources and set plan.topology to "".
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,8 @@ from configs import llama_8b
 
 def get_config() -> ConfigDict:
     c = llama_8b.get_config()
-    # The published factor is 8, not 131,072 / 8192: the slowest pairs go beyond the angles they were trained at.
+    # The published factor is 8, although 131,072 / 8192 is 16. The pairs of dimensions that rotate most slowly so reach
+    # angles that they were not trained at.
     c.model.update(rope_scaling="llama3", rope_factor=8.0, rope_original_len=8192)
     c.data.update(seq_len=131_072)
     c.mesh.update(fsdp=16, tensor=4)

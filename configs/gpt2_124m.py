@@ -2,8 +2,8 @@
 
     python -m llmjax.main --config=configs/gpt2_124m.py --config.data.sources=PATH/*.jsonl.gz
 
-Tokens per update and learning rate follow the GPT-3 paper's 125M model (Brown et al. 2020, table 2.1). Meant for one
-GPU or a TPU v5e host; not trained to the end here.
+Tokens per update and learning rate follow the 125M model in the GPT-3 paper (Brown et al. 2020, table 2.1). The
+config is meant for one GPU or one TPU v5e host, and has not been trained to the end.
 """
 
 from ml_collections import ConfigDict

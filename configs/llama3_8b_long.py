@@ -4,9 +4,10 @@
     python -m llmjax.main --config=configs/llama3_8b_long.py --mode=plan --config.compute.offload=residual \
         --config.data.seq_len=25165824 --config.train.tokens_per_update=25165824
 
-As the TPU compiler says, the first needs 92.6 GB of a chip's 102.8 GB, the second 60.7 GB and, for the residuals, 103
-GB of host memory per chip. A chip of a v5e 16x16 (`--config.plan.topology=v5e:16x16 --config.mesh.seq=256`) takes
-6,291,456 tokens in 13.3 GB, and twice as many with offload.
+The TPU compiler says what the commands need. The first needs 92.6 GB of the 102.8 GB of a chip. The second, for
+25,165,824 tokens, needs 60.7 GB of a chip and 103 GB of host memory per chip, which hold the residuals. On a TPU v5e
+16x16 (`--config.plan.topology=v5e:16x16 --config.mesh.seq=256`) a sequence of 6,291,456 tokens needs 13.3 GB of a chip,
+and with offload it may be twice as long.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,8 @@
 
     python -m llmjax.main --config=configs/llama_8b.py --mode=plan
 
-Planned and compiled for a TPU v5p 4x4x4, not trained here. To train, set data.sources and leave plan.topology empty.
+This config has been planned and compiled for a TPU v5p 4x4x4, but not trained. To train, set data.sources and set
+plan.topology to "".
 """
 
 from ml_collections import ConfigDict

@@ -16,7 +16,7 @@ from absl import flags
 
 from llmjax.config.file import load_config_file
 from llmjax.config.help import describe_keys, key_comments, meant_keys
-from llmjax.config.moved import MOVED
+from llmjax.config.moved import MOVED, new_name
 from llmjax.errors import UserError
 from llmjax.modes.table import MODES
 from llmjax.workdir.contents import saved_config
@@ -75,8 +75,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
     config = load_config(values.config, values.workdir)
     if values.config is None and not overrides.keys() <= set(_keys(config)):
         config = _complete(config, values.workdir)
-    for key, texts in overrides.items():
-        set_key(config, key, texts)
+    # The keys with old names come last: the new name of some depends on optimizer.name, which may be set as well.
+    for key in sorted(overrides, key=MOVED.__contains__):
+        set_key(config, key, overrides[key])
     return values, _complete(config, values.workdir) if values.config is None else config
 
 
@@ -102,7 +103,9 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
     """Sets `key`, section.name, to what `texts` mean as a value of its type: the last of them, of a list all."""
     keys = _keys(config)
     if key not in keys:
-        close = [MOVED[key]] if key in MOVED else meant_keys(key, keys)
+        if key in MOVED:
+            raise UserError(f"--config.{key} is not known; {_new_name_hint(key, config)}")
+        close = meant_keys(key, keys)
         meant = " or ".join(f"--config.{known}" for known in close[:3])
         hint = f"did you mean {meant}?" if close else "configs/base.py lists every key"
         raise UserError(f"--config.{key} is not known; {hint}")
@@ -117,6 +120,15 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
 
 def _whole_names(section: str, keys: Sequence[tuple[str, str, str]]) -> list[str]:
     return [f"{section}.{key}" if section else key for key, _, _ in keys]
+
+
+def _new_name_hint(key: str, config: dict[str, Any]) -> str:
+    """What to write in place of `key`, which is an old name."""
+    optimizer = config.get("optimizer", {}).get("name")
+    new = new_name(key, optimizer)
+    if new is None:
+        return f"optimizer.name={optimizer!r} never read it, so leave it out"
+    return f"did you mean --config.{new}?"
 
 
 def _keys(config: dict[str, Any]) -> list[str]:

@@ -1,8 +1,8 @@
-"""The range of a number in a config, written beside its key: `top_k: Annotated[int, Range(1, 2**24, "off")]`.
+"""What is written beside a key of the config: `top_k: Annotated[int, Range(1, 2**24, "off"), Unset(0)]`.
 
-Every number key of a section has one, and `check_ranges`, which each section calls when it is made, enforces them all.
-So what is not a number that means something (infinite, NaN, negative, too large for the arithmetic behind the key) is
-one sentence before anything else looks at it.
+Every number key of a section has a `Range`, and `check_ranges`, which each section calls when it is made, enforces them
+all. So what is not a number that means something (infinite, NaN, negative, too large for the arithmetic behind the key)
+is one sentence before anything else looks at it. `Unset` is the value of a key in a run that never set it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from typing import Any
 
 from llmjax.errors import UserError
 
-LONGEST = 60  # characters of a value that are shown in a sentence
-COUNT = 2**31 - 1  # what counters of updates, sequences and positions on the devices can hold
-FOLD = 2**63 - 1  # what 64 bits with a sign can hold: seeds, tokens seen
+# The most characters of a value that a sentence shows.
+LONGEST = 60
+# The largest int32: the counters of updates, sequences and positions on the devices.
+COUNT = 2**31 - 1
+# The largest int64: seeds, and tokens seen.
+FOLD = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers from `least` to `most`.
+    """The numbers from `least` to `most` that a key allows.
 
-    zero   what a 0 stands for, as in "0 for none"; where it is set, 0 is allowed though it may be less than `least`
+    zero   what a 0 stands for, as in "0 for none". If this is not empty, 0 is allowed even if it is less than `least`
     all    whether -1 is allowed too, and stands for all that is left
-    above  whether `least` itself is left out
-    below  whether `most` itself is left out
+    above  whether only numbers above `least` are allowed, without `least` itself
+    below  whether only numbers below `most` are allowed, without `most` itself
     """
 
     least: float
@@ -44,7 +47,7 @@ class Range:
         return enough and (value < self.most if self.below else value <= self.most)
 
     def rule(self, value: float) -> str:
-        """What a `value` outside of the range breaks, and what to do: the end of a sentence that names it."""
+        """The end of a sentence about a `value` outside of the range: the rule that it breaks, and what to do."""
         least, most = _shortest(self.least), _shortest(self.most)
         if (self.least, self.most) == (0, 1):
             interval = f"{'(' if self.above else '['}{least}, {most}{')' if self.below else ']'}"
@@ -63,6 +66,18 @@ class Range:
         if self.above or self.below:
             allowed += f", {' and '.join([least] * self.above + [most] * self.below)} excluded"
         return f"{broken}; use {' or '.join([*others, allowed])}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unset:
+    """The value that a key has in a run that does not set it. configs/base.py may give new runs another value.
+
+    It belongs to a run whose config.json is older than the key, and it stands for what such runs did. Where the run
+    uses something that does not read the key, the key must keep this value. A key without an `Unset` is in every
+    config.json that was ever written, so that a file that lacks it is damaged.
+    """
+
+    value: Any
 
 
 def check_ranges(section: str, config: Any) -> None:
@@ -87,16 +102,27 @@ def check_ranges(section: str, config: Any) -> None:
 @functools.cache
 def ranges(cls: type) -> dict[str, Range]:
     """The range of each field of a dataclass that has one."""
+    return {key: note for key, note in _notes(cls) if isinstance(note, Range)}
+
+
+@functools.cache
+def unset(cls: type) -> dict[str, Any]:
+    """The value of each field of a dataclass that has an `Unset`."""
+    return {key: note.value for key, note in _notes(cls) if isinstance(note, Unset)}
+
+
+def _notes(cls: type) -> list[tuple[str, Any]]:
+    """What is written beside the types of the fields of a dataclass, as pairs of a field and a note."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    extras = {key: getattr(hint, "__metadata__", ()) for key, hint in hints.items()}
-    return {key: bounds for key, found in extras.items() for bounds in found if isinstance(bounds, Range)}
+    return [(key, note) for key, hint in hints.items() for note in getattr(hint, "__metadata__", ())]
 
 
 def shown(value: Any) -> str:
-    """`value` as a sentence shows it: like in Python, with control characters escaped, and cut where it is long."""
+    """`value` as a sentence shows it: as in Python, control characters escaped, and cut to `LONGEST` characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python spells whole numbers out up to some 4300 digits
+    except ValueError:
+        # Python refuses to write out a whole number of more than 4300 digits.
         return f"a {type(value).__name__} of more digits than can be shown"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 

@@ -69,7 +69,7 @@ PROBES = {
     "signs": ("evaluate", "probe_lengths", "--5"),
     "workers": ("data", "num_workers", 2**31),
     "prefetch": ("data", "prefetch", 2**31),
-    "eps": ("optimizer", "eps", 0.0),
+    "eps": ("adamw", "eps", 0.0),
     "rate": ("optimizer", "learning_rate", float("inf")),
     "tokens": ("generate", "max_tokens", 2**31),
 }

@@ -4,25 +4,30 @@ import dataclasses
 import importlib
 import inspect
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from param_axes import BY_NAME
+from sections import optimizer_section, section
 
 from configs import base
-from llmjax.build.model import FAMILIES
+from configs.base import get_config
+from llmjax.build.model import make_model
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
 from llmjax.data.layout import layout
 from llmjax.data.sources import sources
 from llmjax.data.tokenizer import tokenizer
 from llmjax.errors import UserError
 from llmjax.evaluate.probes import sentences, suite
 from llmjax.models.gpt import GPT
+from llmjax.models.table import FAMILIES
 from llmjax.modes import dispatch
 from llmjax.modes.table import MODES
 from llmjax.nn import attention_choice, config, position, remat
-from llmjax.nn.config import ModelConfig
 from llmjax.nn.layers import MLP, Norm
 from llmjax.ops import activation, norm, rope
 from llmjax.ops.attention import sequence_attention
@@ -30,12 +35,15 @@ from llmjax.parallel import mesh
 from llmjax.parallel.rules import Layout
 from llmjax.plan.hlo import traffic
 from llmjax.report import probe_charts
-from llmjax.train.optim import clip, muon, optimizer
+from llmjax.train.optim import clip, optimizer
+from llmjax.train.optim.optimizers import muon, table
 from llmjax.train.steering import batch_schedule, controller, spikes
 from llmjax.train.update import engines, fused
 
 BTD = jnp.zeros((1, 2, 8))
-TINY = config.resolve(ModelConfig(num_layers=1, model_dim=8, num_heads=2))
+# As they are before a test adds another.
+SECTIONS_OF_OPTIMIZERS = tuple(table.OPTIMIZERS)
+TINY = config.resolve(section("model", num_layers=1, model_dim=8, num_heads=2))
 
 
 class Reached(Exception):
@@ -57,6 +65,12 @@ def model(**changes):
     return GPT(dataclasses.replace(TINY, **changes), 16, 4)
 
 
+def model_of_family(name):
+    whole, derived = resolve_config(read_config(get_config().to_dict()), 1)
+    whole = dataclasses.replace(whole, model=forced(whole.model, family=name))
+    make_model(whole, derived, 16, Layout(mesh.make_mesh(whole.mesh, jax.devices()[:1])))
+
+
 def kernel_call(name):
     sequence_attention.make_attend(name)(*(jnp.zeros((1, 2, 2, 4)),) * 3, None)
 
@@ -75,22 +89,21 @@ def kept(name):
 
 
 def spike_limits(name):
-    settings = dataclasses.replace(spikes.StabilityConfig())
+    settings = dataclasses.replace(section("stability"))
     object.__setattr__(settings, "on_spike", name)
     return spikes.limits(settings, spikes.StabilityState())
 
 
 def wanted(name):
-    settings = controller.ControllerConfig()
+    settings = section("controller")
     object.__setattr__(settings, "name", name)
     return controller.initial_state(settings, 2)
 
 
-def optimizer_with(**changes):
-    settings = optimizer.OptimizerConfig()
-    for key, value in changes.items():
-        object.__setattr__(settings, key, value)
-    made = optimizer.make_optimizer(settings, 100, BY_NAME)
+def optimizer_with(own=types.MappingProxyType({}), **changes):
+    settings = forced(optimizer_section(), **changes)
+    sections = {name: section(name) for name in SECTIONS_OF_OPTIMIZERS} | own
+    made = optimizer.make_optimizer(settings, sections, 100, BY_NAME)
     made.hyperparameters(10.0, 1.0)
     made.init({"w_DF": jnp.zeros((2, 2))})
 
@@ -102,6 +115,7 @@ def decode_badly(name):
 
 # What is asked for -> (table, an entry to add, who looks a name up in it).
 TABLES = {
+    "family": (FAMILIES, reach, model_of_family),
     "activation": (activation.ACTIVATIONS, activation.Activation(reach),
                    lambda name: MLP(dataclasses.replace(TINY, activation=name), Layout()).init(jax.random.key(0), BTD)),
     "activation, FLOPs": (activation.ACTIVATIONS, Reaching(), flops),
@@ -120,14 +134,15 @@ TABLES = {
                        lambda name: batch_schedule.BatchSchedule(name, ((0, 8),), 4).accumulation_steps(3)),
     "controller": (controller.RULES, Reaching(), wanted),
     "on_spike": (spikes.ON_SPIKE, Reaching(), spike_limits),
-    "optimizer": (optimizer._TRANSFORMS, reach, lambda name: optimizer_with(name=name)),
+    "optimizer": (table.OPTIMIZERS, Reaching(), lambda name: optimizer_with(name=name)),
     "schedule": (optimizer.SCHEDULES, Reaching(), lambda name: optimizer_with(schedule=name)),
     "constant_in": (optimizer.CONSTANT_IN, reach, lambda name: optimizer_with(constant_in=name)),
-    "muon_form": (muon.MUON_FORMS, reach, lambda name: optimizer_with(name="muon", muon_form=name)),
+    "muon.form": (muon.MUON_FORMS, reach,
+                  lambda name: optimizer_with({"muon": forced(section("muon"), form=name)}, name="muon")),
     "clip": (clip.CLIPS, reach, lambda name: clip.make_clip(name, 1.0, BY_NAME)),
     "fused_gather": (fused.MANUAL, (), lambda name: fused.MANUAL[name]),
     "tokenizer kind": (tokenizer.KINDS, Reaching(),
-                       lambda name: tokenizer.train_tokenizer(forced(tokenizer.TokenizerConfig(), kind=name), ["a"])),
+                       lambda name: tokenizer.train_tokenizer(forced(section("tokenizer"), kind=name), ["a"])),
     "on_bad_text": (sources._BAD_TEXT, True, decode_badly),
     "language of a pass key": (sentences.PASS_KEYS, (reach, "", "", ""), lambda name: sentences.pass_key(name, 0)),
     "probe, words": (suite.WORDS, reach, lambda name: suite.describe({name: [1]})),
@@ -182,7 +197,7 @@ def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
 
     def make_and_apply():
         changed = config.resolve(dataclasses.replace(TINY, mlp_dim=0, **{key: "never_heard_of"}))
-        gpt = FAMILIES[changed.family](changed, 16, 4)
+        gpt = GPT(changed, 16, 4)
         params = gpt.init(jax.random.key(0))
         gpt.decode(params, jnp.zeros((1, 2), jnp.int32), gpt.make_cache(1, 4))
 
@@ -192,6 +207,7 @@ def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
 
 NAMED = {
     **{f"model.{key}": table for key, table in config.CHOICES.items()},
+    "model.family": FAMILIES,
     "compute.offload": remat.OFFLOADS,
     "compute.remat": remat.REMATS,
     "compute.kernel": sequence_attention.ATTENTION,
@@ -202,11 +218,12 @@ NAMED = {
     "train.batch_schedule": batch_schedule.SCHEDULES,
     "compute.engine": engines.ENGINES,
     "compute.gather": fused.MANUAL,
-    "optimizer.name": optimizer._TRANSFORMS,
+    "optimizer.name": table.OPTIMIZERS,
     "optimizer.schedule": optimizer.SCHEDULES,
     "optimizer.batch_scaling": optimizer.BATCH_SCALING,
     "optimizer.constant_in": optimizer.CONSTANT_IN,
     "optimizer.clip": clip.CLIPS,
+    "muon.form": muon.MUON_FORMS,
     "controller.name": controller.RULES,
     "stability.on_spike": spikes.ON_SPIKE,
     "evaluate.probes": suite.PROBES,
@@ -222,7 +239,6 @@ def test_the_comments_of_base_name_all_that_a_table_has(key):
 
 def test_tables_of_one_noun_hold_the_same_names():
     """Where two rooms know a noun, one of which may not import the other."""
-    assert tuple(FAMILIES) == config.CHOICES["family"]
     assert ("auto", *sequence_attention.ALGORITHMS) == mesh.SEQ_ATTENTION
     assert ("auto", *layout.LAYOUTS) == mesh.LAYOUTS
     assert attention_choice.TRADED.keys() == sequence_attention.ALGORITHMS.keys()

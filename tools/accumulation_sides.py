@@ -7,9 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from bench_train import load_config
 from jax.sharding import Mesh, PartitionSpec
 
-from llmjax.train.optim.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from llmjax.train.optim.optimizer import Optimizer, make_optimizer
 from llmjax.train.optim.param_roles import Roles
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.engines import ENGINES
@@ -21,7 +22,8 @@ from llmjax.types import Array, Batch, LossSums, Params
 # Micro-steps of an update.
 STEPS = 8
 STOCK = "optax.MultiSteps(optax.adamw)"
-OPTIMIZER = OptimizerConfig(name="adamw", clip_norm=0.0)
+BASE, _ = load_config({})
+OPTIMIZER = dataclasses.replace(BASE.optimizer, name="adamw", clip_norm=0.0)
 
 
 @jax.custom_vjp
@@ -49,7 +51,7 @@ class Engines:
 
     @property
     def optimizer(self) -> Optimizer:
-        return make_optimizer(OPTIMIZER, 100, self.roles)
+        return make_optimizer(OPTIMIZER, BASE.optimizers, 100, self.roles)
 
     def order(self) -> UpdateInputs:
         hyper = self.optimizer.hyperparameters(0.0, 1.0)

@@ -34,7 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from accumulation_sides import STEPS, STOCK, Engines, stock_update
+from accumulation_sides import BASE, STEPS, STOCK, Engines, stock_update
 from bench_train import load_config
 from jax.sharding import NamedSharding, PartitionSpec
 from lines import can_run, make_parser, report
@@ -43,7 +43,7 @@ from turns import take_turns
 from llmjax.build.model import make_task_loss
 from llmjax.build.program import Program, make_program
 from llmjax.parallel.host_memory import keep_freed_memory
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.plan.hlo.parse import NO_TRIPS, Module, Trips, loops, parse
 from llmjax.plan.hlo.traffic import bytes_touched, collectives
 from llmjax.plan.topology import topology_devices
@@ -91,7 +91,7 @@ def summing_rounds(engine: str, params: Params, grads: Params) -> Callable[[], d
 
     `mean` is the milliseconds per micro-step, `accumulating` those of the micro-steps before the last.
     """
-    engines = Engines(params, make_mesh(MeshConfig(), jax.devices()[:1]))
+    engines = Engines(params, make_mesh(BASE.mesh, jax.devices()[:1]))
     micro_step = functools.partial(engines.micro_step, engine)
     step, order, batch = jax.jit(micro_step, donate_argnums=0), engines.order(), engines.batch()
     state = engines.state(engine)
@@ -113,7 +113,7 @@ def fused_rounds(params: Params, grads: Params) -> Callable[[], dict[str, float]
 
     One call holds all micro-steps, so `accumulating` compares an update of eight with an update of one.
     """
-    engines = Engines(params, make_mesh(MeshConfig(), jax.devices()[:1]))
+    engines = Engines(params, make_mesh(BASE.mesh, jax.devices()[:1]))
     step, order, batch = jax.jit(engines.fused, donate_argnums=0), engines.order(), engines.batch(STEPS)
     state = engines.state("fused")
 
@@ -182,7 +182,7 @@ def compiled(function: Callable, donate: tuple[int, ...], *args: Any) -> Module:
 
 def bench_memory(smoke: bool) -> None:
     """Programs for one chip, whose parameters are too large to stay in its VMEM."""
-    mesh, width = make_mesh(MeshConfig(), topology_devices("v5e:1x1")), 128 if smoke else 8192
+    mesh, width = make_mesh(BASE.mesh, topology_devices("v5e:1x1")), 128 if smoke else 8192
     params = matrices(4, width)
     engines, size = Engines(params, mesh), 4 * width**2
 

@@ -11,6 +11,7 @@ row ends and shifts no targets, and the packers hold state, so that they cannot 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import statistics
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
+from bench_train import load_config
 from grain.experimental import (
     BestFitPackIterDataset,
     ConcatThenSplitIterDataset,
@@ -152,7 +154,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000_000, help="read in each round")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that tokenize")
     args = parser.parse_args()
-    lengths, tokenizer = (512, 8192), TokenizerConfig()
+    lengths, tokenizer = (512, 8192), load_config({})[0].tokenizer
     if args.smoke:
         args.sources, args.rounds, args.tokens, args.num_workers = (
             [str(pathlib.Path(__file__).parent)],
@@ -160,7 +162,7 @@ def main() -> None:
             9000,
             1,
         )
-        lengths, tokenizer = (128,), TokenizerConfig(vocab_size=512)
+        lengths, tokenizer = (128,), dataclasses.replace(tokenizer, vocab_size=512)
     with tempfile.TemporaryDirectory() as folder:
         files = list_sources(args.sources)
         store = bench_store(files, pathlib.Path(folder), tokenizer, args.rounds, args.num_workers)

@@ -155,7 +155,8 @@ def make_rival(config: Config, batch: BatchArithmetic, compiled: bool) -> tuple[
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), fused=True)
+    betas = config.adamw.beta1, config.adamw.beta2
+    optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=betas, fused=True)
     forward, steps = torch.compile(model) if compiled else model, batch.accumulation_steps
     micro = [torch.randint(0, vocab, (batch.micro_batch_size, length + 1)) for _ in range(steps)]
 

@@ -83,7 +83,7 @@ CHOICES = {
     "train.statistics_every": (0, 2),
     "optimizer.name": ("adamw", "lion", "adafactor", "muon", "schedule_free_adamw"),
     "optimizer.schedule": ("cosine", "linear", "constant", "wsd"),
-    "optimizer.muon_form": ("debiased", "reference"),
+    "muon.form": ("debiased", "reference"),
     "optimizer.clip": ("global", "block", "adaptive"),
     "optimizer.batch_scaling": ("none", "sqrt"),
     "optimizer.constant_in": ("updates", "tokens"),
@@ -102,6 +102,8 @@ def drawn(seed: int) -> dict[str, object]:
         settings["controller.name"] = "none"
     if settings["optimizer.name"] == "schedule_free_adamw":
         settings["optimizer.schedule"] = "constant"
+    if settings["optimizer.name"] != "muon":
+        del settings["muon.form"]  # it is drawn all the same, so that what is drawn after it does not change
     if not settings["model.window"]:
         settings["model.global_every"] = 0
     return settings | {"seed": seed}

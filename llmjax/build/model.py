@@ -6,15 +6,14 @@ from collections.abc import Callable
 
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
+from llmjax.errors import choose
 from llmjax.models.contract import Model
-from llmjax.models.gpt import GPT
+from llmjax.models.table import FAMILIES
 from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.rules import Layout
 from llmjax.tasks.table import TASKS
 from llmjax.types import LossSums
-
-FAMILIES = {"gpt": GPT}
 
 
 def make_task_loss(
@@ -39,7 +38,7 @@ def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout
     """The model of a resolved `config`."""
     assert layout.mesh is not None  # a program always has one
     kernel, _ = choose_kernel(config.compute.kernel, layout.mesh.devices.flat[0].platform)
-    family = FAMILIES[config.model.family]
+    family = choose(FAMILIES, "model.family", config.model.family)
     attend = make_attend(kernel, derived.sharing)
     return family(
         config.model,

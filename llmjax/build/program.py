@@ -105,7 +105,7 @@ class Program:
     @property
     def averages(self) -> bool:
         """Whether evaluation uses other parameters than training, such as an average of them."""
-        return self.config.optimizer.name == "schedule_free_adamw"
+        return self.engine.optimizer.averages
 
     @property
     def placement(self) -> Placement:
@@ -188,7 +188,11 @@ def make_program(
     make_engine = choose(ENGINES, "compute.engine", config.compute.engine)
     engine = make_engine(
         make_optimizer(
-            config.optimizer, config.train.num_updates, roles, offload=config.compute.offload_optimizer
+            config.optimizer,
+            config.optimizers,
+            config.train.num_updates,
+            roles,
+            offload=config.compute.offload_optimizer,
         ),
         options=EngineOptions(config.compute.gather, config.model.dtype),
     )

@@ -116,9 +116,9 @@ def initial_params(program: Program) -> tuple[int, Params]:
             f"checkpoint.init_from={config.checkpoint.init_from!r} has lost its config.json; restore it"
         )
     trained_with = read_optimizer(saved, source)
-    # Some optimizers keep the parameters to evaluate with in their state, which then must be read too.
-    if trained_with != config.optimizer:
-        config = dataclasses.replace(config, optimizer=trained_with)
+    # An optimizer that averages keeps a part of the parameters to evaluate with in its state.
+    if any(section != getattr(config, name) for name, section in trained_with.items()):
+        config = dataclasses.replace(config, **trained_with)
         program = make_program(
             config, program.derived, program.model.vocab_size, list(program.mesh.devices.flat)
         )

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import llmjax
+from llmjax.config.moved import new_names
 from llmjax.errors import UserError
 
 PACKAGE = pathlib.Path(llmjax.__file__).parent
@@ -61,6 +62,8 @@ def load_config_file(name: str) -> dict[str, Any]:
         if unknown := re.search('Key "(.+?)" does not exist(?:.*Did you mean "(.+?)")?', str(error), re.S):
             key, close = unknown.groups()
             hint = f"; did you mean {close!r}?" if close else ""
+            if moved := new_names(key):
+                hint = f"; it has moved to {' or '.join(moved)}"
             raise UserError(f"--config={name} sets the key {key!r}, which is not known{hint}") from None
         text = " ".join(str(error).split())
         raise UserError(

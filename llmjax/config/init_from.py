@@ -1,7 +1,8 @@
-"""A run that begins with another's parameters (checkpoint.init_from): what must fit is checked before anything is read.
+"""A run that begins with the parameters of another run (checkpoint.init_from), and the tokenizer of a run.
 
-The tokenizer comes along, so that token ids mean the same; optimizer state and data cursor do not. Once the run has a
-checkpoint of its own, it goes on from that and needs the other no more.
+The new run takes over the parameters and the tokenizer, so that token ids mean the same. It does not take over the
+state of the optimizer or the data cursor. Whether the two runs fit is checked before anything is read. Once the new run
+has a checkpoint of its own, it goes on from there and no longer needs the other run.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from llmjax.train.checkpoint.which import named_update
 from llmjax.workdir.contents import check_name, saved_config
 from llmjax.workdir.standing import has_begun
 
-SECTIONS = {"model", "data", "tokenizer", "optimizer"}  # of a saved config, that are compared
+# The sections without which a config.json is not the one of a trained run.
+SECTIONS = {"model", "data", "tokenizer", "optimizer"}
 
 
 def check_initial(config: Config, workdir: pathlib.Path) -> None:
-    """UserError where the run in `workdir` has still to begin and checkpoint.init_from is nothing to begin with."""
+    """UserError where the run in `workdir` cannot begin with checkpoint.init_from; nothing once it has begun."""
     name = config.checkpoint.init_from
     if not name or has_begun(workdir):
         return
@@ -35,21 +37,24 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
     if saved is None or not saved.keys() >= SECTIONS or not all(folder.is_dir() for folder in left):
         raise UserError(f"checkpoint.init_from={name!r} holds no trained run; give the workdir of one")
     check_init(saved, config)
+    # A config may name a tokenizer of its own only if its ids mean the same.
     path = config.tokenizer.path
     if path and load_tokenizer(path).fingerprint != load_tokenizer(source / "tokenizer").fingerprint:
         raise UserError(
             f"tokenizer.path={path!r} is not the tokenizer that the run in checkpoint.init_from={name!r} was trained "
             "with, so its ids mean something else; leave tokenizer.path empty"
         )
+    # Reading what a checkpoint says of itself shows whether it is there and undamaged.
     which = config.checkpoint.init_checkpoint
     with Checkpoints(source / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
         checkpoints.read_meta(named_update(checkpoints, "checkpoint.init_checkpoint", which))
 
 
 def with_tokenizer(config: Config, workdir: pathlib.Path) -> Config:
-    """`config` with the tokenizer of the run in `workdir`, once it has begun, whatever the documents are by now.
+    """`config` with the path of the tokenizer that the run in `workdir` must use.
 
-    Before, it is the tokenizer of the run with whose parameters this one begins, if there is such a run.
+    A run that has begun keeps its tokenizer, even if its documents have changed since. A run that begins with the
+    parameters of another run takes the tokenizer of that run. In all other cases `config` comes back unchanged.
     """
     if has_begun(workdir) and resumes(config, workdir) and _holds_tokenizer(workdir):
         path = workdir / "tokenizer"
@@ -61,7 +66,7 @@ def with_tokenizer(config: Config, workdir: pathlib.Path) -> Config:
 
 
 def own_tokenizer(workdir: pathlib.Path) -> Tokenizer:
-    """The tokenizer of the run in `workdir`, where nothing but the run is at hand."""
+    """The tokenizer of the run in `workdir`, for a mode that reads no documents; UserError where it is lost."""
     if not has_begun(workdir):
         raise UserError(f"{workdir} holds no trained model; train one first, or give its --workdir")
     try:
@@ -73,7 +78,7 @@ def own_tokenizer(workdir: pathlib.Path) -> Tokenizer:
 
 
 def resumes(config: Config, workdir: pathlib.Path) -> bool:
-    """Whether training with `config` goes on with what is in `workdir`, rather than being refused."""
+    """Whether training with `config` would go on with the run in `workdir`: there is one, of a config that fits."""
     saved = saved_config(workdir)
     try:
         if saved is not None:
@@ -84,7 +89,7 @@ def resumes(config: Config, workdir: pathlib.Path) -> bool:
 
 
 def _holds_tokenizer(workdir: pathlib.Path) -> bool:
-    """Whether the tokenizer of the run in `workdir` is there and undamaged; what is wrong with it is said."""
+    """Whether the tokenizer of the run in `workdir` is there and undamaged. If not, the user is told why."""
     try:
         load_tokenizer(workdir / "tokenizer")
     except DamagedError as error:

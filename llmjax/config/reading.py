@@ -1,8 +1,7 @@
 """The one reader of config files and of saved configs: nested mappings become a `Config`.
 
-A config file has every key. The config.json of an older run has none of the keys that are newer than the run: there the
-default of the dataclass is taken, so the default of a new key must keep the meaning of the runs that did not know it.
-What new runs do is said by configs/base.py.
+A config file has every key. The config.json of an older run lacks the keys that are newer than the run. They take the
+value of the `Unset` beside the key, which says what the runs did that did not know it.
 """
 
 from __future__ import annotations
@@ -14,29 +13,11 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmjax.config.moved import MOVED
+from llmjax.config.moved import MOVED, new_name
 from llmjax.config.schema import Config
 from llmjax.errors import UserError
-from llmjax.ranges import shown
-from llmjax.train.optim.optimizer import OptimizerConfig
-
-# The keys that every version has written: a saved config without one of them is damaged. All others have a default.
-FIRST_KEYS = {
-    "": "seed",
-    "model": "family num_layers model_dim num_heads num_kv_heads head_dim mlp_dim activation norm norm_eps position "
-    "rope_theta qk_norm use_bias tie_embeddings logit_softcap dropout init_std dtype",
-    "tokenizer": "kind path vocab_size train_bytes character_coverage num_reserved",
-    "data": "sources text_field on_bad_text seq_len held_out_fraction cache_dir num_workers prefetch",
-    "mesh": "data fsdp seq tensor",
-    "compute": "micro_batch_size accumulation_steps scan_layers remat kernel",
-    "train": "num_updates tokens_per_update z_loss",
-    "optimizer": "name learning_rate schedule warmup_updates final_lr_fraction decay_fraction beta1 beta2 eps "
-    "weight_decay clip_norm",
-    "evaluate": "every batch_size",
-    "checkpoint": "every keep keep_best",
-    "generate": "max_tokens temperature top_k top_p seed",
-    "plan": "topology",
-}
+from llmjax.ranges import shown, unset
+from llmjax.train.optim.optimizers.table import OPTIMIZERS
 
 
 def read_config(raw: Mapping[str, Any]) -> Config:
@@ -45,25 +26,31 @@ def read_config(raw: Mapping[str, Any]) -> Config:
 
 
 def complete_config(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
-    """The saved config of the run in `workdir` with the defaults of the keys that are newer than the run.
+    """The saved config of the run in `workdir` with every key of today.
 
-    UserError where a key is not known here, as in the run of a newer version, and where one is missing that every
+    UserError for a key that is not known, as a newer version of llmjax writes it, and for a missing key that every
     version has written.
     """
     return _complete_section(Config, _with_names_of_now(saved), "", f"{workdir}/config.json")
 
 
 def _with_names_of_now(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`saved` with the keys that have moved since under their new names."""
+    """`saved` with the keys of `MOVED` under their new names."""
+    # A section that is no section is named by whoever reads on.
     if not all(isinstance(values, Mapping) for name, values in saved.items() if name != "seed"):
         return saved
     renamed = {
         name: dict(values) if isinstance(values, Mapping) else values for name, values in saved.items()
     }
-    for old, new in MOVED.items():
-        (section, key), (new_section, new_key) = old.split("."), new.split(".")
-        if key in renamed.get(section, {}):
-            renamed.setdefault(new_section, {})[new_key] = renamed[section].pop(key)
+    optimizer = renamed.get("optimizer", {}).get("name")
+    for old in MOVED:
+        section, key = old.split(".")
+        if key not in renamed.get(section, {}):
+            continue
+        value, new = renamed[section].pop(key), new_name(old, optimizer)
+        if new is not None:
+            new_section, new_key = new.split(".")
+            renamed.setdefault(new_section, {})[new_key] = value
     return renamed
 
 
@@ -74,36 +61,40 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[str, Any]:
+    """The keys of the dataclass `cls` from `saved`, and the value of `Unset` for the keys that `saved` lacks."""
     prefix = f"{section}." if section else ""
     if not isinstance(saved, Mapping):
         raise UserError(f"{path} has {section}={shown(saved)}, which is no section of keys; restore the file")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints, older = _hints(cls), unset(cls)
     for key in saved:
-        if key not in fields:
+        if key not in hints:
             raise UserError(
                 f"{path} has the key {prefix}{key}, which this version of llmjax does not know"
-                f"{did_you_mean(key, fields)}; use the version that wrote it"
+                f"{did_you_mean(key, hints)}; use the version that wrote it"
             )
-    hints = _hints(cls)
     values: dict[str, Any] = {}
-    for key, field in fields.items():
+    for key in hints:
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _complete_section(hints[key], saved.get(key, {}), prefix + key, path)
         elif key in saved:
             values[key] = saved[key]
-        elif key in FIRST_KEYS.get(section, "").split():
-            raise UserError(f"{path} lacks the key {prefix}{key}, which every run has; restore the file")
+        elif key in older:
+            values[key] = list(older[key]) if isinstance(older[key], tuple) else older[key]
         else:
-            values[key] = list(field.default) if isinstance(field.default, tuple) else field.default
+            raise UserError(f"{path} lacks the key {prefix}{key}, which every run has; restore the file")
     return values
 
 
-def read_optimizer(saved: Mapping[str, Any], workdir: Any) -> OptimizerConfig:
-    """The optimizer of the saved config of the run in `workdir`."""
-    return _read_section(OptimizerConfig, complete_config(saved, workdir)["optimizer"], "optimizer.")
+def read_optimizer(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
+    """The section `optimizer` and the sections of all optimizers in the saved config of the run in `workdir`."""
+    complete, hints = complete_config(saved, workdir), _hints(Config)
+    return {
+        name: _read_section(hints[name], complete[name], f"{name}.") for name in ("optimizer", *OPTIMIZERS)
+    }
 
 
 def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
+    """The dataclass `cls` with the values of `raw`, which must have exactly its keys."""
     hints = _hints(cls)
     for key in raw:
         if key not in hints:
@@ -127,12 +118,15 @@ def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _read_value(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type `hint`, or a UserError; an int may stand for a float, one string for a tuple of strings, and
-    strings for whole numbers in a tuple."""
+    """`value` as the type `hint`; UserError where it is of another type.
+
+    An int may stand for a float, one string for a tuple of strings, and strings for the whole numbers of a tuple.
+    """
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
-        except OverflowError:  # no float is so large, and no range either: it stays what it is
+        except OverflowError:
+            # No float is so large. The check of the key's range names it, with the int as the user wrote it.
             return value
     if hint == tuple[int, ...]:
         values = value if isinstance(value, list | tuple) else (value,)
@@ -153,7 +147,7 @@ def _read_value(value: Any, hint: Any, key: str) -> Any:
 
 
 def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:
-    """The whole numbers in `values`, which may be numbers or texts with commas between them; None for others."""
+    """The whole numbers in `values`, each a number or a text of numbers with commas between; None for anything else."""
     if not all(isinstance(v, int | str) and not isinstance(v, bool) for v in values):
         return None
     parts: list[Any] = []
@@ -166,7 +160,7 @@ def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:
 
 
 def _check_text(value: Any, texts: Sequence[str], key: str) -> None:
-    """UserError for the character of code 0, which ends a text wherever the operating system reads it."""
+    """UserError where one of `texts` has the character of code 0, at which the operating system would end it."""
     if any("\0" in text for text in texts):
         raise UserError(
             f"{key}={shown(value)} has a character of code 0, which no name can hold; leave it out"
@@ -174,6 +168,6 @@ def _check_text(value: Any, texts: Sequence[str], key: str) -> None:
 
 
 def did_you_mean(word: str, words: typing.Iterable[str]) -> str:
-    """The end of an error message: the likeliest of `words`, or nothing."""
+    """The end of an error message that asks whether the most similar of `words` was meant; "" where none is similar."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""Fills in what a config leaves to be derived, and checks every rule that two sections share."""
+"""Fills in the values that a config leaves to be derived, and checks every rule that concerns more than one section."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from llmjax.data.examples.contract import Examples
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.layout.layout import RowLayout
 from llmjax.data.tokenizer.tokenizer import KINDS
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.evaluate.probes.suite import PROBES
+from llmjax.models.table import FAMILIES
 from llmjax.nn.attention_choice import choose_sharing
 from llmjax.nn.config import resolve
 from llmjax.nn.position import POSITIONS
 from llmjax.ops.attention.sequence_attention import Sharing
 from llmjax.parallel.mesh import mesh_shape
+from llmjax.train.optim.optimizers.table import check_all_read
 from llmjax.train.steering.batch_schedule import (
     BatchArithmetic,
     BatchSchedule,
@@ -29,14 +31,14 @@ from llmjax.train.steering.length_schedule import LengthSchedule, make_length_sc
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """What follows from a config and the number of devices: computed once, here, and carried on.
+    """What follows from a config and the number of devices. It is computed once, by `resolve_config`.
 
-    batch              how updates are cut into micro-steps, and these into sequences
+    batch              how updates are cut into micro-steps, and micro-steps into sequences
     batch_schedule     the tokens of each update
     length_schedule    the lengths of the rows that are trained on
-    sharing            how the devices of mesh.seq share a sequence; None: each has whole ones
-    sharing_reason     why
-    row_layout         which token of a sequence lies on which of these devices
+    sharing            how the devices of mesh.seq share a sequence; None where every device has whole sequences
+    sharing_reason     why `sharing` is what it is, in words
+    row_layout         which token of a sequence lies on which device of mesh.seq
     examples           what turns records into examples of the task
     source_len         positions of the second stream in a row; 0 where the task has one stream
     """
@@ -51,7 +53,7 @@ class Derived:
     source_len: int
 
     def with_batch(self, config: Config, batch: BatchArithmetic) -> Derived:
-        """What follows if updates are cut into micro-steps as `batch` says."""
+        """What follows from `config` if its updates are cut into micro-steps as `batch` says."""
         schedule = make_batch_schedule(config.train.batch_schedule, config.train.batch_points, batch)
         return dataclasses.replace(self, batch=batch, batch_schedule=schedule)
 
@@ -59,9 +61,12 @@ class Derived:
 def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     """`config` with the model's derived sizes filled in, and what follows from it on `num_devices` devices.
 
-    Every rule that crosses sections is checked here, before anything is read, compiled or written.
+    UserError for a broken rule. All rules that concern more than one section are checked here, before anything is
+    read, compiled or written.
     """
+    choose(FAMILIES, "model.family", config.model.family)
     config = dataclasses.replace(config, model=resolve(config.model))
+    check_all_read(config.optimizer.name, config.optimizers)
     data, fsdp, seq, tensor = mesh_shape(config.mesh, num_devices)
     model, T = config.model, config.data.seq_len
     if T % seq:
@@ -75,6 +80,7 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
             raise UserError(
                 f"model.{key}={size} is not divisible by mesh.tensor={tensor}; change one of them"
             )
+    # The algorithm over mesh.seq decides in how many parts a sequence travels, and so how its tokens may be laid out.
     sizes = {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor}
     sharing, reason = choose_sharing(model, config.compute.kernel, config.mesh, sizes)
     layout = choose_layout(config, 1 if sharing is None else sharing.chunks)
@@ -109,6 +115,7 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
             "the batch (mesh.data x mesh.fsdp); change one of them"
         )
     _check_probes(config)
+    # The size of a tokenizer that is given or not trained is known only once it is loaded, see `build/program.py`.
     if (
         not config.tokenizer.path
         and KINDS[config.tokenizer.kind].trained
@@ -149,9 +156,11 @@ def _source_len(config: Config, examples: Examples) -> int:
 
 
 def choose_layout(config: Config, chunks: int) -> RowLayout:
-    """Which token of a sequence lies on which device, where its keys travel in `chunks` parts."""
+    """Which token of a sequence lies on which device. `chunks` is the number of parts in which its keys travel."""
     if chunks == 1:
         return RowLayout()
+    # Cutting by documents balances a ring whatever the documents are. The cut keeps to multiples of about the number of
+    # tokens that attention takes at a time, which is larger in long shards.
     name = "documents" if config.mesh.layout == "auto" else config.mesh.layout
     return RowLayout(name, chunks, block=512 if config.data.seq_len // chunks >= 8192 else 128)
 

@@ -11,7 +11,8 @@ from llmjax.errors import UserError
 from llmjax.nn.position import POSITIONS
 from llmjax.ranges import shown
 
-# What only says how the work is cut and where things lie is in sections of its own, which may always change.
+# The sections and keys that may change when a run goes on. The sections `mesh` and `compute` only say how the work is
+# cut and where things lie.
 FREE_ON_RESUME = (
     "mesh", "compute", "controller", "stability", "evaluate", "generate", "plan",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
@@ -22,11 +23,11 @@ FREE_ON_RESUME = (
 
 
 def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None:
-    """UserError where `config` means another run than the one saved in `workdir`, naming the keys.
+    """UserError, with the keys, where `config` means another run than the one saved in `workdir`.
 
-    What only says how the work is cut, how long it goes on, or what is written beside it may change; so may what
-    is there to be changed under way: how batch and sequences grow, what is done about spikes, and the learning rate,
-    which is lowered to go on from before a divergence.
+    A key may change if it only says how the work is cut, how long the run goes on, or what is written beside it. So may
+    the keys that are there to be changed under way: how batch and sequences grow, what is done about spikes, and the
+    learning rate, which a user lowers to go on from before a divergence.
     """
     old, new = _flatten(complete_config(saved, workdir)), _flatten(config.to_dict())
     changed = [key for key in sorted(new) if old.get(key) != new[key]]
@@ -41,6 +42,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
         )
 
 
+# The keys of `model` that do not shape the parameters.
 FREE_ON_INIT = (
     "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "logit_softcap", "window", "global_every",
     "attention_softcap", "dropout", "init_std", "dtype",
@@ -48,9 +50,10 @@ FREE_ON_INIT = (
 
 
 def check_init(saved: Mapping[str, Any], config: Config) -> None:
-    """UserError where a run of `config` cannot begin with the parameters of the run of config `saved`.
+    """UserError where a run of `config` cannot begin with the parameters of the run whose saved config is `saved`.
 
-    What does not shape the parameters may differ: how positions turn, what attention sees, how it is computed.
+    Keys that do not shape the parameters may differ: how rotary positions turn, which tokens attention sees, the dtype
+    of the computation.
     """
     source = f"the run in checkpoint.init_from={config.checkpoint.init_from!r}"
     saved, new = complete_config(saved, config.checkpoint.init_from), config.to_dict()
@@ -67,6 +70,7 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
             f"model.position={config.model.position!r} knows the {length} positions of {source} and no others, not "
             f"those of data.seq_len={config.data.seq_len}; keep {length}, or extend a model of model.position=rope"
         )
+    # A tokenizer given by its path is compared by its contents, in `init_from`.
     there, here = saved["tokenizer"], new["tokenizer"]
     if there["path"] or here["path"]:
         return
@@ -79,6 +83,7 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their whole names, such as `model.num_layers`; a tuple becomes a list."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

@@ -1,13 +1,15 @@
 """Everything that decides a run, as frozen dataclasses: one for each section of a config file.
 
-Each section lives beside its owner and has the same keys as the section of the file, no more and no fewer. So a key
-that nobody reads cannot be set.
+The dataclass of a section lies beside the code that reads it and has exactly the keys of the section. It has no
+defaults: configs/base.py alone says what a run does that sets nothing. `LayerCompute` and `CheckpointConfig` do have
+some, for models and checkpoints that are made without a config.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from llmjax.data.pipeline import DataConfig
 from llmjax.data.tokenizer.tokenizer import TokenizerConfig
@@ -20,20 +22,35 @@ from llmjax.tasks.table import TaskConfig
 from llmjax.train.checkpoint.checkpoint import CheckpointConfig
 from llmjax.train.config import ComputeConfig, TrainConfig
 from llmjax.train.optim.optimizer import OptimizerConfig
+from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.train.steering.controller import ControllerConfig
 from llmjax.train.steering.spikes import StabilityConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """The `plan` section: `topology` names a TPU to compile for (see plan/topology); "" means the devices at hand."""
+    """The `plan` section of the config.
+
+    topology  the TPU to compile for, see `plan/topology.py`; "" = the devices at hand
+    """
 
     topology: str
 
 
+if TYPE_CHECKING:
+
+    class OptimizerSections:
+        """A field for each entry of `OPTIMIZERS`. Type checkers need not know them: `Config.optimizers` has them."""
+else:
+    # Each optimizer has a section of its own, so that a key of one is no key of the others.
+    OptimizerSections = dataclasses.make_dataclass(
+        "OptimizerSections", [(name, kind.section) for name, kind in OPTIMIZERS.items()], frozen=True
+    )
+
+
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything that decides a run."""
+class Config(OptimizerSections):
+    """Everything that decides a run: the sections below, and one section for each optimizer."""
 
     seed: Annotated[int, Range(0, FOLD)]
     model: ModelConfig
@@ -54,12 +71,19 @@ class Config:
     def __post_init__(self) -> None:
         check_ranges("", self)
 
+    @property
+    def optimizers(self) -> Mapping[str, Any]:
+        """The sections of the optimizers, by their names."""
+        return {name: getattr(self, name) for name in OPTIMIZERS}
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as JSON would give them back."""
-        sections = dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        # Readers of a config.json look for the sections of the optimizers after all others.
+        values |= {name: values.pop(name) for name in OPTIMIZERS}
         return {
             name: {key: list(x) if isinstance(x, tuple) else x for key, x in section.items()}
             if isinstance(section, dict)
             else section
-            for name, section in sections.items()
+            for name, section in values.items()
         }

@@ -23,7 +23,7 @@ from llmjax.data.packing.packing import PackingPlan, permute
 from llmjax.data.packing.shorten_rows import cut_rows
 from llmjax.errors import UserError
 from llmjax.names import plain_name
-from llmjax.ranges import Range, check_ranges
+from llmjax.ranges import Range, Unset, check_ranges
 
 FOREVER = 2**48  # micro-batches; grain wants a length
 AS_PACKED = RowLayout()
@@ -53,8 +53,8 @@ class DataConfig:
     cache_dir: str
     num_workers: Annotated[int, Range(1, 1024, "one per core")]
     prefetch: Annotated[int, Range(1, 1024, "none")]
-    length_points: tuple[str, ...] = ()
-    source_len: Annotated[int, Range(1, 2**30, "data.seq_len")] = 0
+    length_points: Annotated[tuple[str, ...], Unset(())]
+    source_len: Annotated[int, Range(1, 2**30, "data.seq_len"), Unset(0)]
 
     def __post_init__(self):
         check_ranges("data", self)

@@ -12,7 +12,7 @@ from typing import Annotated
 import jax
 
 from llmjax.errors import UserError
-from llmjax.ranges import COUNT, Range, check_ranges
+from llmjax.ranges import COUNT, Range, Unset, check_ranges
 from llmjax.tasks.contract import Totals
 from llmjax.types import Batch, LossSums, Params
 
@@ -33,8 +33,8 @@ class EvaluateConfig:
 
     every: Annotated[int, Range(1, COUNT, "only at the end")]
     batch_size: Annotated[int, Range(1, 2**24, "the micro-batch size")]
-    probes: tuple[str, ...] = ()
-    probe_lengths: Annotated[tuple[int, ...], Range(1, 2**30)] = ()
+    probes: Annotated[tuple[str, ...], Unset(())]
+    probe_lengths: Annotated[tuple[int, ...], Range(1, 2**30), Unset(())]
 
     def __post_init__(self):
         check_ranges("evaluate", self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Annotated
 
 from llmjax.errors import UserError, choose
@@ -10,11 +11,10 @@ from llmjax.nn.position import POSITIONS
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.norm import NORMS
 from llmjax.ops.rope import SCALINGS
-from llmjax.ranges import COUNT, Range, check_ranges
+from llmjax.ranges import COUNT, Range, Unset, check_ranges, unset
 
-# What each name means is said by tables; those of `family` and `dtype` are in build/program.py and in jax.
-CHOICES = {
-    "family": ("gpt",),
+# The names that a key may have. `model.family` is not among them: its table lies above, in `models/table.py`.
+CHOICES: dict[str, Collection[str]] = {
     "activation": ACTIVATIONS,
     "norm": NORMS,
     "position": POSITIONS,
@@ -27,32 +27,32 @@ CHOICES = {
 class ModelConfig:
     """Keys as in `configs/base.py`. After `resolve` no size is 0."""
 
-    family: str = "gpt"
-    num_layers: Annotated[int, Range(1, 10_000)] = 4
-    model_dim: Annotated[int, Range(1, 2**20)] = 128
-    num_heads: Annotated[int, Range(1, 2**16)] = 4
-    num_kv_heads: Annotated[int, Range(1, 2**16, "num_heads")] = 0
-    head_dim: Annotated[int, Range(1, 2**20, "the default")] = 0
-    mlp_dim: Annotated[int, Range(1, 2**24, "the default")] = 0
-    activation: str = "swiglu"
-    norm: str = "rmsnorm"
-    norm_eps: Annotated[float, Range(1e-30, 1.0)] = 1e-6
-    position: str = "rope"
-    rope_theta: Annotated[float, Range(1, 1e15, above=True)] = 10000.0
-    rope_scaling: str = "none"
-    rope_factor: Annotated[float, Range(1, 1e6)] = 1.0
-    rope_original_len: Annotated[int, Range(1, COUNT, "none")] = 0
-    qk_norm: bool = True
-    use_bias: bool = False
-    tie_embeddings: bool = True
-    logit_softcap: Annotated[float, Range(1e-3, 1e6, "none")] = 0.0
-    window: Annotated[int, Range(1, COUNT, "none")] = 0
-    global_every: Annotated[int, Range(1, 10_000, "none")] = 0
-    attention_softcap: Annotated[float, Range(1e-3, 1e6, "none")] = 0.0
-    attention_sinks: bool = False
-    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
-    init_std: Annotated[float, Range(1e-10, 1e3)] = 0.02
-    dtype: str = "float32"
+    family: str
+    num_layers: Annotated[int, Range(1, 10_000)]
+    model_dim: Annotated[int, Range(1, 2**20)]
+    num_heads: Annotated[int, Range(1, 2**16)]
+    num_kv_heads: Annotated[int, Range(1, 2**16, "num_heads")]
+    head_dim: Annotated[int, Range(1, 2**20, "the default")]
+    mlp_dim: Annotated[int, Range(1, 2**24, "the default")]
+    activation: str
+    norm: str
+    norm_eps: Annotated[float, Range(1e-30, 1.0)]
+    position: str
+    rope_theta: Annotated[float, Range(1, 1e15, above=True)]
+    rope_scaling: Annotated[str, Unset("none")]
+    rope_factor: Annotated[float, Range(1, 1e6), Unset(1.0)]
+    rope_original_len: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
+    qk_norm: bool
+    use_bias: bool
+    tie_embeddings: bool
+    logit_softcap: Annotated[float, Range(1e-3, 1e6, "none")]
+    window: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
+    global_every: Annotated[int, Range(1, 10_000, "none"), Unset(0)]
+    attention_softcap: Annotated[float, Range(1e-3, 1e6, "none"), Unset(0.0)]
+    attention_sinks: Annotated[bool, Unset(False)]
+    dropout: Annotated[float, Range(0, 1, below=True)]
+    init_std: Annotated[float, Range(1e-10, 1e3)]
+    dtype: str
 
     def __post_init__(self) -> None:
         check_ranges("model", self)
@@ -99,11 +99,11 @@ def resolve(config: ModelConfig) -> ModelConfig:
 def _check_rope_scaling(config: ModelConfig) -> None:
     scaling, reads_length = config.rope_scaling, SCALINGS[config.rope_scaling].reads_length
     if scaling == "none":
-        for key, default in (("rope_factor", 1.0), ("rope_original_len", 0)):
-            if getattr(config, key) != default:
+        for key in ("rope_factor", "rope_original_len"):
+            if getattr(config, key) != (value := unset(ModelConfig)[key]):
                 raise UserError(
                     f"model.{key}={getattr(config, key)} is without effect for model.rope_scaling='none'; "
-                    f"set model.rope_scaling or leave it at {default}"
+                    f"set model.rope_scaling or leave it at {value}"
                 )
         return
     if not POSITIONS[config.position].turns:

@@ -8,7 +8,7 @@ from typing import Annotated
 from llmjax.errors import UserError, choose
 from llmjax.nn.remat import OFFLOADS, REMATS
 from llmjax.ops.attention.sequence_attention import ATTENTION
-from llmjax.ranges import COUNT, Range
+from llmjax.ranges import COUNT, Range, Unset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class LayerCompute:
 
     scan_layers: bool = False
     remat: str = "none"
-    offload: tuple[str, ...] = ()
-    tile: Annotated[int, Range(1, COUNT, "none")] = 0
+    offload: Annotated[tuple[str, ...], Unset(())] = ()
+    tile: Annotated[int, Range(1, COUNT, "none"), Unset(0)] = 0
     kernel: str = "auto"
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from llmjax.ranges import Range, check_ranges
+from llmjax.ranges import Range, Unset, check_ranges
 from llmjax.types import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
@@ -37,13 +37,13 @@ class MeshConfig:
     layout         which tokens of a sequence lie on which device of `seq`
     """
 
-    data: Annotated[int, AXIS] = -1
-    fsdp: Annotated[int, AXIS] = 1
-    seq: Annotated[int, AXIS] = 1
-    tensor: Annotated[int, AXIS] = 1
-    seq_attention: str = "auto"
-    ulysses: Annotated[int, Range(1, 2**20, "the default")] = 0
-    layout: str = "auto"
+    data: Annotated[int, AXIS]
+    fsdp: Annotated[int, AXIS]
+    seq: Annotated[int, AXIS]
+    tensor: Annotated[int, AXIS]
+    seq_attention: Annotated[str, Unset("auto")]
+    ulysses: Annotated[int, Range(1, 2**20, "the default"), Unset(0)]
+    layout: Annotated[str, Unset("auto")]
 
     def __post_init__(self):
         check_ranges("mesh", self)

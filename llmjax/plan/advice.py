@@ -20,7 +20,9 @@ def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: in
     found += _unreached("train.batch_points", steering.schedule.points, steering.num_tokens)
     found += _unreached("data.length_points", steering.lengths.points, steering.num_tokens)
     if saved is not None and tokens:
-        old_length = schedule_length(read_optimizer(saved, "the run"), saved["train"]["num_updates"])
+        old_length = schedule_length(
+            read_optimizer(saved, "the run")["optimizer"], saved["train"]["num_updates"]
+        )
         done = tokens / steering.tokens_per_update
         jump = describe_jump(config.optimizer, config.train.num_updates, old_length, done)
         found += [jump] if jump else []

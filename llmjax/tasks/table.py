@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from llmjax.errors import choose
+from llmjax.ranges import Unset
 from llmjax.tasks.contract import Task
 from llmjax.tasks.copy import Copy
 from llmjax.tasks.language_model import LanguageModel
@@ -17,7 +19,7 @@ TASKS: dict[str, Task] = {"language_model": LanguageModel(), "copy": Copy()}
 class TaskConfig:
     """The `task` section of the config: `name` is one of `TASKS`."""
 
-    name: str = "language_model"
+    name: Annotated[str, Unset("language_model")]
 
     def __post_init__(self) -> None:
         choose(TASKS, "task.name", self.name)

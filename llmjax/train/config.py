@@ -7,7 +7,7 @@ from typing import Annotated
 
 from llmjax.errors import choose
 from llmjax.nn.layer_compute import LayerCompute
-from llmjax.ranges import COUNT, FOLD, Range, check_ranges
+from llmjax.ranges import COUNT, FOLD, Range, Unset, check_ranges
 from llmjax.train.update.engines import ENGINES
 from llmjax.train.update.fused import MANUAL
 
@@ -31,15 +31,15 @@ class TrainConfig:
     num_updates: Annotated[int, Range(0, COUNT)]
     tokens_per_update: Annotated[int, Range(1, FOLD)]
     z_loss: Annotated[float, Range(0, 1e3)]
-    batch_schedule: str = "constant"
-    batch_points: tuple[str, ...] = ()
-    statistics_every: Annotated[int, Range(1, COUNT, "never")] = 0
+    batch_schedule: Annotated[str, Unset("constant")]
+    batch_points: Annotated[tuple[str, ...], Unset(())]
+    statistics_every: Annotated[int, Range(1, COUNT, "never"), Unset(0)]
 
     def __post_init__(self):
         check_ranges("train", self)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig(LayerCompute):
     """How the work is cut and where things lie: no key of this section, nor of `mesh`, changes the loss curve.
 
@@ -53,11 +53,11 @@ class ComputeConfig(LayerCompute):
     The others are those of `LayerCompute`.
     """
 
-    micro_batch_size: Annotated[int, Range(1, COUNT, "what follows from accumulation_steps")] = 0
-    accumulation_steps: Annotated[int, Range(1, COUNT, "what follows from micro_batch_size")] = 1
-    engine: str = "in_place"
-    gather: str = "micro_step"
-    offload_optimizer: bool = False
+    micro_batch_size: Annotated[int, Range(1, COUNT, "what follows from accumulation_steps")]
+    accumulation_steps: Annotated[int, Range(1, COUNT, "what follows from micro_batch_size")]
+    engine: Annotated[str, Unset("in_place")]
+    gather: Annotated[str, Unset("micro_step")]
+    offload_optimizer: Annotated[bool, Unset(False)]
 
     def __post_init__(self) -> None:
         check_ranges("compute", self)

@@ -10,18 +10,36 @@ import re
 import typing
 
 import pytest
+from sections import section
 
-from llmjax.config.moved import MOVED
-from llmjax.config.reading import FIRST_KEYS, complete_config, read_config, read_optimizer
+from llmjax.config.moved import MOVED, new_name
+from llmjax.config.reading import complete_config, read_config, read_optimizer
 from llmjax.config.resolve import resolve_config
 from llmjax.config.resume import check_init, check_resume
 from llmjax.config.schema import Config
 from llmjax.errors import UserError
 from llmjax.flags import parse, set_key
-from llmjax.train.steering.controller import ControllerConfig
-from llmjax.train.steering.spikes import StabilityConfig
+from llmjax.nn.layer_compute import LayerCompute
+from llmjax.ranges import unset
+from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.workdir.contents import write_json
 
+# The keys that the config.json of every version has: a file without one of them is damaged.
+FIRST_KEYS = {
+    "": "seed",
+    "model": "family num_layers model_dim num_heads num_kv_heads head_dim mlp_dim activation norm norm_eps position "
+    "rope_theta qk_norm use_bias tie_embeddings logit_softcap dropout init_std dtype",
+    "tokenizer": "kind path vocab_size train_bytes character_coverage num_reserved",
+    "data": "sources text_field on_bad_text seq_len held_out_fraction cache_dir num_workers prefetch",
+    "mesh": "data fsdp seq tensor",
+    "compute": "micro_batch_size accumulation_steps scan_layers remat kernel",
+    "train": "num_updates tokens_per_update z_loss",
+    "optimizer": "name learning_rate schedule warmup_updates final_lr_fraction decay_fraction weight_decay clip_norm",
+    "evaluate": "every batch_size",
+    "checkpoint": "every keep keep_best",
+    "generate": "max_tokens temperature top_k top_p seed",
+    "plan": "topology",
+}
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
@@ -46,14 +64,25 @@ def test_every_config_reads(name):
 
 def test_base_lists_every_key_with_a_comment():
     text = (ROOT / "configs" / "base.py").read_text(encoding="utf-8")
-    for section, hint in typing.get_type_hints(Config).items():
+    for name, hint in typing.get_type_hints(Config).items():
         if not dataclasses.is_dataclass(hint):
             continue
         for field in dataclasses.fields(hint):
-            assert re.search(rf"\b{section}\.{field.name} = [^\n]*", text), f"{section}.{field.name}"
+            assert re.search(rf"\b{name}\.{field.name} = [^\n]*", text), f"{name}.{field.name}"
     assignments = re.findall(r"^    \w+\.(\w+) = (?!.*ConfigDict)(.*)$", text, re.M)
     for key, rest in assignments:
         assert "#" in rest, f"{key} has no comment"
+
+
+def test_base_alone_has_the_defaults():
+    """Apart from what models and checkpoints take that are made without a config."""
+    for name, cls in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(cls) and name != "checkpoint":
+            for field in dataclasses.fields(cls):
+                beside = field.default is not dataclasses.MISSING
+                assert beside == (name == "compute" and field.name in LayerCompute.__dataclass_fields__), (
+                    field.name
+                )
 
 
 def test_the_resolved_config_survives_json():
@@ -72,6 +101,7 @@ BAD = {
         {"model__activation": "swigloo"},
         r"model.activation='swigloo' is not known; use one of swiglu",
     ),
+    "family": ({"model__family": "gtp"}, r"model.family='gtp' is not known; use one of gpt"),
     "dropout": ({"model__dropout": 1.5}, r"model.dropout=1.5"),
     "not closing": ({"train__tokens_per_update": 8000}, r"train.tokens_per_update=8000 .* data.seq_len=512"),
     "product": (
@@ -110,6 +140,10 @@ BAD = {
         {"mesh__layout": "zigzig"},
         r"mesh.layout='zigzig' is not known; use one of auto, contiguous, zigzag",
     ),
+    "unread": (
+        {"lion__beta2": 0.99},
+        "lion.beta2=0.99 is without effect for optimizer.name='muon'; set optimizer.name=lion, or leave lion.beta2 at",
+    ),
     "z_loss": ({"train__z_loss": -0.1}, r"train.z_loss=-0.1"),
 }
 
@@ -145,8 +179,8 @@ def test_unknown_missing_and_mistyped_keys_are_named():
     with pytest.raises(UserError, match="model.num_layer is not known; did you mean 'num_layers'"):
         read_config(raw)
     raw = load()
-    del raw["optimizer"]["beta1"]
-    with pytest.raises(UserError, match="optimizer.beta1 is missing"):
+    del raw["adamw"]["beta1"]
+    with pytest.raises(UserError, match="adamw.beta1 is missing"):
         read_config(raw)
     for value in ("4", 4.5, True, None):
         raw = load()
@@ -230,10 +264,10 @@ def test_an_older_run_that_lacks_a_key_takes_its_default_or_is_named(section, ke
         with pytest.raises(UserError, match=rf"lacks the key {re.escape(name)},"):
             check_resume(saved, asked, str(tmp_path))
         return
-    field = typing.get_type_hints(Config)[section].__dataclass_fields__[key]
-    assert field.default is not dataclasses.MISSING, f"{name} is new and has no default for older runs"
+    older = unset(typing.get_type_hints(Config)[section])
+    assert key in older, f"{name} is new and does not say what older runs did"
     completed = read_config(parse(words)[1])
-    default = dataclasses.replace(getattr(asked, section), **{key: field.default})
+    default = dataclasses.replace(getattr(asked, section), **{key: older[key]})
     assert getattr(completed, section) == default
     # The default is compared, not nothing: the same is no other run, and another value is.
     expected = dataclasses.replace(asked, **{section: default})
@@ -243,11 +277,11 @@ def test_an_older_run_that_lacks_a_key_takes_its_default_or_is_named(section, ke
 
 def test_an_older_run_that_lacks_sections_takes_their_defaults(tmp_path):
     saved = saved_run(tmp_path)
-    for section in ("controller", "stability"):
-        del saved[section]
+    for name in ("controller", "stability"):
+        del saved[name]
     write_json(tmp_path / "config.json", saved)
     config = read_config(parse(["llmjax", f"--workdir={tmp_path}", "--config.controller.k_max=9"])[1])
-    assert config.controller == ControllerConfig(k_max=9) and config.stability == StabilityConfig()
+    assert config.controller == section("controller", k_max=9) and config.stability == section("stability")
 
 
 def test_a_changed_value_of_a_key_that_the_run_is_older_than_is_named_with_its_default(tmp_path):
@@ -283,23 +317,89 @@ def test_a_run_of_a_newer_version_is_named_by_its_key(tmp_path):
 
 
 def test_a_config_file_still_has_every_key(tmp_path):
-    for section, key in saved_keys():
+    for name, key in saved_keys():
         raw = load()
-        del raw[section][key]
-        with pytest.raises(UserError, match=rf"{section}.{key} is missing; start from configs/base.py"):
+        del raw[name][key]
+        with pytest.raises(UserError, match=rf"{name}.{key} is missing; start from configs/base.py"):
             read_config(raw)
 
 
 def test_every_key_that_moved_is_read_under_its_old_name_and_told_by_its_new_one(tmp_path):
     saved = check(compute__engine="fused", compute__remat="full", compute__micro_batch_size=4)[0].to_dict()
     old = {name: dict(values) if isinstance(values, dict) else values for name, values in saved.items()}
-    for before, now in MOVED.items():
+    for before in MOVED:
+        if (now := new_name(before, saved["optimizer"]["name"])) is None:
+            continue
         (section, key), (new_section, new_key) = before.split("."), now.split(".")
         old[section][key] = old[new_section].pop(new_key)
         with pytest.raises(UserError, match=re.escape(f"did you mean --config.{now}?")):
             set_key(saved, before, ["1"])
     assert not old.pop("compute")
     assert complete_config(old, tmp_path) == saved
+
+
+# What an optimizer made of the keys that were once those of all optimizers.
+ONCE_SHARED = {
+    "adamw": {"adamw": {"beta1": 0.8, "beta2": 0.7, "eps": 1e-6}},
+    "lion": {"lion": {"beta1": 0.8, "beta2": 0.7}},
+    "adafactor": {"adafactor": {"momentum": 0.8, "decay_cap": 0.7}},
+    "muon": {"adamw": {"beta1": 0.8, "beta2": 0.7, "eps": 1e-6}, "muon": {"form": "reference"}},
+    "schedule_free_adamw": {"schedule_free_adamw": {"beta1": 0.8, "beta2": 0.7, "eps": 1e-6}},
+}
+
+
+@pytest.mark.parametrize("name", ONCE_SHARED)
+def test_the_run_of_an_older_version_keeps_the_keys_of_its_optimizer(name, tmp_path):
+    saved = check(optimizer__name=name, optimizer__schedule="constant")[0].to_dict()
+    new = saved | {section: saved[section] | values for section, values in ONCE_SHARED[name].items()}
+    old = {section: values for section, values in saved.items() if section not in OPTIMIZERS}
+    old["optimizer"] = old["optimizer"] | {"beta1": 0.8, "beta2": 0.7, "eps": 1e-6, "muon_form": "reference"}
+    write_json(tmp_path / "config.json", old)
+    _, completed = parse(["llmjax", f"--workdir={tmp_path}", "--config.generate.seed=0"])
+    assert completed == new == complete_config(old, tmp_path)
+    config = resolve_config(read_config(completed), 1)[0]
+    check_resume(old, config, str(tmp_path))
+    check_init(old, config)
+    assert read_optimizer(old, tmp_path)[name] == config.optimizers[name]
+
+
+@pytest.mark.parametrize("name", ONCE_SHARED)
+def test_a_command_line_with_a_key_that_all_optimizers_shared_is_told_the_key_of_its_own(name):
+    for before in ("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.muon_form"):
+        now = new_name(before, name)
+        hint = (
+            f"did you mean --config.{now}?"
+            if now
+            else f"optimizer.name='{name}' never read it, so leave it out"
+        )
+        words = [f"--config.{before}=0.5", f"--config.optimizer.name={name}"]  # which comes last
+        with pytest.raises(UserError, match=re.escape(f"--config.{before} is not known; {hint}")):
+            parse(["llmjax", f"--config={ROOT / 'configs' / 'base.py'}", *words])
+
+
+@pytest.mark.parametrize("old, hint", [
+    ("optimizer.eps", "'eps', which is not known; it has moved to adamw.eps or schedule_free_adamw.eps"),
+    ("model.remat", "'remat', which is not known; it has moved to compute.remat"),
+])  # fmt: skip
+def test_a_config_file_with_a_key_that_moved_is_told_where(old, hint, tmp_path):
+    base = (ROOT / "configs" / "base.py").read_text(encoding="utf-8")
+    path = tmp_path / "mine.py"
+    path.write_text(base.replace("return c.lock()", f"c.lock()\n    c.{old} = 1\n    return c"))
+    with pytest.raises(UserError, match=re.escape(hint)):
+        parse(["llmjax", f"--config={path}"])
+
+
+def test_every_new_name_of_a_key_is_a_key():
+    known = load()
+    for targets in MOVED.values():
+        for name in targets.values() if isinstance(targets, dict) else (targets,):
+            section, key = name.split(".")
+            assert key in known[section]
+
+
+def test_base_leaves_the_keys_of_every_optimizer_at_what_unread_keys_must_be():
+    for name in OPTIMIZERS:
+        check(optimizer__name=name, optimizer__schedule="constant")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "llmjax").rglob("*.py")), ids=lambda path: path.name)

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from sections import section
 
 from llmjax.data.checksums import BLOCK_BYTES, DamagedError
 from llmjax.data.packing import packing
@@ -16,7 +17,7 @@ from llmjax.data.store import cache
 from llmjax.data.store.build import DOCUMENTS, build_store
 from llmjax.data.store.encode import encode_batches
 from llmjax.data.store.store import Store, open_store
-from llmjax.data.tokenizer.tokenizer import ByteTokenizer, TokenizerConfig, load_tokenizer
+from llmjax.data.tokenizer.tokenizer import ByteTokenizer, load_tokenizer
 from llmjax.errors import UserError
 
 BYTES = ByteTokenizer(num_reserved=2)
@@ -72,7 +73,7 @@ def files(folder):
 
 
 def make_tokenizer(folder, report):
-    config = TokenizerConfig(vocab_size=300)
+    config = section("tokenizer", vocab_size=300)
     tokenizer = cache.cached_tokenizer(folder / "cache", config, files(folder), report=report)
     return tokenizer.fingerprint
 

@@ -7,9 +7,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sections import section
 
 from llmjax.errors import UserError
-from llmjax.evaluate.held_out import EvaluateConfig, compressed_bits_per_byte, evaluate
+from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.tasks.language_model import LanguageModel
 from llmjax.types import LossSums
 
@@ -55,7 +56,7 @@ def test_no_targets_is_an_error(batches):
 @pytest.mark.parametrize("key", ["every", "batch_size"])
 def test_a_negative_setting_is_named(key):
     with pytest.raises(UserError, match=f"evaluate.{key}=-1 must not be negative; use 0 for"):
-        EvaluateConfig(**{"every": 1, "batch_size": 0} | {key: -1})
+        section("evaluate", **{key: -1})
 
 
 def test_compressors_are_measured_at_their_strongest_on_all_of_the_text():

@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sections import section
 
 from llmjax.errors import UserError
 from llmjax.generate.generate import GenerateConfig, make_generator
 from llmjax.models.gpt import GPT
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.logits import head_logits
 from llmjax.types import Batch
 
 V = 37
-MODEL = GPT(resolve(ModelConfig(num_layers=2, model_dim=16, num_heads=2, init_std=0.5)), V, 128)
+MODEL = GPT(resolve(section("model", num_layers=2, model_dim=16, num_heads=2, init_std=0.5)), V, 128)
 GREEDY = GenerateConfig(max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0)
 PROMPTS = [[1, 5, 9, 3], [2], [7] * 70]
 
@@ -104,7 +105,9 @@ def rows_of(columns, count):
 
 
 LEARNED = GPT(
-    resolve(ModelConfig(num_layers=2, model_dim=16, num_heads=2, init_std=0.5, position="learned")), V, 24
+    resolve(section("model", num_layers=2, model_dim=16, num_heads=2, init_std=0.5, position="learned")),
+    V,
+    24,
 )
 
 

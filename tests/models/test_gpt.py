@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sections import section
 
 from llmjax.models.gpt import GPT
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.logits import head_logits
 from llmjax.ops.rope import SCALINGS
 from llmjax.types import Batch
 
 V, T = 61, 24
-TINY = ModelConfig(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, init_std=0.2)
+TINY = section("model", num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, init_std=0.2)
 VARIANTS = {
     "llama": TINY,
     "gpt2": dataclasses.replace(

@@ -11,10 +11,11 @@ import shutil
 import numpy as np
 import pytest
 import tiny_run
+from sections import section
 from tiny_run import CHINESE, command
 
 from llmjax import main
-from llmjax.data.tokenizer.tokenizer import TokenizerConfig, load_tokenizer
+from llmjax.data.tokenizer.tokenizer import load_tokenizer
 from llmjax.modes.plan import planned_vocab_size
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 
@@ -344,10 +345,13 @@ def test_other_documents_under_a_run_are_refused_and_do_not_replace_its_tokenize
 
 
 def test_the_vocabulary_is_known_before_the_corpus_is_read(sentencepiece):
-    for config in (TokenizerConfig("byte"), TokenizerConfig(path=str(sentencepiece / "run" / "tokenizer"))):
+    for config in (
+        section("tokenizer", kind="byte"),
+        section("tokenizer", path=str(sentencepiece / "run" / "tokenizer")),
+    ):
         expected = 277 if config.kind == "byte" else 400
         assert planned_vocab_size(config) == expected
-    assert planned_vocab_size(TokenizerConfig("bpe", vocab_size=5000)) == 5000
+    assert planned_vocab_size(section("tokenizer", kind="bpe", vocab_size=5000)) == 5000
 
 
 def bad_corpus(folder):

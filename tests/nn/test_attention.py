@@ -9,21 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from sections import mesh_section, section
 
 from llmjax.models.contract import unbox
 from llmjax.nn.attention import on_each_device
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.nn.stack import Block
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.sequence_attention import Sharing, make_attend
-from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
+from llmjax.parallel.mesh import AXES, make_mesh
 from llmjax.parallel.rules import Layout
 from llmjax.train.update.fused import MANUAL
 
 B, T, D = 8, 16, 16
 CONFIG = resolve(
-    ModelConfig(
+    section(
+        "model",
         num_layers=1,
         model_dim=D,
         num_heads=4,
@@ -58,7 +60,7 @@ def attention(block, x_BTD, mask):
 
 def compiled(sizes, kernel="blockwise", algorithm="ring", ulysses=1):
     """The gradients of everything, compiled for a mesh."""
-    layout = Layout(make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))]))
+    layout = Layout(make_mesh(mesh_section(*sizes), jax.devices()[: int(np.prod(sizes))]))
     others = tuple(axis for axis in ("data", "fsdp") if layout.axis_size(axis) > 1)
     sharing = Sharing(algorithm, "seq", sizes[2], ulysses, others)
     attend = make_attend(kernel, sharing if sizes[2] > 1 else None)
@@ -102,7 +104,7 @@ def test_no_device_asks_for_the_rows_of_another(sizes):
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), *set(itertools.permutations((8, 1, 1, 1))), (2, 2, 2, 1)])
 def test_around_a_kernel_every_axis_of_the_mesh_is_manual(sizes, manual):
     """Whatever part of the mesh the caller has split already: no kernel can be split by the compiler."""
-    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+    mesh = make_mesh(mesh_section(*sizes), jax.devices()[: math.prod(sizes)])
     seen = []
 
     def kernel(q, k, v, mask, *, sinks_N):

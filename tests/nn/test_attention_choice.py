@@ -1,18 +1,18 @@
 """The attention that a config gets, and one sentence where there is none."""
 
 import pytest
+from sections import mesh_section, section
 
 from llmjax.errors import UserError
 from llmjax.nn.attention_choice import choose_kernel, choose_sharing
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.ops.attention.sequence_attention import KERNELS
-from llmjax.parallel.mesh import MeshConfig
 
 
 def sharing(heads=8, kv_heads=2, kernel="auto", data=1, seq=4, tensor=1, **mesh):
-    model = resolve(ModelConfig(model_dim=8 * heads, num_heads=heads, num_kv_heads=kv_heads))
+    model = resolve(section("model", model_dim=8 * heads, num_heads=heads, num_kv_heads=kv_heads))
     sizes = {"data": data, "fsdp": 1, "seq": seq, "tensor": tensor}
-    return choose_sharing(model, kernel, MeshConfig(**mesh), sizes)
+    return choose_sharing(model, kernel, mesh_section(**mesh), sizes)
 
 
 @pytest.mark.parametrize("changes, algorithm, degree", [
@@ -57,9 +57,9 @@ def test_what_cannot_be_is_one_sentence(changes, pattern):
 
 def test_a_key_of_the_mesh_that_is_not_known_is_named():
     with pytest.raises(UserError, match="mesh.seq_attention='rings' is not known; use one of auto, gather"):
-        MeshConfig(seq_attention="rings")
+        mesh_section(seq_attention="rings")
     with pytest.raises(UserError, match="mesh.ulysses=-1 must not be negative"):
-        MeshConfig(ulysses=-1)
+        mesh_section(ulysses=-1)
 
 
 @pytest.mark.parametrize("attention, platform, kernel", [

@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
+from sections import section
 
 from llmjax.errors import UserError
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 
-SMALL = ModelConfig(num_layers=2, model_dim=96, num_heads=4)
+SMALL = section("model", num_layers=2, model_dim=96, num_heads=4)
 
 
 def resolved(**changes):
@@ -55,7 +56,6 @@ def test_sizes_that_are_given_stay():
     ({"norm": "none"}, "model.norm='none' is not known"),
     ({"position": "alibi"}, "model.position='alibi' is not known"),
     ({"dtype": "float16"}, "model.dtype='float16' is not known"),
-    ({"family": "gtp"}, "model.family='gtp' is not known"),
     ({"norm_eps": -1.0}, "model.norm_eps=-1.0"),
     ({"init_std": -1.0}, "model.init_std=-1.0"),
     ({"rope_theta": 0.0}, "model.rope_theta=0.0"),

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sections import section
 
 from llmjax.models.contract import box_axes, unbox
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.nn.layers import MLP, Norm
 from llmjax.parallel.rules import Layout, partition_spec
 
@@ -21,7 +22,9 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 
 def config(**changes):
-    return resolve(ModelConfig(num_layers=4, model_dim=D, num_heads=2, mlp_dim=F, init_std=0.5, **changes))
+    return resolve(
+        section("model", num_layers=4, model_dim=D, num_heads=2, mlp_dim=F, init_std=0.5, **changes)
+    )
 
 
 @pytest.mark.parametrize("kind, use_bias", [("rmsnorm", False), ("layernorm", False), ("layernorm", True)])

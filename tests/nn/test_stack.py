@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sections import section
 
 from llmjax.models.contract import unbox
-from llmjax.nn.config import ModelConfig, layer_windows, resolve
+from llmjax.nn.config import layer_windows, resolve
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.stack import Block, init_stack, measure_stack, run_stack
 from llmjax.ops.attention import full
@@ -18,7 +19,7 @@ from llmjax.parallel.rules import Layout
 
 B, T, D, L, WINDOW = 1, 16, 8, 5, 3
 CONFIG = resolve(
-    ModelConfig(num_layers=L, model_dim=D, num_heads=2, init_std=0.5, window=WINDOW, global_every=2)
+    section("model", num_layers=L, model_dim=D, num_heads=2, init_std=0.5, window=WINDOW, global_every=2)
 )
 MASK = self_mask(jnp.ones((B, T), jnp.int32), jnp.arange(T)[None])
 X_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)

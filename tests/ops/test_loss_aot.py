@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from sections import mesh_section, section
 
 from llmjax.models.gpt import GPT
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.ops.attention import blockwise
 from llmjax.ops.loss import softmax_cross_entropy
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
 from llmjax.plan.hlo.flops import product_flops
 from llmjax.plan.hlo.parse import parse
@@ -35,7 +36,7 @@ MIB = 2**20
 def compiled(rows=1, softcap=0.0, z_loss=0.0, **sizes):
     """Loss and gradients of TOKENS tokens a device, in `rows` rows."""
     mesh = make_mesh(
-        MeshConfig(**{"data": 1, **sizes}), topology_devices("v5p:2x2x1")[: max(sizes.values(), default=1)]
+        mesh_section(**{"data": 1, **sizes}), topology_devices("v5p:2x2x1")[: max(sizes.values(), default=1)]
     )
     batch, seq, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["seq"], mesh.shape["tensor"]
     B, T = rows * batch, TOKENS // rows * seq
@@ -88,9 +89,9 @@ def test_a_split_vocabulary_needs_less_and_sums_the_gradient_of_hidden_states_on
 
 def test_an_unembedding_split_over_fsdp_is_brought_together_once_for_all_chunks():
     vocab, width, rows, length = 2048, 256, 8, 4096
-    mesh = make_mesh(MeshConfig(data=1, fsdp=8), topology_devices("v5e:2x4"))
+    mesh = make_mesh(mesh_section(data=1, fsdp=8), topology_devices("v5e:2x4"))
     sizes = {"num_layers": 1, "model_dim": width, "num_heads": 2, "mlp_dim": 512, "tie_embeddings": False}
-    config = resolve(ModelConfig(**sizes, dtype="bfloat16"))
+    config = resolve(section("model", **sizes, dtype="bfloat16"))
     model = GPT(config, vocab, length, Layout(mesh), blockwise.attend)
     loss = make_loss(model, z_loss=0.0, shards=(8, 1))
 

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from sections import mesh_section
 
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,7 +36,7 @@ hosts.initialize()
 assert jax.process_count() == 2 and len(jax.devices()) == 8
 shape = SHAPE
 for axes in MESHES:
-    layout = Layout(make_mesh(MeshConfig(*axes)))
+    layout = Layout(make_mesh(MeshConfig(*axes, "auto", 0, "auto")))
     sharding = layout.sharding("batch", "length")
     rows = hosts.local_batch_rows(sharding, shape[0])
     local = rows[:, None] * 1000 + np.arange(shape[1])[None, :]  # each process makes its own rows only
@@ -76,7 +77,7 @@ def no_cluster(monkeypatch):
 
 def test_one_process_needs_every_row_and_gets_the_array_it_put_in():
     for axes in MESHES:
-        sharding = Layout(make_mesh(MeshConfig(*axes))).sharding("batch", "length")
+        sharding = Layout(make_mesh(mesh_section(*axes))).sharding("batch", "length")
         rows = hosts.local_batch_rows(sharding, SHAPE[0])
         np.testing.assert_array_equal(rows, np.arange(SHAPE[0]))
         array = np.arange(np.prod(SHAPE), dtype=np.int32).reshape(SHAPE)
@@ -86,13 +87,13 @@ def test_one_process_needs_every_row_and_gets_the_array_it_put_in():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    sharding = Layout(make_mesh(MeshConfig(4, 2, 1, 1))).sharding("batch", "length")
+    sharding = Layout(make_mesh(mesh_section(4, 2, 1, 1))).sharding("batch", "length")
     with pytest.raises(UserError, match=r"batch of 12 sequences .* data=4 x fsdp=2 "):
         hosts.local_batch_rows(sharding, 12)
 
 
 def test_rows_that_do_not_fit_the_array_are_refused():
-    sharding = jax.sharding.NamedSharding(make_mesh(MeshConfig()), PartitionSpec("data"))
+    sharding = jax.sharding.NamedSharding(make_mesh(mesh_section()), PartitionSpec("data"))
     with pytest.raises(ValueError, match="has shape"):
         hosts.make_global(sharding, (16, 4), np.arange(16), np.zeros((8, 4)))
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from sections import mesh_section
 
 from llmjax.errors import UserError
-from llmjax.parallel.mesh import AXES, MeshConfig, make_mesh
+from llmjax.parallel.mesh import AXES, make_mesh
 from llmjax.parallel.rules import RULES, Layout, partition_spec, without_axes
 
 
@@ -40,14 +41,14 @@ def test_two_dimensions_cannot_claim_one_mesh_axis(names):
 
 
 def test_an_array_is_cut_as_its_dimensions_are_named():
-    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, seq=2)))
+    layout = Layout(make_mesh(mesh_section(data=2, fsdp=2, seq=2)))
     x = jax.device_put(jnp.zeros((8, 6, 5)), layout.sharding("batch", "length", None))
     assert {shard.data.shape for shard in x.addressable_shards} == {(2, 3, 5)}
     assert [layout.axis_size(axis) for axis in AXES] == [2, 2, 2, 1]
 
 
 def test_constraining_tells_the_compiler_and_changes_no_value():
-    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, seq=2)))
+    layout = Layout(make_mesh(mesh_section(data=2, fsdp=2, seq=2)))
     x = jnp.arange(48.0).reshape(8, 6)
     constrain = jax.jit(lambda x: layout.constrain(x, "batch", "length") + 0)
     assert "sdy.sharding_constraint" in constrain.lower(x).as_text()
@@ -57,7 +58,7 @@ def test_constraining_tells_the_compiler_and_changes_no_value():
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(), Layout(make_mesh(MeshConfig(), jax.devices()[:1]))], ids=["none", "one"]
+    "layout", [Layout(), Layout(make_mesh(mesh_section(), jax.devices()[:1]))], ids=["none", "one"]
 )
 def test_on_one_device_there_is_nothing_to_constrain(layout):
     x = jnp.ones((2, 3))
@@ -66,7 +67,7 @@ def test_on_one_device_there_is_nothing_to_constrain(layout):
 
 
 def test_axes_that_the_caller_splits_itself_are_left_out():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, seq=2))
+    mesh = make_mesh(mesh_section(data=2, fsdp=2, seq=2))
     layout = Layout(mesh, manual=("data", "fsdp"))
     assert layout.sharding("batch", "length").spec == PartitionSpec(None, "seq")
     assert [layout.axis_size(axis) for axis in AXES] == [1, 1, 2, 1]
@@ -86,7 +87,7 @@ def test_axes_that_the_caller_splits_itself_are_left_out():
 
 
 def test_where_all_axes_are_split_by_the_caller_there_is_nothing_to_constrain():
-    layout = Layout(make_mesh(MeshConfig(data=4, fsdp=2)), manual=("data", "fsdp"))
+    layout = Layout(make_mesh(mesh_section(data=4, fsdp=2)), manual=("data", "fsdp"))
     x = jnp.ones((2, 3))
     assert layout.constrain(x, "batch", "length") is x
 
@@ -102,10 +103,12 @@ def test_axes_are_taken_out_of_a_spec(spec, axes, left):
 
 
 def test_the_names_must_be_as_many_as_the_dimensions():
-    layout = Layout(make_mesh(MeshConfig()))
+    layout = Layout(make_mesh(mesh_section()))
     with pytest.raises(ValueError, match="2 axis names"):
         layout.constrain(jnp.ones((8, 2, 2)), "batch", "length")
 
 
 def test_layouts_of_equal_meshes_are_one_key():
-    assert len({Layout(make_mesh(MeshConfig(fsdp=2))), Layout(make_mesh(MeshConfig(fsdp=2))), Layout()}) == 2
+    assert (
+        len({Layout(make_mesh(mesh_section(fsdp=2))), Layout(make_mesh(mesh_section(fsdp=2))), Layout()}) == 2
+    )

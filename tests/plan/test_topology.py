@@ -3,9 +3,10 @@
 import importlib.util
 
 import pytest
+from sections import mesh_section
 
 from llmjax.errors import UserError
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.plan.topology import ALIASES, GENERATIONS, MOST_SLICES, parse_topology, topology_devices
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -83,4 +84,4 @@ class TestAheadOfTime:
     def test_every_shape_of_every_generation_carries_a_mesh(self, generation):
         for shape in SHAPES[GENERATIONS[generation].dimensions]:
             devices = topology_devices(f"{generation}:{shape}")
-            assert make_mesh(MeshConfig(), devices).size == len(devices), shape
+            assert make_mesh(mesh_section(), devices).size == len(devices), shape

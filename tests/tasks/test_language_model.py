@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from sections import section
 
 from configs import base
 from llmjax.build.program import make_program
@@ -14,7 +15,7 @@ from llmjax.data.packing.packing import plan_packing
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.sources.sources import list_sources, read_records
 from llmjax.data.store.build import build_store
-from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer
+from llmjax.data.tokenizer.tokenizer import train_tokenizer
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.ops.logits import head_logits
 from llmjax.types import Batch
@@ -29,7 +30,7 @@ def packed(tmp_path_factory):
     tiny_run.write_corpus(folder / "corpus", DOCUMENTS, words=25, text=tiny_run.CHINESE)
     files = list_sources([str(folder / "corpus")])
     texts = [document.text for file in files for document in read_records(file)]
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=400), texts)
+    tokenizer = train_tokenizer(section("tokenizer", vocab_size=400), texts)
     store = build_store(folder / "store", files, tokenizer)
     plan = plan_packing(store.lengths, np.arange(len(store)), T, seed=0)
     assert plan.num_rows < DOCUMENTS and store.lengths.max() > T + 1

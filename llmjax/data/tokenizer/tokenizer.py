@@ -87,12 +87,12 @@ class TokenizerConfig:
     num_reserved        ids `<reserved_0>`... that no text produces, for later use (chat turns, tasks)
     """
 
-    kind: str = "bpe"
-    path: str = ""
-    vocab_size: Annotated[int, Range(1, 2**24)] = 4096
-    train_bytes: Annotated[int, Range(1, 2**40)] = 20_000_000
-    character_coverage: Annotated[float, Range(0, 1, above=True)] = 0.9995
-    num_reserved: Annotated[int, Range(0, 2**20)] = 16
+    kind: str
+    path: str
+    vocab_size: Annotated[int, Range(1, 2**24)]
+    train_bytes: Annotated[int, Range(1, 2**40)]
+    character_coverage: Annotated[float, Range(0, 1, above=True)]
+    num_reserved: Annotated[int, Range(0, 2**20)]
 
     def __post_init__(self):
         choose(KINDS, "tokenizer.kind", self.kind)

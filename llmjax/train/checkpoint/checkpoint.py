@@ -30,7 +30,7 @@ from llmjax.errors import UserError
 from llmjax.escapes import complain
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, on_primary, together
-from llmjax.ranges import COUNT, Range, check_ranges
+from llmjax.ranges import COUNT, Range, Unset, check_ranges
 from llmjax.train.checkpoint import orbax_files, shelf
 from llmjax.train.checkpoint.digests import Damaged
 from llmjax.train.checkpoint.retention import Facts, best_of, kept, read_amended, write_amended
@@ -55,8 +55,8 @@ class CheckpointConfig:
     every: Annotated[int, Range(1, COUNT, "only at the end")] = 100
     keep: Annotated[int, Range(1, COUNT)] = 2
     keep_best: bool = True
-    init_from: str = ""
-    init_checkpoint: str = "latest"
+    init_from: Annotated[str, Unset("")] = ""
+    init_checkpoint: Annotated[str, Unset("latest")] = "latest"
 
     def __post_init__(self):
         check_ranges("checkpoint", self)

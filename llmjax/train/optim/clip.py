@@ -1,15 +1,16 @@
-"""Three ways to clip the gradient of an update, all of which see it divided by the loss weight.
+"""Three ways to clip the gradient of an update, which has been divided by the loss weight before.
 
-    global    the whole gradient is scaled to the threshold where its norm exceeds it (Pascanu et al. 2013)
-    block     the same for each block by itself: the embedding, every layer, the final norm. A layer that
-              explodes is reined in and leaves the steps of the others alone
-    adaptive  AGC (Brock et al. 2021, equation 3): the gradient of each output unit of a matrix is scaled so that
-              its norm is at most the threshold times the norm of the unit's weights, at least `eps`. Norm scales
-              and biases count as one unit each. Their thresholds are 0.01 to 0.16; a threshold of 1 hardly ever
-              clips. They leave the output matrix alone; here it may be the embedding too, and is clipped
+    global    the whole gradient is scaled down to the threshold if its norm is larger (Pascanu et al. 2013)
+    block     each block is scaled like that by itself: the embedding, every layer, the final norm. Where one layer
+              explodes, only its own step becomes smaller
+    adaptive  adaptive gradient clipping, AGC (Brock et al. 2021, equation 3). The gradient of each output unit of a
+              matrix is scaled down until its norm is at most the threshold times the norm of the unit's weights,
+              where this norm counts as at least `eps`. A norm scale or a bias counts as one unit. The paper uses
+              thresholds from 0.01 to 0.16; a threshold of 1 hardly ever clips. The paper leaves the output matrix
+              unclipped. Here the output matrix may be the embedding too, so it is clipped
 
-`optax.adaptive_grad_clip` guesses the unit from the rank of a leaf, and takes the layers of a stack for part of
-a convolution's window. Here logical axes decide, and a stack of layers is clipped like as many separate layers.
+`optax.adaptive_grad_clip` guesses the units from the rank of an array and would take the layers of a stack for a part
+of a convolution's window. Here the logical axes say what a unit is, so stacked layers are clipped like separate ones.
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ import optax
 from llmjax.train.optim.param_roles import Role, Roles
 from llmjax.types import Array, Params
 
-EPS = 1e-3  # of adaptive: lets units move that begin at zero
+# The smallest norm that adaptive clipping sees in the weights of a unit, so that a unit that begins at zero can move
+# (the paper's value).
+EPS = 1e-3
 
 
 def make_clip(kind: str, threshold: float, roles: Roles, eps: float = EPS) -> optax.GradientTransformation:
-    """Clips by one of `CLIPS`, without state; threshold 0 changes nothing. `adaptive` wants `params` in its update."""
+    """The clipping `kind` of `CLIPS`, a transformation without state; with threshold 0 it changes nothing.
+
+    `update` needs the parameters if `kind` is `adaptive`.
+    """
     return CLIPS[kind](threshold, eps, roles) if threshold > 0 else optax.identity()
 
 
@@ -53,7 +59,7 @@ def _block(threshold: float, eps: float, roles: Roles) -> optax.GradientTransfor
 def _adaptive(threshold: float, eps: float, roles: Roles) -> optax.GradientTransformation:
     def clip(grads: Params, params: Params) -> Params:
         def scale(role: Role, g: Array, p: Array) -> Array:
-            # A vector is one unit in each layer.
+            # The norm of a unit is taken over the inputs of a matrix, and over a whole vector of one layer.
             axes = role.inputs or tuple(i for i in range(p.ndim) if i not in role.stack)
             g_norm, p_norm = (jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True)) for x in (g, p))
             limit = threshold * jnp.maximum(p_norm, eps)

@@ -1,8 +1,8 @@
 """What each parameter is (matrix, lookup table or vector), read from the logical axes of its dimensions.
 
 `model.axes()` names the dimensions of every parameter, and the table in `parallel/rules.py` says what a dimension of
-that name does when the parameter is applied. Optimizers, clipping and the engines of accumulation ask here. Nothing
-follows from how a parameter is called or how many dimensions it has.
+that name does when the parameter is applied. Optimizers, clipping and the engines of accumulation ask this module. It
+never looks at the name of a parameter or at the number of its dimensions.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ import jax.numpy as jnp
 from llmjax.parallel.rules import is_axes, side_of
 from llmjax.types import Array, Params
 
-Axes = Any  # the tree of the parameters with a tuple of logical axis names in the place of each array
+# The tree of the parameters with a tuple of logical axis names in the place of each array.
+Axes = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """The dimensions of one parameter by what they do, as their numbers.
+    """What each dimension of one parameter does. A dimension is given by its number, and most roles have none.
 
-    layers   leading ones, of which each index is a layer with a parameter of its own
-    stack    copies that are parameters of their own: layers, and others such as experts
-    rows     rows of a table, of which a token's number picks one
-    classes  what the output head chooses among
-    inputs   summed over when the parameter is applied
-    outputs  the rest
+    layers   the leading dimensions whose every index is a layer, with a parameter of its own
+    stack    the dimensions whose every index is a parameter of its own: `layers`, and others such as experts
+    rows     the rows of a table, of which the number of a token picks one
+    classes  the dimension that the output head chooses among
+    inputs   the dimensions that are summed over when the parameter is applied
+    outputs  all other dimensions
     """
 
     axes: tuple[str, ...]
@@ -42,7 +43,7 @@ class Role:
 
     @classmethod
     def of(cls, axes: tuple[str, ...]) -> Role:
-        """The role of a parameter with these logical axes; UserError for one that the rules table lacks."""
+        """The role of a parameter with these logical axes; UserError for an axis that the rules table lacks."""
         sides: dict[str, tuple[int, ...]] = {
             side: () for side in ("stack", "rows", "classes", "inputs", "outputs")
         }
@@ -55,24 +56,25 @@ class Role:
 
     @property
     def is_vector(self) -> bool:
-        """A norm's scale or a bias, which is added or multiplied. Never decayed, and always used in float32."""
+        """Whether it is a norm's scale or a bias. These multiply or are added, never decay, and stay in float32."""
         return not self.inputs
 
     @property
     def is_table(self) -> bool:
-        """A table from which rows are looked up."""
+        """Whether it is a table whose rows are looked up, such as an embedding."""
         return bool(self.rows)
 
     @property
     def is_hidden_matrix(self) -> bool:
-        """A matrix inside the network: neither a table nor the output head, nor a vector."""
+        """Whether it is a matrix inside the network, and no table, output head or vector."""
         return bool(self.inputs) and not self.rows and not self.classes
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The dimensions of both sides of a matrix or table, that of the first one first; ((), ()) of a vector.
+        """The dimensions of the two sides of a matrix or table, in the order of the array; ((), ()) for a vector.
 
-        ValueError where the dimensions of one side do not lie together.
+        One side are the inputs, the other side all dimensions that are neither inputs nor in `stack`. ValueError where
+        the dimensions of one side do not lie together.
         """
         if self.is_vector:
             return (), ()
@@ -95,20 +97,20 @@ class Roles:
         return self._roles[path]
 
     def map(self, function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-        """`function(role, leaf, ...)` of every leaf of trees like the parameters, from which some may be missing."""
+        """Applies `function(role, leaf, ...)` to every leaf of trees like the parameters. Leaves may be missing."""
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf, *rest: function(self.role(path, leaf), leaf, *rest), tree, *others
         )
 
     def matrices_and_tables(self, params: Params) -> Params:
-        """True for every parameter that decays: for all but norm scales and biases."""
+        """A tree of bools like `params`: True for every parameter that decays, which norm scales and biases do not."""
         return self.map(lambda role, _: not role.is_vector, params)
 
     def block_norms(self, tree: Params) -> dict[str, Array]:
-        """The norm over all leaves of each top-level entry of a tree like the parameters.
+        """The norm of all leaves of each top-level entry of a tree like the parameters, by the name of the entry.
 
-        float32 [L], one norm a layer, where the entry's leaves are stacked over layers, else []. ValueError where some
-        leaves of an entry are stacked over layers and others are not.
+        The norm is float32 [], or float32 [L] with one norm a layer where the leaves of the entry are stacked over
+        layers. ValueError where some leaves of an entry are stacked over layers and others are not.
         """
         squares: dict[str, list[Array]] = {}
         stacks: dict[str, set[tuple[int, ...]]] = {}
@@ -122,7 +124,7 @@ class Roles:
             add(self.role(path, x), x, path)
         if mixed := [name for name, found in stacks.items() if len(found) > 1]:
             raise ValueError(f"some leaves of {mixed[0]!r} are stacked over layers and others are not")
-        # In the order of the tree, and so is what is made of it.
+        # The order of the tree decides in which order a caller sums these norms, so that it must not change.
         return {name: jnp.sqrt(sum(squares[name][1:], squares[name][0])) for name in tree}
 
     def stacked(self, tree: Params) -> list[str]:

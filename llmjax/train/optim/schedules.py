@@ -1,7 +1,7 @@
-"""Learning-rate schedules: a warmup, and then what `optimizer.schedule` names.
+"""Learning-rate schedules: a linear warmup, and then the curve that `optimizer.schedule` names.
 
-A schedule counts updates of train.tokens_per_update tokens. It takes optimizer.schedule_updates of them, or, where that
-is 0, as many as the run, train.num_updates.
+A schedule counts updates of train.tokens_per_update tokens. It takes optimizer.schedule_updates of them, or
+train.num_updates where that key is 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llmjax.train.optim.optimizer import OptimizerConfig
 
-# By how much of itself a learning rate may move without being said to jump.
+# The user is told of a jump where a resumed run changes its learning rate by more than this fraction (our choice).
 JUMP = 0.01
 
 
@@ -22,9 +22,10 @@ JUMP = 0.01
 class Schedule:
     """One value of `optimizer.schedule`.
 
-    decay_updates  (config, updates of the schedule, of the warmup) -> how many updates the decay takes, up to the last
-    shape          how far the rate has come down when a fraction of the decay is done, both from 0 to 1
-    words          what the decay does, after "the learning rate"
+    decay_updates  (config, updates of the schedule, updates of the warmup) -> how many updates the decay takes. It ends
+                   with the last update of the schedule
+    shape          (done fraction of the decay) -> how far the rate has come down, 0 at the peak and 1 at the end
+    words          the verb for the decay in the sentence "the learning rate ... to 0.001 at update 400"
     """
 
     decay_updates: Callable[[OptimizerConfig, int, int], int]
@@ -49,22 +50,24 @@ SCHEDULES = {
 
 
 def schedule_length(config: OptimizerConfig, num_updates: int) -> int:
-    """How many updates the schedule of a run of `num_updates` updates takes."""
+    """How many updates the schedule takes in a run of `num_updates` updates."""
     return config.schedule_updates or num_updates
 
 
 def make_schedule(config: OptimizerConfig, num_updates: int) -> Callable[[float], float]:
-    """The learning rate of the update that ends at u = 1 ... num_updates, or anywhere between.
+    """A function (u) -> the learning rate of the update that ends at u, in updates from 1 on; u may be a fraction.
 
-    Warmup: peak * u / warmup_updates. Decay reaches `final_lr_fraction` of the peak exactly at the last update of the
-    schedule and stays there. Where a decay begins before the warmup ends the lower of the two counts.
+    In the warmup the rate is peak * u / warmup_updates. The decay reaches `final_lr_fraction` of the peak exactly at
+    the last update of the schedule, and the rate stays there. Where the decay begins before the warmup ends, the lower
+    of the two rates counts.
     """
     peak, final = config.learning_rate, config.final_lr_fraction
     length, decay_updates = schedule_length(config, num_updates), _decay_updates(config, num_updates)
     shape = SCHEDULES[config.schedule].shape
 
     def schedule(u: float) -> float:
-        # An update smaller than train.tokens_per_update has its middle before 1, also where nothing warms up.
+        # The middle of an update that is smaller than train.tokens_per_update can lie before 1, so without a warmup the
+        # rate must not follow u.
         rise = min(u / config.warmup_updates, 1.0) if config.warmup_updates else 1.0
         if decay_updates <= 0:
             return peak * rise
@@ -75,8 +78,10 @@ def make_schedule(config: OptimizerConfig, num_updates: int) -> Callable[[float]
 
 
 def describe_schedule(config: OptimizerConfig, num_updates: int) -> str:
-    """What the learning rate does in a run of `num_updates` updates, for example `rises to 0.01 over 40 updates, falls
-    along a cosine to 0.001 at update 400`."""
+    """What the learning rate does in a run of `num_updates` updates, in words.
+
+    For example: rises to 0.01 over 40 updates, falls along a cosine to 0.001 at update 400.
+    """
     length, decay = schedule_length(config, num_updates), _decay_updates(config, num_updates)
     peak, warmup = config.learning_rate, config.warmup_updates
     text = f"rises to {peak:g} over {warmup:,} updates" if warmup else f"{peak:g} from the first update on"
@@ -92,13 +97,13 @@ def describe_schedule(config: OptimizerConfig, num_updates: int) -> str:
 
 
 def schedule_remarks(config: OptimizerConfig, num_updates: int) -> list[str]:
-    """A sentence where the schedule cannot do what its keys say in a run of `num_updates` updates, else nothing."""
+    """[a sentence] where the schedule cannot do what its keys say in a run of `num_updates` updates, else []."""
     length, decay = schedule_length(config, num_updates), _decay_updates(config, num_updates)
     peak, warmup, final = config.learning_rate, config.warmup_updates, config.final_lr_fraction
     if not num_updates:
         return []
     if decay > 0 and 0 <= length - decay < warmup and final < 1:
-        # Where u / warmup meets 1 - (1 - final) * (u - length + decay) / decay.
+        # The rate is highest where u / warmup meets the decay 1 - (1 - final) * (u - length + decay) / decay.
         slope = (1 - final) / decay
         highest = peak / warmup * (1 + slope * (length - decay)) / (1 / warmup + slope)
         return [
@@ -129,9 +134,10 @@ def schedule_remarks(config: OptimizerConfig, num_updates: int) -> list[str]:
 
 
 def describe_jump(config: OptimizerConfig, num_updates: int, old_length: int, done: float) -> str:
-    """A sentence where a run that goes on after `done` updates has another learning rate than its schedule had so far.
+    """A sentence for a run that goes on after `done` updates with a schedule of another length.
 
-    `old_length` is the length of the schedule until now. "" where the rates agree within `JUMP`.
+    It says how the learning rate jumps because of that. `old_length` is the length of the schedule until now, in
+    updates. "" where the learning rate of the next update stays the same within `JUMP`.
     """
     length = schedule_length(config, num_updates)
     if length == old_length or not old_length or not num_updates:
@@ -149,6 +155,6 @@ def describe_jump(config: OptimizerConfig, num_updates: int, old_length: int, do
 
 
 def _decay_updates(config: OptimizerConfig, num_updates: int) -> int:
-    """0 or less: none."""
+    """How many updates the decay takes in a run of `num_updates` updates; 0 or less where there is no decay."""
     length, warmup = schedule_length(config, num_updates), max(config.warmup_updates, 1)
     return SCHEDULES[config.schedule].decay_updates(config, length, warmup)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from llmjax.errors import UserError, choose
-from llmjax.ranges import COUNT, FOLD, Range, check_ranges
+from llmjax.ranges import COUNT, FOLD, Range, Unset, check_ranges
 
 # A gradient norm of more than this many times the expected one is a spike. Noise alone does not reach it.
 SPIKE = 3.0
@@ -43,13 +43,13 @@ class ControllerConfig:
     Raises UserError for a value out of range.
     """
 
-    name: str = "none"
-    k_min: Annotated[int, Range(1, COUNT)] = 1
-    k_max: Annotated[int, Range(1, COUNT)] = 64
-    half_life: Annotated[int, Range(1, FOLD)] = 200_000
-    hysteresis: Annotated[float, Range(0, 1, below=True)] = 0.25
-    batch_per_noise: Annotated[float, Range(1e-9, 1e9)] = 1.0
-    norm_test_theta: Annotated[float, Range(1e-9, 1e9)] = 0.5
+    name: Annotated[str, Unset("none")]
+    k_min: Annotated[int, Range(1, COUNT), Unset(1)]
+    k_max: Annotated[int, Range(1, COUNT), Unset(64)]
+    half_life: Annotated[int, Range(1, FOLD), Unset(200_000)]
+    hysteresis: Annotated[float, Range(0, 1, below=True), Unset(0.25)]
+    batch_per_noise: Annotated[float, Range(1e-9, 1e9), Unset(1.0)]
+    norm_test_theta: Annotated[float, Range(1e-9, 1e9), Unset(0.5)]
 
     def __post_init__(self) -> None:
         choose(RULES, "controller.name", self.name)

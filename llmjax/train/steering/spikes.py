@@ -23,7 +23,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from llmjax.errors import choose
-from llmjax.ranges import COUNT, FOLD, Range, check_ranges
+from llmjax.ranges import COUNT, FOLD, Range, Unset, check_ranges
 
 # The least half-life in updates: a deviation needs about this many values, however many tokens an update has.
 LEAST_HALF_LIFE = 16
@@ -74,11 +74,11 @@ class StabilityConfig:
     Raises UserError for a value out of range.
     """
 
-    on_spike: str = "warn"
-    threshold: Annotated[float, Range(0, 1e6, above=True)] = 6.0
-    half_life: Annotated[int, Range(1, FOLD)] = 200_000
-    warmup_updates: Annotated[int, Range(10, COUNT)] = 50
-    max_skips: Annotated[int, Range(1, COUNT)] = 20
+    on_spike: Annotated[str, Unset("warn")]
+    threshold: Annotated[float, Range(0, 1e6, above=True), Unset(6.0)]
+    half_life: Annotated[int, Range(1, FOLD), Unset(200_000)]
+    warmup_updates: Annotated[int, Range(10, COUNT), Unset(50)]
+    max_skips: Annotated[int, Range(1, COUNT), Unset(20)]
 
     def __post_init__(self) -> None:
         check_ranges("stability", self)

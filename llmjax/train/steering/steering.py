@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from llmjax.train.optim.optimizer import Optimizer
@@ -112,12 +113,9 @@ class Steering:
         hyper = self.optimizer.hyperparameters(tokens / self.tokens_per_update, size)
         limits = spikes.limits(self.stability, history.stability)
         on_device = spikes.device_limits(self.stability, limits)
-        as_float32: dict[str, Any] = {
-            field.name: np.float32(getattr(hyper, field.name)) for field in dataclasses.fields(hyper)
-        }
         inputs = UpdateInputs(
             np.int32(steps),
-            dataclasses.replace(hyper, **as_float32),
+            jax.tree.map(np.float32, hyper),
             np.float32(on_device.loss),
             np.float32(on_device.grad_norm),
         )

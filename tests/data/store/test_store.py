@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sections import section
 
 import llmjax.data.store.build
 import llmjax.data.store.cache
@@ -21,7 +22,7 @@ from llmjax.data.store.cache import cached_store, cached_tokenizer
 from llmjax.data.store.columns import token_dtype
 from llmjax.data.store.encode import encode_batches, encode_records
 from llmjax.data.store.store import Store, open_store
-from llmjax.data.tokenizer.tokenizer import ByteTokenizer, TokenizerConfig
+from llmjax.data.tokenizer.tokenizer import ByteTokenizer
 from llmjax.errors import UserError
 
 BYTES = ByteTokenizer(num_reserved=2)
@@ -370,19 +371,19 @@ def test_a_cached_tokenizer_is_trained_once(corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(llmjax.data.store.cache, "train_tokenizer", counted)
     cache, files = tmp_path / "cache", list_sources([str(corpus)])
-    config = TokenizerConfig(vocab_size=300)
+    config = section("tokenizer", vocab_size=300)
     seen = []
     first = cached_tokenizer(cache, config, files, progress=lambda *a: seen.append(a))
     again = cached_tokenizer(cache, config, files)
     assert first.fingerprint == again.fingerprint
     assert len(trained) == 1
     assert seen[-1][0] == seen[-1][1] == sum(file.size for file in files)
-    cached_tokenizer(cache, TokenizerConfig(vocab_size=301), files)
+    cached_tokenizer(cache, section("tokenizer", vocab_size=301), files)
     assert len(trained) == 2
     first.save(tmp_path / "saved")
-    given = cached_tokenizer(cache, TokenizerConfig(path=str(tmp_path / "saved")), files)
+    given = cached_tokenizer(cache, section("tokenizer", path=str(tmp_path / "saved")), files)
     assert given.fingerprint == first.fingerprint
-    assert isinstance(cached_tokenizer(cache, TokenizerConfig(kind="byte"), files), ByteTokenizer)
+    assert isinstance(cached_tokenizer(cache, section("tokenizer", kind="byte"), files), ByteTokenizer)
     assert len(trained) == 2
 
 

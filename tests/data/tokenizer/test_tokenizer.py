@@ -7,14 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sections import section
 
-from llmjax.data.tokenizer.tokenizer import (
-    ByteTokenizer,
-    StreamDecoder,
-    TokenizerConfig,
-    load_tokenizer,
-    train_tokenizer,
-)
+from llmjax.data.tokenizer.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer, train_tokenizer
 from llmjax.errors import UserError
 
 NASTY = [
@@ -55,12 +50,12 @@ def texts():
 
 @pytest.fixture(scope="module", params=["bpe", "unigram", "byte"])
 def tokenizer(request, texts):
-    return train_tokenizer(TokenizerConfig(kind=request.param, vocab_size=700), texts)
+    return train_tokenizer(section("tokenizer", kind=request.param, vocab_size=700), texts)
 
 
 @pytest.fixture(scope="module")
 def bpe(texts):
-    return train_tokenizer(TokenizerConfig(vocab_size=700), texts)
+    return train_tokenizer(section("tokenizer", vocab_size=700), texts)
 
 
 def random_texts(count):
@@ -149,7 +144,7 @@ def test_special_ids_stand_at_the_front(bpe):
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_training_depends_on_the_texts_and_not_on_their_order(kind, texts):
-    config = TokenizerConfig(kind=kind, vocab_size=600)
+    config = section("tokenizer", kind=kind, vocab_size=600)
     once = train_tokenizer(config, texts)
     again = train_tokenizer(config, iter(texts[::-1]))
     other = train_tokenizer(config, texts[1:])
@@ -160,16 +155,16 @@ def test_training_depends_on_the_texts_and_not_on_their_order(kind, texts):
 
 def test_training_reads_a_bounded_sample(texts):
     seen = []
-    config = TokenizerConfig(vocab_size=400, train_bytes=20_000)
+    config = section("tokenizer", vocab_size=400, train_bytes=20_000)
     small = train_tokenizer(config, (seen.append(t) or t for t in texts))
-    large = train_tokenizer(TokenizerConfig(vocab_size=400), texts)
+    large = train_tokenizer(section("tokenizer", vocab_size=400), texts)
     assert len(seen) == len(texts)
     assert small.fingerprint != large.fingerprint
 
 
 def test_code_takes_few_tokens(texts):
     code = "".join(texts[:4])
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=1500), texts)
+    tokenizer = train_tokenizer(section("tokenizer", vocab_size=1500), texts)
     assert len(code) / len(tokenizer.encode(code)) > 3
     assert len(tokenizer.encode("        ")) == 1
 
@@ -177,7 +172,7 @@ def test_code_takes_few_tokens(texts):
 def test_a_small_vocabulary_keeps_chinese_lossless(texts):
     """More distinct characters than ids: the rare ones are spelled in bytes, the frequent ones keep an id."""
     text = "".join(chr(0x4E00 + i) * (1 if i > 40 else 50) for i in range(2000)) + "\n" + "的一是" * 500
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=400, character_coverage=1.0), [text, *texts])
+    tokenizer = train_tokenizer(section("tokenizer", vocab_size=400, character_coverage=1.0), [text, *texts])
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("的")) == 1
     assert len(tokenizer.encode(chr(0x4E00 + 1999))) == 3
@@ -186,14 +181,14 @@ def test_a_small_vocabulary_keeps_chinese_lossless(texts):
 @pytest.mark.parametrize("mark", ["\0", "▅", "▁", "\t"])
 def test_passages_with_nul_or_marks_of_sentencepiece_are_learnt_from(mark, texts):
     text = texts[1].replace("e", "e" + mark)
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=600), [text])
+    tokenizer = train_tokenizer(section("tokenizer", vocab_size=600), [text])
     assert len(tokenizer.encode(texts[1])) < len(texts[1]) / 1.5
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_text_that_imitates_special_pieces_or_holds_control_characters_can_be_trained_on():
     texts = ["<s> <pad> <0x0A> <mask> a▁b a\0b ▅ <reserved_3>\n" * 50, "x" * 100_000, "\t\t\t"]
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), texts)
+    tokenizer = train_tokenizer(section("tokenizer", vocab_size=300), texts)
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -202,16 +197,16 @@ def test_text_that_imitates_special_pieces_or_holds_control_characters_can_be_tr
 def test_a_vocabulary_too_large_for_the_corpus_names_the_largest_that_works(kind):
     texts = ["the quick brown fox jumps over the lazy dog 你好\n" * 3]
     with pytest.raises(UserError, match=r"^tokenizer.vocab_size = 5000 .* use at most \d+, ") as error:
-        train_tokenizer(TokenizerConfig(kind=kind, vocab_size=5000), texts)
+        train_tokenizer(section("tokenizer", kind=kind, vocab_size=5000), texts)
     largest = int(str(error.value).split("at most ")[1].split(",")[0])
-    assert train_tokenizer(TokenizerConfig(kind=kind, vocab_size=largest), texts).vocab_size == largest
+    assert train_tokenizer(section("tokenizer", kind=kind, vocab_size=largest), texts).vocab_size == largest
 
 
 def test_too_little_text_for_any_vocabulary_says_so():
     with pytest.raises(UserError, match=r"no smaller one would do: add text, or set tokenizer\.kind to byte"):
-        train_tokenizer(TokenizerConfig(), ["ab"])
+        train_tokenizer(section("tokenizer"), ["ab"])
     with pytest.raises(UserError, match="hold no text"):
-        train_tokenizer(TokenizerConfig(), [])
+        train_tokenizer(section("tokenizer"), [])
 
 
 @pytest.mark.parametrize(
@@ -226,7 +221,7 @@ def test_too_little_text_for_any_vocabulary_says_so():
 )
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(UserError, match=message):
-        TokenizerConfig(**change)
+        section("tokenizer", **change)
 
 
 def test_a_path_that_holds_no_tokenizer_is_refused(tmp_path):
@@ -241,10 +236,10 @@ def test_a_path_that_holds_no_tokenizer_is_refused(tmp_path):
 
 
 def test_nothing_is_printed(texts, tmp_path, capfd):
-    train_tokenizer(TokenizerConfig(vocab_size=400), texts).save(tmp_path)
+    train_tokenizer(section("tokenizer", vocab_size=400), texts).save(tmp_path)
     load_tokenizer(tmp_path).encode("x")
     (tmp_path / "tokenizer.model").write_bytes(b"junk")
-    for fails in (lambda: load_tokenizer(tmp_path), lambda: train_tokenizer(TokenizerConfig(), ["a\0b"])):
+    for fails in (lambda: load_tokenizer(tmp_path), lambda: train_tokenizer(section("tokenizer"), ["a\0b"])):
         with pytest.raises(UserError):
             fails()
     assert capfd.readouterr() == ("", "")
@@ -295,7 +290,7 @@ def test_models_that_normalize_say_so_and_decode_as_sentencepiece_does(shared_da
 @pytest.mark.parametrize("novel, least", [("hongloumeng", 4.2), ("xiyouji", 3.8)])
 def test_a_chinese_novel_fits_the_default_vocabulary(shared_data, novel, least):
     text = (shared_data / f"lm_zh/novels/{novel}.txt").read_bytes().decode()
-    tokenizer = train_tokenizer(TokenizerConfig(), [text])
+    tokenizer = train_tokenizer(section("tokenizer"), [text])
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert len(text.encode()) / len(ids) > least

@@ -10,9 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from sections import mesh_section
 
 from llmjax.errors import UserError
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.train.checkpoint.checkpoint import CheckpointConfig, Checkpoints
 
 Moments = collections.namedtuple("Moments", ["count", "mu"])
@@ -28,7 +29,7 @@ class State:
 
 
 def make_state(update=0, dtype=jnp.float32, mesh_axes=(2, 4, 1, 1)):
-    mesh = make_mesh(MeshConfig(*mesh_axes))
+    mesh = make_mesh(mesh_section(*mesh_axes))
     table = jnp.arange(64, dtype=dtype).reshape(16, 4) + update
     sharded = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     params = {"embed": {"table": table}, "norm.scale": jnp.ones(4)}

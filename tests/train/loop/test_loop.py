@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from param_axes import BY_NAME
+from sections import mesh_section, optimizer_of, optimizer_section, section
 from tiny_run import lines_of
 
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.scores import Score
 from llmjax.train.checkpoint.checkpoint import CheckpointConfig, Checkpoints
 from llmjax.train.loop.loop import TrainingFailed, train
@@ -31,11 +32,9 @@ from llmjax.train.loop.run import Run
 from llmjax.train.loop.run_position import PartialUpdateRecord, Position
 from llmjax.train.loop.stop_request import StopRequest
 from llmjax.train.loop.update_totals import mean_metrics
-from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.steering.batch_schedule import BatchArithmetic, make_batch_schedule
 from llmjax.train.steering.controller import ControllerConfig
 from llmjax.train.steering.length_schedule import make_length_schedule
-from llmjax.train.steering.spikes import StabilityConfig
 from llmjax.train.steering.steering import Steering
 from llmjax.train.update.fused import Fused
 from llmjax.train.update.in_place import InPlace
@@ -43,8 +42,8 @@ from llmjax.workdir.recorder import TIMING, Recorder
 
 ROOT = pathlib.Path(__file__).parents[3]
 STEPS, SIZE, LENGTH, NUM_UPDATES = 2, 4, 8, 12
-OPTIMIZER = make_optimizer(
-    OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_updates=0), 1, BY_NAME
+OPTIMIZER = optimizer_of(
+    optimizer_section(learning_rate=1e-3, schedule="constant", warmup_updates=0), 1, BY_NAME
 )
 
 
@@ -132,8 +131,8 @@ def make_steering(num_updates=NUM_UPDATES, points=(), lengths=(), **settings):
         schedule=make_batch_schedule("piecewise" if points else "constant", points, batch),
         lengths=make_length_schedule(lengths, LENGTH),
         optimizer=OPTIMIZER,
-        controller=ControllerConfig(**controlled),
-        stability=StabilityConfig(**stable),
+        controller=section("controller", **controlled),
+        stability=section("stability", **stable),
         tokens_per_update=batch.tokens_per_update,
         num_tokens=num_updates * batch.tokens_per_update,
     )
@@ -686,7 +685,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_update(tmp_p
 
 def slow_batches(cursor, length):
     """The batches, replicated over all processes, at a pace that leaves time for a signal."""
-    sharding = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
+    sharding = NamedSharding(make_mesh(mesh_section()), PartitionSpec())
     for x in make_batches(cursor):
         time.sleep(0.02)
         yield hosts.make_global(sharding, x.shape, np.arange(SIZE), np.asarray(x))
@@ -694,7 +693,7 @@ def slow_batches(cursor, length):
 
 if __name__ == "__main__":
     hosts.initialize()
-    replicated = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
+    replicated = NamedSharding(make_mesh(mesh_section()), PartitionSpec())
     run = make_run(num_updates=1_000_000, make_batches=slow_batches)
     ended = start_or_resume(pathlib.Path(sys.argv[1]), run, sharding=replicated)
     print(json.dumps({"stopped": ended.stopped, "update": ended.position.update}))

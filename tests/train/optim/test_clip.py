@@ -6,19 +6,20 @@ import numpy as np
 import optax
 import pytest
 from param_axes import BY_NAME
+from sections import mesh_section, section
 
 from llmjax.models.gpt import GPT
-from llmjax.nn.config import ModelConfig, resolve
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.nn.config import resolve
+from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
 from llmjax.train.optim.clip import CLIPS, make_clip
 from llmjax.train.update.gradients import mean_gradient, micro_gradients
 from llmjax.types import LossSums
 
 MODELS = {
-    "llama": ModelConfig(num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, tie_embeddings=False),
-    "gpt2": ModelConfig(
-        num_layers=3, model_dim=16, num_heads=4, activation="gelu", norm="layernorm", position="learned",
+    "llama": section("model", num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, tie_embeddings=False),
+    "gpt2": section(
+        "model", num_layers=3, model_dim=16, num_heads=4, activation="gelu", norm="layernorm", position="learned",
         use_bias=True,
     ),
 }  # fmt: skip
@@ -139,7 +140,7 @@ def test_threshold_zero_changes_nothing(kind):
 
 @pytest.mark.parametrize(("kind", "threshold"), [("global", 5.0), ("block", 60.0), ("adaptive", 0.9)])
 def test_eight_devices_clip_like_one(kind, threshold):
-    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    layout = Layout(make_mesh(mesh_section(data=2, fsdp=2, tensor=2)))
     shardings = jax.tree.map(
         lambda names: layout.sharding(*names), gpt("llama").axes(), is_leaf=lambda x: isinstance(x, tuple)
     )

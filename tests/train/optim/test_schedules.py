@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 import pytest
+from sections import optimizer_section
 
-from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.schedules import (
     SCHEDULES,
     describe_jump,
@@ -20,7 +20,7 @@ DECAYING = [name for name in SCHEDULES if name != "constant"]
 
 
 def config(schedule="cosine", **changes):
-    plain = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_updates=10)
+    plain = optimizer_section(learning_rate=1.0, schedule=schedule, warmup_updates=10)
     return dataclasses.replace(plain, **changes)
 
 
@@ -39,7 +39,7 @@ def config(schedule="cosine", **changes):
 )
 def test_schedules_pass_through_their_key_points(schedule, expected):
     learning_rate = make_schedule(
-        OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_updates=10, decay_fraction=0.2), 100
+        optimizer_section(learning_rate=2.0, schedule=schedule, warmup_updates=10, decay_fraction=0.2), 100
     )
     for update, fraction in expected.items():
         np.testing.assert_allclose(learning_rate(update + 1), 2.0 * fraction, rtol=1e-6)
@@ -48,13 +48,15 @@ def test_schedules_pass_through_their_key_points(schedule, expected):
 def test_without_warmup_the_first_update_is_at_the_peak():
     for schedule in ("cosine", "linear", "constant", "wsd"):
         learning_rate = make_schedule(
-            OptimizerConfig(learning_rate=0.5, schedule=schedule, warmup_updates=0), 50
+            optimizer_section(learning_rate=0.5, schedule=schedule, warmup_updates=0), 50
         )
         assert learning_rate(1) == 0.5
 
 
 def test_a_run_shorter_than_its_warmup_only_warms_up():
-    learning_rate = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_updates=40, schedule="cosine"), 4)
+    learning_rate = make_schedule(
+        optimizer_section(learning_rate=1.0, warmup_updates=40, schedule="cosine"), 4
+    )
     np.testing.assert_allclose([learning_rate(u) for u in range(1, 5)], [0.025, 0.05, 0.075, 0.1], rtol=1e-6)
 
 

@@ -8,12 +8,13 @@ import math
 
 import numpy as np
 import pytest
+from sections import section
 
 from llmjax.errors import UserError
-from llmjax.train.steering.controller import ControllerConfig, Observation, estimate, initial_state, observe
+from llmjax.train.steering.controller import Observation, estimate, initial_state, observe
 
 MICRO = 1000  # positions of a micro-step
-CONFIG = ControllerConfig("noise_scale", k_min=1, k_max=64, half_life=20 * MICRO, hysteresis=0.25)
+CONFIG = section("controller", name="noise_scale", k_min=1, k_max=64, half_life=20 * MICRO, hysteresis=0.25)
 
 
 def parts(sums_PD, weights_P, tokens):
@@ -74,7 +75,7 @@ def amounts(observations):
 
 def test_signal_noise_and_noise_scale_are_within_5_percent_of_the_truth():
     signal, noise, observations, _ = quadratic()
-    config = ControllerConfig("none", half_life=10**12)
+    config = section("controller", name="none", half_life=10**12)
     state = initial_state(config, 6)
     for observation in observations:
         state = observe(config, state, observation, 24)

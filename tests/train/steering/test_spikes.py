@@ -7,13 +7,13 @@ import math
 import jax
 import numpy as np
 import pytest
+from sections import section
 
 from llmjax.errors import UserError
 from llmjax.train.steering.spikes import (
     OFF,
     Level,
     Limits,
-    StabilityConfig,
     StabilityState,
     device_limits,
     is_spike,
@@ -22,7 +22,9 @@ from llmjax.train.steering.spikes import (
     stop_reason,
 )
 
-CONFIG = StabilityConfig("skip", threshold=6.0, half_life=200_000, warmup_updates=50, max_skips=20)
+CONFIG = section(
+    "stability", on_spike="skip", threshold=6.0, half_life=200_000, warmup_updates=50, max_skips=20
+)
 TOKENS = 8192
 
 

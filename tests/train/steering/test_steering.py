@@ -6,26 +6,26 @@ import json
 import numpy as np
 import pytest
 from param_axes import BY_NAME
+from sections import optimizer_of, optimizer_section, section
 
 from llmjax.train.loop.run_position import PartialUpdateRecord, Position
-from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
 from llmjax.train.steering.batch_schedule import BatchArithmetic, make_batch_schedule
-from llmjax.train.steering.controller import ControllerConfig
 from llmjax.train.steering.length_schedule import make_length_schedule
-from llmjax.train.steering.spikes import StabilityConfig
 from llmjax.train.steering.steering import History, Measured, Steering
 
 BATCH = BatchArithmetic(seq_len=16, micro_batch_size=4, accumulation_steps=4)  # 64 tokens a micro-step
 
 
 def make_steering(points=(), name="none", on_spike="warn", num_updates=10, lengths=(), **optimizer):
-    config = OptimizerConfig(**{"learning_rate": 1.0, "warmup_updates": 4, "schedule": "linear", **optimizer})
+    config = optimizer_section(
+        **{"learning_rate": 1.0, "warmup_updates": 4, "schedule": "linear", **optimizer}
+    )
     return Steering(
         schedule=make_batch_schedule("piecewise" if points else "constant", points, BATCH),
         lengths=make_length_schedule(lengths, BATCH.seq_len),
-        optimizer=make_optimizer(config, num_updates, BY_NAME),
-        controller=ControllerConfig(name=name, k_min=2, k_max=32, half_life=1000),
-        stability=StabilityConfig(on_spike=on_spike, warmup_updates=10),
+        optimizer=optimizer_of(config, num_updates, BY_NAME),
+        controller=section("controller", name=name, k_min=2, k_max=32, half_life=1000),
+        stability=section("stability", on_spike=on_spike, warmup_updates=10),
         tokens_per_update=BATCH.tokens_per_update,
         num_tokens=num_updates * BATCH.tokens_per_update,
     )

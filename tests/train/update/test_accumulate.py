@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 from param_axes import BY_NAME
+from sections import optimizer_of, optimizer_section
 
-from llmjax.train.optim.optimizer import Hyperparameters, Optimizer, OptimizerConfig, make_optimizer
+from llmjax.train.optim.optimizer import Hyperparameters, Optimizer
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.engines import ENGINES
 from llmjax.train.update.gradients import MAIN, TermSums, micro_gradients
@@ -61,16 +62,19 @@ def without_auxiliary(params, batch, rng):
 def gradient_descent():
     sgd = lambda hyper: optax.sgd(hyper.learning_rate)  # noqa: E731
     return Optimizer(
-        sgd(Hyperparameters(*[0.0] * 5)).init,
+        sgd(Hyperparameters(0.0, 0.0, {})).init,
         lambda grads, state, params, hyper: sgd(hyper).update(grads, state, params),
         lambda state, params: params,
-        lambda done, size: Hyperparameters(RATE, 0.0, 0.0, 0.0, 0.0),
+        lambda done, size: Hyperparameters(RATE, 0.0, {}),
     )
 
 
 def adamw(**changes):
     """With an eps that keeps the first update from magnifying rounding to the size of the learning rate."""
-    return make_optimizer(OptimizerConfig(**{"warmup_updates": 2, "eps": 1e-3, **changes}), UPDATES, BY_NAME)
+    return optimizer_of(optimizer_section(**{"warmup_updates": 2, **changes}), UPDATES, BY_NAME, eps=1e-3)
+
+
+LION = optimizer_of(optimizer_section("lion", warmup_updates=2), UPDATES, BY_NAME)
 
 
 def make_inputs(optimizer, k, update=0, loss_limit=np.inf, norm_limit=np.inf):
@@ -262,7 +266,7 @@ def test_an_update_beyond_a_limit_is_not_applied(engine, k):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_clipping_comes_after_the_division(engine, k):
-    optimizer = adamw(name="lion", beta1=0.0, beta2=0.0, clip_norm=0.5, weight_decay=0.0)
+    optimizer = adamw(clip_norm=0.5, weight_decay=0.0)
     clip = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0))
     optimizer = dataclasses.replace(
         optimizer,
@@ -319,9 +323,7 @@ def test_the_optimizer_in_place_runs_once_per_update(engine, runs):
     assert len(calls) == runs
 
 
-@pytest.mark.parametrize(
-    "optimizer", [gradient_descent(), adamw(), adamw(name="lion")], ids=["sgd", "adamw", "lion"]
-)
+@pytest.mark.parametrize("optimizer", [gradient_descent(), adamw(), LION], ids=["sgd", "adamw", "lion"])
 def test_engines_that_sum_agree_to_the_last_bit_on_the_same_gradients(optimizer):
     """They add in the same inputs and divide once, so nothing may differ, neither in an update nor after it.
 
@@ -399,7 +401,7 @@ def test_sums_that_overflow_leave_nothing_behind(engine):
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_the_state_between_updates_does_not_show_k(name):
-    optimizer, params = make_optimizer(OptimizerConfig(name=name), 9, BY_NAME), init_params()
+    optimizer, params = optimizer_of(optimizer_section(name), 9, BY_NAME), init_params()
     engines = [engine(optimizer, k) for k in (1, 2, 8) for engine in ENGINES.values()]
     states = [engine.canonical(engine.init(params)) for engine in engines]
     assert len({jax.tree.structure(state) for state in states}) == 1

@@ -15,9 +15,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from param_axes import BY_NAME
+from sections import mesh_section, optimizer_of, optimizer_section
 
-from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
+from llmjax.parallel.mesh import make_mesh
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.engines import ENGINES
 from llmjax.train.update.fused import make_update_sums
@@ -29,8 +29,8 @@ ROWS, LENGTH, VOCAB, WIDTH, UPDATES = 1536, 5, 13, 6, 3
 CUTS = (1, 2, 3, 4, 8, 16, 64)
 TERMS = {"lm": (), "lm and auxiliary": ("balance",)}
 # An eps that keeps the first update from magnifying rounding to the size of the learning rate.
-OPTIMIZER = make_optimizer(
-    OptimizerConfig(name="adamw", learning_rate=0.05, warmup_updates=2, eps=1e-3), UPDATES, BY_NAME
+OPTIMIZER = optimizer_of(
+    optimizer_section("adamw", learning_rate=0.05, warmup_updates=2), UPDATES, BY_NAME, eps=1e-3
 )
 
 
@@ -104,7 +104,7 @@ def relative_error(params, expected):
 
 
 def train(engine, devices, k, terms):
-    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    mesh = make_mesh(mesh_section(data=devices), jax.devices()[:devices])
     loss = functools.partial(loss_fn, terms=terms)
     specs = {name: P() for name in init_params()}
     accumulator = ENGINES[engine](OPTIMIZER, k, terms)

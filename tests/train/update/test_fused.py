@@ -10,13 +10,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from param_axes import BY_NAME
 from quick import AS_FOR_USERS
+from sections import mesh_section, section
 
 from llmjax.models.gpt import GPT
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.attention import blockwise, full
 from llmjax.ops.attention.sequence_attention import Sharing, make_attend
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
 from llmjax.plan.hlo.parse import loops, parse
 from llmjax.plan.hlo.traffic import collectives
@@ -89,7 +90,7 @@ def place(mesh, specs, params, batch):
 
 
 def mesh_of(sizes):
-    return make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+    return make_mesh(mesh_section(*sizes), jax.devices()[: np.prod(sizes)])
 
 
 def toy_window(sizes, gather, batch, loss=loss_fn, dtype="float32"):
@@ -232,7 +233,7 @@ def fresh_params(config):
 def model_loss(sizes, gather, compute=LayerCompute(), **shape):  # noqa: B008
     """The loss of a decoder, its parameters' specs, and fresh parameters."""
     layout = Layout(mesh_of(sizes), MANUAL[gather]) if gather else Layout()
-    config = resolve(ModelConfig(**{**SHAPE, **shape}))
+    config = resolve(section("model", **{**SHAPE, **shape}))
     attend = full.attend if compute.kernel == "full" else functools.partial(blockwise.attend, block=8)
     if sizes[2] > 1:
         others = tuple(axis for axis, size in zip(("data", "fsdp"), sizes) if size > 1)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from param_axes import BY_NAME
+from sections import mesh_section, section
 
 from llmjax.models.gpt import GPT
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.attention import blockwise
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
 from llmjax.plan.hlo.parse import parse
 from llmjax.plan.hlo.traffic import collectives
@@ -38,9 +39,9 @@ QUICK = {"exec_time_optimization_effort": -1.0}
 
 def compiled(capacity, gather="update", **sizes):
     """A decoder's window of `capacity` micro-steps for 8 chips: its collectives, its parameters, how many sums."""
-    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), topology_devices("v5e:2x4"))
+    mesh = make_mesh(mesh_section(**{"data": 1, **sizes}), topology_devices("v5e:2x4"))
     layout = Layout(mesh, MANUAL[gather])
-    config = resolve(ModelConfig(**SHAPE))
+    config = resolve(section("model", **SHAPE))
     model = GPT(
         config, VOCAB, LENGTH, layout, blockwise.attend, compute=LayerCompute(scan_layers=True, remat="full")
     )

@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from param_axes import BY_NAME
+from sections import mesh_section, optimizer_of, optimizer_section
 
-from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.train.optim.optimizer import _TRANSFORMS, OptimizerConfig, make_optimizer
+from llmjax.parallel.mesh import make_mesh
+from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.in_place import InPlace
 from llmjax.train.update.state import (
@@ -26,7 +27,7 @@ from llmjax.train.update.state import (
 from llmjax.train.update.step import make_train_step
 from llmjax.types import LossSums
 
-NAMES = _TRANSFORMS
+NAMES = OPTIMIZERS
 SPECS = {
     "embedding_VD": P("tensor", "fsdp"),
     "layers": {
@@ -53,12 +54,12 @@ def init_params(rng):
 
 def mesh_of(data, fsdp, tensor):
     devices = jax.devices()[: data * fsdp * tensor]
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+    return make_mesh(mesh_section(data=data, fsdp=fsdp, tensor=tensor), devices)
 
 
 def engine_of(name, k=2):
     return InPlace(
-        make_optimizer(OptimizerConfig(name=name, schedule="constant", warmup_updates=0), 8, BY_NAME), k
+        optimizer_of(optimizer_section(name, schedule="constant", warmup_updates=0), 8, BY_NAME), k
     )
 
 

@@ -8,22 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from param_axes import BY_NAME
+from sections import mesh_section, section
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.attention import Attention
-from llmjax.nn.config import ModelConfig, resolve
+from llmjax.nn.config import resolve
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import MLP, Norm
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
 from llmjax.tasks.language_model import make_loss
 from llmjax.train.update.statistics import make_statistics
 from llmjax.types import Batch
 
 V, T, L = 64, 24, 4
-TINY = ModelConfig(num_layers=L, model_dim=16, num_heads=4, init_std=0.2, dropout=0.1)
+TINY = section("model", num_layers=L, model_dim=16, num_heads=4, init_std=0.2, dropout=0.1)
 BATCH = 4
 
 
@@ -139,7 +140,7 @@ def test_scanned_layers_have_the_statistics_of_unrolled_ones(params, remat):
 
 
 def test_eight_devices_measure_what_one_does(params):
-    batch, layout = make_batch(padding=5), Layout(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    batch, layout = make_batch(padding=5), Layout(make_mesh(mesh_section(data=2, fsdp=2, tensor=2)))
     model = make_model(layout)
     shardings = jax.tree.map(
         lambda names: layout.sharding(*names), model.axes(), is_leaf=lambda x: isinstance(x, tuple)

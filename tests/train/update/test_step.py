@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from param_axes import BY_NAME
+from sections import mesh_section, optimizer_of, optimizer_section
 
-from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
+from llmjax.parallel.mesh import make_mesh
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.in_place import InPlace
 from llmjax.train.update.state import init_state, state_shardings
@@ -53,9 +53,9 @@ class Setup:
 
     def __init__(self, k, mesh_config=None, loss_fn=loss_fn, **optimizer):
         devices = jax.devices() if mesh_config else jax.devices()[:1]
-        self.mesh = make_mesh(mesh_config or MeshConfig(), devices)
-        config = OptimizerConfig(**{"warmup_updates": 4, "learning_rate": 0.05, **optimizer})
-        self.optimizer, self.k, self.traces = make_optimizer(config, 40, BY_NAME), k, 0
+        self.mesh = make_mesh(mesh_config or mesh_section(), devices)
+        config = optimizer_section(**{"warmup_updates": 4, "learning_rate": 0.05, **optimizer})
+        self.optimizer, self.k, self.traces = optimizer_of(config, 40, BY_NAME), k, 0
         self.engine = InPlace(self.optimizer, k)
 
         def counted(*args):
@@ -83,7 +83,7 @@ class Setup:
         return jax.tree.map(float, metrics)
 
 
-@pytest.mark.parametrize("mesh_config", [None, MeshConfig(data=2, fsdp=4)])
+@pytest.mark.parametrize("mesh_config", [None, mesh_section(data=2, fsdp=4)])
 @pytest.mark.parametrize("k", [1, 3])
 def test_one_compiled_step_serves_all_updates_and_learns(k, mesh_config):
     setup = Setup(k, mesh_config)
@@ -140,7 +140,7 @@ def test_a_step_is_traced_once():
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_step_says_nothing_to_the_host(k):
-    setup = Setup(k, MeshConfig(data=8))
+    setup = Setup(k, mesh_section(data=8))
     batches, inputs = (
         [setup.put(make_batch(i)) for i in range(4)],
         jax.device_put(setup.inputs(), NamedSharding(setup.mesh, P())),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from param_axes import BY_NAME
+from sections import mesh_section, optimizer_of, optimizer_section
 
 from configs.gpt2_124m import get_config
 from llmjax.config.reading import read_config
@@ -14,10 +15,9 @@ from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.attention.sequence_attention import make_attend
-from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
-from llmjax.train.optim.adafactor import scale_by_adafactor
-from llmjax.train.optim.optimizer import OptimizerConfig, make_optimizer
+from llmjax.train.optim.optimizers.adafactor import scale_by_adafactor
 from llmjax.train.optim.param_roles import Roles
 
 # The rank of a leaf's layers, then its rows and columns as whoever reads its name would write them down.
@@ -85,7 +85,7 @@ def test_vectors_keep_their_whole_second_moment():
 def test_the_second_moments_of_gpt2_hold_less_than_a_hundredth_of_its_parameters(scan_layers):
     config = read_config(get_config().to_dict())
     model = resolve(config.model)
-    layout = Layout(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    layout = Layout(make_mesh(mesh_section(data=1), jax.devices()[:1]))
     gpt = GPT(
         model,
         50304,
@@ -95,7 +95,7 @@ def test_the_second_moments_of_gpt2_hold_less_than_a_hundredth_of_its_parameters
         compute=LayerCompute(scan_layers),
     )
     params = jax.eval_shape(gpt.init, jax.random.key(0))
-    optimizer = make_optimizer(OptimizerConfig(name="adafactor", beta1=0.0), 1, Roles(gpt.axes()))
+    optimizer = optimizer_of(optimizer_section("adafactor"), 1, Roles(gpt.axes()), momentum=0.0)
     state = jax.eval_shape(optimizer.init, params)
     parameters, held = (sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for tree in (params, state))
     assert 1.2e8 < parameters < 1.3e8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from param_axes import BY_NAME
 
-from llmjax.train.optim.muon import MUON_FORMS, MUON_MOMENTUM, scale_by_muon
+from llmjax.train.optim.optimizers.muon import MUON_FORMS, scale_by_muon
 
 
 def jordan(momentum, grad):
@@ -35,7 +35,7 @@ def orthogonal(x):
 @pytest.mark.parametrize("form", MUON_FORMS)
 def test_each_form_is_its_papers_and_only_that(form):
     rng, shape, updates = np.random.default_rng(1), (16, 16), 12
-    transformation = scale_by_muon(MUON_MOMENTUM, form, BY_NAME)
+    transformation = scale_by_muon(0.95, 0.95, form, BY_NAME)
     state, update = transformation.init({"w_DF": jnp.zeros(shape)}), jax.jit(transformation.update)
     momenta = {name: np.zeros(shape) for name in ("debiased", "reference")}
     for number in range(1, updates + 1):
