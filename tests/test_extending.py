@@ -1,0 +1,106 @@
+"""docs/extending.md does what it says: its files and lines, put into a copy of the code, train and answer."""
+
+import json
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import quick
+import tiny_run
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```$", TEXT, re.M | re.S))
+EDITS = [
+    part.split("\n", 1)
+    for block in re.findall(r"^```diff\n--- (.*?)^```$", TEXT, re.M | re.S)
+    for part in block.split("--- ")
+]
+
+
+def edited(text: str, lines: list[str]) -> str:
+    """`text` after the lines of a diff: ` ` is looked for, `-` is replaced by the `+` behind it, `+` is put there."""
+    at = 0
+    for line in lines:
+        sign, content = line[:1], line[1:] + "\n"
+        if sign in (" ", "-"):
+            assert content in text[at:], f"no line {content!r} any more"
+            at = text.index(content, at)
+            if sign == "-":
+                text = text[:at] + text[at + len(content) :]
+            else:
+                at += len(content)
+        elif sign == "+":
+            text = text[:at] + content + text[at:]
+            at += len(content)
+    return text
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the code with everything of the page in it, and a small corpus of pairs."""
+    root = tmp_path_factory.mktemp("copy")
+    for folder in ("llmjax", "configs"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, text in FILES.items():
+        assert not (root / name).exists(), f"{name} is taken"
+        (root / name).write_text(text, encoding="utf-8")
+    for name, lines in EDITS:
+        (root / name).write_text(
+            edited((root / name).read_text(encoding="utf-8"), lines.split("\n")), encoding="utf-8"
+        )
+    rng, rows = random.Random(0), []
+    for _ in range(60):
+        words = rng.choices(range(6), k=rng.randint(2, 8))
+        text = "".join("河石云光码环"[i] for i in words)
+        rows.append(json.dumps({"text": text, "source": " ".join(tiny_run.WORDS[i] for i in words)}))
+    (root / "pairs.jsonl").write_text("\n".join(rows))
+    return root
+
+
+def run(root, *arguments):
+    environment = {
+        "PYTHONPATH": str(root),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(quick.FLAGS),
+        "PATH": "",
+    }
+    command = [sys.executable, "-m", "llmjax", *arguments]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def test_the_page_adds_at_most_a_file_and_two_lines_to_a_table_each():
+    assert len(FILES) == 4
+    for name, lines in EDITS:
+        added = [line for line in lines.split("\n") if line.startswith("+")]
+        assert len(added) <= (3 if name.startswith("configs/") else 2), name
+
+
+def test_a_new_family_task_and_optimizer_train_together_and_a_new_mode_reads_the_run(copy):
+    settings = {
+        **tiny_run.SETTINGS, "data.sources": copy / "pairs.jsonl", "data.cache_dir": copy / "cache", "data.seq_len": 96,
+        "train.tokens_per_update": 768, "task.name": "pairs", "model.family": "leaky_averages",
+        "optimizer.name": "signum", "signum.momentum": 0.8, "optimizer.learning_rate": 0.02, "train.num_updates": 12,
+    }  # fmt: skip
+    words = [f"--config.{key}={value}" for key, value in settings.items()]
+    out = run(copy, "--config=base", f"--workdir={copy / 'work'}", *words)
+    losses = tiny_run.losses(copy / "work")
+    assert losses[-1] < losses[0] - 0.3
+    assert "leaky_averages" in out and "signum" in out
+    assert run(copy, f"--workdir={copy / 'work'}", "--mode=vocabulary") == "277 ids\n"
+
+
+def test_a_new_activation_is_chosen_by_its_name(copy):
+    code = "import jax.numpy as jnp; from llmjax.ops.activation import ACTIVATIONS; "
+    code += "print(ACTIVATIONS['mish'].function(jnp.ones([])))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=copy, env={"PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert float(done.stdout) == pytest.approx(0.8651, abs=1e-4), done.stderr
