@@ -38,6 +38,7 @@ ORDER = [
     "modes",
     "flags",
     "main",
+    "api",
     "__main__",
 ]
 # The same within a room, for folders and files that have a place in it.

@@ -31,6 +31,19 @@ def run(
     name: str, raw: Mapping[str, Any], workdir: pathlib.Path, *, prompts: Sequence[str], checkpoint: str
 ) -> int:
     """Runs the mode `name`; the exit code."""
+    request = make_request(name, raw, workdir, prompts=prompts, checkpoint=checkpoint)
+    return importlib.import_module(f"llmjax.modes.{name}").run(request)
+
+
+def make_request(
+    name: str,
+    raw: Mapping[str, Any],
+    workdir: pathlib.Path,
+    *,
+    prompts: Sequence[str] = (),
+    checkpoint: str = "latest",
+) -> Request:
+    """The checked request that the mode `name` is run with; UserError for a mistake in what is asked for."""
     started = time.perf_counter()
     mode = choose(MODES, "--mode", name)
     check_name("--checkpoint", checkpoint)
@@ -46,8 +59,7 @@ def run(
         seen = {"the config": f"one of digest {standing.digest_of(config.to_dict())}"}
         seen |= standing.describe(workdir, folders=name == "train")
         check_same(seen, "give every process the same command, and a --workdir on a disk that they share")
-    request = Request(config, derived, workdir, devices, tuple(prompts), checkpoint, started)
-    return importlib.import_module(f"llmjax.modes.{name}").run(request)
+    return Request(config, derived, workdir, devices, tuple(prompts), checkpoint, started)
 
 
 def check_workdir(mode: Mode, config: Config, workdir: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -24,34 +25,60 @@ from llmjax.types import Params
 SAMPLE_PROMPT = 64  # tokens of a held-out document that the samples of a run continue
 
 
-def run(request: Request) -> int:
-    """Continues the prompts: one is streamed, several are shown one after the other when all are done."""
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint, ready to be used: `params` are those of `update`."""
+
+    program: Program
+    params: Params
+    tokenizer: Tokenizer
+    update: int
+
+
+def load(request: Request) -> Loaded:
+    """The checkpoint that `request` names, with the tokenizer of its run."""
     tokenizer = own_tokenizer(request.workdir)
     program = make_program(request.config, request.derived, tokenizer.vocab_size)
-    _, params = load_params(program, request.workdir, request.checkpoint)
+    update, params = load_params(program, request.workdir, request.checkpoint)
+    return Loaded(program, params, tokenizer, update)
+
+
+def run(request: Request) -> int:
+    """Continues the prompts: one is streamed, several are shown one after the other when all are done."""
     prompts = list(request.prompts) or [""]
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    decoders = [StreamDecoder(tokenizer, continuing=bool(prompt)) for prompt in prompts]
-    texts = list(prompts)
     streams = len(prompts) == 1 and hosts.is_primary()
+    loaded = load(request)
     if streams:
         show(prompts[0], end="")
-    for new in generator(program, tokenizer)(params, ids):
+    texts = continue_texts(loaded, prompts, on_text=lambda row, text: show(text, end="") if streams else None)
+    if streams:
+        show("")
+    else:
+        for number, (prompt, text) in enumerate(zip(prompts, texts), 1):
+            say(f"--- {number}\n{prompt}{text}")
+    return 0
+
+
+def continue_texts(
+    loaded: Loaded, prompts: Sequence[str], on_text: Callable[[int, str], None] = lambda row, text: None
+) -> list[str]:
+    """What the model writes after each of the prompts; `on_text(row, text)` is told of each piece as it comes."""
+    tokenizer = loaded.tokenizer
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    decoders = [StreamDecoder(tokenizer, continuing=bool(prompt)) for prompt in prompts]
+    texts = [""] * len(prompts)
+
+    def add(row: int, text: str) -> None:
+        texts[row] += text
+        on_text(row, text)
+
+    for new in generator(loaded.program, tokenizer)(loaded.params, ids):
         for row, token in enumerate(new):
             if token is not None:
-                text = decoders[row].push(token)
-                texts[row] += text
-                if streams:
-                    show(text, end="")
+                add(row, decoders[row].push(token))
     for row, decoder in enumerate(decoders):
-        rest = decoder.flush()
-        texts[row] += rest
-        if streams:
-            show(rest)
-    if not streams:
-        for number, text in enumerate(texts, 1):
-            say(f"--- {number}\n{text}")
-    return 0
+        add(row, decoder.flush())
+    return texts
 
 
 def sample_texts(

@@ -1,0 +1,172 @@
+"""llmjax from Python and notebooks: train a run, or load one and use it.
+
+    import llmjax
+
+    run = llmjax.train("configs/base.py", {"train.num_updates": 40}, workdir="runs/mine")
+    run.evaluate()                    # {"loss": ..., "bits_per_byte": ...} on the held-out text
+    run.generate("import ")           # what the model writes after the prompt
+    run.score("a text of your own")   # how well the model predicts it
+    llmjax.load("runs/mine", checkpoint="best").generate("import ", temperature=0.0)
+
+The command line runs the same modes. Mistakes raise `llmjax.errors.UserError` with one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from llmjax.config.file import load_config_file
+from llmjax.errors import UserError
+from llmjax.evaluate.scoring import Piece, score_pieces
+from llmjax.flags import load_config, name_of, set_key
+from llmjax.modes import dispatch
+from llmjax.modes.corpus import read_corpus
+from llmjax.modes.evaluate import score_held_out
+from llmjax.modes.generate import Loaded, continue_texts
+from llmjax.modes.generate import load as load_checkpoint
+from llmjax.workdir.contents import check_place
+from llmjax.workdir.metrics import Metrics, read_metrics
+
+PathLike = str | os.PathLike
+
+
+def train(
+    config: PathLike | ConfigDict | Mapping[str, Any] = "base",
+    changes: Mapping[str, Any] | None = None,
+    *,
+    workdir: PathLike | None = None,
+) -> Run:
+    """Trains, or goes on with the training in `workdir`, and returns the run.
+
+    Args:
+      config: a config file, the name of one that comes with llmjax, or what its `get_config()` returns.
+      changes: values of keys, such as {"train.num_updates": 40}.
+      workdir: where everything of the run is written; default: runs/NAME for the config NAME.
+
+    Raises:
+      UserError: for a mistake in what is asked for.
+      RuntimeError: where training failed; what it has said on stderr says how.
+    """
+    if isinstance(config, Mapping | ConfigDict):
+        raw = (
+            config.to_dict() if isinstance(config, ConfigDict) else {k: _copied(v) for k, v in config.items()}
+        )
+        if workdir is None:
+            raise UserError(
+                "workdir is not given, and a config without a file has no name for one; give workdir"
+            )
+    else:
+        raw = load_config_file(os.fspath(config))
+    place = pathlib.Path(workdir if workdir is not None else f"runs/{name_of(os.fspath(config))}")  # type: ignore[arg-type]
+    check_place(place)
+    code = dispatch.run("train", _changed(raw, changes), place, prompts=(), checkpoint="latest")
+    if code == 1:
+        raise RuntimeError(f"training in {place} failed; what was trained is saved there")
+    return Run(place)
+
+
+def load(workdir: PathLike, checkpoint: str | int = "latest") -> Run:
+    """The run in `workdir`; `checkpoint` is latest, best or the number of an update. Its parameters are read later."""
+    place = pathlib.Path(workdir)
+    load_config(None, str(place))
+    return Run(place, str(checkpoint))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run. Its checkpoint is read when it is first used.
+
+    workdir     where everything of the run lies
+    checkpoint  latest, best or the number of an update
+    """
+
+    workdir: pathlib.Path
+    checkpoint: str = "latest"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config, section by section."""
+        return load_config(None, str(self.workdir))
+
+    @property
+    def metrics(self) -> Metrics:
+        """The lines of metrics.jsonl by kind: `.train`, `.evaluate`, `.statistics`, `.events`."""
+        return read_metrics(self.workdir / "metrics.jsonl")
+
+    @property
+    def report(self) -> pathlib.Path:
+        """The page with curves, results and samples."""
+        return self.workdir / "report.html"
+
+    def generate(self, prompt: str = "", **settings: Any) -> str:
+        """What the model writes after `prompt`. `settings` are keys of the section `generate`: temperature=0."""
+        loaded = self._loaded
+        changed = self._request({f"generate.{key}": value for key, value in settings.items()})
+        program = dataclasses.replace(
+            loaded.program,
+            config=dataclasses.replace(loaded.program.config, generate=changed.config.generate),
+        )
+        return continue_texts(dataclasses.replace(loaded, program=program), [prompt])[0]
+
+    def score(self, text: str) -> dict[str, float]:
+        """How well the model predicts `text` and its end, read in pieces of at most data.seq_len tokens.
+
+        Returns `loss` in nats per token, `tokens`, and `bits_per_byte` of the text's UTF-8 bytes.
+        """
+        loaded, size = self._loaded, len(text.encode())
+        if not size:
+            raise UserError("text='' has nothing to score; give some text")
+        program, tokenizer = loaded.program, loaded.tokenizer
+        tokens = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        losses = lambda params, arrays: program.token_losses(params, program.placement.place(arrays))  # noqa: E731
+        pieces = _pieces(tokens, program.batch.seq_len)
+        sums = score_pieces(losses, loaded.params, pieces, 1, program.probe_shape)
+        loss, count = float(sums.loss[0]), int(sums.count[0])
+        return {"loss": loss / count, "tokens": count, "bits_per_byte": loss / math.log(2) / size}
+
+    def evaluate(self) -> dict[str, float]:
+        """The scores of the task on the held-out documents of the run."""
+        loaded, request = self._loaded, self._request()
+        corpus = read_corpus(request.config, request.derived, self.workdir)
+        if corpus.held_out is None:
+            raise UserError(
+                "data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out"
+            )
+        return score_held_out(loaded.program, corpus, loaded.params)
+
+    @functools.cached_property
+    def _loaded(self) -> Loaded:
+        return load_checkpoint(self._request())
+
+    def _request(self, changes: Mapping[str, Any] | None = None) -> Any:
+        raw = _changed(self.config, changes)
+        return dispatch.make_request("generate", raw, self.workdir, checkpoint=self.checkpoint)
+
+
+def _pieces(tokens: list[int], seq_len: int) -> Iterator[Piece]:
+    """The text as packing cuts a document: each piece predicts at most `seq_len` tokens, every token once."""
+    import numpy as np
+
+    for start in range(0, len(tokens) - 1, seq_len):
+        part = np.array(tokens[start : start + seq_len + 1])
+        yield Piece(part, np.zeros(len(part) - 1, np.int64))
+
+
+def _changed(raw: dict[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`raw` with values of keys set, as the command line sets them."""
+    for key, value in (changes or {}).items():
+        texts = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+        set_key(raw, key, texts)
+    return raw
+
+
+def _copied(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,90 @@
+"""llmjax from Python: train, load, generate, score, evaluate; the same numbers as the command line."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_run
+
+import llmjax
+from configs import base
+from llmjax.errors import UserError
+from llmjax.main import main
+
+
+def changes(folder):
+    return {**tiny_run.SETTINGS, "data.sources": (str(folder / "corpus"),), "data.cache_dir": str(folder / "cache")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("api")
+    tiny_run.write_corpus(root / "corpus")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    return llmjax.train("configs/base.py", changes(folder), workdir=folder / "run")
+
+
+def test_training_gives_the_losses_of_the_command_line(folder, run):
+    assert main(tiny_run.command(folder, f"--workdir={folder / 'other'}")) == 0
+    assert tiny_run.losses(folder / "other") == tiny_run.losses(run.workdir)
+    assert [line["loss"] for line in run.metrics.train] == tiny_run.losses(run.workdir)
+    assert run.report.exists() and run.config["train"]["num_updates"] == 6
+
+
+def test_evaluation_is_that_of_the_run(run):
+    last = run.metrics.evaluate[-1]
+    assert run.evaluate() == pytest.approx({name: last[name] for name in run.evaluate()}, rel=1e-5)
+
+
+def test_generation_is_that_of_the_command_line(run, capsys):
+    text = run.generate("river", max_tokens=5, seed=3)
+    words = ["--mode=generate", "--prompt=river", "--config.generate.max_tokens=5", "--config.generate.seed=3"]
+    assert main(["llmjax", f"--workdir={run.workdir}", *words]) == 0
+    assert capsys.readouterr().out == f"river{text}\n"
+    assert llmjax.load(run.workdir, checkpoint="best").generate("river", max_tokens=5, seed=3) is not None
+
+
+def test_a_score_is_the_sum_over_the_text_whatever_else_is_scored(run):
+    text = "春江 stone"
+    score = run.score(text)
+    assert score["tokens"] == len(text.encode()) + 1
+    assert score["loss"] * score["tokens"] == pytest.approx(score["bits_per_byte"] * np.log(2) * len(text.encode()))
+    assert run.score(text) == score != run.score("stone")
+    long = "light cloud " * 40  # more than a sequence
+    assert run.score(long)["tokens"] == len(long) + 1
+
+
+def test_a_config_may_be_a_config_dict(folder):
+    config = base.get_config()
+    config.train.num_updates = 2
+    settings = {key: value for key, value in changes(folder).items() if key != "train.num_updates"}
+    run = llmjax.train(config, settings, workdir=folder / "dict")
+    assert len(run.metrics.train) == 2
+    with pytest.raises(UserError, match="workdir is not given"):
+        llmjax.train(config, settings)
+
+
+def test_mistakes_are_one_sentence(folder, tmp_path, run):
+    with pytest.raises(UserError, match="optimizer.lr is not known; did you mean --config.optimizer.learning_rate"):
+        llmjax.train("base", {"optimizer.lr": 1}, workdir=tmp_path)
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        llmjax.load(tmp_path)
+    with pytest.raises(UserError, match="nothing to score"):
+        run.score("")
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        llmjax.trian  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["import llmjax.train.config", "import llmjax.api", "import llmjax"])
+def test_train_is_called_whatever_was_imported_before(first):
+    code = f"{first}; import llmjax; assert callable(llmjax.train) and llmjax.train.__name__ == 'llmjax.train'; llmjax.load"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tiny_run.ROOT)
+
+
+def test_importing_llmjax_imports_no_jax():
+    subprocess.run([sys.executable, "-c", "import llmjax, sys; assert 'jax' not in sys.modules"], check=True)
