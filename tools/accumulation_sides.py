@@ -55,9 +55,8 @@ class Engines:
 
     def order(self) -> UpdateInputs:
         hyper = self.optimizer.hyperparameters(0.0, 1.0)
-        floats = {f.name: jnp.float32(getattr(hyper, f.name)) for f in dataclasses.fields(hyper)}
         limit = jnp.float32(jnp.inf)
-        return UpdateInputs(jnp.int32(STEPS), dataclasses.replace(hyper, **floats), limit, limit)
+        return UpdateInputs(jnp.int32(STEPS), jax.tree.map(jnp.float32, hyper), limit, limit)
 
     def batch(self, *lead: int) -> Batch:
         rows, index = jnp.ones((*lead, 1, 8)), jnp.zeros((*lead, 1), jnp.int32)
