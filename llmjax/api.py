@@ -21,9 +21,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from llmjax.config.file import load_config_file
+from llmjax.config.file import load_config_file, plain_dict
 from llmjax.errors import UserError
 from llmjax.evaluate.scoring import Piece, score_pieces
 from llmjax.flags import load_config, name_of, set_key
@@ -39,7 +37,7 @@ PathLike = str | os.PathLike
 
 
 def train(
-    config: PathLike | ConfigDict | Mapping[str, Any] = "base",
+    config: PathLike | Mapping[str, Any] = "base",
     changes: Mapping[str, Any] | None = None,
     *,
     workdir: PathLike | None = None,
@@ -55,17 +53,16 @@ def train(
       UserError: for a mistake in what is asked for.
       RuntimeError: where training failed; what it has said on stderr says how.
     """
-    if isinstance(config, Mapping | ConfigDict):
-        raw = (
-            config.to_dict() if isinstance(config, ConfigDict) else {k: _copied(v) for k, v in config.items()}
-        )
+    if isinstance(config, str | os.PathLike):
+        raw = load_config_file(os.fspath(config))
+        place = pathlib.Path(workdir or f"runs/{name_of(os.fspath(config))}")
+    else:
+        raw = plain_dict(config)
         if workdir is None:
             raise UserError(
                 "workdir is not given, and a config without a file has no name for one; give workdir"
             )
-    else:
-        raw = load_config_file(os.fspath(config))
-    place = pathlib.Path(workdir if workdir is not None else f"runs/{name_of(os.fspath(config))}")  # type: ignore[arg-type]
+        place = pathlib.Path(workdir)
     check_place(place)
     code = dispatch.run("train", _changed(raw, changes), place, prompts=(), checkpoint="latest")
     if code == 1:
@@ -166,7 +163,3 @@ def _changed(raw: dict[str, Any], changes: Mapping[str, Any] | None) -> dict[str
         texts = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
         set_key(raw, key, texts)
     return raw
-
-
-def _copied(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value

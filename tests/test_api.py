@@ -14,7 +14,11 @@ from llmjax.main import main
 
 
 def changes(folder):
-    return {**tiny_run.SETTINGS, "data.sources": (str(folder / "corpus"),), "data.cache_dir": str(folder / "cache")}
+    return {
+        **tiny_run.SETTINGS,
+        "data.sources": (str(folder / "corpus"),),
+        "data.cache_dir": str(folder / "cache"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,12 @@ def test_evaluation_is_that_of_the_run(run):
 
 def test_generation_is_that_of_the_command_line(run, capsys):
     text = run.generate("river", max_tokens=5, seed=3)
-    words = ["--mode=generate", "--prompt=river", "--config.generate.max_tokens=5", "--config.generate.seed=3"]
+    words = [
+        "--mode=generate",
+        "--prompt=river",
+        "--config.generate.max_tokens=5",
+        "--config.generate.seed=3",
+    ]
     assert main(["llmjax", f"--workdir={run.workdir}", *words]) == 0
     assert capsys.readouterr().out == f"river{text}\n"
     assert llmjax.load(run.workdir, checkpoint="best").generate("river", max_tokens=5, seed=3) is not None
@@ -53,7 +62,9 @@ def test_a_score_is_the_sum_over_the_text_whatever_else_is_scored(run):
     text = "春江 stone"
     score = run.score(text)
     assert score["tokens"] == len(text.encode()) + 1
-    assert score["loss"] * score["tokens"] == pytest.approx(score["bits_per_byte"] * np.log(2) * len(text.encode()))
+    assert score["loss"] * score["tokens"] == pytest.approx(
+        score["bits_per_byte"] * np.log(2) * len(text.encode())
+    )
     assert run.score(text) == score != run.score("stone")
     long = "light cloud " * 40  # more than a sequence
     assert run.score(long)["tokens"] == len(long) + 1
@@ -70,7 +81,9 @@ def test_a_config_may_be_a_config_dict(folder):
 
 
 def test_mistakes_are_one_sentence(folder, tmp_path, run):
-    with pytest.raises(UserError, match="optimizer.lr is not known; did you mean --config.optimizer.learning_rate"):
+    with pytest.raises(
+        UserError, match="optimizer.lr is not known; did you mean --config.optimizer.learning_rate"
+    ):
         llmjax.train("base", {"optimizer.lr": 1}, workdir=tmp_path)
     with pytest.raises(UserError, match=r"holds no config\.json"):
         llmjax.load(tmp_path)
@@ -82,7 +95,7 @@ def test_mistakes_are_one_sentence(folder, tmp_path, run):
 
 @pytest.mark.parametrize("first", ["import llmjax.train.config", "import llmjax.api", "import llmjax"])
 def test_train_is_called_whatever_was_imported_before(first):
-    code = f"{first}; import llmjax; assert callable(llmjax.train) and llmjax.train.__name__ == 'llmjax.train'; llmjax.load"
+    code = f"{first}; import llmjax; assert callable(llmjax.train); llmjax.load"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tiny_run.ROOT)
 
 

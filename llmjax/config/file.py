@@ -8,7 +8,7 @@ import re
 import runpy
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -75,6 +75,15 @@ def load_config_file(name: str) -> dict[str, Any]:
             f"get_config() of --config={name} returns a {kind}; return the ConfigDict of configs/base.py"
         )
     return config.to_dict()
+
+
+def plain_dict(config: Any) -> dict[str, Any]:
+    """A config that was made in Python, a ConfigDict or nested dicts, as nested dicts of its own."""
+    if isinstance(config, ConfigDict):
+        return config.to_dict()
+    return {
+        name: dict(section) if isinstance(section, Mapping) else section for name, section in config.items()
+    }
 
 
 @contextlib.contextmanager
