@@ -11,7 +11,7 @@ TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "m
 
 setup(
     name="llmjax",
-    version=re.search(r'"(.+)"', (HERE / "llmjax" / "__init__.py").read_text())[1],
+    version=re.search(r'__version__ = "(.+)"', (HERE / "llmjax" / "__init__.py").read_text())[1],
     description=__doc__,
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
