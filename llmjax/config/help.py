@@ -70,7 +70,7 @@ def key_comments() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def describe_keys(section: str | None = None) -> str:
-    """All keys with their defaults and comments, or those of one section; UserError where there is none of its name."""
+    """All keys with their defaults and comments, or the keys of one section; UserError for an unknown section."""
     sections = key_comments()
     if section is not None:
         if section not in sections:

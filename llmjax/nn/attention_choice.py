@@ -34,7 +34,7 @@ def choose_sharing(
 ) -> tuple[Sharing | None, str]:
     """How the devices of mesh.seq share a sequence, None where each has whole ones, and why.
 
-    `kernel` is compute.kernel, `sizes` those of the mesh axes.
+    `kernel` is compute.kernel, and `sizes` are the sizes of the mesh axes.
 
     `auto`: as much Ulysses as there are key/value heads for every device, since that moves the least and evens out
     documents of any length, and a ring for the rest.

@@ -81,7 +81,7 @@ def softmax_cross_entropy(
                   for each chunk
     chunking      None: what suits the platform
 
-    The weight is that of all targets; metrics: `accuracy`, the weight of targets that no logit exceeds.
+    The weight is summed over all targets; metrics: `accuracy`, the weight of targets that no logit exceeds.
     Gradients reach `hidden_BTD` and `head` through `main` alone; nothing reaches `weights_BT`. What has weight 0 may be
     anything, also infinite or not a number.
     """
@@ -103,7 +103,7 @@ def token_cross_entropy(
     vocab_shards: int = 1,
     chunking: Chunking | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(loss_BT, correct_BT) of every token, with logits in the same chunks as those of `softmax_cross_entropy`.
+    """(loss_BT, correct_BT) of every token, with logits in the same chunks as in `softmax_cross_entropy`.
 
     loss_BT is float32, lse - logit of the target; correct_BT is true where the target is what greedy decoding would
     emit: the first of the ids with the largest logit. Without gradients.

@@ -3,7 +3,7 @@
 Models name what a dimension is (`batch`, `length`, `mlp`). This table alone says where it lies, and what it does in a
 parameter: all that is known of a parameter's role follows from the names of its dimensions. Parameters and activations
 share the table, so `embed` is the sharded dimension of a parameter, and activations leave it `None`.
-Devices that share a sequence share the parameters too, as those of `fsdp` do.
+Devices that share a sequence share the parameters too, as the devices of `fsdp` do.
 """
 
 from __future__ import annotations

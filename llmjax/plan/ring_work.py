@@ -43,12 +43,12 @@ class RingWork:
 
     @property
     def lockstep_slowdown(self) -> float:
-        """Time over that of a perfect balance, if at each step all devices wait for the slowest."""
+        """Time divided by the time of a perfect balance, if at each step all devices wait for the slowest."""
         return self._slowdown(ring_cost.lockstep_time(ring_cost.steps(self.executed)))
 
     @property
     def free_running_slowdown(self) -> float:
-        """Time over that of a perfect balance, if each device waits for its keys alone."""
+        """Time divided by the time of a perfect balance, if each device waits for its keys alone."""
         return self._slowdown(ring_cost.free_running_time(self.executed))
 
     @property
@@ -116,7 +116,7 @@ def _may_see(segments: np.ndarray, positions: np.ndarray, causal: bool, window: 
 def _sees(segments: np.ndarray, positions: np.ndarray, causal: bool, window: int) -> np.ndarray:
     """bool [blocks, blocks]: whether a query of the one sees a key of the other.
 
-    In the order of (segment, position) the keys of a query are a range, and those of a block a union of ranges.
+    In the order of (segment, position) the keys of a query are a range, and the keys of a block a union of ranges.
     """
     count, size = segments.shape
     used = np.flatnonzero(segments)

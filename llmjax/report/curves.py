@@ -76,7 +76,7 @@ class Positions:
 
 
 def positions(metrics: Metrics) -> Positions:
-    """Positions on one clock, that of the training lines.
+    """Positions on the clock of the training lines.
 
     Other lines stand at the tokens and the time of the training line of their update; without training lines
     the evaluations have the clock, and without those the statistics. An axis that not all its lines know is
@@ -147,7 +147,7 @@ def loss_chart(metrics: Metrics) -> charts.Chart | None:
 
 
 def measure_charts(metrics: Metrics) -> tuple[list[charts.Chart], list[charts.Chart]]:
-    """The charts of the known measurements, and those of every other number that training lines hold."""
+    """The charts of the known measurements, and a chart for every other number that training lines hold."""
     train_x, batch = positions(metrics).train, batch_chart(metrics)
     constant = {key for key in VARYING if len({line[key] for line in metrics.train if key in line}) < 2}
     drawn = {*AXIS_KEYS, *COUNTED, *constant, "loss", *(BATCH_KEYS if batch else ())}

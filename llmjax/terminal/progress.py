@@ -47,7 +47,7 @@ class Progress:
             self._bar = Bar(total := num_tokens // tokens_per_update, f"0/{total}", stays=True)
 
     def train(self, update: int, values: Mapping[str, Any]) -> None:
-        """Shows one update; `values` are those of the metrics file."""
+        """Shows one update; `values` are the numbers of its line in the metrics file."""
         speed = values.get("tokens_per_second")
         if speed is not None:
             last = self._speed

@@ -111,7 +111,7 @@ def plan_packing(
 
     Args:
       lengths: int [documents], tokens of every document of the store, bos and eos included.
-      doc_ids: int [n], the documents to pack; those of fewer than two tokens have nothing to predict and are
+      doc_ids: int [n], the documents to pack; a document of fewer than two tokens has nothing to predict and is
         left out.
       seq_len: T, positions in a row.
       seed: decides which pieces of equal length meet in a row, and their order within it.
@@ -124,7 +124,7 @@ def plan_packing(
     if source is not None:
         source.check(doc_ids, predictions, seq_len)
 
-    # Shuffle once; every later sort is stable, so pieces of equal length, and those of a row, stay shuffled.
+    # Shuffle once; every later sort is stable, so pieces of equal length stay shuffled, and so do the pieces of a row.
     shuffled = np.argsort(hash_integers(np.arange(len(docs)), seed), kind="stable")
     docs, starts, sizes = docs[shuffled], starts[shuffled], sizes[shuffled]
     if source is None:

@@ -20,7 +20,7 @@ def make_position(text: Text, lengths: Sequence[int]) -> Probe:
     """Every held-out target once, under the bucket [0, 1), [1, 2), [2, 4), ... of its position.
 
     A document longer than seq_len is read in pieces, as in training and evaluation, and positions count from 0 in each:
-    they say how much the model has before it. The buckets' sums add up to those of the held-out loss. `lengths` are
+    they say how much the model has before it. The buckets' sums add up to the sums of the held-out loss. `lengths` are
     of no use here: they are those of evaluation.
     """
     first = np.array([0, *(2**i for i in range((text.seq_len - 1).bit_length()))])

@@ -1,8 +1,8 @@
 """Finding what was hidden in a long text: a sentence at some depth, asked for at the end.
 
 Filler is held-out text, so it is in the language, the style and the tokens that the model knows; the sentences are
-English or Chinese, as the text around them is. The likelihood of the hidden answer is held against that of answers
-that could have been hidden: a model that cannot write yet can be seen to look.
+English or Chinese, as the text around them is. The likelihood of the hidden answer is compared with the likelihoods of
+answers that could have been hidden: a model that cannot write yet can be seen to look.
 """
 
 from __future__ import annotations

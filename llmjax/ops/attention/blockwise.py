@@ -1,4 +1,4 @@
-"""Attention by blocks, of queries and of keys: exact, linear in memory, its cost that of the visible blocks alone.
+"""Exact attention by blocks of queries and of keys. Memory is linear in T, and only visible blocks cost time.
 
 A running softmax goes over the blocks of keys (Rabe and Staats 2021; FlashAttention: Dao et al. 2022); the backward
 pass keeps q, k, v, out and each row's log-sum-exp, and forms the weights anew. Which blocks of keys a block of queries

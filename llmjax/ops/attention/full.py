@@ -52,7 +52,7 @@ def attend_in_cache(
     softcap: float = 0.0,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` for rows that hold one document each, such as those of a cache, which is read no more than once."""
+    """`attend` for rows that hold one document each, such as a cache of keys and values. It reads keys once."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)

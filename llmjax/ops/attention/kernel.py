@@ -106,7 +106,7 @@ def sizes_of(q_BTNH: jax.Array, k_BSKH: jax.Array) -> Sizes:
 def begin(
     kernel: Kernel, sizes: Sizes, q_BTNH: jax.Array, sinks_N: jax.Array | None, dtype: jnp.dtype
 ) -> Softmax:
-    """The softmax before any key: nothing, or the sinks alone. `dtype` is that of out."""
+    """The softmax before any key: nothing, or the sinks alone. `dtype` is the type of out."""
     B, T, N, _ = q_BTNH.shape
     scores_N = jnp.full((N,), NOTHING) if sinks_N is None else sinks_N
     lse_BTN = jnp.broadcast_to(scores_N.astype(jnp.float32)[None, None], (B, T, N))

@@ -140,7 +140,7 @@ def blocks_of(segments_BX: jax.Array, positions_BX: jax.Array, size: int) -> tup
 
 
 def filled(spans: Span, blocks: Chunks) -> Span:
-    """Spans [B, blocks], filled up with those of blocks of padding, which nothing sees."""
+    """Spans [B, blocks], filled up with the spans of blocks of padding, which no query sees."""
     missing = blocks.padded - blocks.tokens
     empty = span_of(*(jnp.zeros((spans.padded.shape[0], missing, 1), jnp.int32) for _ in range(2)))
     return Span(*(jnp.concatenate([x, y], axis=1) for x, y in zip(spans, empty, strict=True)))

@@ -42,7 +42,7 @@ SPANS = 32  # pieces of a device's tokens that are looked at apart to decide whi
 class Ring:
     """The devices along a manual mesh axis, or every `stride`-th of them, as a ring of `size`.
 
-    axis    name of the mesh axis, which has size * stride devices; those of one ring are `stride` apart
+    axis    name of the mesh axis, which has size * stride devices; the devices of one ring are `stride` apart
     others  the further mesh axes that split the batch: all devices of the mesh make the same hops
     """
 
@@ -79,7 +79,7 @@ def attend(
 ) -> jax.Array:
     """out_BTNH of this device's queries, in the dtype of q, equal to `full.attend` of the whole sequence.
 
-    Within `jax.shard_map`: q, k and v are this device's part, `mask` is that of all queries and all keys of the
+    Within `jax.shard_map`: q, k and v are this device's part, `mask` covers all queries and all keys of the
     ring in the order of its devices. Any order of tokens is right; which is cheap depends on it.
     """
     return _attend(kernel, ring, sizes_of(q_BTNH, k_BSKH), q_BTNH, k_BSKH, v_BSKH, sinks_N, mask)

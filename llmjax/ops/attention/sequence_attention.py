@@ -70,7 +70,7 @@ def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
 
     kernel_name  of KERNELS, or `full`, the reference, which no ring can use
     sharing      None: all tokens lie on this device. Otherwise q, k and v are this device's part, within
-                 `jax.shard_map`, while `mask` is always that of the whole sequence
+                 `jax.shard_map`, while `mask` always covers the whole sequence
     """
     if kernel_name != "full":
         choose(KERNELS, "kernel", kernel_name)

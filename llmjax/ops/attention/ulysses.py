@@ -63,6 +63,6 @@ def attend(
 
 
 def repeats(N: int, K: int, size: int) -> int:
-    """How often each of K key/value heads is repeated, so that `size` devices get those of their N / size queries."""
+    """How often each of K key/value heads is repeated, so that each device gets the heads of its N / size queries."""
     group = N // K
     return group // math.gcd(group, N // size)

@@ -174,7 +174,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def walk(module: Module) -> Iterator[Site]:
-    """Every instruction that is scheduled: those of the entry, and of the loops, branches and calls it leads to.
+    """Every instruction that is scheduled: in the entry, and in the loops, branches and calls that it leads to.
 
     What is inside a fusion or an asynchronous wrapper is one piece of work and does not come apart.
     """

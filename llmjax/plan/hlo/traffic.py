@@ -45,7 +45,7 @@ SLICES = ("slice", "dynamic-slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Collective(Site):
-    """One collective operation. Bytes are those of one device and one run.
+    """One collective operation. Bytes are counted for one device and one run.
 
     kind           one of KINDS
     dtype          of its largest operand, as XLA writes it

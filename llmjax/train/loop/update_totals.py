@@ -1,4 +1,4 @@
-"""The numbers of an update from those of its micro-steps: sums in float64, each divided once by its weight."""
+"""The numbers of an update from the sums of its micro-steps, added in float64 and divided once by their weight."""
 
 from __future__ import annotations
 
