@@ -13,7 +13,7 @@ from typing import TextIO
 
 # Control characters of both kinds (C0 and C1) but for tabs and the ends of lines; what changes the direction of text;
 # separators of lines; lone surrogates, which stand for bytes that are not UTF-8.
-OBEYED = re.compile(
+CONTROL_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff]"
 )
 LONG_WORD = re.compile(r"\S{400,}")
@@ -21,7 +21,7 @@ LONG_WORD = re.compile(r"\S{400,}")
 
 def printable(text: str) -> str:
     """`text` with an escape, such as \\x1b, for what a terminal would obey; ends of lines and tabs stay."""
-    return OBEYED.sub(lambda found: _escape(found[0]), text)
+    return CONTROL_CHARACTERS.sub(lambda found: _escape(found[0]), text)
 
 
 def one_line(text: str) -> str:

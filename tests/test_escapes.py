@@ -13,7 +13,7 @@ from llmjax.escapes import complain, one_line, printable, show
 from llmjax.terminal.lines import indent, say
 from llmjax.terminal.progress import Progress
 
-OBEYED = {
+CONTROL_CHARACTERS = {
     "bell": "\x07",
     "backspace": "\x08",
     "carriage return": "\r",
@@ -43,7 +43,7 @@ class Stream(io.StringIO):
 
 
 def test_what_a_terminal_obeys_is_an_escape_and_nothing_else_is():
-    for text in OBEYED.values():
+    for text in CONTROL_CHARACTERS.values():
         shown = printable(f"a{text}b")
         assert shown.isprintable() and shown.startswith("a\\") and shown.endswith("b")
     assert printable("\x1b\x9b\u202e\udcff") == r"\x1b\x9b\u202e\udcff"
@@ -66,7 +66,7 @@ PRINTERS = {
 
 @pytest.mark.parametrize("name", PRINTERS)
 def test_every_printer_escapes_on_a_terminal_and_nowhere_else(name, monkeypatch):
-    text = "a" + "".join(text for text in OBEYED.values() if text != "\udcff") + "b"
+    text = "a" + "".join(text for text in CONTROL_CHARACTERS.values() if text != "\udcff") + "b"
     text = one_line(text) if name == "complaint" else text
     for is_terminal in (True, False):
         streams = Stream(is_terminal), Stream(False)

@@ -1,7 +1,7 @@
-"""Which documents of a micro-batch have a loss that is not finite, found by asking for the loss of every token.
+"""Finds the documents of a micro-batch whose loss is infinite or NaN, from the loss of every token.
 
-Documents of a row do not touch each other (`ops/attention/apart`): those whose tokens have no finite loss are at fault,
-and not their neighbours.
+Documents of the same row do not affect each other (`ops/attention/isolation.py`), so the documents with a non-finite
+loss are the ones at fault, not their neighbours.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from llmjax.data.pipeline import PackedSequences
 from llmjax.evaluate.scoring import TokenLosses
 from llmjax.types import Params
 
-Document = tuple[str, int, int]  # its name, and which of its tokens: from the first up to the second number
+# The name of a document, and the range of its tokens: the first one, and the one after the last.
+Document = tuple[str, int, int]
 
 
 def documents_not_finite(
     losses: TokenLosses, params: Params, sequences: PackedSequences, first: int, count: int
 ) -> list[Document]:
-    """The documents in `count` packed sequences from number `first` on whose loss is not finite, without dropout."""
+    """The documents with a non-finite loss, without dropout, in `count` packed sequences from number `first` on."""
     arrays = sequences.read(np.arange(first, first + count))
     bad_BT = ~np.isfinite(np.asarray(losses(params, arrays)[0])) & (arrays["segments"] > 0)
     found: list[Document] = []

@@ -89,7 +89,7 @@ class GPT:
         return {
             "embedding": self._embedding.init(rng_embedding)["params"],
             "layers": init_stack(
-                block, rng_layers, x_BTD, self._turn(index_BT), self_mask(index_BT, index_BT)
+                block, rng_layers, x_BTD, self._rotation(index_BT), self_mask(index_BT, index_BT)
             ),
             "final_norm": self._final_norm.init(rng_norm, x_BTD)["params"],
         }
@@ -100,9 +100,9 @@ class GPT:
     def axes(self) -> Any:
         return box_axes(jax.eval_shape(self._init_boxed, jax.random.key(0)))
 
-    def _turn(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    def _rotation(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         c = self.config
-        if not POSITIONS[c.position].turns:
+        if not POSITIONS[c.position].rotates:
             return None
         scaling = c.rope_scaling, c.rope_factor, c.rope_original_len
         return rope.rotation(positions_BT, c.head_dim, c.rope_theta, *scaling)
@@ -151,15 +151,15 @@ class GPT:
             specs = jax.tree.map(
                 lambda names: partition_spec(names[1:]), self.axes()["layers"], is_leaf=is_axes
             )
-        turn = self._turn(batch.positions)
-        x_BTD = run_stack(self._block, params["layers"], x_BTD, turn, mask, keys_BT=keys_BT, specs=specs)
+        rotation = self._rotation(batch.positions)
+        x_BTD = run_stack(self._block, params["layers"], x_BTD, rotation, mask, keys_BT=keys_BT, specs=specs)
         return Output(self._normalize(params, x_BTD))
 
     def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
         mask = self._mask(batch)
-        turn = self._turn(batch.positions)
-        return measure_stack(self._block, params["layers"], x_BTD, turn, mask, batch.segments > 0)
+        rotation = self._rotation(batch.positions)
+        return measure_stack(self._block, params["layers"], x_BTD, rotation, mask, batch.segments > 0)
 
     def _output_table(self, params: Params) -> jax.Array:
         return params["embedding"]["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"]
@@ -189,7 +189,7 @@ class GPT:
             block,
             params["layers"],
             x_BTD,
-            self._turn(positions_BT),
+            self._rotation(positions_BT),
             mask,
             (cache.k_LBSKH, cache.v_LBSKH),
             slot,

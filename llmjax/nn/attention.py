@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped queries (Ainslie et al. 2023), rotary positions, QK-norm and sinks."""
+"""Multi-head attention with grouped queries (Ainslie et al. 2023), rotary positions, QK-norm and attention sinks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from llmjax.ops import rope
 from llmjax.ops.attention.mask import Mask
 from llmjax.parallel.rules import Layout, partition_spec, without_axes
 
+# Keys and values, or cos and sin of a rotation.
 KeyValue = tuple[jax.Array, jax.Array]
 
 
 class Attention(nn.Module):
-    """The token-wise parts of self-attention, before the tokens meet and after, and its parameters."""
+    """The parameters of self-attention, and its token-wise parts: the projections before and after the heads."""
 
     config: ModelConfig
     layout: Layout
@@ -28,6 +29,8 @@ class Attention(nn.Module):
     def setup(self) -> None:
         c = self.config
         D, N, K, H = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        # Matrices that write to the residual stream start smaller, by 1 / sqrt(2 L): 2 L of them add up there (GPT-2:
+        # Radford et al. 2019).
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
         self.wq_DNH = matrix(self, "wq_DNH", (D, N, H), ("embed", "heads", "head_dim"), std, c.dtype)
         self.wk_DKH = matrix(self, "wk_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std, c.dtype)
@@ -44,8 +47,9 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (Norm("rmsnorm", c.norm_eps) for _ in range(2))
         self.sink_bias = vector(self, "sink_bias", (N,), ("heads",), 0.0) if c.attention_sinks else None
 
-    def project(self, x_BTD: jax.Array, turn: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q_BTNH, k_BTKH and v_BTKH of x_BTD, queries and keys turned by their positions."""
+    def project(self, x_BTD: jax.Array, rotation: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q_BTNH, k_BTKH and v_BTKH of x_BTD. Queries and keys are rotated by `rotation`, the cos and sin of their
+        positions."""
         c, (B, T, D) = self.config, x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (
             product(x_BTD, w.reshape(D, -1), self.layout).reshape(B, T, -1, c.head_dim)
@@ -55,15 +59,17 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = add_bias(q_BTNH, self.q_bias), add_bias(k_BTKH, self.k_bias)
             v_BTKH = add_bias(v_BTKH, self.v_bias)
         if c.qk_norm:
+            # QK-norm keeps attention scores bounded (Henry et al. 2020; Dehghani et al. 2023).
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if turn is not None:
-            q_BTNH, k_BTKH = rope.rotate(q_BTNH, *turn), rope.rotate(k_BTKH, *turn)
+        if rotation is not None:
+            q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
         q_BTNH = self.layout.constrain(q_BTNH, "batch", "length", "heads", "head_dim")
         return q_BTNH, k_BTKH, v_BTKH
 
     def output(self, out_BTNH: jax.Array) -> jax.Array:
-        """out_BTD of what the heads found."""
+        """out_BTD, the projection of the outputs of all heads to the residual stream."""
         B, T, N, H = out_BTNH.shape
+        # The matrix is stored with D first, as are the others; see `layers.MLP`.
         wo_DX = self.wo_DNH.reshape(-1, N * H)
         out_BTD = product(out_BTNH.reshape(B, T, N * H), wo_DX.T, self.layout)
         if self.config.use_bias:
@@ -72,11 +78,12 @@ class Attention(nn.Module):
 
 
 def on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable[..., jax.Array]:
-    """`attend` as each device does it for its own rows, tokens and heads, with the mask of the whole of these rows.
+    """`attend` applied on each device to its own rows, tokens and heads, with the mask of all tokens of its rows.
 
-    All axes of the mesh are manual around `attend`, those of size 1 too: a kernel cannot be split by the compiler, is
-    refused where an axis is left to it, and learns here which kind of device it is compiled for. The compiler would
-    split an algorithm's arrays, but not its loops, which differ in length from device to device.
+    All axes of the mesh are manual around `attend`, also those of size 1. There are three reasons: a Pallas kernel
+    cannot be split by the compiler and is refused inside of automatic axes; only here does it learn which kind of
+    device it is compiled for; and the compiler would split the arrays of an algorithm but not its loops, whose
+    lengths differ between devices.
     """
     axes = () if layout.mesh is None else {*layout.mesh.axis_names} - {*layout.manual}
     if not axes:
@@ -88,7 +95,8 @@ def on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable
     def split(
         q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, sinks_N: jax.Array | None
     ) -> jax.Array:
-        whole: Any = spec("batch", None)  # in the place of an array
+        # The mask is whole along the sequence: a PartitionSpec takes the place of each of its arrays.
+        whole: Any = spec("batch", None)
         heads, kv_heads = (spec("batch", "length", name, None) for name in ("heads", "kv_heads"))
         mask_specs = dataclasses.replace(
             mask, q_segments_BT=whole, q_positions_BT=whole, k_segments_BS=whole, k_positions_BS=whole

@@ -1,4 +1,4 @@
-"""Chooses the attention of a model: the kernel on each device, and how devices share a sequence."""
+"""Chooses the attention of a model: the kernel on each device, and the way in which devices share a sequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from llmjax.parallel.mesh import MeshConfig
 
 
 def choose_kernel(name: str, platform: str) -> tuple[str, str]:
-    """The kernel that compute.kernel=`name` asks for on `platform` (cpu, gpu, tpu), and why."""
+    """The kernel for compute.kernel=`name` on `platform` (cpu, gpu or tpu), and the reason, for the plan.
+
+    Raises UserError if the kernel does not exist for the platform.
+    """
     kernels = choose(ATTENTION, "compute.kernel", name)
     kernel = kernels.get(platform, kernels.get(""))
     if kernel is None:
@@ -32,12 +35,15 @@ def choose_kernel(name: str, platform: str) -> tuple[str, str]:
 def choose_sharing(
     model: ModelConfig, kernel: str, mesh: MeshConfig, sizes: Mapping[str, int]
 ) -> tuple[Sharing | None, str]:
-    """How the devices of mesh.seq share a sequence, None where each has whole ones, and why.
+    """How the devices along mesh.seq share a sequence (None if each device has whole sequences), and the reason, for
+    the plan.
 
-    `kernel` is compute.kernel, and `sizes` are the sizes of the mesh axes.
+    kernel  the value of compute.kernel
+    sizes   the sizes of the mesh axes
 
-    `auto`: as much Ulysses as there are key/value heads for every device, since that moves the least and evens out
-    documents of any length, and a ring for the rest.
+    `auto` uses Ulysses as long as there are enough key/value heads for the devices, because it sends the least and
+    its work does not depend on document lengths. It uses a ring for the rest. Raises UserError for a combination that
+    does not work.
     """
     n, name, degree = sizes["seq"], mesh.seq_attention, mesh.ulysses
     others = tuple(axis for axis in ("data", "fsdp") if sizes[axis] > 1)
@@ -49,6 +55,7 @@ def choose_sharing(
     if n == 1:
         return None, "whole sequences on each device"
     why = "as mesh.seq_attention says"
+    # The number of devices among which the key/value heads can be divided without repeating any.
     dealt = math.gcd(K, n)
     if name == "auto":
         why = f"{K} key/value heads a device for {n} devices"
@@ -78,6 +85,7 @@ def _all(degree: int, N: int, dealt: int, n: int) -> int:
 
 
 def _some(degree: int, N: int, dealt: int, n: int) -> int:
+    # A group exchanges query heads, so its size must divide both the devices and the query heads.
     possible = [u for u in range(2, n) if n % u == 0 and N % u == 0]
     if not possible or (degree and degree not in possible):
         hint = f"use one of {', '.join(map(str, possible))}" if possible else "use ring or ulysses"
@@ -85,9 +93,10 @@ def _some(degree: int, N: int, dealt: int, n: int) -> int:
             f"mesh.seq_attention='hybrid' with mesh.ulysses={degree} cannot deal {N} query heads a device "
             f"(model.num_heads / mesh.tensor) in groups of the mesh.seq={n} devices; {hint}"
         )
+    # By default the largest group whose members get whole key/value heads.
     return degree or max((u for u in possible if dealt % u == 0), default=possible[-1])
 
 
-# How many of the n devices trade heads, by the algorithms of `ops.attention.share`: (mesh.ulysses, query heads of a
-# device, how many devices its key/value heads can be dealt to, n).
+# The number of devices in a group that exchanges heads, for each algorithm. The arguments are mesh.ulysses, the query
+# heads of a device, the devices among which its key/value heads can be divided, and the devices along mesh.seq.
 TRADED = {"gather": _none, "ring": _none, "ulysses": _all, "hybrid": _some}

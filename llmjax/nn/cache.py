@@ -1,7 +1,8 @@
-"""The key/value cache of generation: slots that carry positions and segments, so that the usual mask applies.
+"""The key/value cache of generation. Each slot carries a position and a segment, so that the usual attention mask
+applies.
 
-A slot is written once and its place means nothing; prompts of different lengths share one cache because a padding
-token leaves a slot of segment 0, which nobody sees.
+Each slot is written once, and its index has no meaning. Prompts of different lengths share one cache: a padding token
+leaves a slot of segment 0, which no query sees.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """k_LBSKH, v_LBSKH in the compute dtype; segments_BS, positions_BS int32 of each slot (segment 0: empty);
-    next_position_B int32, the position of each row's next token; used int32 [], slots written so far."""
+    """The cache of a batch of B rows with S slots each.
+
+    k_LBSKH, v_LBSKH           keys and values in the compute dtype
+    segments_BS, positions_BS  int32, of the token in each slot; segment 0 is an empty slot
+    next_position_B            int32, the position of the next token of each row
+    used                       int32 [], the number of slots written so far
+    """
 
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
@@ -34,10 +40,12 @@ def make_cache(num_layers: int, batch: int, slots: int, kv_heads: int, head_dim:
 
 
 def append_tokens(cache: Cache, valid_BT: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
-    """The cache with slots claimed for T tokens per row, and these tokens' segments_BT (0: invalid) and positions_BT.
+    """Claims slots for T tokens per row. Returns the cache, and segments_BT and positions_BT of the new tokens.
 
-    Keys and values are written into the claimed slots, `used - T` on, by `write`, layer by layer.
+    Tokens where `valid_BT` is false are padding and get segment 0. The keys and values of the claimed slots, from
+    `used` - T on, are written later, layer by layer, by `write`.
     """
+    # Padding takes a slot but no position, so positions count valid tokens only.
     counts_BT = jnp.cumsum(valid_BT.astype(jnp.int32), axis=1)
     positions_BT = cache.next_position_B[:, None] + counts_BT - valid_BT
     segments_BT = valid_BT.astype(jnp.int32)
@@ -52,5 +60,5 @@ def append_tokens(cache: Cache, valid_BT: jax.Array) -> tuple[Cache, jax.Array, 
 
 
 def write(cached_BSKH: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
-    """`cached` with `new` from slot number `slot` on."""
+    """`cached_BSKH` with `new_BTKH` written from slot `slot` on."""
     return jax.lax.dynamic_update_slice(cached_BSKH, new_BTKH, (0, slot, 0, 0))

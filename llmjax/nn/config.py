@@ -1,4 +1,4 @@
-"""The shape of a model: the `model` section of a config, with its derived sizes and their rules."""
+"""The `model` section of a config: the shape of a model, its derived sizes, and the rules between its keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ CHOICES: dict[str, Collection[str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Keys as in `configs/base.py`. After `resolve` no size is 0."""
+    """The keys of the section `model`, explained in `configs/base.py`. `resolve` replaces sizes of 0 by their
+    defaults."""
 
     family: str
     num_layers: Annotated[int, Range(1, 10_000)]
@@ -59,7 +60,7 @@ class ModelConfig:
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
-    """`config` with derived sizes filled in; UserError where a rule is broken."""
+    """`config` with derived sizes filled in. Raises UserError if keys contradict each other."""
     for key, choices in CHOICES.items():
         choose(dict.fromkeys(choices), f"model.{key}", getattr(config, key))
     if config.global_every and not config.window:
@@ -97,6 +98,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
 
 
 def _check_rope_scaling(config: ModelConfig) -> None:
+    """Raises UserError if the keys of RoPE scaling do not fit together."""
     scaling, reads_length = config.rope_scaling, SCALINGS[config.rope_scaling].reads_length
     if scaling == "none":
         for key in ("rope_factor", "rope_original_len"):
@@ -106,7 +108,7 @@ def _check_rope_scaling(config: ModelConfig) -> None:
                     f"set model.rope_scaling or leave it at {value}"
                 )
         return
-    if not POSITIONS[config.position].turns:
+    if not POSITIONS[config.position].rotates:
         raise UserError(
             f"model.rope_scaling={scaling!r} needs model.position='rope', not {config.position!r}; change one of them"
         )
@@ -119,7 +121,9 @@ def _check_rope_scaling(config: ModelConfig) -> None:
 
 
 def layer_windows(config: ModelConfig) -> tuple[int, ...]:
-    """The attention window of each layer, 0 where it is global: every layer of number `global_every`, 2 x
-    `global_every`, ... counting from 1."""
+    """The attention window of each layer; 0 means that the layer is global.
+
+    Counting layers from 1, every layer whose number is a multiple of `global_every` is global.
+    """
     every = config.global_every
     return tuple(0 if every and i % every == 0 else config.window for i in range(1, config.num_layers + 1))

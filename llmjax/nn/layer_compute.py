@@ -1,4 +1,4 @@
-"""How the layers of a model are computed: choices that change time and memory, and no number."""
+"""How the layers of a model are computed: choices that change time and memory but no result."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llmjax.ranges import COUNT, Range, Unset
 class LayerCompute:
     """The keys of the section `compute` that a model reads.
 
-    scan_layers  one compiled layer, scanned, in place of as many as there are
-    remat        what the backward pass does again, see `remat.REMATS`
-    offload      what of the rest lies in the memory of the host, see `remat.OFFLOADS`
-    tile         tokens of a device that the token-wise parts of a layer take at a time; 0 = all
-    kernel       of attention on each device, see `sequence_attention.ATTENTION`
+    scan_layers  compile one layer and scan over it, instead of compiling each layer
+    remat        what the backward pass recomputes, see `remat.REMATS`
+    offload      which saved activations are kept in host memory, see `remat.OFFLOADS`
+    tile         the most tokens per device that the token-wise parts of a layer process at a time; 0 means all
+    kernel       the attention kernel on each device, see `sequence_attention.ATTENTION`
 
-    Raises UserError for a value that is not known.
+    Raises UserError for an unknown value.
     """
 
     scan_layers: bool = False

@@ -1,4 +1,4 @@
-"""Parameters with logical axes, norms, and the feed-forward layer."""
+"""Parameters with logical axes, normalisation layers, and the feed-forward layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def matrix(
     std: float,
     dtype: str = "float32",
 ) -> jax.Array:
-    """A parameter drawn from N(0, std^2), held in float32 and handed out in `dtype`, its dimensions named by `axes`."""
+    """A parameter initialised from N(0, std^2), stored in float32 and returned in `dtype`. `axes` names its
+    dimensions."""
     init = nn.with_logical_partitioning(jax.nn.initializers.normal(std), axes)
     return _param(module, name, init, shape).astype(dtype)
 
@@ -32,39 +33,36 @@ def matrix(
 def vector(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], value: float
 ) -> jax.Array:
-    """A float32 parameter that starts constant: scales at 1, biases at 0. Never decayed."""
+    """A float32 parameter that starts at a constant `value`: scales at 1, biases at 0. It has no weight decay."""
     init = nn.with_logical_partitioning(jax.nn.initializers.constant(value), axes)
     return _param(module, name, init, shape)
 
 
 def _param(module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...]) -> jax.Array:
-    # The box that `init` puts it into is off, although flax's types do not say so.
+    # flax removes the metadata box around the array, but its types do not say so.
     unboxed: Any = module.param(name, init, shape, jnp.float32)
     return unboxed
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [B, T, ...] plus the float32 bias of its trailing dimensions; in the dtype of x.
-
-    The bias is cast behind the broadcast: the gradient, whose steps go the other way, is then summed over the tokens in
-    float32, and not in bfloat16, where 256 + 1 is 256.
-    """
+    """x [B, T, ...] plus the float32 bias of its trailing dimensions, in the dtype of x."""
+    # The cast comes after the broadcast, so that the backward pass sums the gradient over tokens in float32. In
+    # bfloat16, 256 + 1 is 256.
     return x + jnp.broadcast_to(bias[None, None], x.shape).astype(x.dtype)
 
 
 def product(x_BTX: jax.Array, w_XY: jax.Array, layout: Layout) -> jax.Array:
-    """x @ w, with all tokens in one dimension unless `seq` splits them.
-
-    The gradient of w then contracts a single dimension; with two XLA on CPU copies the wide operand, transposed.
-    """
+    """x @ w, with batch and length merged into one dimension unless the mesh axis `seq` splits the length."""
     if layout.axis_size("seq") > 1:
         return x_BTX @ w_XY
+    # With one token dimension, the gradient of w contracts a single dimension. With two, XLA on CPU makes a
+    # transposed copy of the wider operand.
     B, T, X = x_BTX.shape
     return (x_BTX.reshape(B * T, X) @ w_XY).reshape(B, T, w_XY.shape[1])
 
 
 class Norm(nn.Module):
-    """A normalisation of `ops.norm.NORMS` over the last dimension, computed in float32, and its parameters."""
+    """A normalisation of `ops.norm.NORMS` over the last dimension, in float32, with its learned scale and bias."""
 
     kind: str
     eps: float
@@ -82,10 +80,10 @@ class Norm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward, with an activation of `ops.activation.ACTIVATIONS`.
+    """The position-wise feed-forward layer, with an activation of `ops.activation.ACTIVATIONS`.
 
-    All weights are stored [D, F], the last one too: of the two operands of its gradient, XLA on CPU then transposes the
-    narrow one.
+    All weights are stored as [D, F], also the last one. In the product that gives its gradient, XLA on CPU then
+    transposes the narrower of the two operands.
     """
 
     config: ModelConfig
@@ -95,6 +93,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         activation = choose(ACTIVATIONS, "model.activation", c.activation)
+        # As in attention: matrices that write to the residual stream start smaller, by 1 / sqrt(2 L).
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
         w_up_DF = matrix(self, "w_up_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)
         w_down_DF = matrix(

@@ -1,5 +1,5 @@
-"""What the backward pass of a layer keeps, does again, and has from the host's memory: one table for the choice, the
-code and the plan."""
+"""What the backward pass of a layer keeps, recomputes, or fetches from host memory: one table for config, model and
+plan."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ import jax
 from llmjax.errors import choose
 from llmjax.ops.attention.kernel import SAVED
 
-RESIDUAL = "residual"  # the name of a layer's input, for remat and offload
+# The name of a layer's input, by which remat and offload policies refer to it.
+RESIDUAL = "residual"
 
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-    """Numbers that a layer has for each token: of its input, of what its heads found, of the outputs of its matrix
-    products, and of all that a backward pass without remat keeps."""
+    """Counts of numbers per token and layer, to estimate memory.
+
+    residual    the input of the layer
+    heads       the output of attention, before its projection
+    products    the outputs of all matrix products
+    everything  all that a backward pass without remat keeps
+    """
 
     residual: float
     heads: float
@@ -28,10 +34,10 @@ class Widths:
 
 @dataclasses.dataclass(frozen=True)
 class Offload:
-    """What `compute.offload` moves.
+    """One name in `compute.offload`.
 
-    names  of the arrays in the layer (`checkpoint_name`)
-    width  the numbers of a token that no longer lie on the device
+    names  the arrays that move to host memory, by their `checkpoint_name`
+    width  function of `Widths` to the numbers per token that no longer lie on the device
     """
 
     names: tuple[str, ...]
@@ -45,15 +51,17 @@ OFFLOADS = {
 
 
 def _everything(offload: tuple[str, ...]) -> None:
+    """No `jax.checkpoint`: the backward pass keeps everything."""
     return None
 
 
 def _products(offload: tuple[str, ...]) -> Any:
+    """Keeps the outputs of matrix products with weights, and recomputes the rest."""
     return {"policy": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def _named(*kept: str) -> Callable[[tuple[str, ...]], Any]:
-    """Keeps the arrays of these names, and the layer's input."""
+    """Keeps the layer's input and the arrays of these names, apart from those that are offloaded."""
 
     def options(offload: tuple[str, ...]) -> Any:
         if not kept and not offload:
@@ -74,10 +82,11 @@ def _named(*kept: str) -> Callable[[tuple[str, ...]], Any]:
 class Remat:
     """One value of `compute.remat`.
 
-    options    of `jax.checkpoint` around a layer, for what `compute.offload` names; None: no checkpoint around it
-    width      the numbers of a token that a layer keeps until its backward pass
-    recomputes the backward pass does a layer again, which then exists in full
-    offloads   what of it `compute.offload` may name
+    options     function of `compute.offload` to the arguments of `jax.checkpoint` around a layer; None for no
+                checkpoint
+    width       function of `Widths` to the numbers per token that a layer keeps until its backward pass
+    recomputes  whether the backward pass recomputes a layer; during that time one layer exists in full
+    offloads    which names `compute.offload` may contain
     """
 
     options: Callable[[tuple[str, ...]], Any]
@@ -95,14 +104,17 @@ REMATS = {
 
 
 def remat(layer: Callable[..., jax.Array], name: str, offload: tuple[str, ...]) -> Callable[..., jax.Array]:
-    """`layer` whose backward pass does again what `compute.remat=name` does not keep, and has what `offload` names from
-    the host's memory."""
+    """`layer`, wrapped so that its backward pass recomputes what `compute.remat=name` does not keep.
+
+    `offload` names what it moves to host memory in the meantime.
+    """
     options = choose(REMATS, "compute.remat", name).options(offload)
     return layer if options is None else jax.checkpoint(layer, **options)
 
 
 def kept_width(name: str, offload: tuple[str, ...], widths: Widths, num_layers: int) -> float:
-    """The numbers of a token that all layers keep on the device, and one layer in full where it is done again."""
+    """The numbers per token that all layers together keep on the device, plus one layer in full if layers are
+    recomputed."""
     chosen = choose(REMATS, "compute.remat", name)
     moved = sum(choose(OFFLOADS, "compute.offload", key).width(widths) for key in offload)
     return num_layers * (chosen.width(widths) - moved) + chosen.recomputes * widths.everything

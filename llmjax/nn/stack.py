@@ -1,7 +1,7 @@
-"""The pre-norm block, and the stack of them: scanned or unrolled, with remat, over one parameter layout.
+"""The pre-norm Transformer block, and the stack of blocks: scanned or unrolled, with remat.
 
-Parameters of all layers are stacked along a leading `layers` dimension either way, so `scan_layers` is a choice of how
-to compile and never one of checkpoint format.
+The parameters of all layers are stacked along a leading `layers` dimension in both cases, so `scan_layers` changes
+how the model is compiled but not the checkpoint format.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from llmjax.types import Params
 
 
 class BlockOutput(NamedTuple):
-    """x_BTD after the layer, the keys and values attended to, and what attention and MLP added to x_BTD."""
+    """The output of a block.
+
+    x_BTD                   the residual stream after the block
+    kv                      the keys and values that were attended to
+    attention_BTD, mlp_BTD  what attention and MLP added to the residual stream, before dropout
+    """
 
     x_BTD: jax.Array
     kv: KeyValue
@@ -42,7 +47,8 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm: Xiong et al. 2020).
 
-    `project` and `finish` are token-wise; between them tokens meet, by `attend`, any algorithm of `ops/attention`.
+    `project` and `finish` work on each token separately. `mix_tokens` between them calls `attend`, one of the
+    algorithms of `ops/attention`.
     """
 
     config: ModelConfig
@@ -58,54 +64,66 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        turn: KeyValue | None,
+        rotation: KeyValue | None,
         mask: Mask,
         keys_BT: jax.Array | None = None,
         layer: int | jax.Array = 0,
         cached: KeyValue | None = None,
         slot: jax.Array | None = None,
     ) -> BlockOutput:
-        """The layer's output; with `cached` keys and values, this call's own are written into them at `slot`."""
-        q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD, turn)
+        """The output of the block.
+
+        rotation  cos and sin of the positions, or None
+        keys_BT   random keys for dropout; None turns dropout off
+        layer     the index of the layer, which tells its dropout masks apart
+        cached    cached keys and values, into which the new ones are written from `slot` on
+        """
+        q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD, rotation)
         if cached is not None:
-            assert slot is not None  # it comes with them
+            # `cached` and `slot` are given together.
+            assert slot is not None
             k_BSKH, v_BSKH = write(cached[0], k_BSKH, slot), write(cached[1], v_BSKH, slot)
-        out_BTNH = self.meet(q_BTNH, k_BSKH, v_BSKH, mask, Layout() if cached is not None else self.layout)
+        # Generation attends without shard_map: the compiler splits the cache and the few queries.
+        out_BTNH = self.mix_tokens(
+            q_BTNH, k_BSKH, v_BSKH, mask, Layout() if cached is not None else self.layout
+        )
         out = self.finish(x_BTD, out_BTNH, keys_BT, layer)
         return BlockOutput(out[0], (k_BSKH, v_BSKH), *out[1:])
 
-    def project(self, x_BTD: jax.Array, turn: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values."""
-        return self.attention.project(self.attention_norm(x_BTD), turn)
+    def project(self, x_BTD: jax.Array, rotation: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of the normalised input."""
+        return self.attention.project(self.attention_norm(x_BTD), rotation)
 
-    def meet(
+    def mix_tokens(
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, layout: Layout
     ) -> jax.Array:
-        """out_BTNH, what attention gives. Each device of `layout` computes it for its own rows, tokens and heads."""
+        """out_BTNH, the result of attention. Each device of `layout` computes it for its own rows, tokens and heads."""
         attend = functools.partial(self.attend, softcap=self.config.attention_softcap)
         return on_each_device(attend, layout)(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N=self.attention.sink_bias)
 
     def finish(
         self, x_BTD: jax.Array, out_BTNH: jax.Array, keys_BT: jax.Array | None, layer: int | jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x_BTD after the layer, and what attention and MLP added to it."""
+        """x_BTD after the block, and what attention and MLP added to it."""
         rate = self.config.dropout
         attention_BTD = self.attention.output(out_BTNH)
+        # Each place with dropout has its own salt: 0 for the embedding, then two per layer.
         x_BTD = x_BTD + dropout(attention_BTD, keys_BT, rate, 2 * layer + 1)
         mlp_BTD = self.mlp(self.mlp_norm(x_BTD))
         return x_BTD + dropout(mlp_BTD, keys_BT, rate, 2 * layer + 2), attention_BTD, mlp_BTD
 
 
 def unstack(stacked: Any, n: int) -> list[Any]:
-    """The n slices of a tree of arrays along their first axis. Its gradient is one concatenation, not a sum of n
-    padded arrays."""
+    """The n slices of a tree of arrays along their first axis."""
     leaves, treedef = jax.tree.flatten(stacked)
+    # The gradient of a split is one concatenation. The gradient of n separate slices would be a sum of n padded
+    # arrays.
     slices = [jax.lax.split(leaf, (1,) * n) for leaf in leaves]
     return [jax.tree.unflatten(treedef, [jnp.squeeze(s[i], 0) for s in slices]) for i in range(n)]
 
 
 def _output(block: Block, params: Params, *args: Any) -> BlockOutput:
-    """What the block makes of `args` with these parameters; flax's types cannot say that this is all it gives."""
+    """The output of the block for these parameters. flax's types do not say that `apply` returns nothing else here."""
     output: Any = block.apply({"params": params}, *args)
     return output
 
@@ -114,28 +132,29 @@ def run_stack(
     block: Block,
     params: Params,
     x_BTD: jax.Array,
-    turn: KeyValue | None,
+    rotation: KeyValue | None,
     mask: Mask,
     *,
     keys_BT: jax.Array | None = None,
     specs: Any = None,
 ) -> jax.Array:
-    """x after all layers; `params` carries the leading layer dimension. Each layer has `mask` with its own window.
+    """x after all layers. Each layer uses `mask` with its own window.
 
-    `specs`, of the parameters of one layer, is asked for where layers are done in tiles.
+    params  the parameters of all layers, stacked along a leading dimension
+    specs   the PartitionSpecs of the parameters of one layer; needed only if layers are computed in tiles
     """
     c, compute = block.config, block.compute
 
     def body(
         x_BTD: jax.Array, scanned: tuple[Params, int | jax.Array], window: int
     ) -> tuple[jax.Array, None]:
-        near = dataclasses.replace(mask, window=window)
+        layer_mask = dataclasses.replace(mask, window=window)
 
         def layer(x_BTD: jax.Array, layer_params: Params, i: int | jax.Array) -> jax.Array:
             x_BTD = checkpoint_name(x_BTD, RESIDUAL)
             if compute.tile:
-                return _tiled_layer(block, layer_params, specs, x_BTD, turn, near, keys_BT, i)
-            return _output(block, layer_params, x_BTD, turn, near, keys_BT, i).x_BTD
+                return _tiled_layer(block, layer_params, specs, x_BTD, rotation, layer_mask, keys_BT, i)
+            return _output(block, layer_params, x_BTD, rotation, layer_mask, keys_BT, i).x_BTD
 
         return remat(layer, compute.remat, compute.offload)(x_BTD, *scanned), None
 
@@ -152,12 +171,12 @@ def _tiled_layer(
     params: Params,
     specs: Any,
     x_BTD: jax.Array,
-    turn: KeyValue | None,
+    rotation: KeyValue | None,
     mask: Mask,
     keys_BT: jax.Array | None,
     layer: int | jax.Array,
 ) -> jax.Array:
-    """The layer's output, its token-wise parts tile by tile."""
+    """The output of a layer whose token-wise parts are computed tile by tile. Attention sees all tokens at once."""
     inner, c = block.clone(layout=inner_layout(block.layout)), block.config
 
     def project(params: Params, arrays: Any) -> Any:
@@ -173,10 +192,10 @@ def _tiled_layer(
 
     tiles = functools.partial(by_tiles, layout=block.layout, tile=block.compute.tile, dtype=c.dtype)
     names: tuple[str, ...] = ("attention_norm", "attention")
-    q, k, v = tiles(project, of(params, *names), of(specs, *names), (x_BTD, turn))
-    out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="meet")
-    # In a scan the number of the layer is a traced value. The function within jax.shard_map must not close over one, so
-    # the number is an argument.
+    q, k, v = tiles(project, of(params, *names), of(specs, *names), (x_BTD, rotation))
+    out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="mix_tokens")
+    # In a scan, the layer index is a traced value. The function inside `jax.shard_map` must not close over traced
+    # values, so the index is passed as an argument.
     names = ("attention", "mlp_norm", "mlp")
     mine = {"modules": of(params, *names), "layer": jnp.asarray(layer)}
     return tiles(
@@ -190,16 +209,17 @@ def _scan_layers(
     x: jax.Array,
     stacked: Any,
 ) -> tuple[jax.Array, Any]:
-    """`jax.lax.scan` of `body(x, slices, window)` over the layers, where windows differ from layer to layer.
+    """`jax.lax.scan` of `body(x, slices, window)` over the layers, whose windows may differ.
 
-    Windows are known when the layers are compiled, so that what lies outside of them is never moved: the loop's
-    body is one period of their pattern. Layers that fill no period come after the loop.
+    `stacked` holds the inputs of all layers. Returns the last x and the stacked outputs.
     """
+    # A window must be known at compile time, so that keys outside of it are skipped. Windows repeat with the period
+    # `global_every`, so one loop step runs one period of layers. Remaining layers come after the loop.
     L, period, windows = config.num_layers, max(1, config.global_every), layer_windows(config)
     if period == 1:
         return jax.lax.scan(lambda x, slices: body(x, slices, windows[0]), x, stacked)
 
-    def some(x: jax.Array, stacked: Any) -> tuple[jax.Array, Any]:
+    def run_layers(x: jax.Array, stacked: Any) -> tuple[jax.Array, Any]:
         outs = []
         n = jax.tree.leaves(stacked)[0].shape[0]
         for slices, window in zip(unstack(stacked, n), windows[:n], strict=True):
@@ -214,10 +234,10 @@ def _scan_layers(
     )
     if looped:
         periods = jax.tree.map(lambda y: y.reshape(-1, period, *y.shape[1:]), loop)
-        x, outs = jax.lax.scan(some, x, periods)
+        x, outs = jax.lax.scan(run_layers, x, periods)
         collected.append(jax.tree.map(lambda y: y.reshape(looped, *y.shape[2:]), outs))
     if looped < L:
-        x, outs = some(x, rest)
+        x, outs = run_layers(x, rest)
         collected.append(outs)
     return x, jax.tree.map(lambda *ys: jnp.concatenate(ys), *collected)
 
@@ -226,17 +246,17 @@ def decode_stack(
     block: Block,
     params: Params,
     x_BTD: jax.Array,
-    turn: KeyValue | None,
+    rotation: KeyValue | None,
     mask: Mask,
     cached_LBSKH: KeyValue,
     slot: jax.Array,
 ) -> tuple[jax.Array, KeyValue]:
-    """x after all layers, and the cached keys and values of every layer with this call's own written at `slot`."""
+    """x after all layers, and the cached keys and values of every layer, with the new ones written from `slot` on."""
 
     def body(x: jax.Array, scanned: tuple[Params, KeyValue], window: int) -> tuple[jax.Array, KeyValue]:
         layer_params, cached = scanned
-        near = dataclasses.replace(mask, window=window)
-        out = _output(block, layer_params, x, turn, near, None, 0, cached, slot)
+        layer_mask = dataclasses.replace(mask, window=window)
+        out = _output(block, layer_params, x, rotation, layer_mask, None, 0, cached, slot)
         return out.x_BTD, out.kv
 
     return _scan_layers(block.config, body, x_BTD, (params, cached_LBSKH))
@@ -246,12 +266,15 @@ def measure_stack(
     block: Block,
     params: Params,
     x_BTD: jax.Array,
-    turn: KeyValue | None,
+    rotation: KeyValue | None,
     mask: Mask,
     real_BT: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Root mean squares over the positions where `real_BT`, float32 [L]: `residual_rms` of x after each layer,
-    `attention_rms` and `mlp_rms` of what its two branches add to x."""
+    """Root mean squares over the positions where `real_BT`, float32 [L], for each layer.
+
+    `residual_rms` is the residual stream after the layer; `attention_rms` and `mlp_rms` are what its two branches add
+    to it.
+    """
     size = jnp.maximum(jnp.sum(real_BT), 1).astype(jnp.float32) * x_BTD.shape[-1]
 
     def rms(y_BTD: jax.Array) -> jax.Array:
@@ -259,8 +282,8 @@ def measure_stack(
         return jnp.sqrt(jnp.sum(squares_BTD) / size)
 
     def body(x: jax.Array, layer_params: Params, window: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-        near = dataclasses.replace(mask, window=window)
-        out = _output(block, layer_params, x, turn, near)
+        layer_mask = dataclasses.replace(mask, window=window)
+        out = _output(block, layer_params, x, rotation, layer_mask)
         measured = {
             "residual_rms": rms(out.x_BTD),
             "attention_rms": rms(out.attention_BTD),
@@ -272,7 +295,9 @@ def measure_stack(
 
 
 def init_stack(block: Block, rng: jax.Array, *args: object) -> Params:
-    """Boxed parameters of all layers, stacked, each box naming the leading dimension `layers`."""
+    """Parameters of all layers, stacked, in flax's metadata boxes. The leading dimension has the logical axis
+    `layers`."""
+    # Each layer draws from a key of its own, so its initial values do not depend on how layers are compiled.
     rngs = jax.random.split(rng, block.config.num_layers)
     stacked = jax.vmap(lambda r: block.init(r, *args)["params"])(rngs)
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731

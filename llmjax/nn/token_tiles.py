@@ -1,8 +1,8 @@
-"""Token-wise functions done tile by tile along T, so that what is wide exists for one tile at a time.
+"""Runs a token-wise function tile by tile along the sequence, so that wide arrays exist for one tile at a time.
 
-The backward pass does each tile anew. Each device walks through its own tokens, with weights that came to it whole
-along the axes that split tokens, once for all tiles; and their gradients are summed on it over all tiles before they
-are reduced, once. The compiler alone would do both in every tile.
+The backward pass recomputes each tile. Each device loops over its own tokens. Weights that are split over the devices
+that share the tokens are gathered once, before the loop, and their gradients are summed over all tiles and reduced
+once, after it. The compiler by itself would do both in every tile.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from llmjax.parallel.mesh import AXES
 from llmjax.parallel.rules import Layout, without_axes
 from llmjax.types import Params
 
+# The mesh axes that split tokens.
 TOKEN_AXES = ("data", "fsdp", "seq")
 
 
 def inner_layout(layout: Layout) -> Layout:
-    """The layout that `fn` of `by_tiles` works in: all axes that split tokens are manual there."""
+    """The layout inside `by_tiles`: all axes that split tokens are manual there."""
     if layout.mesh is None:
         return layout
     return dataclasses.replace(layout, manual=tuple({*layout.manual, *TOKEN_AXES}))
@@ -41,44 +42,48 @@ def by_tiles(
     tile: int,
     dtype: str,
 ) -> Any:
-    """`fn(params, arrays)`, of params and arrays [B, T, ...]: a tree of arrays [B, T, ...].
+    """`fn(params, arrays)`, computed tile by tile. `arrays` and the result are trees of arrays [B, T, ...].
 
-    `fn` is token-wise, works in `inner_layout` and casts to `dtype` what `specs` (of the params) split over the mesh.
-    A tile has at most `tile` tokens on each device; the last one may be filled up with zeros.
+    fn     a token-wise function that works in `inner_layout`
+    specs  the PartitionSpecs of `params`
+    tile   the most tokens of a tile on each device; the last tile may be padded with zeros
+    dtype  split parameters are gathered in this dtype, and `fn` casts them to it
     """
     axes = tuple(axis for axis in TOKEN_AXES if layout.axis_size(axis) > 1)
 
-    def walk(params: Params, arrays: Any) -> Any:
-        params = jax.tree.map(functools.partial(_whole, axes, dtype), params, specs)
+    def run_tiles(params: Params, arrays: Any) -> Any:
+        params = jax.tree.map(functools.partial(_gather_parameter, axes, dtype), params, specs)
         B, T = jax.tree.leaves(arrays)[0].shape[:2]
         tiles = chunks.cut(T, tile // B)
         if tiles.count == 1:
             return jax.checkpoint(fn)(params, arrays)
+        # `lax.map` loops over the first dimension: [B, T, ...] -> [tiles, B, size, ...].
         cut = jax.tree.map(lambda x: tiles.split(x, 1).swapaxes(0, 1), arrays)
         outs = jax.lax.map(jax.checkpoint(lambda part: fn(params, part)), cut)
         return jax.tree.map(lambda y: tiles.join(y.swapaxes(0, 1), 1), outs)
 
     if not axes:
-        return walk(params, arrays)
-    # Gradients are summed over devices in float32, also where an engine has cast the parameters before.
+        return run_tiles(params, arrays)
+    # Gradients must be summed over devices in float32, even if an engine has cast the parameters before.
     params = jax.tree.map(
         lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
     )
-    elsewhere = tuple({*AXES} - {*axes})
+    # Inside, parameters stay split along axes that do not split tokens (`tensor`), which the compiler handles.
+    other_axes = tuple({*AXES} - {*axes})
     rows = tuple(axis for axis in axes if axis != "seq") or None
     tokens = PartitionSpec(rows, "seq" if "seq" in axes else None)
     return jax.shard_map(
-        walk,
+        run_tiles,
         mesh=None if layout.manual else layout.mesh,
-        in_specs=(jax.tree.map(lambda spec: without_axes(spec, elsewhere), specs), tokens),
+        in_specs=(jax.tree.map(lambda spec: without_axes(spec, other_axes), specs), tokens),
         out_specs=tokens,
         axis_names=set(axes),
         check_vma=False,
     )(params, arrays)
 
 
-def _whole(axes: tuple[str, ...], dtype: str, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The parameter whole along the mesh axes `axes`, which split it as `spec` says."""
+def _gather_parameter(axes: tuple[str, ...], dtype: str, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The parameter x, gathered along the mesh axes `axes` if `spec` says that they split it."""
     for dim, entry in enumerate(spec):
         split = tuple(axis for axis in axes if axis in ((entry,) if isinstance(entry, str) else entry or ()))
         if split:
@@ -88,7 +93,8 @@ def _whole(axes: tuple[str, ...], dtype: str, x: jax.Array, spec: PartitionSpec)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(x: jax.Array, axes: tuple[str, ...], dim: int, dtype: str) -> jax.Array:
-    """Travels in `dtype` and arrives as float32, so that its gradient is summed over tiles and devices in float32."""
+    """All-gathers x in `dtype`, to send less, and returns it in the dtype of x."""
+    # The result is float32, so that its gradient is summed over tiles and devices in float32.
     return jax.lax.all_gather(x.astype(dtype), axes, axis=dim, tiled=True).astype(x.dtype)
 
 
@@ -99,6 +105,7 @@ def _gather_forward(x: jax.Array, axes: tuple[str, ...], dim: int, dtype: str) -
 def _gather_backward(
     axes: tuple[str, ...], dim: int, dtype: str, _: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
+    """The sum of the gradients over devices, of which each device keeps its own part."""
     return (jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True),)
 
 

@@ -1,4 +1,4 @@
-"""Activations of the feed-forward layer: one table for the choice, the code, the parameters, the FLOPs and the plan."""
+"""Activation functions of the feed-forward layer: one table that the config, the layer and the FLOP count all read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """What lies between the two products of a feed-forward layer.
+    """The function between the matrix products of a feed-forward layer.
 
-    function  of one array, element by element
-    gated     `function` acts on a projection of its own, the gate, and multiplies the other projection (Shazeer 2020)
+    function  is applied to one array, element by element
+    gated     if true, `function` is applied to a separate projection, the gate, and the result multiplies the other
+              projection (gated linear unit: Shazeer 2020)
     """
 
     function: Callable[[jax.Array], jax.Array]
@@ -22,12 +23,16 @@ class Activation:
 
     @property
     def projections(self) -> int:
-        """Matrix products that read the input: one, or two with a gate. One more writes the output."""
+        """The number of matrix products that read the input: two with a gate, otherwise one. One more writes the
+        output."""
         return 2 if self.gated else 1
 
     def width(self, model_dim: int) -> int:
-        """The width F of the hidden layer where none is given: 4 D, or with a gate 8/3 D, which has as many
-        parameters, rounded up to a multiple of 64."""
+        """The default width F of the hidden layer, if the config sets none.
+
+        It is 4 D without a gate. With a gate it is 8/3 D, which has the same number of parameters, rounded up to a
+        multiple of 64.
+        """
         return -(-model_dim * 8 // 3 // 64) * 64 if self.gated else 4 * model_dim
 
 

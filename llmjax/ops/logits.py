@@ -1,4 +1,4 @@
-"""What happens to logits between the last matrix product and the softmax: soft-capping, and sampling from them."""
+"""From hidden states to logits, soft-capping of logits, and sampling of token ids from logits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from llmjax.types import Head
 
 
 def softcap(logits: jax.Array, cap: float) -> jax.Array:
-    """cap * tanh(logits / cap) (Bello et al. 2017; Gemma 2), which keeps logits in (-cap, cap); cap 0 is off."""
+    """cap * tanh(logits / cap), which keeps logits within (-cap, cap) (Bello et al. 2017; Gemma 2). A cap of 0 is
+    off."""
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def head_logits(hidden_BTD: jax.Array, head: Head) -> jax.Array:
-    """float32 logits_BTV of all tokens at once. `ops/loss.py` has them chunk by chunk."""
+    """float32 logits_BTV of all tokens at once, for generation. Training computes them in chunks instead
+    (`ops/loss.py`)."""
     w_VD = head.w_VD.astype(hidden_BTD.dtype)
+    # The matrix product adds up in float32, whatever the dtype of its operands: bfloat16 logits would be too coarse.
     logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)
     if head.bias_V is not None:
         logits_BTV = logits_BTV + head.bias_V[None, None]
@@ -25,19 +28,21 @@ def head_logits(hidden_BTD: jax.Array, head: Head) -> jax.Array:
 def sample(
     rng: jax.Array, logits_BV: jax.Array, *, temperature: float, top_k: int, top_p: float
 ) -> jax.Array:
-    """Token ids int32 [B], drawn from the softmax of logits / temperature.
+    """Token ids int32 [B], drawn from softmax(logits / temperature).
 
-    temperature  0 is greedy: the likeliest id, the first of equals
-    top_k        only the k likeliest ids, of equals the first (Fan et al. 2018); 0 = off
-    top_p        of these, only the smallest set of the likeliest whose probability reaches top_p, of equals the first
-                 (Holtzman et al. 2020); 1 = off
+    temperature  0 is greedy decoding: the id with the largest logit, and the lowest id among equal ones
+    top_k        draw from the k ids with the largest logits only (Fan et al. 2018); 0 is off
+    top_p        draw from the smallest set of most probable ids whose probability reaches top_p (nucleus sampling:
+                 Holtzman et al. 2020), after top_k; 1 is off
 
-    A logit that is -inf or NaN is never drawn, unless a row has no other.
+    Where equal logits compete for the last place in such a set, the lowest ids win. A logit that is -inf or NaN is
+    never drawn, unless a row has no other.
     """
     logits_BV = jnp.where(jnp.isnan(logits_BV), -jnp.inf, logits_BV.astype(jnp.float32))
     if temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    # The likeliest has 0, all others less, so that no division by however small a temperature can make them equal.
+    # The largest logit is shifted to 0 before the division, and all others below it. So the order of the logits
+    # survives the division by even the smallest temperature, which could make all of them infinite otherwise.
     largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     scaled_BV = jnp.where(logits_BV == largest_B1, 0.0, (logits_BV - largest_B1) / temperature)
     scaled_BV = jnp.where(largest_B1 > -jnp.inf, scaled_BV, -jnp.inf)
@@ -47,23 +52,26 @@ def sample(
 
 
 def _count_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> tuple[jax.Array, jax.Array]:
-    """How many of the likeliest ids `sample` draws from, int32 [B, 1], and the logit of the last, [B, 1]."""
+    """The number of ids that `sample` draws from, int32 [B, 1], and the smallest logit among these ids, [B, 1]."""
     V = logits_BV.shape[-1]
     k = min(top_k or V, V)
     sorted_Bk = jnp.sort(logits_BV, axis=-1, descending=True)[:, :k]
     count_B1 = jnp.full((len(logits_BV), 1), k, jnp.int32)
     if top_p < 1.0:
         sums_Bk = jnp.cumsum(jax.nn.softmax(sorted_Bk, axis=-1), axis=-1)
-        # An id belongs to the set if those before it do not reach top_p yet; the first always does.
+        # An id belongs to the nucleus if the probabilities before it sum to less than top_p. The first id always
+        # belongs.
         reached_B1 = jnp.sum(sums_Bk[:, :-1] < top_p, axis=-1, keepdims=True, dtype=jnp.int32)
         count_B1 = reached_B1 + 1
     return count_B1, jnp.take_along_axis(sorted_Bk, count_B1 - 1, axis=-1)
 
 
 def _keep_first(logits_BV: jax.Array, count_and_least: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """`logits_BV` with -inf for all but the count largest, of those that equal the least kept the first."""
+    """`logits_BV` with -inf for all but the `count` largest. Among logits that equal the least one kept, the first
+    ids stay."""
     count_B1, least_B1 = count_and_least
     above_BV, equal_BV = logits_BV > least_B1, logits_BV == least_B1
+    # Ties: of the ids whose logit equals the least one kept, only as many stay as there are places left.
     left_B1 = count_B1 - jnp.sum(above_BV, axis=-1, keepdims=True, dtype=jnp.int32)
     kept_BV = above_BV | (equal_BV & (jnp.cumsum(equal_BV, axis=-1, dtype=jnp.int32) <= left_B1))
     return jnp.where(kept_BV, logits_BV, -jnp.inf)

@@ -1,4 +1,4 @@
-"""Normalisations of the last dimension: one table for the choice, the code and the parameters."""
+"""Normalisations over the last dimension: one table that the config and the layer read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 class Normalization:
     """x / sqrt(mean(x^2) + eps) over the last dimension.
 
-    centred   the mean is taken off before
-    has_bias  a bias may be added in the end
+    centred   subtract the mean of x first
+    has_bias  the layer may add a learned bias after the normalisation and the scale
     """
 
     centred: bool = False
     has_bias: bool = False
 
     def __call__(self, x: jax.Array, eps: float) -> jax.Array:
-        """x normalised, in its own dtype."""
+        """x normalised, in the dtype of x."""
         if self.centred:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)

@@ -1,5 +1,7 @@
-"""Rotary position embedding (Su et al. 2021) in the half-split form of GPT-NeoX and Llama, and its scaling to texts
-longer than those of training."""
+"""Rotary position embedding (RoPE: Su et al. 2021) and its scalings to sequences longer than those of training.
+
+Dimension i of a head is paired with dimension i + H/2, as in GPT-NeoX and Llama.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,17 @@ import numpy as np
 from llmjax.errors import choose
 from llmjax.ops.phase import cos_sin
 
-SINUSOID_THETA = 10000.0  # Vaswani et al. 2017
+# The base of the sinusoidal positions of Vaswani et al. 2017.
+SINUSOID_THETA = 10000.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """What a scaling starts from: f_i = theta ** (-2i / H), H the head_dim; the factor s is the new length over
-    `original_len`, the one of training."""
+    """The inputs of a scaling. The frequency of pair i is f_i = theta ** (-2i / H), where H is `head_dim`.
+
+    factor        s, the new sequence length divided by `original_len`
+    original_len  the sequence length in tokens that the model was trained at; 0 if the scaling does not read it
+    """
 
     head_dim: int
     theta: float
@@ -38,25 +44,33 @@ def _none(r: Rotary) -> np.ndarray:
     return r.frequencies
 
 
+# Position interpolation: f_i / s (Chen et al. 2023).
 def _linear(r: Rotary) -> np.ndarray:
     return r.frequencies / r.factor
 
 
+# NTK-aware scaling (bloc97 2023): theta grows by s ** (H / (H - 2)), so that the highest frequency stays as it is and
+# the lowest becomes f / s.
 def _ntk(r: Rotary) -> np.ndarray:
     theta = r.theta * r.factor ** (r.head_dim / (r.head_dim - 2))
     return dataclasses.replace(r, theta=theta).frequencies
 
 
+# YaRN (Peng et al. 2023): pairs that turn at least 32 times within the original length keep their frequency, pairs
+# that turn at most once are interpolated (f_i / s), and between them is a ramp. The ramp is linear in i, between
+# bounds rounded to whole numbers: the authors' code does so, and therefore published checkpoints do.
 def _yarn(r: Rotary) -> np.ndarray:
     pairs = r.head_dim // 2
     first, last = (
         pairs * math.log(r.original_len / (turns * 2 * math.pi)) / math.log(r.theta) for turns in (32.0, 1.0)
     )
     first, last = max(math.floor(first), 0), min(math.ceil(last), r.head_dim - 1)
+    # The 0.001 avoids a division by zero where both bounds are equal, as in the authors' code.
     kept = 1.0 - np.clip((np.arange(pairs) - first) / max(last - first, 0.001), 0.0, 1.0)
     return r.frequencies * (kept + (1.0 - kept) / r.factor)
 
 
+# Llama 3.1 (2024): as YaRN with 4 turns and 1 turn, but the ramp is linear in the number of turns.
 def _llama3(r: Rotary) -> np.ndarray:
     turns = r.original_len * r.frequencies / (2 * math.pi)
     kept = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
@@ -67,9 +81,9 @@ def _llama3(r: Rotary) -> np.ndarray:
 class Scaling:
     """One value of `model.rope_scaling`.
 
-    frequencies   float64 [H/2], radians per position
-    magnitude     of the factor s: what cos and sin are multiplied by
-    reads_length  the frequencies depend on the length of training
+    frequencies   function of `Rotary` to float64 [H/2], radians per position
+    magnitude     function of the factor s to the number that multiplies cos and sin
+    reads_length  whether the frequencies depend on the length of training
     """
 
     frequencies: Callable[[Rotary], np.ndarray]
@@ -77,12 +91,8 @@ class Scaling:
     reads_length: bool = False
 
 
-# linear  f_i / s: position interpolation (Chen et al. 2023)
-# ntk     theta grows by s ** (H / (H - 2)): the highest frequency stays, the lowest becomes f / s (bloc97 2023)
-# yarn    pairs that turn 32 times or more within the original length stay, those that turn once or less are
-#         interpolated, a ramp over i lies between; cos and sin grow by 0.1 ln(s) + 1, scores by its square
-#         (Peng et al. 2023; the ramp is linear in i between whole i, as in the authors' code and so in checkpoints)
-# llama3  the same with 4 turns and 1, linear in the number of turns (Llama 3.1, 2024)
+# The formulas are explained above each function. YaRN also multiplies cos and sin by 0.1 ln(s) + 1, so that attention
+# scores grow by its square.
 SCALINGS = {
     "none": Scaling(_none),
     "linear": Scaling(_linear),
@@ -95,8 +105,11 @@ SCALINGS = {
 def frequencies(
     head_dim: int, theta: float, scaling: str = "none", factor: float = 1.0, original_len: int = 0
 ) -> tuple[np.ndarray, float]:
-    """Radians per position of each pair of dimensions, float64 [H/2], and what to multiply cos and sin by, as `scaling`
-    of `SCALINGS` has them. factor is the new length over `original_len`, the one of training."""
+    """The frequency of each pair of dimensions, float64 [H/2], radians per position, and the factor for cos and sin.
+
+    `scaling` is a name in `SCALINGS`. `factor` is the new sequence length divided by `original_len`, the length of
+    training.
+    """
     chosen = choose(SCALINGS, "model.rope_scaling", scaling)
     return chosen.frequencies(Rotary(head_dim, theta, factor, original_len)), chosen.magnitude(factor)
 
@@ -109,9 +122,9 @@ def rotation(
     factor: float = 1.0,
     original_len: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """cos, sin, each float32 [B, T, 1, H/2], of the angles position * frequency. Shared by all layers.
+    """cos and sin of position * frequency, float32 [B, T, 1, H/2] each. All layers share them.
 
-    Exact to float32 at every position below 2^31 (`ops.phase`).
+    The error is that of float32 at every position below 2^31 (`ops/phase.py`).
     """
     per_position, magnitude = frequencies(head_dim, theta, scaling, factor, original_len)
     cos, sin = cos_sin(positions_BT[:, :, None], per_position)
@@ -119,16 +132,17 @@ def rotation(
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x with the pair (i, i + H/2) of each head turned by its position's angle; computed in float32."""
+    """x_BTNH with each pair (i, i + H/2) rotated by the angle of its position. Computed in float32, returned in the
+    dtype of x."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
 
 
 def sinusoid(positions_BT: jax.Array, dim: int) -> jax.Array:
-    """Fixed sinusoidal positions, float32 [B, T, D] (Vaswani et al. 2017, section 3.5; halves, not interleaved).
+    """Fixed sinusoidal position embeddings, float32 [B, T, D] (Vaswani et al. 2017, section 3.5).
 
-    Exact to float32 at every position below 2^31 (`ops.phase`).
+    The first half of the dimensions holds sines and the second half cosines; the paper interleaves them.
     """
     per_position = Rotary(dim, SINUSOID_THETA, 1.0, 0).frequencies
     cos, sin = cos_sin(positions_BT, per_position)

@@ -1,18 +1,19 @@
-"""From the seed in a config to a random key."""
+"""Makes a random key from the seed in a config."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
 
-WORD = 32  # bits of a seed that `jax.random.key` looks at where 64-bit types are off
+# The number of seed bits that `jax.random.key` uses while 64-bit types are off.
+WORD = 32
 
 
 def make_key(seed: int) -> jax.Array:
-    """The random key of a seed from 0 to 2^63 - 1, another one for each.
+    """A random key for a seed from 0 to 2^63 - 1. Different seeds give different keys.
 
-    `jax.random.key` drops all but the low 32 bits in silence. Here the high ones are folded in, if there are any, so
-    that a seed below 2^32 has the key that `jax.random.key` gives it.
+    `jax.random.key` silently drops all but the low 32 bits. Here the high bits are folded in, if any is set. A seed
+    below 2^32 gives the same key as `jax.random.key`.
     """
     high, low = divmod(seed, 2**WORD)
     key = jax.random.key(np.uint32(low))

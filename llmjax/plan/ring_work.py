@@ -8,12 +8,14 @@ needed, how far keys travel, and which device waits for which.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmjax.data.layout import ring_cost
-
-HIGHEST = np.iinfo(np.int32).max
+from llmjax.ops.attention.mask import Span, self_mask, span_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ def ring_work(
     window: int = 0,
 ) -> RingWork:
     """The work of a laid out row, `segments` and `positions` [T], of which each device has one of `shards` parts."""
-    segments, positions = (np.asarray(x, np.int64).reshape(shards, -1) for x in (segments, positions))
+    segments, positions = (np.asarray(x, np.int32).reshape(shards, -1) for x in (segments, positions))
     size = min(block, segments.shape[1])
     segments, positions = (
         np.pad(x, ((0, 0), (0, -x.shape[1] % size))).reshape(-1, size) for x in (segments, positions)
@@ -86,31 +88,15 @@ def ring_work(
         q, k = np.nonzero(pairs)
         return np.bincount(device[q] * shards + device[k], minlength=shards**2).reshape(shards, shards)
 
+    # The spans come back to the host: `may_see` consists of operators, which numpy arrays have as well.
+    segments_BX, positions_BX = jnp.asarray(segments), jnp.asarray(positions)
+    spans: Any = jax.device_get(span_of(segments_BX, positions_BX))
+    q, k = Span(*(x[:, None] for x in spans)), Span(*(x[None] for x in spans))
+    may_see: Any = self_mask(segments_BX, positions_BX, causal=causal, window=window).may_see(q, k)
     return RingWork(
-        per_device(_may_see(segments, positions, causal, window)),
+        per_device(may_see),
         per_device(_sees(segments, positions, causal, window)),
     )
-
-
-def _may_see(segments: np.ndarray, positions: np.ndarray, causal: bool, window: int) -> np.ndarray:
-    """bool [blocks, blocks]: `Mask.may_see` of the spans of blocks [blocks, size]."""
-    first, last = np.where(segments == 0, HIGHEST, segments).min(axis=1), segments.max(axis=1)
-    first_position = np.where(segments == first[:, None], positions, HIGHEST).min(axis=1)
-    last_position = np.where(segments == last[:, None], positions, 0).max(axis=1)
-
-    def up_to(segment, position, end_segment, end_position):
-        return (segment < end_segment) | ((segment == end_segment) & (position <= end_position))
-
-    q, k = (slice(None), None), (None, slice(None))
-    may = (first[q] <= last[k]) & (first[k] <= last[q])
-    if causal:
-        may &= up_to(first[k], first_position[k], last[q], last_position[q])
-    if window:
-        reach = window - 1
-        may &= up_to(first[q], first_position[q] - reach, last[k], last_position[k])
-        if not causal:
-            may &= up_to(first[k], first_position[k], last[q], last_position[q] + reach)
-    return may
 
 
 def _sees(segments: np.ndarray, positions: np.ndarray, causal: bool, window: int) -> np.ndarray:

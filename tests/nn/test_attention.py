@@ -55,7 +55,7 @@ def make_params():
 
 def attention(block, x_BTD, mask):
     """The attention of a block, with its projections."""
-    return block.attention.output(block.meet(*block.attention.project(x_BTD, None), mask, block.layout))
+    return block.attention.output(block.mix_tokens(*block.attention.project(x_BTD, None), mask, block.layout))
 
 
 def compiled(sizes, kernel="blockwise", algorithm="ring", ulysses=1):

@@ -95,7 +95,7 @@ def test_kernels_of_a_prime_length_equal_full_attention(name, length):
     assert_equal(run(KERNELS[name], inputs, mask), run(full.attend, inputs, mask))
 
 
-@pytest.mark.parametrize("name, most", [("pallas_tpu", "MOST_PAIRS"), ("pallas_gpu", "MOST_LISTED")])
+@pytest.mark.parametrize("name, most", [("pallas_tpu", "MAX_PAIRS"), ("pallas_gpu", "MAX_LISTED_BLOCKS")])
 def test_lists_of_a_prime_number_of_blocks_are_cut_into_few(name, most, monkeypatch):
     """Seven blocks of the TPU kernel's 128 tokens, or of the GPU kernel's 16."""
     length = {"pallas_tpu": 7 * 128, "pallas_gpu": 7 * 16}[name]

@@ -1,13 +1,15 @@
-"""Attention kernels for TPUs, written in Pallas. Their grid is the list of the pairs of blocks that see each other.
+"""Attention kernels for TPUs, written in Pallas. Their grid is the list of block pairs with visible keys.
 
-A block of queries and a block of keys meet only if segments, positions, causality and window let some of their tokens
-see one another. These pairs are found while the program runs, before the kernel starts, and handed to it in its scalar
-memory; the length of its grid is their number. So a document costs what it would cost apart, and keys that came around
-a ring for others cost nothing. Pairs that are visible throughout skip the mask.
+A block of queries and a block of keys form a pair only if segments, positions, causality and window let some query
+see some key. The list of pairs is computed before the kernel starts, while the program runs, and passed to the kernel
+in scalar memory; its length is the length of the grid. So attention over packed documents costs what it would cost
+for each document separately, and keys that travel around a ring for other devices cost nothing. Pairs in which
+everything is visible skip the mask.
 
-The passes over queries (output, gradient of queries) keep a block of queries resident and stream keys; the pass over
-keys (gradients of keys and values) does the reverse, with scores transposed, so that what belongs to the streamed side
-always lies along the lanes and is never turned. After FlashAttention 2 (Dao 2023).
+The passes over queries (output, gradient of queries) keep a block of queries in VMEM and stream blocks of keys. The
+pass over keys (gradients of keys and values) does the reverse, with transposed scores. Thus coordinates and
+statistics of the streamed block always lie along the lanes, as they are stored, and only those of the resident block
+are transposed, once per row of the list. The algorithm is FlashAttention 2 (Dao 2023).
 """
 
 from __future__ import annotations
@@ -25,16 +27,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llmjax.ops import chunks
 from llmjax.ops.attention import kernel
-from llmjax.ops.attention.apart import finite, marked
-from llmjax.ops.attention.full import HIDDEN
-from llmjax.ops.attention.kernel import Cut, Softmax
-from llmjax.ops.attention.mask import Mask, Span, block_spans, filled
+from llmjax.ops.attention.full import HIDDEN_SCORE
+from llmjax.ops.attention.isolation import mark_nonfinite_values, zero_nonfinite
+from llmjax.ops.attention.kernel import KernelArray, Softmax
+from llmjax.ops.attention.mask import Mask, Span, block_spans, pad_spans
 from llmjax.ops.attention.pairs import FIRST, LAST, WHOLE, Pairs, list_pairs
 from llmjax.ops.logits import softcap as cap_scores
 
+# The width of a TPU vector register.
 LANES = 128
-MOST_PAIRS = 2**15  # in one list: its two arrays lie in the scalar memory, which has 1 MiB
-CONTRACT_LAST = (((1,), (1,)), ((), ()))  # x @ y.T
+# The most pairs in one list: its two int32 arrays lie in scalar memory, which has 1 MiB.
+MAX_PAIRS = 2**15
+# The dimension numbers of x @ y.T.
+CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 Arrays = tuple[jax.Array, ...]
 
@@ -49,16 +54,20 @@ def attend(
     sinks_N: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """out_BTNH, in the dtype of q, equal to `full.attend`, on a TPU; `interpret` runs it anywhere, slowly."""
+    """out_BTNH, in the dtype of q, equal to `full.attend`, on a TPU. `interpret` runs the kernel in Pallas'
+    interpreter, on any platform, slowly."""
     return kernel.attend(PallasTPU(softcap, interpret=interpret), q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
 
 
 @dataclasses.dataclass(frozen=True)
 class PallasTPU:
-    """The `Kernel` contract on a TPU. Queries are cut to q_BKGTH, keys to kv_2BKSH, T and S filled up to whole blocks.
+    """The `Kernel` contract on a TPU. Queries have the layout q_BKGTH and keys kv_2BKSH, padded to whole blocks.
 
-    rows  queries of a block, over all heads of a group, at most
-    keys  of a block, at most
+    rows       the most rows of a query block: its queries, counted for every query head of a group
+    keys       the most tokens of a key block
+    interpret  see `attend`
+
+    The default sizes are choices.
     """
 
     softcap: float = 0.0
@@ -66,50 +75,58 @@ class PallasTPU:
     keys: int = 512
     interpret: bool = False
 
-    def cut_queries(self, x_BTNH: jax.Array, K: int) -> Cut:
+    def cut_queries(self, x_BTNH: jax.Array, K: int) -> KernelArray:
         B, T, N, H = x_BTNH.shape
         x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, -T % self._q_size(T, N // K)), (0, 0), (0, 0)))
         return x_BTNH.reshape(B, -1, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
-    def join_queries(self, x_BKGTH: Cut, T: int) -> jax.Array:
+    def join_queries(self, x_BKGTH: KernelArray, T: int) -> jax.Array:
         B, K, G, _, H = x_BKGTH.shape
         return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, -1, K * G, H)[:, :T]
 
-    def cut_keys(self, k_BSKH: jax.Array, v_BSKH: jax.Array) -> Cut:
+    def cut_keys(self, k_BSKH: jax.Array, v_BSKH: jax.Array) -> KernelArray:
         kv_2BSKH, S = jnp.stack([k_BSKH, v_BSKH]), k_BSKH.shape[1]
         padding = ((0, 0), (0, 0), (0, -S % self._k_size(S)), (0, 0), (0, 0))
         return jnp.pad(kv_2BSKH, padding).transpose(0, 1, 3, 2, 4)
 
-    def join_keys(self, kv_2BKSH: Cut, S: int) -> tuple[jax.Array, jax.Array]:
+    def join_keys(self, kv_2BKSH: KernelArray, S: int) -> tuple[jax.Array, jax.Array]:
         k_BSKH, v_BSKH = kv_2BKSH.transpose(0, 1, 3, 2, 4)[:, :, :S]
         return k_BSKH, v_BSKH
 
-    def forward(self, q: Cut, kv: Cut, mask: Mask, softmax: Softmax) -> Softmax:
-        walk = self._walk(q, kv, mask, by_keys=False)
+    def forward(self, q: KernelArray, kv: KernelArray, mask: Mask, softmax: Softmax) -> Softmax:
+        schedule = self._schedule(q, kv, mask, by_keys=False)
         body = functools.partial(_forward_body, mask, self.softcap)
-        scratch = [(walk.rows, q.shape[4]), (walk.rows, LANES), (walk.rows, LANES)]
+        scratch = [(schedule.rows, q.shape[4]), (schedule.rows, LANES), (schedule.rows, LANES)]
         sums = {"queries": softmax[0], "rows": softmax[1]}
-        out, lse = walk.run(body, {"queries": (q,), "keys": (kv,)}, sums, scratch)
+        out, lse = schedule.run(body, {"queries": (q,), "keys": (kv,)}, sums, scratch)
         return out, lse
 
     def backward(
-        self, q: Cut, kv: Cut, mask: Mask, dout: Cut, lse: Cut, delta: Cut, dq: Cut | None, dkv: Cut | None
-    ) -> tuple[Cut | None, Cut | None]:
+        self,
+        q: KernelArray,
+        kv: KernelArray,
+        mask: Mask,
+        dout: KernelArray,
+        lse: KernelArray,
+        delta: KernelArray,
+        dq: KernelArray | None,
+        dkv: KernelArray | None,
+    ) -> tuple[KernelArray | None, KernelArray | None]:
         inputs, H = {"queries": (q, dout), "keys": (kv,), "rows": (lse, delta)}, q.shape[4]
         if dq is not None:
-            walk = self._walk(q, kv, mask, by_keys=False)
+            schedule = self._schedule(q, kv, mask, by_keys=False)
             body = functools.partial(_backward_body_of_queries, mask, self.softcap)
-            scratch = [(walk.rows, H), (walk.rows, LANES), (walk.rows, LANES)]
-            (dq,) = walk.run(body, inputs, {"queries": dq}, scratch)
+            scratch = [(schedule.rows, H), (schedule.rows, LANES), (schedule.rows, LANES)]
+            (dq,) = schedule.run(body, inputs, {"queries": dq}, scratch)
         if dkv is not None:
-            walk = self._walk(q, kv, mask, by_keys=True)
+            schedule = self._schedule(q, kv, mask, by_keys=True)
             body = functools.partial(_backward_body_of_keys, mask, self.softcap)
-            (dkv,) = walk.run(body, inputs, {"keys": dkv}, [(2, walk.k_size, H)])
+            (dkv,) = schedule.run(body, inputs, {"keys": dkv}, [(2, schedule.k_size, H)])
         return dq, dkv
 
-    def _walk(self, q: Cut, kv: Cut, mask: Mask, *, by_keys: bool) -> Walk:
+    def _schedule(self, q: KernelArray, kv: KernelArray, mask: Mask, *, by_keys: bool) -> BlockSchedule:
         G, T, S = *q.shape[2:4], kv.shape[3]
-        return Walk(mask, T, S, G, self._q_size(T, G), self._k_size(S), by_keys, self.interpret)
+        return BlockSchedule(mask, T, S, G, self._q_size(T, G), self._k_size(S), by_keys, self.interpret)
 
     def _q_size(self, T: int, G: int) -> int:
         return _block_size(T, max(LANES, self.rows // G // LANES * LANES))
@@ -119,15 +136,15 @@ class PallasTPU:
 
 
 def _block_size(tokens: int, limit: int) -> int:
-    """The size of blocks into which `tokens` are cut: whole lanes, `limit` at most, with little left empty."""
+    """The size of the blocks that `tokens` are cut into: a multiple of LANES, at most `limit`, with little padding."""
     return chunks.cut(-(-tokens // LANES), limit // LANES).size * LANES
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
-    """All pairs of blocks, of T queries and S keys filled up to whole blocks, that `mask` lets meet.
+class BlockSchedule:
+    """The pairs of blocks that have to be computed for T queries and S keys, both padded to whole blocks.
 
-    by_keys  key block by key block, instead of query block by query block
+    by_keys  the list goes key block by key block; otherwise query block by query block
     """
 
     mask: Mask
@@ -141,39 +158,46 @@ class Walk:
 
     @property
     def rows(self) -> int:
-        """The rows of a block of queries, over all heads of a group."""
+        """The rows of a query block: its queries, counted for every query head of a group."""
         return self.G * self.q_size
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Blocks of queries and of keys in a row of the batch."""
+        """The numbers of query blocks and key blocks in a batch row."""
         return self.T // self.q_size, self.S // self.k_size
 
     def run(
         self, body: Callable[..., None], inputs: dict[str, Arrays], sums: dict[str, jax.Array],
         scratch: Sequence[tuple[int, ...]],
     ) -> Arrays:  # fmt: skip
-        """`sums` after `body` has seen every pair, for each row of the batch and each key/value head.
+        """Runs a kernel over all pairs, batch rows and key/value heads, and returns `sums` with its results.
 
-        inputs, sums  cut arrays, by their kind: `queries` (q_BKGTH), `rows` (lse_BKGT), `keys` (kv_2BKSH)
-        body          gets the pair's flags, references to the blocks of segments and positions of queries and of keys,
-                      of each input and of each sum before and after, and to float32 scratch of the shapes given, before
-                      which comes room for the resident block's segments and positions, each along the sublanes
+        body     the kernel. Its arguments are the flags of the pair and references: to the coordinates of the query
+                 block and of the key block, to the block of each input, of each sum before the call and of each sum
+                 after it, and to scratch memory. The first scratch array is for the coordinates of the resident block
+                 along the sublanes
+        inputs   arrays that the kernel reads, by their kind: `queries` (q_BKGTH), `rows` (lse_BKGT), `keys`
+                 (kv_2BKSH)
+        sums     arrays that the kernel adds to, by their kind
+        scratch  the shapes of further float32 scratch arrays
         """
-        q_places = _places(self.mask.q_segments_BT, self.mask.q_positions_BT, self.T)
-        k_places = _places(self.mask.k_segments_BS, self.mask.k_positions_BS, self.S)
-        q = block_spans(q_places[:, 0], q_places[:, 1], self.q_size)
-        k = block_spans(k_places[:, 0], k_places[:, 1], self.k_size)
-        inputs = {"q_places": (q_places,), "k_places": (k_places,), **inputs}
+        q_coords = _coords(self.mask.q_segments_BT, self.mask.q_positions_BT, self.T)
+        k_coords = _coords(self.mask.k_segments_BS, self.mask.k_positions_BS, self.S)
+        q = block_spans(q_coords[:, 0], q_coords[:, 1], self.q_size)
+        k = block_spans(k_coords[:, 0], k_coords[:, 1], self.k_size)
+        inputs = {"q_coords": (q_coords,), "k_coords": (k_coords,), **inputs}
         find = functools.partial(list_pairs, self.mask, counts=self.counts, by_keys=self.by_keys)
         call = functools.partial(self._call, body, inputs, tuple(sums), scratch)
-        B, (nq, nk) = q_places.shape[0], self.counts
-        if B * nq * nk <= MOST_PAIRS:
+        B, (nq, nk) = q_coords.shape[0], self.counts
+        if B * nq * nk <= MAX_PAIRS:
             return call(find(q, k), tuple(sums.values()))
-        of_q, of_k = (chunks.cut(n, math.isqrt(MOST_PAIRS)) for n in (nq, nk))
-        q, k = filled(q, of_q), filled(k, of_k)
+        # One list would be too long for the scalar memory: a loop lists and computes a part of the pairs at a time, a
+        # rectangle of query blocks and key blocks of one batch row.
+        of_q, of_k = (chunks.cut(n, math.isqrt(MAX_PAIRS)) for n in (nq, nk))
+        q, k = pad_spans(q, of_q), pad_spans(k, of_k)
         groups = B, of_q.count, of_k.count
 
+        # The loop index counts (batch row, group of query blocks, group of key blocks).
         def part(i: jax.Array, sums: Arrays) -> Arrays:
             b, i, j = i // (groups[1] * groups[2]), i // groups[2] % groups[1], i % groups[2]
             i, j = i * of_q.size, j * of_k.size
@@ -199,6 +223,8 @@ class Walk:
         return tuple(pl.pallas_call(
             step,
             grid_spec=pltpu.PrefetchScalarGridSpec(
+                # The codes and flags of the pairs are in scalar memory before the kernel starts: the block specs read
+                # them.
                 num_scalar_prefetch=2,
                 grid=(K, pairs.count[0]),
                 in_specs=specs + sum_specs,
@@ -206,52 +232,54 @@ class Walk:
                 scratch_shapes=[resident, *(pltpu.VMEM(shape, jnp.float32) for shape in scratch)],
             ),
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums],
+            # Sums are updated in place, so that blocks without work keep their values.
             input_output_aliases={2 + len(arrays) + i: i for i in range(len(sums))},
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
             interpret=self.interpret,
         )(pairs.codes, pairs.flags, *arrays, *sums))  # fmt: skip
 
     def _spec(self, kind: str, shape: tuple[int, ...]) -> pl.BlockSpec:
-        """The block of an array that a pair needs."""
+        """The block of an array of this kind that a pair needs, as a function of the pair's code."""
         majors, minors = self.counts[::-1] if self.by_keys else self.counts
 
-        def place(p: jax.Array, codes: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def block_numbers(p: jax.Array, codes: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+            # The inverse of the code in `pairs.Pairs`.
             major, minor = codes[p] // minors, codes[p] % minors
             b, major = major // majors, major % majors
             return (b, minor, major) if self.by_keys else (b, major, minor)
 
         def spec(block: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
-            return pl.BlockSpec(block, lambda h, p, codes, _: index(h, *place(p, codes)))
+            return pl.BlockSpec(block, lambda h, p, codes, _: index(h, *block_numbers(p, codes)))
 
         G, H = self.G, shape[-1]
         return {
-            "q_places": lambda: spec((None, 2, self.q_size), lambda h, b, i, j: (b, 0, i)),
-            "k_places": lambda: spec((None, 2, self.k_size), lambda h, b, i, j: (b, 0, j)),
+            "q_coords": lambda: spec((None, 2, self.q_size), lambda h, b, i, j: (b, 0, i)),
+            "k_coords": lambda: spec((None, 2, self.k_size), lambda h, b, i, j: (b, 0, j)),
             "rows": lambda: spec((None, None, G, self.q_size), lambda h, b, i, j: (b, h, 0, i)),
             "queries": lambda: spec((None, None, G, self.q_size, H), lambda h, b, i, j: (b, h, 0, i, 0)),
             "keys": lambda: spec((2, None, None, self.k_size, H), lambda h, b, i, j: (0, b, h, j, 0)),
         }[kind]()
 
 
-def _places(segments_BX: jax.Array, positions_BX: jax.Array, tokens: int) -> jax.Array:
-    """[B, 2, tokens], filled up with padding."""
-    places_B2X = jnp.stack([segments_BX, positions_BX], axis=1)
-    return jnp.pad(places_B2X, ((0, 0), (0, 0), (0, tokens - segments_BX.shape[1])))
+def _coords(segments_BX: jax.Array, positions_BX: jax.Array, tokens: int) -> jax.Array:
+    """Segments and positions [B, 2, tokens], filled with padding."""
+    coords_B2X = jnp.stack([segments_BX, positions_BX], axis=1)
+    return jnp.pad(coords_B2X, ((0, 0), (0, 0), (0, tokens - segments_BX.shape[1])))
 
 
 def _forward_body(
     mask,
     softcap,
     flags,
-    q_places,
-    k_places,
+    q_coords,
+    k_coords,
     q,
     kv,
     out_before,
     lse_before,
     out,
     lse,
-    places,
+    coords,
     acc,
     largest,
     total,
@@ -259,19 +287,21 @@ def _forward_body(
     G, size, H = q.shape
     rows = G * size
 
+    # The first pair of a row loads the accumulators, the pairs add to them, and the last pair writes the results.
     @pl.when(flags & FIRST != 0)
     def _():
         acc[...] = out_before[...].reshape(rows, H).astype(jnp.float32)
-        _turn_rows(lse_before, largest)
+        _write_columns(lse_before, largest)
         total[...] = jnp.ones_like(total)
-        _turn_places(q_places, places)
+        _write_coord_columns(q_coords, coords)
 
     def add(whole):
-        keys, values = (kv[0], kv[1]) if whole else marked(kv[0], kv[1])
+        keys, values = (kv[0], kv[1]) if whole else mark_nonfinite_values(kv[0], kv[1])
         scores = _dot(q[...].reshape(rows, H), keys, CONTRACT_LAST) * H**-0.5
         scores = cap_scores(scores, softcap)
         if not whole:
-            scores = jnp.where(_visible(mask, places, k_places), scores, HIDDEN)
+            scores = jnp.where(_visible(mask, coords, k_coords), scores, HIDDEN_SCORE)
+        # Online softmax: rescale what was summed under the old largest score, and add this block.
         new = jnp.maximum(largest[...], jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp(scores - new[:, :1])
         shrink = jnp.exp(largest[...] - new)
@@ -279,6 +309,7 @@ def _forward_body(
         acc[...] = acc[...] * shrink[:, :1] + _dot(weights.astype(kv.dtype), values)
         largest[...] = new
 
+    # Two programs, one without the mask, for pairs in which everything is visible.
     pl.when(flags & WHOLE != 0)(lambda: add(True))
     pl.when(flags & WHOLE == 0)(lambda: add(False))
 
@@ -291,7 +322,7 @@ def _forward_body(
 
 
 def _backward_body_of_queries(
-    mask, softcap, flags, q_places, k_places, q, dout, kv, lse, delta, dq_before, dq, places, acc, lse_column,
+    mask, softcap, flags, q_coords, k_coords, q, dout, kv, lse, delta, dq_before, dq, coords, acc, lse_column,
     delta_column,
 ):  # fmt: skip
     G, size, H = q.shape
@@ -300,19 +331,21 @@ def _backward_body_of_queries(
     @pl.when(flags & FIRST != 0)
     def _():
         acc[...] = jnp.zeros_like(acc)
-        _turn_rows(lse, lse_column)
-        _turn_rows(delta, delta_column)
-        _turn_places(q_places, places)
+        _write_columns(lse, lse_column)
+        _write_columns(delta, delta_column)
+        _write_coord_columns(q_coords, coords)
 
     def add(whole):
         scores = cap_scores(_dot(q[...].reshape(rows, H), kv[0], CONTRACT_LAST) * H**-0.5, softcap)
         weights = jnp.exp(scores - lse_column[:, :1])
+        # The gradient of the softmax: weight * (d weight - delta). If scores are soft-capped, the derivative of the
+        # cap follows.
         dscores = weights * (_dot(dout[...].reshape(rows, H), kv[1], CONTRACT_LAST) - delta_column[:, :1])
         if softcap:
             dscores *= 1.0 - jnp.square(scores / softcap)
         if not whole:
-            dscores = jnp.where(_visible(mask, places, k_places), dscores, 0.0)
-        acc[...] += _dot(dscores.astype(kv.dtype), kv[0] if whole else finite(kv[0]))
+            dscores = jnp.where(_visible(mask, coords, k_coords), dscores, 0.0)
+        acc[...] += _dot(dscores.astype(kv.dtype), kv[0] if whole else zero_nonfinite(kv[0]))
 
     pl.when(flags & WHOLE != 0)(lambda: add(True))
     pl.when(flags & WHOLE == 0)(lambda: add(False))
@@ -324,14 +357,14 @@ def _backward_body_of_queries(
 
 
 def _backward_body_of_keys(
-    mask, softcap, flags, q_places, k_places, q, dout, kv, lse, delta, dkv_before, dkv, places, acc
+    mask, softcap, flags, q_coords, k_coords, q, dout, kv, lse, delta, dkv_before, dkv, coords, acc
 ):
     G, _, H = q.shape
 
     @pl.when(flags & FIRST != 0)
     def _():
         acc[...] = jnp.zeros_like(acc)
-        _turn_places(k_places, places)
+        _write_coord_columns(k_coords, coords)
 
     def add(whole):
         for g in range(G):
@@ -342,9 +375,9 @@ def _backward_body_of_keys(
                 dscores *= 1.0 - jnp.square(scores / softcap)
             queries, douts = q[g], dout[g]
             if not whole:
-                visible = _visible(mask, places, q_places, transposed=True)
+                visible = _visible(mask, coords, q_coords, transposed=True)
                 weights, dscores = jnp.where(visible, weights, 0.0), jnp.where(visible, dscores, 0.0)
-                queries, douts = finite(queries), finite(douts)
+                queries, douts = zero_nonfinite(queries), zero_nonfinite(douts)
             acc[0] += _dot(dscores.astype(q.dtype), queries)
             acc[1] += _dot(weights.astype(q.dtype), douts)
 
@@ -362,28 +395,30 @@ def _dot(x: jax.Array, y: jax.Array, dimensions: Any = (((1,), (0,)), ((), ())))
 
 
 def _visible(mask: Mask, resident: Any, streamed: Any, transposed: bool = False) -> jax.Array:
-    """What is visible, of the resident block along the sublanes, and the streamed along the lanes; `transposed`: the
-    keys are resident."""
+    """bool, the visibility within a pair: the resident block along the sublanes, the streamed block along the lanes.
+
+    transposed  the resident block holds keys; otherwise queries
+    """
     columns = resident[0][:, :1], resident[1][:, :1]
     rows = streamed[0:1], streamed[1:2]
     return mask.visible(*rows, *columns) if transposed else mask.visible(*columns, *rows)
 
 
-def _turn(row: jax.Array) -> jax.Array:
-    """[n, LANES], each lane a copy of the row [n]."""
+def _as_column(row: jax.Array) -> jax.Array:
+    """The row [n] along the sublanes, [n, LANES]; every lane has a copy."""
     return jnp.broadcast_to(row[None], (LANES, row.shape[0])).T
 
 
-def _turn_rows(rows: Any, columns: Any) -> None:
-    """Writes the rows [G, n] one under the other, [G n, LANES]."""
+def _write_columns(rows: Any, columns: Any) -> None:
+    """Writes the rows [G, n] below one another, [G n, LANES]."""
     size = rows.shape[1]
     for g in range(rows.shape[0]):
-        columns[g * size : (g + 1) * size] = _turn(rows[g])
+        columns[g * size : (g + 1) * size] = _as_column(rows[g])
 
 
-def _turn_places(places: Any, columns: Any) -> None:
-    """Writes segments and positions [2, n] as [2, G n, LANES], once for each head of a group."""
-    size = places.shape[1]
+def _write_coord_columns(coords: Any, columns: Any) -> None:
+    """Writes segments and positions [2, n] as [2, G n, LANES], repeated for each query head of the group."""
+    size = coords.shape[1]
     for g in range(columns.shape[1] // size):
         for i in range(2):
-            columns[i, g * size : (g + 1) * size] = _turn(places[i])
+            columns[i, g * size : (g + 1) * size] = _as_column(coords[i])

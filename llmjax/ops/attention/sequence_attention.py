@@ -1,9 +1,9 @@
-"""Attention on the devices that share a sequence: a kernel of `KERNELS`, brought to all keys by one of `ALGORITHMS`.
+"""Attention on devices that share a sequence: a kernel of `KERNELS` and an algorithm of `ALGORITHMS`.
 
-gather   keys and values of the whole sequence come to every device
-ring     they travel around (`ring`), hidden behind the kernel
-ulysses  devices trade tokens for heads and back (`ulysses`)
-hybrid   ulysses among neighbours, a ring of such groups around it (USP: Fang and Zhao 2024)
+gather   every device collects the keys and values of the whole sequence
+ring     keys and values travel around the devices while the kernel computes (`ring`)
+ulysses  devices exchange tokens for heads and back (`ulysses`)
+hybrid   Ulysses within groups of neighbours, and a ring of such groups (USP: Fang and Zhao 2024)
 """
 
 from __future__ import annotations
@@ -23,29 +23,31 @@ from llmjax.ops.attention.mask import Mask
 from llmjax.ops.attention.pallas_gpu import PallasGPU
 from llmjax.ops.attention.pallas_tpu import PallasTPU
 
-Attend = Callable[..., jax.Array]  # (q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N) -> out_BTNH
+# attend(q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N) -> out_BTNH
+Attend = Callable[..., jax.Array]
 
 KERNELS: dict[str, Callable[[float], Kernel]] = {
     "blockwise": Blockwise,
     "pallas_gpu": PallasGPU,
     "pallas_tpu": PallasTPU,
 }
-OWN = {"cpu": "blockwise", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # platform -> the kernel made for it
-# compute.kernel -> the kernel on each platform; "" stands for every other platform.
+# The kernel that compute.kernel=auto chooses on each platform.
+BEST_KERNEL = {"cpu": "blockwise", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
+# The kernel on each platform, by the value of compute.kernel. "" stands for all platforms that are not listed.
 ATTENTION: dict[str, dict[str, str]] = {
-    "auto": OWN,
+    "auto": BEST_KERNEL,
     "full": {"": "full"},
     "blockwise": {"": "blockwise"},
-    "pallas": {platform: name for platform, name in OWN.items() if name.startswith("pallas")},
+    "pallas": {platform: name for platform, name in BEST_KERNEL.items() if name.startswith("pallas")},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharing:
-    """How `size` devices along the manual mesh axis `axis` share a sequence, contiguous parts of it.
+    """How the `size` devices along the manual mesh axis `axis` share a sequence. Each has a contiguous part of it.
 
-    ulysses  devices in a group that trades heads: 1 for a ring or gathered keys, `size` for Ulysses alone
-    others   further mesh axes that split the batch
+    ulysses  the number of devices in a group that exchanges heads: 1 for `ring` and `gather`, `size` for `ulysses`
+    others   the other mesh axes that split the batch
     """
 
     algorithm: str
@@ -56,25 +58,26 @@ class Sharing:
 
     @property
     def chunks(self) -> int:
-        """Parts of a sequence whose queries and keys meet part by part."""
+        """The number of parts of a sequence in the ring: the number of groups."""
         return self.size // self.ulysses
 
     def describe(self) -> str:
-        """The algorithm in words."""
+        """The algorithm, and the groups of `hybrid`, as text for the plan."""
         groups = f", a ring of {self.chunks} groups of {self.ulysses}"
         return self.algorithm + groups * (1 < self.ulysses < self.size)
 
 
 def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
-    """`attend(q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N)` of one device, equal to `full.attend` of the whole.
+    """Returns `attend(q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N)` for one device, equal to `full.attend` of
+    the whole.
 
-    kernel_name  of KERNELS, or `full`, the reference, which no ring can use
-    sharing      None: all tokens lie on this device. Otherwise q, k and v are this device's part, within
-                 `jax.shard_map`, while `mask` always covers the whole sequence
+    kernel_name  a name in KERNELS, or `full`, the reference, which cannot be used in a ring
+    sharing      None if all tokens lie on this device. Otherwise q, k and v are this device's part inside of
+                 `jax.shard_map`, and `mask` covers the whole sequence
     """
     if kernel_name != "full":
         choose(KERNELS, "kernel", kernel_name)
-    bring = None if sharing is None else choose(ALGORITHMS, "mesh.seq_attention", sharing.algorithm)
+    algorithm = None if sharing is None else choose(ALGORITHMS, "mesh.seq_attention", sharing.algorithm)
 
     def attend(
         q_BTNH: jax.Array,
@@ -85,48 +88,48 @@ def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
         softcap: float = 0.0,
         sinks_N: jax.Array | None = None,
     ) -> jax.Array:
-        def alone(q, k, v, mask, sinks_N):
+        def attend_here(q, k, v, mask, sinks_N):
             if kernel_name == "full":
                 return full.attend(q, k, v, mask, softcap=softcap, sinks_N=sinks_N)
             return kernel.attend(KERNELS[kernel_name](softcap), q, k, v, mask, sinks_N)
 
-        def around(*arrays):
+        def attend_ring(*arrays):
             devices = ring.Ring(sharing.axis, sharing.chunks, sharing.ulysses, sharing.others)
             return ring.attend(KERNELS[kernel_name](softcap), devices, *arrays)
 
         arrays = q_BTNH, k_BSKH, v_BSKH, mask, sinks_N
-        if bring is None or sharing is None:
-            return alone(*arrays)
-        return bring(sharing, alone, around, *arrays)
+        if algorithm is None or sharing is None:
+            return attend_here(*arrays)
+        return algorithm(sharing, attend_here, attend_ring, *arrays)
 
     return attend
 
 
-# What brings a device's queries to all keys: (sharing, attend where all keys lie here, attend around the ring, arrays).
+# Each algorithm is called with (sharing, attention over keys on this device, attention around the ring, *arrays).
 Inner = Callable[..., jax.Array]
 
 
-def _gather(sharing: Sharing, alone: Inner, around: Inner, *arrays: Any) -> jax.Array:
-    return gather(alone, sharing.axis, *arrays)
+def _gather(sharing: Sharing, attend_here: Inner, attend_ring: Inner, *arrays: Any) -> jax.Array:
+    return gather(attend_here, sharing.axis, *arrays)
 
 
-def _ring(sharing: Sharing, alone: Inner, around: Inner, *arrays: Any) -> jax.Array:
-    return around(*arrays)
+def _ring(sharing: Sharing, attend_here: Inner, attend_ring: Inner, *arrays: Any) -> jax.Array:
+    return attend_ring(*arrays)
 
 
-def _ulysses(sharing: Sharing, alone: Inner, around: Inner, *arrays: Any) -> jax.Array:
-    return ulysses.attend(alone, ulysses.Groups(sharing.axis, sharing.ulysses, 1), *arrays)
+def _ulysses(sharing: Sharing, attend_here: Inner, attend_ring: Inner, *arrays: Any) -> jax.Array:
+    return ulysses.attend(attend_here, ulysses.Groups(sharing.axis, sharing.ulysses, 1), *arrays)
 
 
-def _hybrid(sharing: Sharing, alone: Inner, around: Inner, *arrays: Any) -> jax.Array:
-    return ulysses.attend(around, ulysses.Groups(sharing.axis, sharing.ulysses, sharing.chunks), *arrays)
+def _hybrid(sharing: Sharing, attend_here: Inner, attend_ring: Inner, *arrays: Any) -> jax.Array:
+    return ulysses.attend(attend_ring, ulysses.Groups(sharing.axis, sharing.ulysses, sharing.chunks), *arrays)
 
 
 ALGORITHMS = {"gather": _gather, "ring": _ring, "ulysses": _ulysses, "hybrid": _hybrid}
 
 
 def gather(
-    alone: Callable[..., jax.Array],
+    attend_here: Callable[..., jax.Array],
     axis: str,
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
@@ -134,8 +137,9 @@ def gather(
     mask: Mask,
     sinks_N: jax.Array | None,
 ) -> jax.Array:
-    """`alone(q, k, v, mask, sinks_N)` of this device's queries and all keys."""
+    """`attend_here(q, k, v, mask, sinks_N)` for this device's queries and the keys of all devices."""
+    # Keys and values travel as one array: one collective instead of two.
     kv_2BSKH = jax.lax.all_gather(jnp.stack([k_BSKH, v_BSKH]), axis, axis=2, tiled=True)
     T = q_BTNH.shape[1]
     part = mask.part(jax.lax.axis_index(axis) * T, T, 0, kv_2BSKH.shape[2])
-    return alone(q_BTNH, *kv_2BSKH, part, sinks_N)
+    return attend_here(q_BTNH, *kv_2BSKH, part, sinks_N)

@@ -1,8 +1,9 @@
-"""Ulysses (Jacobs et al. 2023): devices that share a sequence trade their part of it for a part of the heads.
+"""Ulysses sequence parallelism (Jacobs et al. 2023): devices that share a sequence exchange tokens for heads.
 
-Each device then attends for its heads over the tokens of the whole group, and trades back. The work of a device does
-not depend on how long which document is. Key/value heads that are too few to be dealt out are repeated first, no more
-often than it takes for every device to have those of its queries.
+After an all-to-all, each device has all tokens of its group for a part of the heads. It computes attention for these
+heads and a second all-to-all restores the original split. The work of a device does not depend on document lengths.
+If there are fewer key/value heads than devices, they are repeated first, as few times as give every device the
+key/value heads of its query heads.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import jax.numpy as jnp
 
 from llmjax.ops.attention.mask import Mask
 
-TOKENS, HEADS = 1, 2  # dimensions of x_BTNH
+# The indices of these dimensions in x_BTNH.
+TOKENS, HEADS = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """The devices along a manual mesh axis in groups of `size` neighbours; the axis has `count` such groups."""
+    """The devices along a manual mesh axis in `count` groups of `size` neighbours."""
 
     axis: str
     size: int
@@ -30,7 +32,7 @@ class Groups:
 
     @property
     def indices(self) -> list[list[int]]:
-        """The devices of each group."""
+        """The indices of the devices in each group."""
         return [list(range(i * self.size, (i + 1) * self.size)) for i in range(self.count)]
 
 
@@ -43,19 +45,22 @@ def attend(
     mask: Mask,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """out_BTNH of this device's queries; N must be a multiple of the size of a group.
+    """out_BTNH for this device's queries. N must be a multiple of the group size.
 
-    `inner(q, k, v, mask, sinks_N)` is given all tokens of the group and this device's heads. `mask` is handed on.
+    `inner(q, k, v, mask, sinks_N)` is attention over all tokens of the group, for this device's heads. `mask` is
+    passed on to it.
     """
     N, K, size = q_BTNH.shape[HEADS], k_BSKH.shape[HEADS], groups.size
     swap = functools.partial(
         jax.lax.all_to_all, axis_name=groups.axis, tiled=True, axis_index_groups=groups.indices
     )
     copies = repeats(N, K, size)
+    # Keys and values travel as one array: one collective instead of two.
     kv_2BSKH = jnp.repeat(jnp.stack([k_BSKH, v_BSKH]), copies, axis=HEADS + 1)
     q_BTNH = swap(q_BTNH, split_axis=HEADS, concat_axis=TOKENS)
     k_BSKH, v_BSKH = swap(kv_2BSKH, split_axis=HEADS + 1, concat_axis=TOKENS + 1)
     if sinks_N is not None:
+        # Sinks belong to heads, and this device keeps the sinks of its heads.
         place = jax.lax.axis_index(groups.axis) % size
         sinks_N = jax.lax.dynamic_slice_in_dim(sinks_N, place * (N // size), N // size)
     out_BTNH = inner(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
@@ -63,6 +68,7 @@ def attend(
 
 
 def repeats(N: int, K: int, size: int) -> int:
-    """How often each of K key/value heads is repeated, so that each device gets the heads of its N / size queries."""
+    """How many times each of K key/value heads is repeated, so that each of `size` devices has those of its N / size
+    query heads."""
     group = N // K
     return group // math.gcd(group, N // size)

@@ -282,12 +282,12 @@ def _trips(module: Module, loop: Instruction, start: Any) -> tuple[int | None, A
     """
     condition, body = (module.computations[loop.called(role)[0]] for role in ("condition", "body"))
 
-    def turn(state: Any) -> Any:
+    def iterate(state: Any) -> Any:
         return _Values(module, body, [state])[body.root]
 
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    first = turn(start) if start else None
-    second = turn(first) if first else None
+    first = iterate(start) if start else None
+    second = iterate(first) if first else None
     if not (first and second):
         return (int(known[1]) if known else None), None
     steps = [

@@ -88,7 +88,7 @@ def test_lists_in_parts_change_nothing(monkeypatch):
     inputs, mask = make_inputs(), self_mask(*PACKED, window=7)
     ours = functools.partial(interpreted, block=16)
     whole = jax.jit(functools.partial(run.__wrapped__, ours)).lower(inputs, mask)
-    monkeypatch.setattr(pallas_gpu, "MOST_LISTED", 8)
+    monkeypatch.setattr(pallas_gpu, "MAX_LISTED_BLOCKS", 8)
     parts = jax.jit(functools.partial(run.__wrapped__, ours)).lower(inputs, mask)
     assert parts.as_text().count("stablehlo.while") > whole.as_text().count("stablehlo.while")
     parts, whole = (program.compile(compiler_options=AS_FOR_USERS) for program in (parts, whole))
@@ -100,7 +100,7 @@ def test_keys_may_come_in_parts(dtype):
     """The contract that a ring uses: softmax and gradients start from what is there, and each is optional."""
     (q, k, v, sinks, dout), mask = make_inputs(), self_mask(*PACKED)
     ours, sizes = PallasGPU(block=16, interpret=True), kernel.sizes_of(q, k)
-    cut, softmax = ours.cut_queries(q, sizes.K), kernel.begin(ours, sizes, q, sinks, dtype)
+    cut, softmax = ours.cut_queries(q, sizes.K), kernel.initial_softmax(ours, sizes, q, sinks, dtype)
     forward, backward = jax.jit(ours.forward), jax.jit(ours.backward)
     parts = [(at, ours.cut_keys(k[:, at : at + 20], v[:, at : at + 20])) for at in (20, 0)]
     for at, kv in parts:
@@ -111,7 +111,7 @@ def test_keys_may_come_in_parts(dtype):
     wanted, dq_wanted, *dkv_wanted, _ = run(full.attend, (q, k, v, sinks, dout), mask)
     assert_equal(out, wanted, error=1e-5 if dtype == jnp.float32 else 2.0**-7)
 
-    dcut, delta = kernel.pulled(ours, sizes, wanted, dout)
+    dcut, delta = kernel.output_gradients(ours, sizes, wanted, dout)
     dq, dkv = jnp.ones(cut.shape, dtype), {}
     for at, kv in parts:
         arrays = cut, kv, mask.part(0, 40, at, 20), dcut, lse, delta
@@ -279,7 +279,7 @@ def test_on_a_gpu_bfloat16_stays_close_to_float32(kind, H, gpus):
 def test_on_a_gpu_lists_in_parts_change_nothing(gpus, monkeypatch):
     inputs, mask = long_case("packed", gpus[0], K=2, H=64)
     whole = run(pallas_gpu.attend, inputs, mask)
-    monkeypatch.setattr(pallas_gpu, "MOST_LISTED", 20)
+    monkeypatch.setattr(pallas_gpu, "MAX_LISTED_BLOCKS", 20)
     run.clear_cache()
     assert_equal(run(pallas_gpu.attend, inputs, mask), whole, error=0.0)
     run.clear_cache()

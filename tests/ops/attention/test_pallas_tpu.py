@@ -71,7 +71,7 @@ def test_one_document_does_not_move_with_another():
 def test_long_lists_of_pairs_are_cut(monkeypatch):
     inputs, mask = make_inputs(2), MASKS["packed"]
     expected = run(attend(2.0), inputs, mask)
-    monkeypatch.setattr(pallas_tpu, "MOST_PAIRS", 4)
+    monkeypatch.setattr(pallas_tpu, "MAX_PAIRS", 4)
     assert_equal(run(attend(2.0), inputs, mask), expected, error=1e-6)
 
 

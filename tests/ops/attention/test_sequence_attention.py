@@ -144,16 +144,16 @@ def test_the_longest_journey_passes_every_device_once(size):
     assert all(a <= c and b <= d for (a, b), (c, d) in itertools.pairwise(reaches))
     for reach in reaches:
         for at_once in (True, False):
-            journey = ring.moments(reach, at_once)
-            met = [sign * moment.step % size for moment in journey for sign in moment.meet]
+            journey = ring.ring_steps(reach, at_once)
+            met = [sign * step.distance % size for step in journey for sign in step.attend]
             assert sorted(met) == sorted({s % size for s in range(-reach[1], reach[0] + 1)} - {0})
-            assert sum(len(moment.hop) for moment in journey) == sum(reach)
+            assert sum(len(step.send) for step in journey) == sum(reach)
 
 
 def test_a_long_journey_is_a_loop_and_still_right(monkeypatch):
-    monkeypatch.setattr(ring, "SHORT", 0)  # one way after the other: four steps alike in each
-    journey = ring.moments((4, 3), at_once=False)
-    assert [moment.step for moment in journey] == [0, 1, 2, 3, 4, 1, 2, 3]
+    monkeypatch.setattr(ring, "SHORT_KEYS", 0)  # one way after the other: four steps alike in each
+    journey = ring.ring_steps((4, 3), at_once=False)
+    assert [step.distance for step in journey] == [0, 1, 2, 3, 4, 1, 2, 3]
     check("packed", 2, "ring", 8, 1)
 
 
