@@ -1,7 +1,7 @@
-"""What a batch consists of: every field with its dimensions and its type, said once, for the host and the devices.
+"""The fields of a batch, each with its dimensions and dtype, declared once for the host and the devices.
 
-The host makes batches without jax. `llmjax.types` makes `Batch` known to jax, and whatever runs on devices imports it
-from there.
+The host makes batches without importing jax. `llmjax.types` registers `Batch` with jax; code that runs on devices
+imports it from there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 class Field:
     """One field of a batch.
 
-    dims      what its dimensions are: names of logical axes, see `parallel/rules.py`
+    dims      the logical axis names of its dimensions, see `parallel/rules.py`
     dtype     int32 or float32
     optional  whether a batch may lack it
     """
@@ -27,7 +27,7 @@ class Field:
     optional: bool = False
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape for these sizes of the dimensions."""
+        """The shape of the field for these sizes of the dimensions."""
         return tuple(sizes[dim] for dim in self.dims)
 
 
@@ -42,23 +42,23 @@ def _field(*dims: str, dtype: str = "int32", optional: bool = False) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed sequences: B of them, T positions each.
+    """Packed sequences: B rows of T positions each.
 
-    Each token stands for itself: its place in the array means nothing, so that tokens may lie in any order.
+    The place of a token in the arrays has no meaning, so the tokens of a row may lie in any order.
 
-    tokens     what the model reads
-    targets    what it is to predict at each position
+    tokens     the ids that the model reads
+    targets    the ids that it learns to predict, one per position
     weights    the loss weight of each target; 0 on padding
-    segments   which document of its row a position belongs to, from 1; 0 is padding
-    positions  the position within the document, from 0
-    index      the packed sequence number, from which randomness (dropout) is drawn, with
-    columns    the column of the packed sequence that a token comes from; None: the one where it lies
+    segments   the document within the row, counted from 1; 0 is padding
+    positions  the position within the document, counted from 0
+    index      the packed sequence number. Together with the column, it determines random draws such as dropout
+    columns    the column of the packed sequence that each token comes from; None if tokens lie in their order
 
     A task with a second stream, such as translation, has S positions of it in each row:
 
-    source_tokens     what the model reads besides
-    source_segments   which document a source token belongs to; numbers as in `segments`
-    source_positions  the position within the source of its document, from 0
+    source_tokens     the ids of the second stream
+    source_segments   the document of each source token, numbered as in `segments`
+    source_positions  the position within the source text of the document, counted from 0
     """
 
     tokens: Any = _field("batch", "length")
@@ -77,12 +77,12 @@ FIELDS: dict[str, Field] = {field.name: field.metadata["field"] for field in dat
 
 
 def along(dim: str) -> tuple[str, ...]:
-    """The names of the fields that have the dimension `dim`."""
+    """The names of the fields with the dimension `dim`."""
     return tuple(name for name, field in FIELDS.items() if dim in field.dims)
 
 
 def empty_arrays(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Every field that a batch must have, filled with 0: rows of padding."""
+    """All fields that are not optional, filled with 0, which means padding."""
     return {
         name: np.zeros(field.shape(sizes), field.dtype)
         for name, field in FIELDS.items()

@@ -1,18 +1,21 @@
-"""The one error that users see, and the lookup that raises it; apart from `types` so that worker processes need not
-load jax for it."""
+"""The error that users see, and the table lookup that raises it.
+
+This file is separate from `types` so that worker processes need not import jax for it.
+"""
 
 from collections.abc import Mapping
 from typing import TypeVar
 
+# The type of the entries of a table.
 Entry = TypeVar("Entry")
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for: one sentence with the key, its value, the rule it breaks and what to do."""
+    """A mistake in the request. Its message is one sentence: key, value, the rule it breaks, and what to do."""
 
 
 def choose(table: Mapping[str, Entry], key: str, name: str) -> Entry:
-    """What `table` has under `name`, the value of the config key `key`; UserError where it has nothing."""
+    """The entry of `table` for `name`, the value of the config key `key`. Raises UserError if there is none."""
     if name not in table:
         raise UserError(f"{key}={name!r} is not known; use one of {', '.join(table)}")
     return table[name]

@@ -1,6 +1,6 @@
-"""Turns what the system refuses (a full disk, missing permissions, no memory) into one sentence with a remedy.
+"""Turns errors of the operating system (a full disk, missing permissions, no memory) into one sentence with a remedy.
 
-The command line ends with such a sentence instead of a traceback, whoever met the error.
+The command line prints such a sentence instead of a traceback, wherever the error occurred.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import re
 from llmjax.errors import UserError
 from llmjax.names import plain_name
 
-# Exit codes: of what was asked for and cannot be, and of what failed while it was done.
+# Exit codes. REFUSED: the request cannot be carried out. FAILED: something failed on the way.
 REFUSED, FAILED = 2, 1
 _ELSEWHERE = "give another path"
 _ROOM = "free some room or give another path, and start again"
-# errno -> exit code, what is wrong with a file, and what to do about it.
+# errno -> (exit code, what is wrong with the file, what to do about it).
 _REASONS = {
     errno.EACCES: (
         REFUSED,
@@ -66,12 +66,12 @@ _REASONS = {
     errno.ESTALE: (FAILED, "cannot be used (the network disk lost it)", "mount the disk again"),
 }
 
-# How XLA says it; the name of its error differs from version to version of jax.
+# XLA's message for missing device memory. The class of the error differs between versions of jax.
 _DEVICE_MEMORY = re.compile(r"RESOURCE_EXHAUSTED: .*\bmemory\b", re.IGNORECASE)
 
 
 def describe_failure(error: BaseException) -> tuple[int, str] | None:
-    """(exit code, sentence) where `error` is a refusal of the system; None where it is anything else, such as a bug."""
+    """(exit code, sentence) if `error` comes from the system or the user; None for anything else, such as a bug."""
     if isinstance(error, UserError):
         return REFUSED, str(error)
     if isinstance(error, UnicodeError):
@@ -109,12 +109,12 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
 
 
 def _system_number(error: BaseException) -> int | None:
-    """The errno that a library, such as TensorStore, wrote into the text of an error of its own."""
+    """The errno that a library, such as TensorStore, wrote into the message of an error of its own class."""
     found = re.search(r"os[ _]error(?:_code)?[ ='\"]+(\d+)", str(error), re.IGNORECASE)
     return int(found[1]) if found else None
 
 
 def _quoted_path(error: BaseException) -> str | None:
-    """The first absolute path in such a text."""
+    """The first absolute path in the message of such an error."""
     found = re.search(r'"(/[^"]*)"', str(error))
     return found[1] if found else None

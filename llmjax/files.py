@@ -1,9 +1,9 @@
-"""Files and folders that appear whole or not at all: the one writer of workdirs and caches.
+"""Writes files and folders atomically: they appear complete or not at all. All writes to workdirs and caches use it.
 
-What is written lies beside its place under another name until every byte of it is on disk, and is then renamed. A
-reader sees the old content or the new one, also after a power cut, and a writer that fails leaves nothing behind. What
-a killed writer leaves is deleted by a later one. Permissions follow the umask, so that users can share a cache.
-Files that grow line by line (metrics.jsonl, TensorBoard events) are not written here.
+Content is written under a temporary name beside its destination, synced to disk, and then renamed. A reader sees
+either the old or the new content, even after a power failure, and a writer that fails leaves nothing behind. What a
+killed writer leaves is deleted by a later one. Permissions follow the umask, so that users can share a cache. Files
+that grow line by line (metrics.jsonl, TensorBoard events) are written elsewhere.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# In the names of what is not whole yet, after the name of what it will be.
+# Part of the temporary name, after the name of the destination.
 UNFINISHED = ".building-"
-# A writer that wrote nothing for so long is dead.
+# A writer that has written nothing for this long (6 hours, a choice) counts as dead.
 STALE_SECONDS = 6 * 3600
 
 
 def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
-    """Replaces the file `path` by `data` in one step; its folder is made if need be.
+    """Replaces the file `path` by `data` in one step, and makes its folder if necessary.
 
-    Text is written in UTF-8. A lone surrogate, which stands for a byte of a file name that is not UTF-8, becomes
-    `\\udcXX`, which JSON reads back. Raises OSError, whose `filename` is `path` whatever went wrong.
+    Text is written as UTF-8. A lone surrogate, which stands for a byte of a file name that is not UTF-8, becomes
+    `\\udcXX`, which JSON can read back. Raises OSError, whose `filename` is always `path`.
     """
     path = Path(path)
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
@@ -40,6 +40,7 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
+        # Ctrl-C and SystemExit, too, must not leave the temporary file behind.
         except BaseException:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
@@ -49,10 +50,11 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike, is_whole: Callable[[Path], bool]) -> Iterator[Path]:
-    """Gives an empty folder to fill; on leaving it takes the name `folder`, whole and on disk.
+    """A context manager that yields an empty folder to fill. On exit it is renamed to `folder`, complete and synced
+    to disk.
 
-    Writers of the same folder do not disturb each other: what stands there by then stays if `is_whole` says so, and is
-    replaced otherwise, be it a damaged folder or a file. On an error nothing changes.
+    Several writers of the same folder do not disturb each other: a folder that exists by then stays if `is_whole`
+    accepts it. Otherwise, whether a damaged folder or a file, it is replaced. On an error nothing changes.
     """
     folder = Path(folder)
     with naming(folder):
@@ -72,7 +74,7 @@ def new_folder(folder: str | os.PathLike, is_whole: Callable[[Path], bool]) -> I
 
 
 def remove_stale(path: Path) -> None:
-    """Deletes what killed writers of `path` left behind, known by nothing having been written for hours."""
+    """Deletes temporary files and folders of killed writers of `path`: those not modified for STALE_SECONDS."""
     for unfinished in path.parent.glob(f"{_stem(path)}{UNFINISHED}*"):
         with contextlib.suppress(OSError):
             inside = unfinished.iterdir() if unfinished.is_dir() else ()
@@ -81,7 +83,7 @@ def remove_stale(path: Path) -> None:
 
 
 def _put_in_place(unfinished: Path, folder: Path, is_whole: Callable[[Path], bool]) -> None:
-    """Renames a finished folder. What is there is moved aside first, and deleted last."""
+    """Renames a finished folder to its destination. An existing folder is moved aside first and deleted last."""
     try:
         os.replace(unfinished, folder)
         return
@@ -89,14 +91,17 @@ def _put_in_place(unfinished: Path, folder: Path, is_whole: Callable[[Path], boo
         if not os.path.lexists(folder):
             raise
     if is_whole(folder):
-        return  # another writer was faster, and somebody may be reading it by now
+        # Another writer was faster, and a reader may be using its folder by now.
+        return
     aside = _beside(folder)
-    with contextlib.suppress(FileNotFoundError):  # another writer moved it a moment ago
+    # Another writer may have moved it a moment ago.
+    with contextlib.suppress(FileNotFoundError):
         os.replace(folder, aside)
     try:
         os.replace(unfinished, folder)
     except OSError:
-        if not folder.is_dir():  # else another writer was faster, whose folder is as good
+        # If another writer was faster, its folder is as good as this one.
+        if not folder.is_dir():
             raise
     finally:
         _delete(aside)
@@ -104,7 +109,7 @@ def _put_in_place(unfinished: Path, folder: Path, is_whole: Callable[[Path], boo
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Within it, an OSError of writing gets the name of the file that was to be written."""
+    """A context manager that gives an OSError the name of the destination instead of the temporary name."""
     try:
         yield
     except OSError as error:
@@ -116,12 +121,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _beside(path: Path) -> Path:
-    """A new name in the same folder, and so on the same disk."""
+    """A new temporary name in the same folder, so that renaming stays on the same disk."""
     return path.with_name(f"{_stem(path)}{UNFINISHED}{uuid.uuid4().hex[:12]}")
 
 
 def _stem(path: Path) -> str:
-    """The name, cut so that the addition fits into the 255 bytes of a name; free of what a glob would expand."""
+    """The name without glob characters, cut to 50 characters so that the temporary name fits into 255 bytes."""
     return "".join(c if c not in "*?[]" else "_" for c in path.name[:50])
 
 
@@ -142,5 +147,6 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some filesystems cannot, and some systems have no such handle
+    # Some file systems cannot sync a folder, and some systems cannot open one.
+    with contextlib.suppress(OSError):
         _sync(folder)

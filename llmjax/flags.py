@@ -1,6 +1,6 @@
-"""What the command line says: flags, a config file or the config of a run, and --config.KEY=VALUE over it.
+"""Reads the command line: flags, a config file or the config of a run, and overrides --config.KEY=VALUE.
 
-Everything is read before jax is imported, so that a mistake is answered at once and in one sentence.
+Everything here runs before jax is imported, so that a mistake is reported at once, in one sentence.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def describe_help(argv: Sequence[str], opening: str) -> str | None:
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
-    """The flags of `argv`, and the config with every --config.KEY=VALUE set; UserError for what is not understood."""
+    """The flags of `argv`, and the config with every --config.KEY=VALUE applied. Raises UserError for anything not
+    understood."""
     words, overrides = _split(argv)
     values = make_flags()
     try:
@@ -89,7 +90,7 @@ def _complete(saved: dict[str, Any], workdir: str) -> dict[str, Any]:
 
 
 def load_config(path: str | None, workdir: str | None) -> dict[str, Any]:
-    """What get_config() of the file `path` gives, or without one the config of the run in `workdir`."""
+    """The config that get_config() of the file `path` returns, or without a file the config of the run in `workdir`."""
     if path is None:
         saved = saved_config(pathlib.Path(workdir)) if workdir else None
         if saved is None:
@@ -100,7 +101,10 @@ def load_config(path: str | None, workdir: str | None) -> dict[str, Any]:
 
 
 def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
-    """Sets `key`, section.name, to what `texts` mean as a value of its type: the last of them, of a list all."""
+    """Sets `key`, section.name, to the value that `texts` mean for the type of the key.
+
+    If a key is given several times, the last value counts; a list takes all of them.
+    """
     keys = _keys(config)
     if key not in keys:
         if key in MOVED:
@@ -132,7 +136,7 @@ def _new_name_hint(key: str, config: dict[str, Any]) -> str:
 
 
 def _keys(config: dict[str, Any]) -> list[str]:
-    """The whole names of all sections and keys."""
+    """The full names of all sections and keys."""
     keys = [*config]
     for section, values in config.items():
         keys += [f"{section}.{name}" for name in values] if isinstance(values, dict) else []
@@ -155,7 +159,7 @@ def _value(old: Any, key: str, texts: Sequence[str]) -> object:
 
 
 def _strings(text: str) -> tuple[str, ...]:
-    """The parts of a text that looks like ('a', 'b'), else `text` alone."""
+    """The parts of a text that looks like ('a', 'b'); otherwise `text` alone."""
     try:
         parsed = ast.literal_eval(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -164,7 +168,7 @@ def _strings(text: str) -> tuple[str, ...]:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The words that are not --config.KEY=VALUE or --config.KEY VALUE, and the values of those that are, by key."""
+    """Splits `argv` into words that are no overrides and the values of --config.KEY=VALUE (or KEY VALUE), by key."""
     words: list[str] = []
     overrides: dict[str, list[str]] = {}
     rest = iter(argv)
@@ -181,12 +185,13 @@ def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def name_of(config_path: str) -> str:
-    """base for configs/base.py: where a run goes without --workdir."""
+    """The name of a config file without folder and suffix: base for configs/base.py. A run is written there by
+    default."""
     return pathlib.Path(config_path.split(":")[0]).stem
 
 
 def read_prompts(values: flags.FlagValues) -> list[str]:
-    """The prompts of --prompt and of --prompt_file, in this order."""
+    """The prompts of --prompt, followed by those in --prompt_file."""
     prompts = list(values.prompt)
     if values.prompt_file is not None:
         path = pathlib.Path(values.prompt_file)

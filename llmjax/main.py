@@ -1,20 +1,20 @@
 """The command line: `python -m llmjax.main --config=configs/base.py [--mode=...] [--workdir=...] [--config.KEY=VALUE]`.
 
-    train     train, or go on training, in --workdir (default: runs/NAME for configs/NAME.py); the default mode
-    evaluate  held-out loss of a checkpoint; before there is one, of what --config.checkpoint.init_from names
+    train     train, or continue training, in --workdir (default: runs/NAME for configs/NAME.py); the default mode
+    evaluate  report the held-out loss of a checkpoint, or of --config.checkpoint.init_from before there is one
     generate  continue each --prompt, or each line of --prompt_file
-    plan      say what the config means, compile its step for the devices at hand or --config.plan.topology, run nothing
+    plan      explain the config and compile its step, for these devices or --config.plan.topology, without running it
 
-With --workdir alone, the config saved there is used. SIGTERM and Ctrl-C stop a training, which is saved, and so the
-same command goes on from there; a second Ctrl-C ends it at once, and the other modes end at the first.
+With --workdir alone, the config saved there is used. SIGTERM and Ctrl-C stop a training run after saving it, and the
+same command continues it. A second Ctrl-C ends it at once. The other modes end at the first one.
 
-exit code  0    all of it is done
-           1    training failed, or what follows it: what was trained is saved, and one sentence says what to do
-           2    a mistake in what was asked for, in one sentence
-           75   a training was stopped, and the same command goes on with it
+exit code  0    everything is done
+           1    training or a later stage failed; trained parameters are saved, and one sentence says what to do
+           2    the request has a mistake, which one sentence explains
+           75   a training run was stopped; the same command continues it
            130  interrupted by Ctrl-C
-           141  nobody reads the output any more
-           143  ended by SIGTERM, in the other modes
+           141  the reader of the output is gone
+           143  ended by SIGTERM, in modes other than train
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax is imported: XLA's log says nothing to a user
+# This must be set before jax is imported. XLA's log means nothing to a user.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import absl.logging
 
@@ -38,12 +39,14 @@ from llmjax.workdir.contents import check_place
 
 
 class _Terminated(BaseException):
-    """SIGTERM came, in a mode that has nothing to save."""
+    """SIGTERM arrived in a mode that has nothing to save."""
 
 
 def main(argv: Sequence[str], *, alone: bool = False) -> int:
-    """Runs one mode; the exit code. `alone`: the process does nothing else, and so a second Ctrl-C may end it."""
-    absl.logging.set_verbosity(absl.logging.FATAL)  # what libraries log as errors is raised, too
+    """Runs one mode and returns the exit code. `alone` says that the process does nothing else, so that a second
+    Ctrl-C may end it at once."""
+    # What libraries log as errors, they also raise.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     try:
         if (text := describe_help(argv, __doc__.strip())) is not None:
             show(text)
@@ -52,7 +55,8 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
         prompts = read_prompts(values)
         workdir = pathlib.Path(values.workdir or f"runs/{name_of(values.config)}")
         check_place(workdir)
-        from llmjax.modes import dispatch  # after the flags, for jax takes seconds to import
+        # Imported late: jax takes seconds to import, and mistakes in flags are reported before.
+        from llmjax.modes import dispatch
 
         with _terminable(alone):
             return dispatch.run(values.mode, config, workdir, prompts=prompts, checkpoint=values.checkpoint)
@@ -68,7 +72,8 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
         code, sentence = failure
         complain(sentence)
         if alone and code == FAILED:
-            os._exit(code)  # threads that were writing would print tracebacks while the interpreter goes down
+            # Threads that are still writing would print tracebacks while the interpreter shuts down.
+            os._exit(code)
         return code
     except KeyboardInterrupt:
         show("\nllmjax: interrupted", file=sys.stderr)
@@ -80,7 +85,7 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
 
 @contextlib.contextmanager
 def _terminable(alone: bool) -> Iterator[None]:
-    """Lets SIGTERM end a mode in good order, as Ctrl-C does; training has its own way, and sets its own handlers."""
+    """A context manager in which SIGTERM ends a mode as Ctrl-C does. Training replaces the handler by its own."""
     from llmjax.train.loop.stop_request import end_on_second_interrupt
 
     def end(number: int, frame: object) -> None:

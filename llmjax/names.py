@@ -1,7 +1,7 @@
-"""Names of files and documents as a person can read them and every file format can hold them.
+"""Names of files and documents in a form that people can read and every file format can store.
 
-A file name on Linux is bytes. Python gives those that are not UTF-8 as lone surrogates, which can neither be printed
-nor written, and a name may hold line ends and codes that a terminal obeys.
+A file name on Linux consists of bytes. Python represents bytes that are not UTF-8 as lone surrogates, which can be
+neither printed nor written. Names may also contain newlines and control characters that a terminal obeys.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from llmjax.errors import UserError
 
 
 def plain_name(name: object) -> str:
-    """`name` with everything escaped that is no text: `\\xff` for a byte that is not UTF-8, `\\n` for a line end."""
+    """`name` with escapes for all that is not text: `\\xff` for a byte that is not UTF-8, `\\n` for a newline."""
     name = str(name)
     return name if name.isprintable() else "".join(map(_escape, name))
 
 
 def _escape(character: str) -> str:
     code = ord(character)
+    # Python's lone surrogate for the byte code - 0xDC00.
     if 0xDC80 <= code <= 0xDCFF:
         return f"\\x{code - 0xDC00:02x}"
-    # Python calls spaces of other widths not printable, but they are text.
+    # Python counts spaces of other widths as not printable, but they are text.
     if character.isprintable() or unicodedata.category(character) == "Zs":
         return character
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def at_home(path: str | os.PathLike, key: str) -> pathlib.Path:
-    """`path` with a leading `~` or `~user` replaced by that home folder. UserError, which names `key`, without one."""
+    """`path` with a leading `~` or `~user` replaced by the home folder. Raises UserError, which names `key`, if the
+    home folder is unknown."""
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError:
@@ -40,7 +42,7 @@ def at_home(path: str | os.PathLike, key: str) -> pathlib.Path:
 
 
 def is_unicode(name: object) -> bool:
-    """Whether UTF-8 can express `name`."""
+    """Whether UTF-8 can represent `name`."""
     try:
         str(name).encode()
     except UnicodeEncodeError:
@@ -49,7 +51,7 @@ def is_unicode(name: object) -> bool:
 
 
 def quote(name: object) -> str:
-    """`name` as one word of a shell, on one line; what is not printable as bash, zsh and ksh read it."""
+    """`name` quoted as one shell word on one line. Unprintable characters use the $'...' form of bash, zsh and ksh."""
     name = str(name)
     if name.isprintable():
         return shlex.quote(name)

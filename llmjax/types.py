@@ -1,13 +1,13 @@
-"""What every room shares: the batch, the sums, and the legend of dimension letters.
+"""Types that all rooms share, and the dimension letters.
 
-Dimension letters, used as suffixes of array names and in einsums:
+Dimension letters are suffixes of array names and appear in einsums:
 
     B batch (sequences)    T query position       S key position        D model width
     F feed-forward width   N query heads          K key/value heads     H head width
     V vocabulary           C chunk                L layers              G query heads per key/value head (N / K)
 
-A suffix names logical dimensions, never shards. An *update* is one optimizer step; a *micro-step* is one forward and
-backward pass over one micro-batch; an update consists of one or more micro-steps.
+A suffix names logical dimensions, never shards. An *update* is one optimizer step. A *micro-step* is one forward and
+backward pass over one micro-batch. An update consists of one or more micro-steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import jax
 from llmjax.batch import Batch as Batch
 from llmjax.errors import UserError as UserError
 
-Params = Any  # a nested dict of arrays
+# A nested dict of arrays.
+Params = Any
 Array = jax.Array
 jax.tree_util.register_dataclass(Batch)
 
@@ -28,15 +29,15 @@ jax.tree_util.register_dataclass(Batch)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """Sums over target tokens, never means: divide once, at the very end, by the total weight.
+    """Sums over target tokens, never means. The only division, by the total weight, comes at the very end.
 
-    loss       float32 [], sum of weight * loss, the number that is reported, compared and limited
-    weight     float32 [], sum of weights
-    metrics    dict of float32 [], further sums over the same tokens (`accuracy`: the weight of correct targets)
-    auxiliary  (sum, weight) of each further loss term that has a weight of its own; the sum carries its coefficient
-    objective  float32 [], `loss` and the further terms over the same tokens together, each of which is in `metrics` by
-               its own name: what training takes the gradient of, where no gradient reaches through `loss`. None: the
-               same as `loss`
+    loss       float32 [], the sum of weight * loss: the number that is reported, compared and limited
+    weight     float32 [], the sum of weights
+    metrics    dict of float32 [], further sums over the same tokens, such as `accuracy`, the weight of correct
+               targets
+    auxiliary  (sum, weight) of each further loss term with a weight of its own; the sum includes its coefficient
+    objective  float32 [], the sum of `loss` and further terms over the same tokens, which are also in `metrics`.
+               Training takes its gradient, and then `loss` has none. None if there are no such terms
     """
 
     loss: Array
@@ -47,7 +48,7 @@ class LossSums:
 
     @property
     def main(self) -> Array:
-        """What to take the gradient of, besides the auxiliary terms."""
+        """The scalar that training differentiates, apart from the auxiliary terms."""
         return self.loss if self.objective is None else self.objective
 
 
@@ -56,10 +57,9 @@ class LossSums:
 class Head:
     """What turns hidden states into logits: logits_BTV = softcap(hidden_BTD @ w_VD.T + bias_V).
 
-    w_VD     the output matrix. Whoever applies it casts it to the dtype of the hidden states. Split over devices along
-             V alone
+    w_VD     the output matrix, cast by its users to the dtype of the hidden states. Devices may split it along V only
     bias_V   float32, or None
-    softcap  c of c * tanh(logits / c) (Gemma 2); 0 is off
+    softcap  c of the soft-cap c * tanh(logits / c) (Gemma 2); 0 is off
     """
 
     w_VD: Array
@@ -70,11 +70,11 @@ class Head:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a model makes of a batch.
+    """The output of a model for a batch.
 
-    hidden_BTD  normalised, ready for the `Head`
-    auxiliary   (sum, weight) of each loss term of the model's own, such as the load balance of experts
-    carry       of a recurrent family, the state after the last token of each row; None for others
+    hidden_BTD  normalised hidden states, ready for the `Head`
+    auxiliary   (sum, weight) of each loss term that the model adds, such as the load balance of experts
+    carry       the state of a recurrent model after the last token of each row; None for other models
     """
 
     hidden_BTD: Array

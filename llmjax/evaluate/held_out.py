@@ -1,4 +1,5 @@
-"""Exact sums over every held-out target, and what gzip and xz make of the same text."""
+"""Evaluation on held-out documents: exact sums over every target, and the compression of the same text by gzip and
+xz."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from llmjax.ranges import COUNT, Range, Unset, check_ranges
 from llmjax.tasks.contract import Totals
 from llmjax.types import Batch, LossSums, Params
 
-# Batches of which results are not there yet.
+# The most batches whose results are still being computed. A choice: enough that the device always has work.
 IN_FLIGHT = 4
 
 
@@ -24,11 +25,10 @@ IN_FLIGHT = 4
 class EvaluateConfig:
     """The `evaluate` section of the config.
 
-    every          updates between evaluations on the held-out documents; 0 = only at the end
-    batch_size     sequences per step; 0 = the micro-batch size of training
-    probes         whether the long context is used, asked at the end and by --mode=evaluate; names of
-                   `probes.PROBES`
-    probe_lengths  of their texts, in tokens; () = 1, 16, 32, 64, ... up to data.seq_len
+    every          updates between evaluations on the held-out documents; 0 means only at the end
+    batch_size     sequences per step; 0 means the micro-batch size of training
+    probes         names of `PROBES` that test the use of long context, at the end and with --mode=evaluate
+    probe_lengths  text lengths of the probes in tokens; () means 1, 16, 32, 64, ... up to data.seq_len
     """
 
     every: Annotated[int, Range(1, COUNT, "only at the end")]
@@ -43,16 +43,19 @@ class EvaluateConfig:
 def evaluate(
     eval_step: Callable[[Params, Batch], LossSums], params: Params, batches: Iterable[Batch], num_bytes: int
 ) -> Totals:
-    """The sums over `batches`, which hold every held-out target exactly once; `num_bytes` of UTF-8 text is theirs.
+    """The sums over `batches`, which contain every held-out target exactly once. The task turns them into scores.
 
-    What they mean is said by the task.
+    `num_bytes` is the size of the held-out text as UTF-8.
     """
     sums: list[LossSums] = []
     for batch in batches:
         sums.append(eval_step(params, batch))
-        if len(sums) > IN_FLIGHT:  # the device always has work, but whoever gives the batches can end it soon
+        # Waiting for an earlier batch bounds the memory, and lets the caller stop soon, without leaving the device
+        # idle.
+        if len(sums) > IN_FLIGHT:
             jax.block_until_ready(sums[-1 - IN_FLIGHT])
     fetched: list[LossSums] = jax.device_get(sums)
+    # Sums on the host are float64 and correctly rounded, so they do not depend on the number of batches.
     weight = math.fsum(float(s.weight) for s in fetched)
     if not weight:
         raise UserError("the held-out set has no targets; raise data.held_out_fraction or add documents")
@@ -61,7 +64,7 @@ def evaluate(
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
-    """Bits per byte of gzip and xz at their strongest, over the whole of `text` in one piece."""
+    """Bits per byte that gzip and xz need at their strongest setting, over the whole `text` in one piece."""
     size = max(len(text), 1)
     return {
         "gzip": 8 * len(gzip.compress(text, 9)) / size,

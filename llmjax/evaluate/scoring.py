@@ -1,8 +1,8 @@
-"""What every probe is made of: pieces of text, each prediction of which counts under a label, and how they are scored.
+"""Scores pieces of text token by token: the common part of all probes.
 
-A probe is host-side arithmetic on both sides of one compiled step: it says which texts the model reads and where it is
-looked at, and makes its figures of the sums that come back. Losses come back token by token and are added up in
-float64, so the figures depend neither on how pieces were packed into batches nor on the mesh.
+A probe runs on the host, on both sides of one compiled step. It chooses the texts that the model reads and a label
+for each prediction that counts, and it turns the sums per label into results. Losses come back token by token and are
+added up in float64, so results depend neither on how pieces are packed into batches nor on the mesh.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from llmjax.models.contract import Model
 from llmjax.ops.loss import Chunking, token_cross_entropy
 from llmjax.types import Batch, Params
 
-Arrays = dict[str, np.ndarray]  # the fields of `Batch`
-TokenLosses = Callable[[Params, Arrays], tuple[Any, Any]]  # loss_BT, correct_BT, whole on every process
-Shape = Callable[
-    [int], tuple[int, int]
-]  # predictions of a piece -> rows and positions of the batch that takes it
+# The fields of a `Batch`, by name.
+Arrays = dict[str, np.ndarray]
+# (params, arrays) -> (loss_BT, correct_BT), complete on every process.
+TokenLosses = Callable[[Params, Arrays], tuple[Any, Any]]
+# The number of predictions in a piece -> the rows and positions of the batch that holds it.
+Shape = Callable[[int], tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
     """A text that the model reads by itself, from position 0 on.
 
-    tokens  int [n + 1]; the model reads tokens[:-1] and is to predict tokens[1:]
-    labels  int [n], what each prediction counts under; -1: nothing
+    tokens  int [n + 1]; the model reads tokens[:-1] and predicts tokens[1:]
+    labels  int [n], the label that each prediction counts under; -1 means that it does not count
     """
 
     tokens: np.ndarray
@@ -43,18 +44,19 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sums:
-    """float64 [labels]: the summed loss in nats, the predictions, and how many of them greedy decoding gets right."""
+    """Sums per label, float64 [labels] each: the loss in nats, the number of predictions, and how many greedy
+    decoding gets right."""
 
     loss: np.ndarray
     count: np.ndarray
     correct: np.ndarray
 
     def at(self, labels: Any) -> Sums:
-        """The sums of some labels, in their order."""
+        """The sums of these labels, in their order."""
         return Sums(self.loss[labels], self.count[labels], self.correct[labels])
 
     def losses(self) -> list[float | None]:
-        """Nats per prediction; None where there was none, or no finite number."""
+        """Nats per prediction; None for a label without predictions, or with a loss that is not finite."""
         return ratios(self.loss, self.count)
 
     def accuracies(self) -> list[float | None]:
@@ -64,7 +66,7 @@ class Sums:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """The held-out documents: `ids` in the store of `sequences`, which are the documents as evaluation packs them."""
+    """The held-out documents: those with numbers `ids` in the store of `sequences`, which packs them for evaluation."""
 
     sequences: PackedSequences
     ids: np.ndarray
@@ -75,16 +77,21 @@ class Text:
         return self.sequences.plan.seq_len
 
     def tokens(self, doc: int, start: int, stop: int) -> np.ndarray:
+        """The tokens of document `doc` from `start` to before `stop`."""
         return self.sequences.store.tokens(doc, start, stop)
 
     def lengths(self) -> np.ndarray:
-        """int64 [documents], tokens of each document of `ids`, bos and eos included."""
+        """int64 [documents], the number of tokens of each held-out document, bos and eos included."""
         return np.asarray(self.sequences.store.lengths[self.ids])
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """`pieces()`, the texts; their labels are below `num_labels`; `summarize(sums)`, figures that JSON can hold."""
+    """A test of the model on texts that the probe chooses.
+
+    pieces     function that makes the texts; their labels are below `num_labels`
+    summarize  function of the sums that returns results in a form that JSON can hold
+    """
 
     pieces: Callable[[], Iterable[Piece]]
     num_labels: int
@@ -92,7 +99,7 @@ class Probe:
 
 
 def ratios(sums: np.ndarray, counts: np.ndarray) -> list[float | None]:
-    """sums / counts as JSON holds them: None for what is no number."""
+    """sums / counts, in a form that JSON can hold: None if the ratio is not a finite number."""
     values = (float(s) / float(n) if n else math.nan for s, n in zip(sums, counts, strict=True))
     return [value if math.isfinite(value) else None for value in values]
 
@@ -104,9 +111,9 @@ def make_token_losses(
     vocab_shards: int = 1,
     chunking: Chunking | None = None,
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """`token_losses(params, batch) -> (loss_BT, correct_BT)`, of every position, whatever its weight.
+    """Returns `token_losses(params, batch) -> (loss_BT, correct_BT)` for every position, whatever its weight.
 
-    What they are is said by `ops.loss.token_cross_entropy`, and `shards`, `vocab_shards` and `chunking` as well.
+    See `ops.loss.token_cross_entropy` for the results and for the other arguments.
     """
 
     def token_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -135,7 +142,8 @@ def score_pieces(
             values = np.asarray(values_BT)[counted_BT].astype(np.float64)
             row += np.bincount(labels, values, num_labels)
 
-    under_way: list[tuple] = []  # a batch is fetched when the next one has been dispatched
+    # The next batch is dispatched before the results of this one are fetched, so that the device always has work.
+    under_way: list[tuple] = []
     for arrays, labels_BT in pack(pieces, shape):
         under_way.append((labels_BT, *losses(params, arrays)))
         if len(under_way) > 1:
@@ -146,7 +154,7 @@ def score_pieces(
 
 
 def pack(pieces: Iterable[Piece], shape: Shape) -> Iterator[tuple[Arrays, np.ndarray]]:
-    """(the fields of a Batch, labels_BT), filled with whole pieces in their order, a segment each, and padded."""
+    """Packs whole pieces into batches, in their order, one segment each. Yields (the fields of a Batch, labels_BT)."""
     filling: _Filling | None = None
     for piece in pieces:
         if not len(piece.labels):
@@ -165,7 +173,7 @@ def pack(pieces: Iterable[Piece], shape: Shape) -> Iterator[tuple[Arrays, np.nda
 
 
 class _Filling:
-    """A batch that is being filled row by row."""
+    """A batch that is filled row by row. The rest is padding."""
 
     def __init__(self, shape: tuple[int, int]):
         self.arrays: Arrays = empty_arrays({"batch": shape[0], "length": shape[1]})
@@ -174,10 +182,12 @@ class _Filling:
         self._row = self._at = self._segment = 0
 
     def has_room(self, n: int) -> bool:
+        """Whether n more tokens fit, in this row or the next one."""
         rows, length = self.labels.shape
         return self._at + n <= length or self._row + 1 < rows
 
     def add(self, piece: Piece) -> None:
+        """Appends a piece as a new segment."""
         n = len(piece.labels)
         if self._at + n > self.labels.shape[1]:
             self._row, self._at, self._segment = self._row + 1, 0, 0

@@ -1,4 +1,4 @@
-"""Text from a model: one prefill of the prompts, then a token at a time from a key/value cache, streamed."""
+"""Text generation: one prefill of the prompts, then one token at a time from a key/value cache, as a stream."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from llmjax.ops.seeds import make_key
 from llmjax.ranges import FOLD, Range, check_ranges
 from llmjax.types import Params
 
-SLOTS = 64  # prompts and caches are rounded up to this, so that few shapes are compiled
+# Prompt lengths and cache sizes are rounded up to a multiple of this, so that few shapes are compiled. A choice.
+SLOTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """The `generate` section of the config.
 
-    max_tokens   new tokens per prompt, at most; generation stops earlier at the end of the document
-    temperature  0 = greedy
-    top_k        only the k most likely tokens; 0 = off
-    top_p        only the most likely tokens that together reach this probability; 1 = off
-    seed         of the sampling
+    max_tokens   the most new tokens per prompt; generation also stops at the end of the document
+    temperature  0 is greedy decoding
+    top_k        sample only from the k most likely tokens; 0 is off
+    top_p        sample only from the most likely tokens that together reach this probability; 1 is off
+    seed         the seed of sampling
     """
 
     max_tokens: Annotated[int, Range(1, 2**20)]
@@ -43,7 +44,7 @@ class GenerateConfig:
 
 
 def round_up(n: int, multiple: int = SLOTS) -> int:
-    """The least multiple of `multiple` that is n or more."""
+    """The smallest multiple of `multiple` that is at least n."""
     return -(-n // multiple) * multiple
 
 
@@ -54,17 +55,19 @@ def make_generator(
     eos_id: int,
     banned_ids: Sequence[int] = (),
 ) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list[int | None]]]:
-    """`generate(params, prompts)`, an iterator over time that yields one new token id per prompt, None once ended.
+    """Returns `generate(params, prompts)`, an iterator that yields one new token id per prompt at a time, None once
+    it ended.
 
-    A prompt's sample depends on the seed and its own number only, not on the prompts beside it. `banned_ids` (pad,
-    mask, reserved) are never sampled. Where the model has a `position_limit`, each prompt is continued until it has so
-    many tokens, and one more that is predicted from the last of them.
+    The sample for a prompt depends on the seed and on the index of the prompt, not on the other prompts. `banned_ids`
+    (pad, mask, reserved) are never sampled. If the model has a `position_limit`, a prompt is continued up to this
+    number of tokens, plus one more, which is predicted from the last of them.
     """
     pick = functools.partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
 
     def choose(logits_BV: jax.Array, rngs_B: jax.Array, step: jax.Array) -> jax.Array:
         if banned_ids:
             logits_BV = logits_BV.at[:, np.asarray(banned_ids)].set(-jnp.inf)
+        # Each row draws from its own key and step number, so that it does not depend on the batch.
         return jax.vmap(lambda rng, logits_V: pick(jax.random.fold_in(rng, step), logits_V[None])[0])(
             rngs_B, logits_BV
         )
@@ -73,6 +76,7 @@ def make_generator(
     def prefill(params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache, rngs_B: jax.Array):
         valid_BT = jnp.arange(tokens_BT.shape[1])[None, :] < lengths_B[:, None]
         logits_BTV, cache = model.decode(params, tokens_BT, cache, valid_BT)
+        # Prompts are padded at the right, so the next token follows from the logits at the last valid position.
         last_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
         return choose(last_BV, rngs_B, jnp.zeros((), jnp.int32)), cache
 
@@ -104,6 +108,7 @@ def make_generator(
         next_B, cache = prefill(params, tokens, lengths, cache, rngs_B)
         ended = np.zeros(len(prompts), bool)
         for step in range(1, limits.max() + 1):
+            # This waits for the device. The next step is dispatched only if some prompt goes on.
             ids = np.asarray(next_B)
             ended |= ids == eos_id
             yield [None if done else int(i) for done, i in zip(ended, ids, strict=True)]

@@ -1,4 +1,4 @@
-"""What every model family offers: pure functions of parameters and a batch, behind one contract."""
+"""The contract of a model family: pure functions of parameters and a batch."""
 
 from __future__ import annotations
 
@@ -11,41 +11,45 @@ import jax
 from llmjax.parallel.rules import Layout
 from llmjax.types import Batch, Head, Output, Params
 
-Cache = Any  # what a family keeps of the tokens that it has read: a pytree that nobody else looks into
+# What a family remembers of the tokens read so far: a pytree that only the family looks into.
+Cache = Any
 
 
 class Model(Protocol):
-    """A language model. `params` is a nested dict of plain arrays; `axes()` names their dimensions."""
+    """A language model. `params` is a nested dict of arrays, whose dimensions `axes()` names."""
 
     @property
     def layout(self) -> Layout: ...
 
     @property
     def vocab_size(self) -> int:
-        """V, the ids that the head chooses among."""
+        """V, the number of ids that the head chooses among."""
 
     @property
     def position_limit(self) -> int:
-        """The most tokens of a document that the model has positions for; 0: any number."""
+        """The most tokens of a document that the model has positions for; 0 means any number."""
 
     def init(self, rng: jax.Array) -> Params:
-        """Fresh float32 parameters."""
+        """Newly initialised float32 parameters."""
 
     def axes(self) -> Any:
-        """The tree of `init` with a tuple of logical axis names in the place of each array: all that is known of what a
-        parameter is, see `parallel/rules.py`."""
+        """The tree of `init` with a tuple of logical axis names in place of each array, see `parallel/rules.py`.
+
+        These names decide everything about the role of a parameter: its sharding, its optimizer, its clipping.
+        """
 
     def apply(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> Output:
-        """Hidden states, auxiliary loss terms and carry. Deterministic if and only if rng is None."""
+        """Hidden states, auxiliary loss terms and carry. Without `rng` there is no randomness, such as dropout."""
 
     def head(self, params: Params) -> Head:
-        """What turns hidden states into logits, ready for the loss: brought together where devices split it."""
+        """What turns hidden states into logits, ready for the loss: its matrix is gathered if it is split along D."""
 
     def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """Figures of each layer over all real positions, float32 [L], without dropout, by names of the family's own.
+        """Statistics of each layer over all real positions, float32 [L] each, without dropout. The family chooses
+        their names.
 
-        A GPT gives `residual_rms`, the root mean square of the stream after each layer, and `attention_rms` and
-        `mlp_rms` of what its branches add to it. Nothing is computed unless this is called.
+        A GPT returns `residual_rms`, the root mean square of the residual stream after each layer, and
+        `attention_rms` and `mlp_rms` of what its two branches add to it. Only a call of this method computes them.
         """
 
     def make_cache(self, batch: int, slots: int) -> Cache:
@@ -54,18 +58,26 @@ class Model(Protocol):
     def decode(
         self, params: Params, tokens_BT: jax.Array, cache: Cache, valid_BT: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
-        """logits_BTV of T further tokens per row, and the cache that holds them. Where `valid_BT` is false the token
-        is padding and its logits mean nothing."""
+        """logits_BTV of T further tokens per row, and the cache with these tokens.
+
+        Where `valid_BT` is false, the token is padding and its logits mean nothing.
+        """
 
     def cost(self, attended: float, tokens_per_device: float, seq_len: int) -> Cost:
-        """What a micro-step costs. `attended`: keys that a token attends to, on average; `tokens_per_device` in rows of
-        `seq_len`, of which a device along mesh.seq has its share."""
+        """The cost of a micro-step.
+
+        attended           the keys that a token attends to, on average
+        tokens_per_device  the tokens of a micro-step divided by the devices that share them
+        seq_len            the length of a row
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """flops_per_token   floating point operations of a forward and a backward pass, for each token
-    activation_bytes  an estimate of what the backward pass keeps on a device
+    """The cost of a micro-step.
+
+    flops_per_token   floating point operations of a forward and a backward pass, per token
+    activation_bytes  an estimate of the bytes per device that the backward pass keeps
     """
 
     flops_per_token: float
@@ -73,14 +85,15 @@ class Cost:
 
 
 def is_box(x: Any) -> bool:
+    """Whether x is a metadata box of flax."""
     return isinstance(x, nn.LogicallyPartitioned)
 
 
 def unbox(boxed: Params) -> Params:
-    """The arrays out of flax's metadata boxes."""
+    """The arrays inside flax's metadata boxes."""
     return jax.tree.map(lambda b: b.value if is_box(b) else b, boxed, is_leaf=is_box)
 
 
 def box_axes(boxed: Params) -> Any:
-    """The logical axis names out of flax's metadata boxes."""
+    """The logical axis names in flax's metadata boxes."""
     return jax.tree.map(lambda b: tuple(b.names), boxed, is_leaf=is_box)

@@ -1,4 +1,4 @@
-"""The decoder-only Transformer (Radford et al. 2018; Touvron et al. 2023), from GPT-2 to Llama by configuration."""
+"""The decoder-only Transformer (Radford et al. 2018; Touvron et al. 2023): from GPT-2 to Llama by configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from llmjax.types import Batch, Head, Output, Params
 
 
 class Embedding(nn.Module):
-    """The token table, the learned position table where there is one, and the output matrix unless it is tied."""
+    """The token embeddings, the position embeddings if they are learned, and the output matrix unless it is tied."""
 
     config: ModelConfig
     vocab_size: int
@@ -50,11 +50,11 @@ class Embedding(nn.Module):
 class GPT:
     """The `Model` contract for a decoder-only Transformer.
 
-    config         resolved
-    max_positions  of learned positions
-    attend         the attention algorithm of training; generation always uses `full`, whose queries are few
-    holds_scores   whether `attend` keeps all scores, for `cost`
-    compute        changes time and memory, and no number
+    config         a resolved config
+    max_positions  the size of the table of learned positions
+    attend         the attention algorithm of training; generation always uses `full`, because it has few queries
+    holds_scores   whether `attend` keeps all scores for the backward pass, for `cost`
+    compute        choices that change time and memory but no result
     """
 
     config: ModelConfig
@@ -82,6 +82,7 @@ class GPT:
         return Norm(self.config.norm, self.config.norm_eps, self.config.use_bias)
 
     def _init_boxed(self, rng: jax.Array) -> Params:
+        """Parameters in flax's metadata boxes. Their values depend on the seed and the config, not on the mesh."""
         rng_embedding, rng_layers, rng_norm = jax.random.split(rng, 3)
         x_BTD = jnp.zeros((1, 2, self.config.model_dim), self.config.dtype)
         index_BT = jnp.zeros((1, 2), jnp.int32)
@@ -101,6 +102,7 @@ class GPT:
         return box_axes(jax.eval_shape(self._init_boxed, jax.random.key(0)))
 
     def _rotation(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """cos and sin of the positions for rotary embeddings, or None if the model has none."""
         c = self.config
         if not POSITIONS[c.position].rotates:
             return None
@@ -108,14 +110,16 @@ class GPT:
         return rope.rotation(positions_BT, c.head_dim, c.rope_theta, *scaling)
 
     def _look_up(self, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        """Rows of the table. Devices that share sequences look up all tokens of these, each in the columns that it has
-        of the table, and then trade columns for tokens: left to itself, XLA makes everything whole in between."""
+        """x_BTD, the rows of the table for these tokens."""
         layout = self.layout
         if layout.manual and layout.axis_size("tensor") > 1:
-            # Each looks up all ids in its columns: XLA of jax 0.12 aborts on ids of others where three axes split it.
+            # Each device looks up all ids in its own columns. If the ids were split over `tensor`, XLA of jax 0.12
+            # would abort where three mesh axes split the table.
             table_VD = layout.constrain(table_VD, None, "mlp")
         if layout.manual or layout.axis_size("seq") == 1:
             return jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
+        # Devices that share sequences look up all tokens of these sequences, each in its own columns of the table,
+        # and then exchange columns for tokens. By default, XLA would gather everything on every device in between.
         table_VD = layout.constrain(table_VD, "vocab", "length")
         x_BTD = jnp.take(table_VD, layout.constrain(tokens_BT, "batch", None), axis=0, mode="clip")
         return layout.constrain(x_BTD, "batch", None, "length")
@@ -132,13 +136,15 @@ class GPT:
         return hidden_BTD
 
     def _mask(self, batch: Batch) -> Mask:
-        """The mask. Segments and positions of whole rows are brought to every device once, for all layers."""
+        """The causal mask. Segments and positions of whole rows are gathered on every device once, for all layers."""
         whole = (self.layout.constrain(x, "batch", None) for x in (batch.segments, batch.positions))
         return self_mask(*whole)
 
     def apply(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> Output:
         keys_BT = None
         if rng is not None and self.config.dropout:
+            # Dropout draws from the packed sequence number and the column, wherever the token lies
+            # (`ops/dropout.py`).
             columns_BT = batch.columns
             if columns_BT is None:
                 columns_BT = jax.lax.broadcasted_iota(jnp.int32, batch.tokens.shape, 1)
@@ -146,6 +152,7 @@ class GPT:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
         x_BTD = dropout(x_BTD, keys_BT, self.config.dropout, 0)
         mask = self._mask(batch)
+        # Leading dimension `layers` dropped: the specs are those of one layer.
         specs = None
         if self.compute.tile:
             specs = jax.tree.map(
@@ -167,7 +174,8 @@ class GPT:
     def head(self, params: Params) -> Head:
         w_VD = self._output_table(params)
         if self.layout.axis_size("fsdp") * self.layout.axis_size("seq") > 1:
-            # Brought together once, or each chunk of the loss would do so; cast, since a copy is made anyway.
+            # Gathered once here; otherwise each chunk of the loss would gather it. Cast first, because a copy is made
+            # anyway.
             w_VD = self.layout.constrain(w_VD.astype(self.config.dtype), "classes", None)
         return Head(w_VD, softcap=self.config.logit_softcap)
 
@@ -195,7 +203,8 @@ class GPT:
             slot,
         )
         hidden_BTD = self._normalize(params, x_BTD)
-        head = Head(self._output_table(params), softcap=c.logit_softcap)  # tokens are few: it stays split
+        # Generation has few tokens, so the output matrix stays split.
+        head = Head(self._output_table(params), softcap=c.logit_softcap)
         cache = dataclasses.replace(cache, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
         return head_logits(hidden_BTD, head), cache
 
@@ -203,31 +212,30 @@ class GPT:
         return Cost(self._flops_per_token(attended), self._activation_bytes(tokens_per_device, seq_len))
 
     def _flops_per_token(self, attended: float) -> float:
-        """6 per weight of a matrix product (Kaplan et al. 2020), 12 N H per attended key and layer, of which a local
-        layer has its window at most; lookups are free."""
+        """6 per weight of a matrix product (Kaplan et al. 2020), and 12 N H per attended key and layer. Lookups are
+        free."""
         c = self.config
         attention = c.model_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
         mlp = c.model_dim * c.mlp_dim * (ACTIVATIONS[c.activation].projections + 1)
         weights = c.num_layers * (attention + mlp) + self.vocab_size * c.model_dim
+        # A layer with a window attends to `window` keys at most.
         keys = sum(min(attended, window or attended) for window in layer_windows(c))
         return 6.0 * weights + 12.0 * c.num_heads * c.head_dim * keys
 
     def _activation_bytes(self, tokens: float, seq_len: int) -> int:
-        """What the backward pass keeps on a device.
-
-        Per layer and token that is, without remat: 3 arrays as wide as the model for each norm and its input, queries
-        and keys before and after their norm and rotation and once more in the layout of attention, and the hidden layer
-        before, within and after its activation. `dots` keeps the outputs of matrix products alone, `attention` the
-        layer's input and what its heads found, `full` the input; then one layer exists in full while it is recomputed.
-        `full` attention holds its scores, too. Tiles hold the hidden layer of one tile at a time.
-        """
+        """An estimate of the bytes per device that the backward pass keeps for this number of tokens."""
         c, how, tensor = self.config, self.compute, self.layout.axis_size("tensor")
+        # Without remat, a layer keeps per token: 3 arrays of width D for each norm and its input; queries and keys
+        # before and after their norm and rotation, and once more in the layout of attention; the hidden layer before,
+        # in and after the activation (of one tile, with tiles); and all scores, if attention keeps them.
         queries, keys = (heads * c.head_dim / tensor for heads in (c.num_heads, c.num_kv_heads))
         hidden, projections = c.mlp_dim / tensor, ACTIVATIONS[c.activation].projections
         at_once = min(1.0, how.tile / tokens) if how.tile else 1.0
         layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * projections) * hidden * at_once
         if self.holds_scores:
             layer += 2 * seq_len * c.num_heads / tensor
+        # Remat keeps less: `dots` the outputs of matrix products, `attention` the input and the output of the heads,
+        # `full` only the input. `kept_width` chooses.
         products = 2 * c.model_dim + queries + 2 * keys + projections * hidden
         widths = Widths(c.model_dim, queries, products, layer)
         return int(

@@ -25,7 +25,7 @@ def dropout(x_BTD: jax.Array, keys_BT: jax.Array | None, rate: float, salt: int 
     if keys_BT is None or rate == 0.0:
         return x_BTD
 
-    # The product of D bernoulli draws per token, each token from its own key.
+    # One draw per element of a token, all of them from the key of the token.
     def keep(key: jax.Array) -> jax.Array:
         return jax.random.bernoulli(jax.random.fold_in(key, salt), 1.0 - rate, x_BTD.shape[2:])
 

@@ -1,8 +1,8 @@
-"""What several processes tell each other before they work together, so that none waits for one that has given up.
+"""Communication between processes on the host, so that no process waits for another one that has failed.
 
-A process that ends with a sentence while the others are in a collective leaves them hanging. So whatever
-depends on a disk, an environment or a flag is done in `together`, after which all go on or all end; and what
-all must see alike is compared in `check_same`. Every process must call these, in the same order.
+A process that exits while the others are in a collective leaves them hanging. Therefore whatever depends on a disk,
+an environment variable or a flag runs in `together`, after which either all processes continue or all end.
+`check_same` compares what all processes must agree on. Every process must call these functions in the same order.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ Value = TypeVar("Value")
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of every process, in their order; it must be plain, as JSON holds it."""
+    """The `value` of every process, in the order of processes. It must be representable in JSON."""
     if jax.process_count() == 1:
         return [value]
     own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    # Arrays must have the same shape everywhere, so the JSON texts are padded to the longest one.
     sizes = multihost_utils.process_allgather(np.int32(len(own)))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: len(own)] = own
@@ -34,12 +35,13 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_primary(value: Any) -> Any:
-    """The `value` of the first process, on all of them."""
+    """The `value` of the first process, returned on all processes."""
     return gather(value if hosts.is_primary() else None)[0]
 
 
 def together(act: Callable[[], Value]) -> Value:
-    """What `act()` gives. Where it fails on one process, every process raises: the others a UserError that says why.
+    """The result of `act()`. If `act` fails on any process, all raise: the failing process its own error, the others
+    a UserError that quotes it.
 
     `act` must not communicate with other processes.
     """
@@ -48,6 +50,7 @@ def together(act: Callable[[], Value]) -> Value:
         result = act()
     except Exception as raised:
         error = raised
+    # All processes reach this collective, whether `act` has failed or not.
     sentences = gather("" if error is None else (str(error) or type(error).__name__))
     if error is not None:
         raise error
@@ -59,14 +62,16 @@ def together(act: Callable[[], Value]) -> Value:
 
 
 def on_primary(act: Callable[[], Value]) -> Value:
-    """What `act()` gives on the first process, on all of them: plain, as JSON holds it. Where it fails, all raise."""
+    """The result of `act()` on the first process, returned on all processes. It must be representable in JSON. If
+    `act` fails, all processes raise."""
     return from_primary(together(lambda: act() if hosts.is_primary() else None))
 
 
 def check_same(seen: Mapping[str, str], remedy: str) -> None:
-    """UserError on every process where not all of them see the same, saying which process sees what.
+    """Raises a UserError on every process if `seen` differs between processes; it says which process sees which
+    value.
 
-    `seen` has words for each thing that is compared; the first that differs is named.
+    `seen` maps a description of each compared thing to its value as text. The first one that differs is named.
     """
     everyone = gather(dict(seen))
     for name in seen:
@@ -79,6 +84,7 @@ def check_same(seen: Mapping[str, str], remedy: str) -> None:
 
 
 def _ranges(numbers: list[int]) -> str:
+    """These process numbers in words; at most 8 are listed."""
     if len(numbers) == 1:
         return f"process {numbers[0]}"
     shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")

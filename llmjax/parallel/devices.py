@@ -1,7 +1,7 @@
-"""Published figures of accelerators: peak dense bfloat16 FLOP/s and memory, by jax's name of the device kind.
+"""Published figures of accelerators: peak dense bfloat16 FLOP/s and memory, by the device kind that jax reports.
 
-Sources: the vendors' data sheets (cloud.google.com/tpu/docs, nvidia.com). An unknown device has no figures, and then no
-utilisation is reported.
+Sources: the data sheets of the vendors (cloud.google.com/tpu/docs, nvidia.com). For an unknown device, no utilisation
+is reported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """peak_flops: dense bfloat16 FLOP/s of one device as jax counts them; memory: bytes."""
+    """One device, as jax counts devices.
+
+    peak_flops  dense bfloat16 FLOP/s
+    memory      bytes
+    """
 
     peak_flops: float
     memory: float
@@ -25,7 +29,8 @@ ACCELERATORS = {
     "TPU v5": Accelerator(459e12, 95 * 2**30),
     "TPU v5p": Accelerator(459e12, 95 * 2**30),
     "TPU v6 lite": Accelerator(918e12, 32 * 2**30),
-    "TPU7x": Accelerator(1153.5e12, 96 * 2**30),  # jax counts the two cores of a chip separately
+    # jax counts the two cores of a chip as two devices.
+    "TPU7x": Accelerator(1153.5e12, 96 * 2**30),
     "NVIDIA A100-SXM4-40GB": Accelerator(312e12, 40e9),
     "NVIDIA A100-SXM4-80GB": Accelerator(312e12, 80e9),
     "NVIDIA H100 80GB HBM3": Accelerator(989e12, 80e9),
@@ -35,6 +40,6 @@ ACCELERATORS = {
 
 
 def peak_flops(devices: list[jax.Device]) -> float:
-    """Peak FLOP/s of all `devices` together; 0 where their kind is unknown."""
+    """The peak FLOP/s of all `devices` together; 0 if their kind is unknown."""
     accelerator = ACCELERATORS.get(devices[0].device_kind)
     return accelerator.peak_flops * len(devices) if accelerator else 0.0

@@ -1,9 +1,10 @@
-"""Several processes that work as one computer: how they start, which one speaks, which rows of a batch each has.
+"""Several processes that work as one: how they start, which one writes output, and which rows of a batch each
+provides.
 
-Each process feeds its own devices, so it makes only the rows of the global batch that they need. Which rows
-those are follows from the sharding alone: the same packed sequences are trained on however many processes
-share the work. A row that several processes need (its positions are split over them, or it is replicated)
-is made by each of them. This file alone knows `jax.distributed`.
+Each process feeds its own devices, so it makes only those rows of the global batch that its devices need. The
+sharding alone determines these rows, so training sees the same packed sequences for any number of processes. A row
+that several processes need (because its positions are split over them, or it is replicated) is made by each of them.
+Only this file uses `jax.distributed`.
 """
 
 from __future__ import annotations
@@ -25,22 +26,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from llmjax.errors import UserError
 from llmjax.escapes import complain
 
+# The environment variables that start several processes by hand.
 EXPLICIT = ("LLMJAX_COORDINATOR", "LLMJAX_NUM_PROCESSES", "LLMJAX_PROCESS_ID")
+# The environment variable with the seconds that processes wait for each other at the start.
 TIMEOUT = "LLMJAX_TIMEOUT"
-# Seconds that processes wait for each other at the start: those that a person starts, and those of a cluster,
-# whose machines may come up minutes apart.
+# The default number of seconds: processes started by hand, and processes of a cluster, whose machines may come up
+# minutes apart. Both are choices.
 EXPLICIT_SECONDS, CLUSTER_SECONDS = 60, 300
-# jax ends the whole process when its own time is over, without a sentence; so it gets this much more than we wait.
+# When jax's own timeout expires, it ends the process without a clear message. It gets this many seconds more than our
+# timeout, so that ours is first.
 GRACE_SECONDS = 60
 
 
 def initialize() -> None:
-    """Joins the other processes, where the environment says that there are any; before jax touches a device.
+    """Joins the other processes if the environment describes any. It must be called before jax uses a device.
 
-    In this order: LLMJAX_COORDINATOR (host:port of process 0) with LLMJAX_NUM_PROCESSES and
-    LLMJAX_PROCESS_ID; a SLURM step of several tasks; a TPU host. Anything else is one process, and nothing
-    happens. Raises UserError where the LLMJAX_ variables are incomplete, malformed or contradict each other. Where
-    the others do not come within LLMJAX_TIMEOUT seconds, the process ends with one sentence and exit code 2.
+    It looks for, in this order: LLMJAX_COORDINATOR (host:port of process 0) with LLMJAX_NUM_PROCESSES and
+    LLMJAX_PROCESS_ID; a SLURM step with several tasks; a TPU host. Otherwise the process is alone and nothing
+    happens. Raises UserError if the LLMJAX_ variables are incomplete, malformed or contradictory. If the others do
+    not join within LLMJAX_TIMEOUT seconds, the process prints one sentence and exits with code 2.
     """
     if jax.distributed.is_initialized():
         return
@@ -58,12 +62,14 @@ def initialize() -> None:
         with _patience(seconds, lambda: missing):
             jax.distributed.initialize(initialization_timeout=seconds + GRACE_SECONDS)
     elif _has_tpu():
-        # The metadata of a TPU machine says how many hosts there are; a single one need not have any.
+        # The metadata of a TPU machine says how many hosts there are. A single host may have none, which raises
+        # ValueError.
         with contextlib.suppress(ValueError):
             jax.distributed.initialize()
 
 
 def _explicit() -> tuple[str, int, int]:
+    """(address of process 0, number of processes, index of this process) from the environment."""
     missing = [name for name in EXPLICIT if not os.environ.get(name)]
     if missing:
         raise UserError(f"{missing[0]} is not set; several processes need all of {', '.join(EXPLICIT)}")
@@ -86,6 +92,7 @@ def _explicit() -> tuple[str, int, int]:
 
 
 def _timeout(default: int) -> int:
+    """The seconds to wait, from the environment or `default`."""
     text = os.environ.get(TIMEOUT) or str(default)
     if not text.isdecimal() or not 0 < int(text) <= 86400:
         raise UserError(f"{TIMEOUT}={text!r} is not a number of seconds from 1 to 86400; give for example 60")
@@ -94,15 +101,13 @@ def _timeout(default: int) -> int:
 
 @contextlib.contextmanager
 def _patience(seconds: int, sentence: Callable[[], str]) -> Iterator[None]:
-    """Ends the process with `sentence()` and exit code 2 if the block takes longer than `seconds`.
-
-    The block waits in C++, where no exception can reach it.
-    """
+    """Ends the process with `sentence()` and exit code 2 if the block takes longer than `seconds`."""
 
     def give_up() -> None:
         complain(f"{sentence()}; {TIMEOUT}=SECONDS waits longer")
         os._exit(2)
 
+    # The block waits in C++, where no exception can reach it, so another thread ends the process.
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
@@ -113,7 +118,7 @@ def _patience(seconds: int, sentence: Callable[[], str]) -> Iterator[None]:
 
 
 def _who_is_missing(address: str, count: int, index: int, seconds: int) -> str:
-    """Why process `index` is still alone, in words."""
+    """A sentence that says why process `index` is still waiting."""
     if index and not _answers(address):
         return (
             f"LLMJAX_COORDINATOR={address!r} has not answered for {seconds} s; start process 0 there, or give "
@@ -126,6 +131,7 @@ def _who_is_missing(address: str, count: int, index: int, seconds: int) -> str:
 
 
 def _answers(address: str) -> bool:
+    """Whether a server accepts connections at `address`."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=1):
@@ -152,15 +158,15 @@ def _has_tpu() -> bool:
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes logs and speaks to the user."""
+    """Whether this is the process that writes logs and prints output."""
     return jax.process_index() == 0
 
 
 def start_vote(flag: bool) -> jax.Array | bool:
-    """Whether any process says True, as a value that `bool()` waits for.
+    """Whether `flag` is true on any process, as a value on which `bool()` waits.
 
-    It is dispatched like any other computation, so that asking costs no wait until the answer is read. All
-    processes must call it, in the same order among their other computations.
+    It is dispatched like any other computation, so it costs no waiting until it is read. All processes must call it,
+    in the same order relative to their other computations.
     """
     if jax.process_count() == 1:
         return flag
@@ -171,7 +177,7 @@ def start_vote(flag: bool) -> jax.Array | bool:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process says True; waits for all of them."""
+    """Whether `flag` is true on any process. Waits for all processes."""
     return bool(start_vote(flag))
 
 
@@ -186,11 +192,12 @@ def _any(mesh: Mesh):
 
 
 def local_batch_rows(sharding: Sharding, global_batch: int) -> np.ndarray:
-    """Which rows of a `[global_batch, T]` array this process must make, sorted, int64.
+    """The sorted indices (int64) of the rows of a [global_batch, T] array that this process must provide.
 
-    Raises UserError where the batch does not divide over the devices that share it.
+    Raises UserError if the batch does not divide over the devices that share it.
     """
-    shape = (global_batch, len(sharding.device_set))  # any T that every mesh axis divides
+    # Any T will do that every mesh axis divides.
+    shape = (global_batch, len(sharding.device_set))
     try:
         indices = sharding.addressable_devices_indices_map(shape).values()
     except ValueError as error:
@@ -215,11 +222,11 @@ def make_global(
     local_array: np.ndarray,
     axis: int = 0,
 ) -> jax.Array:
-    """The global array of shape `global_shape` of which this process holds `local_rows` along `axis`.
+    """The global array of shape `global_shape`, of which this process provides `local_rows` along `axis`.
 
-    `local_rows` is what `local_batch_rows` gave for a sharding whose first dimension is cut as `axis` is here.
-    `local_array` holds those rows and must not be written to afterwards: on the CPU the device array may
-    share its memory.
+    `local_rows` comes from `local_batch_rows`, for a sharding that splits its first dimension as `axis` is split
+    here. `local_array` holds these rows. It must not be modified later: on the CPU the device array may share its
+    memory.
     """
     expected = (*global_shape[:axis], len(local_rows), *global_shape[axis + 1 :])
     if local_array.shape != expected:
@@ -228,7 +235,8 @@ def make_global(
         return jax.device_put(local_array, sharding)
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # only those devices are asked for that hold a part
+        # jax asks only for devices that hold a part of the array.
+        assert index is not None
         rows = np.arange(global_shape[axis])[index[axis]]
         mine = np.take(local_array, np.searchsorted(local_rows, rows), axis)
         return mine[(*index[:axis], slice(None), *index[axis + 1 :])]

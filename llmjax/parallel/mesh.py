@@ -1,8 +1,8 @@
-"""The device mesh: always the same four axes, `data`, `fsdp`, `seq`, `tensor`, of size 1 when unused.
+"""The device mesh. It always has the same four axes, `data`, `fsdp`, `seq` and `tensor`; an unused axis has size 1.
 
-`data` replicates parameters and splits the batch; `fsdp` splits the batch and the parameters (Rajbhandari et al. 2020,
-ZeRO); `seq` splits the positions of each sequence; `tensor` splits heads, feed-forward and vocabulary (Shoeybi et al.
-2019, Megatron-LM).
+`data` splits the batch and replicates the parameters. `fsdp` splits the batch and the parameters (ZeRO: Rajbhandari
+et al. 2020). `seq` splits the positions of each sequence, and the parameters as well. `tensor` splits heads,
+feed-forward layers and the vocabulary (Megatron-LM: Shoeybi et al. 2019).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmjax.ranges import Range, Unset, check_ranges
 from llmjax.types import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
-# Those of llmjax/data/layout/layout.py, and a choice among them.
+# The layouts of llmjax/data/layout/layout.py; `auto` chooses among them.
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "documents")
 SEQ_ATTENTION = ("auto", "gather", "ring", "ulysses", "hybrid")
 
@@ -30,10 +30,10 @@ AXIS = Range(1, 2**20, all=True)
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, which takes all devices that the others leave.
+    """The sizes of the mesh axes. One of them may be -1, and takes all devices that remain.
 
-    seq_attention  how the devices of `seq` attend to each other's keys
-    ulysses        devices that trade heads in `hybrid`; 0 = as many as there are key/value heads for
+    seq_attention  how devices along `seq` attend to keys on each other, see `ops/attention/sequence_attention.py`
+    ulysses        the number of devices that exchange heads in `hybrid`; 0 means as many as the key/value heads allow
     layout         which tokens of a sequence lie on which device of `seq`
     """
 
@@ -54,7 +54,7 @@ class MeshConfig:
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
-    """The four axis sizes for `num_devices`, with -1 filled in; UserError where the product does not match."""
+    """The four axis sizes for `num_devices`, with -1 filled in. Raises UserError if their product does not match."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
@@ -79,13 +79,14 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (default: all of them), laid out to follow the physical topology.
+    """The mesh of `config` over `devices` (by default all), arranged to follow the physical network.
 
-    Each axis gets whole dimensions of a TPU's torus where that is possible, and parts of them where it is not. Slices
-    of a TPU are joined by a slower network, which the axis that communicates least lies across (`across_slices`).
+    Each axis gets whole dimensions of a TPU's torus if possible, otherwise parts of them. Slices of a TPU are
+    connected by a slower network, so the axis that communicates least lies across them (`across_slices`).
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))
+    # Linen needs automatic axes; jax would make them explicit by default.
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices > 1:
@@ -96,14 +97,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     except NotImplementedError:
+        # The shape does not fit whole dimensions of the torus.
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=types)
 
 
 def across_slices(shape: tuple[int, int, int, int], slices: int) -> tuple[int, int, int, int]:
-    """The sizes of the four axes over `slices` slices: all on `data` where it can be, or else on `fsdp`.
+    """How the four axes are divided over `slices` slices: all on `data` if possible, otherwise on `fsdp`.
 
-    UserError where neither is a multiple of `slices`: sequences and tensors are not split over a slow network.
+    Raises UserError if neither is a multiple of `slices`: sequences and tensors are not split over a slow network.
     """
     data, fsdp, _, _ = shape
     if data % slices == 0:

@@ -1,9 +1,9 @@
-"""The one table from logical axes to mesh axes, and the `Layout` that applies it.
+"""The table from logical axes to mesh axes, and the `Layout` that applies it.
 
-Models name what a dimension is (`batch`, `length`, `mlp`). This table alone says where it lies, and what it does in a
-parameter: all that is known of a parameter's role follows from the names of its dimensions. Parameters and activations
-share the table, so `embed` is the sharded dimension of a parameter, and activations leave it `None`.
-Devices that share a sequence share the parameters too, as the devices of `fsdp` do.
+A model names what each dimension is (`batch`, `length`, `mlp`). Only this table says which mesh axes split such a
+dimension, and what role it has in a parameter. Everything about a parameter follows from the names of its dimensions.
+Parameters and activations share the table: `embed` is a dimension of parameters, which is split, and activations use
+None for the same width. Devices that share a sequence also share the parameters, as the devices of `fsdp` do.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from llmjax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """A logical axis: the mesh axes that split it, and what a dimension of a parameter that has its name does.
+    """A logical axis.
 
-    mesh  names of mesh axes; none: every device has all of it
-    side  "inputs": the parameter is applied by a sum over this dimension. "outputs": it is not. "rows": the number of
-          a token picks one row of it. "classes": the output head chooses among its entries. "stack": each entry is a
-          parameter of its own. "": only activations have such a dimension
+    mesh  the mesh axes that split it; if empty, every device has all of it
+    side  its role in a parameter. "inputs": a matrix product sums over it. "outputs": it does not. "rows": a token id
+          or position selects one row. "classes": the output head chooses among its entries. "stack": each entry is a
+          separate parameter. "": only activations have such a dimension
     """
 
     mesh: tuple[str, ...] = ()
@@ -38,10 +38,10 @@ RULES: dict[str, Axis] = {
     "vocab": Axis(("tensor",), "rows"),
     "positions": Axis((), "rows"),
     "classes": Axis(("tensor",), "classes"),
-    # What a matrix reads from the residual stream, and what it adds to it.
+    # Dimensions of matrices along the residual stream: `embed` reads from it, `residual` adds to it.
     "embed": Axis(("fsdp", "seq"), "inputs"),
     "residual": Axis(("fsdp", "seq"), "outputs"),
-    # Inside of a layer: what its first matrices make, and the same where its last ones read it.
+    # Dimensions inside of a layer: outputs of its first matrices, and (names in _in) inputs of its last ones.
     "heads": Axis(("tensor",), "outputs"),
     "kv_heads": Axis(("tensor",), "outputs"),
     "head_dim": Axis((), "outputs"),
@@ -49,7 +49,7 @@ RULES: dict[str, Axis] = {
     "head_dim_in": Axis((), "inputs"),
     "mlp": Axis(("tensor",), "outputs"),
     "mlp_in": Axis(("tensor",), "inputs"),
-    # Of vectors along the residual stream or a head, which are small and whole on every device.
+    # Vectors along the residual stream or a head: small, so every device has all of them.
     "feature": Axis((), "outputs"),
 }
 
@@ -60,13 +60,14 @@ def is_axes(x: object) -> bool:
 
 
 def _axis(name: str) -> Axis:
+    """The entry of the table for `name`. Raises UserError if there is none."""
     if name not in RULES:
         raise UserError(f"logical axis {name!r} is not in the rules table; use one of {', '.join(RULES)}")
     return RULES[name]
 
 
 def side_of(name: str) -> str:
-    """What a dimension of a parameter does that is called `name`, see `Axis`; UserError where that is not known."""
+    """The role of the logical axis `name` in a parameter, see `Axis`. Raises UserError for an unknown name."""
     side = _axis(name).side
     if not side:
         raise UserError(
@@ -76,9 +77,9 @@ def side_of(name: str) -> str:
 
 
 def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
-    """Mesh axes for logical `names`, one per dimension (None: replicated).
+    """The PartitionSpec for logical `names`, one per dimension; None means not split.
 
-    Raises UserError for a name that the table lacks and where two dimensions claim the same mesh axis.
+    Raises UserError for an unknown name, and if two dimensions use the same mesh axis.
     """
     used: dict[str, str] = {}
     entries: list[str | tuple[str, ...] | None] = []
@@ -100,17 +101,17 @@ def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh with the rules applied to it; hashable, so that modules can hold it. `mesh=None` means one device.
+    """A mesh together with the rules. It is hashable, so modules can hold it. `mesh=None` means a single device.
 
-    `manual` are the axes over which the caller has split the arrays itself (`jax.shard_map`): what this layout
-    is asked about is one part of them, so that for it those axes have one shard each.
+    `manual` lists the mesh axes over which the caller has already split the arrays, with `jax.shard_map`. Inside,
+    arrays are parts along these axes, so this layout treats each of them as having size 1.
     """
 
     mesh: Mesh | None = None
     manual: tuple[str, ...] = ()
 
     def sharding(self, *names: str | None) -> NamedSharding:
-        """The sharding of an array whose dimensions are called `names`; only with a mesh."""
+        """The sharding of an array with these logical dimensions. It needs a mesh."""
         assert self.mesh is not None
         return NamedSharding(self.mesh, self._spec(names))
 
@@ -119,23 +120,24 @@ class Layout:
         return without_axes(spec, self.manual) if self.manual else spec
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """`x`, told to the compiler to live where the table says; the identity on one device."""
+        """`x` with a sharding constraint from the table; unchanged on a single device."""
         if self.mesh is None or all(self.axis_size(axis) == 1 for axis in self.mesh.axis_names):
             return x
         if len(names) != x.ndim:
             raise ValueError(f"{len(names)} axis names {names} for an array of shape {x.shape}")
-        # Within shard_map the mesh is the surrounding one, whose manual axes a NamedSharding of this one denies.
+        # Inside of shard_map, a NamedSharding of this mesh would contradict the manual axes, so a bare PartitionSpec
+        # is used, which refers to the surrounding mesh.
         return jax.lax.with_sharding_constraint(
             x, self._spec(names) if self.manual else self.sharding(*names)
         )
 
     def axis_size(self, axis: str) -> int:
-        """The number of shards along mesh axis `axis`."""
+        """The number of shards along the mesh axis `axis`."""
         return 1 if self.mesh is None or axis in self.manual else self.mesh.shape[axis]
 
 
 def without_axes(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
-    """`spec` with the mesh axes `axes` taken out."""
+    """`spec` without the mesh axes `axes`."""
     kept = [[] if entry is None else [entry] if isinstance(entry, str) else list(entry) for entry in spec]
     kept = [[axis for axis in entry if axis not in axes] for entry in kept]
     return PartitionSpec(

@@ -1,6 +1,6 @@
-"""Points out settings that will not do what they ask for, one sentence each, without refusing them.
+"""Points out settings that will not have the expected effect, one sentence each, without refusing them.
 
-A run may be the beginning of a longer one, or a trial of a few updates; only who started it knows.
+They may be right: the run may be the beginning of a longer one, or a trial of a few updates.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from llmjax.train.optim.schedules import describe_jump, schedule_length, schedul
 
 
 def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: int = 0) -> list[str]:
-    """The sentences for a run of `program`; `saved` is the config with which its first `tokens` tokens were seen."""
+    """The sentences for a run of `program`.
+
+    saved   the config of the run so far, if it continues
+    tokens  the number of tokens that this run has already seen
+    """
     config, steering = program.config, program.steering
     found = schedule_remarks(config.optimizer, config.train.num_updates)
     found += _unreached("train.batch_points", steering.schedule.points, steering.num_tokens)
@@ -30,7 +34,7 @@ def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: in
 
 
 def _unreached(key: str, points: tuple[tuple[int, int], ...], num_tokens: int) -> list[str]:
-    """A sentence for the first point that begins after the run has ended."""
+    """A sentence about the first point of a schedule that begins after the end of the run."""
     beyond = [(seen, value) for seen, value in points if seen > num_tokens > 0]
     if not beyond:
         return []

@@ -1,4 +1,4 @@
-"""What a compiled step sends between devices, in words."""
+"""A description of what a compiled step sends between devices."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from llmjax.quantities import format_bytes
 
 
 def describe_communication(text: str) -> str:
-    """What each device sends in one call of the program that `compiled.as_text()` prints, by kind of collective.
+    """What each device sends per call of the program `text` (from `compiled.as_text()`), by kind of collective.
 
-    Collectives in a loop count as often as the loop runs. Where only the data says how often that is, they count once.
+    A collective in a loop counts as many times as the loop runs, or once if the number of iterations depends on the
+    data.
     """
     try:
         found = collectives(parse(text))
-    except (ValueError, KeyError, IndexError) as error:  # a compiler that writes its programs in another way
+    # Another compiler version may write its programs differently; the plan is still useful without this line.
+    except (ValueError, KeyError, IndexError) as error:
         return f"cannot be read from the program that this compiler writes ({error!r})"
     if not found:
         return "each device sends nothing"

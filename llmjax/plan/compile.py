@@ -1,7 +1,8 @@
-"""Compiling a run's train step without running it: for the devices at hand, or for a TPU that is not there.
+"""Compiles the train step of a run without running it: for the devices of this machine, or for a TPU that is not
+there.
 
-The real TPU compiler comes with the `tpu` extra and needs no TPU. What it says about memory is authoritative: a program
-that does not fit fails to compile. Then the largest micro-batch that does fit is looked for.
+The TPU compiler comes with the `tpu` extra and needs no TPU. Its statement about memory is authoritative: a program
+that does not fit fails to compile. In that case, the largest micro-batch that does fit is searched for.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from llmjax.plan.communication import describe_communication
 from llmjax.plan.summary import tree_bytes_per_device
 from llmjax.quantities import format_bytes, format_duration
 
-ATTEMPTS = 4  # compiles of other micro-batches; each takes as long as the first
+# The most further micro-batches to compile. A choice: each takes as long as the first.
+ATTEMPTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes on each device of a compiled step.
+    """The memory that a compiled step needs on each device, in bytes.
 
-    arguments    state and batch
-    temporaries  what else it needs
-    available    what there is; 0: not known
-    text         the compiled program; empty on one device, and where it needs more than there is
+    arguments    the state and the batch
+    temporaries  everything else
+    available    the memory of the device; 0 if unknown
+    text         the compiled program; empty for a single device, and if the program does not fit
     """
 
     arguments: int
@@ -48,10 +50,10 @@ class Need:
 
 
 def compile_step(program: Program, progress: Callable[[str], None] = lambda line: None) -> dict[str, str]:
-    """Compiles the train step for its mesh from shapes alone; label -> what the compiler says of it.
+    """Compiles the train step from shapes alone and returns what the compiler reports, as label -> text.
 
-    UserError where it needs more memory than the devices have, naming the largest micro-batch of the same update that
-    does not, which takes a few more compiles; `progress` is told of each.
+    Raises UserError if the step needs more memory than the devices have. The error names the largest micro-batch of
+    the same update that fits, which takes a few more compilations; `progress` is called with a line for each.
     """
     started = time.perf_counter()
     need = measure(program)
@@ -95,7 +97,7 @@ def compile_step(program: Program, progress: Callable[[str], None] = lambda line
 
 
 def measure(program: Program) -> Need:
-    """What the compiled train step needs. Compiles it, which may take minutes."""
+    """The memory that the compiled train step needs. Compiling may take minutes."""
     lowered = program.lower()
     device = program.mesh.devices.flat[0]
     try:
@@ -104,7 +106,8 @@ def measure(program: Program) -> Need:
         sizes = _sizes(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
             raise
-        # The compiler says how much it wanted in all, or of temporaries alone.
+        # The message gives the memory of the whole program, or only of its temporaries, and then the available
+        # memory.
         arguments = tree_bytes_per_device((program.abstract_state(), program.placement.abstract_batch()))
         temporaries = sizes[0] if "temporaries" in str(error) else max(sizes[0] - arguments, 0)
         return Need(arguments, temporaries, sizes[1])
@@ -113,14 +116,16 @@ def measure(program: Program) -> Need:
     if memory is None:
         return Need(0, 0, 0, text)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    # Outputs that reuse the memory of arguments (aliases) need no memory of their own.
     temporaries += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    if device.platform == "tpu":  # whose temporaries share their space in ways that only the peak shows
+    # On a TPU, temporaries share memory in ways that only the peak shows.
+    if device.platform == "tpu":
         temporaries = min(temporaries, max(memory.peak_memory_in_bytes - arguments, 0))
     return Need(arguments, temporaries, available_memory(device), text)
 
 
 def available_memory(device: jax.Device) -> int:
-    """Bytes that programs may use on a device that is there and says so; else 0."""
+    """The bytes that programs may use on a device; 0 if the device does not say so or is not there."""
     try:
         return (device.memory_stats() or {}).get("bytes_limit", 0)
     except jax.errors.JaxRuntimeError:
@@ -128,21 +133,22 @@ def available_memory(device: jax.Device) -> int:
 
 
 def _sizes(text: str) -> list[int]:
-    """The sizes in a message of the compiler, such as 15.75G, in bytes."""
+    """The sizes in a compiler message, such as 15.75G, in bytes."""
     powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
     return [int(float(n) * 1024 ** powers[unit]) for n, unit in re.findall(r"\b(\d+\.\d+)([KMGT])\b", text)]
 
 
 def smaller_micro_batches(program: Program) -> list[int]:
-    """The smaller micro-batches that cut every update of the run into whole ones, ascending."""
+    """The smaller micro-batch sizes, ascending, that divide every update of the run."""
     batch, mesh = program.batch, program.mesh.shape
     shards = mesh["data"] * mesh["fsdp"]
+    # Updates may grow during the run (batch schedule); the micro-batch must divide all of their sizes.
     sequences = math.gcd(*(tokens // batch.seq_len for _, tokens in program.steering.schedule.points))
     return [size for size in range(shards, batch.micro_batch_size, shards) if sequences % size == 0]
 
 
 def with_micro_batch(program: Program, size: int) -> Program:
-    """The program of the same updates in micro-batches of `size` sequences."""
+    """`program` with the same updates, in micro-batches of `size` sequences."""
     batch = program.batch
     cut = dataclasses.replace(
         batch, micro_batch_size=size, accumulation_steps=batch.sequences_per_update // size
@@ -154,12 +160,15 @@ def with_micro_batch(program: Program, size: int) -> Program:
 def largest_that_fits(
     sizes: Sequence[int], need_of: Callable[[int], Need], too_large: int, need: Need
 ) -> tuple[int, bool]:
-    """The largest of the ascending `sizes` that fits, 0 for none, and whether all larger ones are known not to.
+    """The largest of the ascending `sizes` that fits (0 if none), and whether all larger ones are known not to fit.
 
-    `need` is that of the size `too_large`. Memory is taken to be a fixed part and one in proportion to the size; the
-    line through what was last measured says where to look, at most ATTEMPTS times.
+    need_of    measures a size
+    too_large  a size that does not fit, whose measurement is `need`
     """
-    low, high = -1, len(sizes)  # the largest known to fit, the smallest known not to
+    # `low` is the largest index known to fit, `high` the smallest known not to.
+    low, high = -1, len(sizes)
+    # Memory is modelled as a constant part plus a part proportional to the size. The line through the last two
+    # measurements says which size to try next; bisection bounds keep the guess in the unknown range.
     points = [(0, need.arguments), (too_large, need.total)]
     for _ in range(ATTEMPTS):
         if high - low == 1:

@@ -1,4 +1,4 @@
-"""Whether a run can begin at all: what its state needs against what there is, before anything of it is allocated."""
+"""Checks that the state of a run fits into memory, before any of it is allocated."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from llmjax.quantities import format_bytes
 
 
 def check_state_fits(program: Program) -> None:
-    """UserError where parameters and optimizer alone need more memory than a device of the program has.
+    """Raises UserError if parameters and optimizer state need more memory than a device has.
 
-    Devices of the CPU share the memory of their machine. What else a step needs is said by `--mode=plan`, which
-    compiles it; without this check a state far too large would end the process, on some machines without a word.
+    Devices of the CPU backend share the memory of their machine. This check leaves out what else a step needs, which
+    `--mode=plan` finds out by compiling. Without it, a state that is far too large would end the process, on some
+    machines without any message.
     """
     device, mesh = program.mesh.devices.flat[0], program.mesh
     local = sum(each.process_index == device.process_index for each in mesh.devices.flat)
@@ -36,10 +37,11 @@ def check_state_fits(program: Program) -> None:
 
 
 def _machine_memory() -> int:
-    """Bytes of memory and swap space of this machine, 0 where it does not say."""
+    """The bytes of memory and swap of this machine; 0 if unknown."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
+        # /proc/meminfo counts KiB.
         return sum(int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
     except (OSError, ValueError, KeyError):
         pass

@@ -1,8 +1,8 @@
-"""What ring attention has to do with a row laid out over the devices of `mesh.seq`: counted on the host, not timed.
+"""The work of ring attention for one row laid out over the devices of `mesh.seq`: counted on the host, not timed.
 
-Attention goes by blocks, of queries and of keys, and leaves out each pair of blocks whose spans say that no query can
-see any key (`Mask.may_see`). What a layout is good for shows in how many pairs that leaves, how many of them were
-needed, how far keys travel, and which device waits for which.
+Attention works by blocks of queries and blocks of keys. It skips a pair of blocks if their spans show that no query
+sees any key (`Mask.may_see`). The quality of a layout shows in the number of pairs that remain, how many of them were
+necessary, how far keys travel, and which device waits for which.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from llmjax.ops.attention.mask import Span, self_mask, span_of
 
 @dataclasses.dataclass(frozen=True)
 class RingWork:
-    """Pairs of blocks by pairs of devices: [d, e] is queries of device d against keys of device e.
+    """Numbers of block pairs per pair of devices: [d, e] counts queries of device d with keys of device e.
 
-    executed  int64 [n, n], pairs that attention computes
-    needed    int64 [n, n], pairs in which a query sees a key
+    executed  int64 [n, n], the pairs that attention computes
+    needed    int64 [n, n], the pairs in which some query sees some key
     """
 
     executed: np.ndarray
@@ -35,7 +35,7 @@ class RingWork:
 
     @property
     def hops(self) -> int:
-        """Transfers in a ring of two directions, of n - 1 at most: the furthest needed in one and in the other."""
+        """The number of transfers in a ring of two directions, at most n - 1: the sum of both reaches."""
         return sum(self.reach)
 
     @property
@@ -45,22 +45,22 @@ class RingWork:
 
     @property
     def lockstep_slowdown(self) -> float:
-        """Time divided by the time of a perfect balance, if at each step all devices wait for the slowest."""
+        """The time relative to perfect balance if all devices wait for the slowest one at each step."""
         return self._slowdown(ring_cost.lockstep_time(ring_cost.steps(self.executed)))
 
     @property
     def free_running_slowdown(self) -> float:
-        """Time divided by the time of a perfect balance, if each device waits for its keys alone."""
+        """The time relative to perfect balance if each device waits for its keys only."""
         return self._slowdown(ring_cost.free_running_time(self.executed))
 
     @property
     def one_way_hops(self) -> int:
-        """Transfers in a ring of one direction."""
+        """The number of transfers in a ring of one direction."""
         return int(np.flatnonzero(ring_cost.by_distance(self.executed).any(axis=1)).max(initial=0))
 
     @property
     def one_way_lockstep_slowdown(self) -> float:
-        """`lockstep_slowdown` of a ring of one direction, of n steps."""
+        """`lockstep_slowdown` in a ring of one direction, which has n steps."""
         return self._slowdown(ring_cost.lockstep_time(ring_cost.by_distance(self.executed)))
 
     def _slowdown(self, time: float) -> float:
@@ -76,7 +76,10 @@ def ring_work(
     causal: bool = True,
     window: int = 0,
 ) -> RingWork:
-    """The work of a laid out row, `segments` and `positions` [T], of which each device has one of `shards` parts."""
+    """The work for a row with `segments` and `positions` [T], split over `shards` devices in contiguous parts.
+
+    `block` is the number of tokens of a block.
+    """
     segments, positions = (np.asarray(x, np.int32).reshape(shards, -1) for x in (segments, positions))
     size = min(block, segments.shape[1])
     segments, positions = (
@@ -100,16 +103,18 @@ def ring_work(
 
 
 def _sees(segments: np.ndarray, positions: np.ndarray, causal: bool, window: int) -> np.ndarray:
-    """bool [blocks, blocks]: whether a query of the one sees a key of the other.
+    """bool [blocks, blocks], whether some query of one block sees some key of the other.
 
-    In the order of (segment, position) the keys of a query are a range, and the keys of a block a union of ranges.
+    Sorted by (segment, position), the keys of one query are a range, and the keys of a block of queries a union of
+    ranges.
     """
     count, size = segments.shape
     used = np.flatnonzero(segments)
     order = used[np.lexsort((positions.flat[used], segments.flat[used]))]
     segment, block, here = segments.flat[order], order // size, np.arange(len(order))
     start, stop = np.searchsorted(segment, segment, "left"), np.searchsorted(segment, segment, "right")
-    if window:  # positions of a document have no gaps
+    # Positions of a document have no gaps, so a window in positions is a window in the sorted order.
+    if window:
         start, stop = np.maximum(start, here - window + 1), np.minimum(stop, here + window)
     if causal:
         stop = here + 1
@@ -118,6 +123,7 @@ def _sees(segments: np.ndarray, positions: np.ndarray, causal: bool, window: int
     for q, mine in enumerate(members):
         if len(mine):
             low, high = start[mine].min(), stop[mine].max()
+            # The union of ranges as a running sum: +1 where a range starts, -1 where it stops.
             change = np.bincount(start[mine] - low, minlength=high - low + 1)
             change -= np.bincount(stop[mine] - low, minlength=high - low + 1)
             sees[q, block[low:high][np.cumsum(change[:-1]) > 0]] = True

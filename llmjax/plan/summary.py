@@ -1,4 +1,4 @@
-"""The plan in words: what a run will read, train and write, before it starts."""
+"""The plan as text: what a run will read, train and write, before it starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmjax.train.steering.controller import RULES
 
 
 def tree_bytes_per_device(tree: object) -> int:
-    """Bytes that one device holds of a tree of sharded ShapeDtypeStructs."""
+    """The bytes that one device holds of a tree of sharded ShapeDtypeStructs."""
 
     def leaf_bytes(x: jax.ShapeDtypeStruct) -> int:
         itemsize = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.dtype(x.dtype).itemsize
@@ -29,7 +29,7 @@ def tree_bytes_per_device(tree: object) -> int:
 
 
 def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int = 0) -> dict[str, str]:
-    """Label -> one line each, in the order in which they are to be read."""
+    """Label -> one line of text, in reading order."""
     store, train, held_out = corpus.store, corpus.train_plan, corpus.held_out_plan
     documents, size, tokens = len(store), int(store.num_bytes.sum()), int(store.lengths.sum())
     rows = {
@@ -49,7 +49,7 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
 
 
 def describe_program(program: Program, attended: float) -> dict[str, str]:
-    """The part of the plan that needs no corpus. `attended`: mean keys per token."""
+    """The part of the plan that needs no corpus. `attended` is the mean number of keys per token."""
     c, mesh = program.config, program.mesh
     state = program.abstract_state()
     num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
@@ -100,7 +100,7 @@ def _describe_batch(program: Program) -> str:
 
 
 def _describe_left_out(header: StoreHeader) -> str:
-    """What reading did to documents, where it did anything; `data.on_bad_text` decides."""
+    """What reading did to documents that are empty or not UTF-8, if any; `data.on_bad_text` decides."""
     empty = f"; {header.empty:,} empty" if header.empty else ""
     skipped = f"; {header.skipped:,} skipped, not being UTF-8" if header.skipped else ""
     replaced = f"; {header.replaced:,} not UTF-8, mended with U+FFFD" if header.replaced else ""

@@ -1,8 +1,8 @@
-"""TPUs that are not there, by name: `v5e:4x4`, `v5p:4x4x4`, `v6e:1x1`, and `v5e:4x4*2` for two slices of that shape.
+"""TPUs to compile for, by name: `v5e:4x4`, `v5p:4x4x4`, `v6e:1x1`, and `v5e:4x4*2` for two slices of this shape.
 
-A name has a generation, a colon and the chips along each dimension of the torus; a last `*N` asks for N such slices,
-joined by the network of the data centre. The real TPU compiler, which comes with the `tpu` extra, makes programs for
-their devices on any machine.
+A name consists of a generation, a colon, and the number of chips along each dimension of the torus. A suffix `*N`
+asks for N such slices, connected by the data centre network. The TPU compiler, which comes with the `tpu` extra,
+compiles for these devices on any machine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import jax
 
 from llmjax.errors import UserError
 
+# Without a TPU, libtpu would ask the metadata server of a TPU machine; these variables make it use given answers. The
+# last one lets several processes load libtpu.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -27,12 +29,12 @@ TPU_ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A kind of TPU chip.
+    """A generation of TPU chips.
 
-    dimensions  of the torus that its chips form
-    most_chips  in one slice (cloud.google.com/tpu/docs)
+    dimensions  the number of dimensions of the torus that its chips form
+    most_chips  the most chips in one slice (cloud.google.com/tpu/docs)
     example     a name of this generation, for error messages
-    config      how its cores are joined to devices, by the compiler's name for that; "" where there is one way only
+    config      the compiler's name for how cores are joined into devices; "" if there is only one way
     """
 
     dimensions: int
@@ -48,17 +50,22 @@ GENERATIONS = {
     "v6e": Generation(2, 256, "v6e:4x4"),
     "tpu7x": Generation(3, 9216, "tpu7x:4x4x4"),
 }
-# What the generations are called elsewhere.
+# Other names of the generations.
 ALIASES = {"v7x": "tpu7x", "v5litepod": "v5e", "v5lite": "v5e"}
-# A bound on what is asked of the compiler; a pod of slices is far smaller.
+# The most slices to compile for: a choice, far beyond existing systems.
 MOST_SLICES = 256
-# Chips of one host, along the first two dimensions.
+# The number of chips of a host along each of the first two dimensions.
 HOST = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A parsed name: the generation, the chips along three dimensions, and the number of slices."""
+    """A parsed name.
+
+    generation  a key of GENERATIONS
+    shape       chips along three dimensions
+    slices      the number of slices
+    """
 
     generation: str
     shape: tuple[int, int, int]
@@ -66,7 +73,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """The parts of `plan.topology`; UserError where no TPU has that name."""
+    """The parts of a value of `plan.topology`. Raises UserError if no TPU has this name."""
     found = re.fullmatch(r"([a-z0-9]+):([0-9]+(?:x[0-9]+)*)(?:\*([0-9]+))?", name.strip().lower())
     word = re.split(r"[^a-z0-9]", name.strip().lower())[0]
     word = ALIASES.get(word, word)
@@ -80,6 +87,7 @@ def parse_topology(name: str) -> Topology:
         raise _refused(name, rule, "use", example)
     generation, slices = GENERATIONS[word], int(found[3] or 1)
     shape = tuple(map(int, found[2].split("x")))
+    # A last dimension of 1 may be left out or written, as in v5e:4x4x1.
     dimensions = len(shape) - 1 if len(shape) == 3 and shape[2] == 1 else len(shape)
     if not 2 <= dimensions <= generation.dimensions:
         raise _refused(name, f"a {word} has {generation.dimensions} dimensions", "use", example)
@@ -100,7 +108,7 @@ def parse_topology(name: str) -> Topology:
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of the TPU called `name`, for compiling only; UserError where no compiler knows it."""
+    """The devices of the TPU called `name`, for compiling only. Raises UserError if the compiler does not know it."""
     topology = parse_topology(name)
     generation = GENERATIONS[topology.generation]
     if importlib.util.find_spec("libtpu") is None:

@@ -1,7 +1,7 @@
-"""Held-out loss with the context cut: the same targets, predicted from their last c tokens alone, for growing c.
+"""Held-out loss with shortened context: the same targets, predicted from their last c tokens only, for growing c.
 
-The text is cut anew for each c. A sliding-window mask would be another question: through several layers its reach is a
-multiple of the window.
+The text is cut anew for each c. A sliding-window mask would answer another question, because over several layers its
+reach is a multiple of the window.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import numpy as np
 
 from llmjax.evaluate.scoring import Piece, Probe, Sums, Text
 
-TARGETS = 2**15  # in all, or 8 sequences' worth where that is more
+# The sample has TARGETS targets, or SEQUENCES times the longest context if that is more. Choices.
+TARGETS = 2**15
 SEQUENCES = 8
-OF_A_DOCUMENT = 2  # times the longest cut: what is taken of one document, from its beginning
+# At most this many times the longest context is taken from one document, from its beginning. A choice.
+OF_A_DOCUMENT = 2
 
 
 def make_context(text: Text, lengths: Sequence[int]) -> Probe:
-    """Loss of the same targets for each cut c of `lengths`.
+    """The loss of the same targets for each context length c in `lengths`.
 
-    The document is read in windows of c tokens that begin every s = max(1, c // 2) tokens. The first window's targets
-    all count, of each further window those that the windows before did not reach, its last s: so every target counts
-    once, and is predicted from between c - s + 1 and c of the tokens before it, or from all there are where these are
-    fewer. A window begins at position 0, without a bos of its own. `visible` is the mean number of tokens that targets
-    were really predicted from; with c at least as long as the documents the loss is the plain held-out loss.
+    A document is read in windows of c tokens that begin every s = max(1, c // 2) tokens. In the first window all
+    targets count; in each later window only the last s, which earlier windows did not reach. So every target counts
+    once and is predicted from between c - s + 1 and c tokens before it, or from all there are, if there are fewer. A
+    window begins at position 0, without an extra bos token. `visible` is the mean number of tokens that targets were
+    predicted from. If c is at least as long as the documents, the loss is the plain held-out loss.
 
-    The sample: held-out documents, longest first, each to at most 2 x the longest cut, until they have 2^15 targets or
-    8 x the longest cut, whichever is more; each cut then reads about twice as many tokens.
+    The sample consists of held-out documents, longest first, each cut to 2 x the longest c, until they have 2^15
+    targets or 8 x the longest c, whichever is more. Each c reads about twice as many tokens as there are targets.
     """
     spans = sample(text, max(lengths))
 
@@ -55,7 +57,7 @@ def make_context(text: Text, lengths: Sequence[int]) -> Probe:
 
 
 def sample(text: Text, longest: int) -> list[tuple[int, int]]:
-    """(document, how many of its first targets) of the documents that are looked at."""
+    """(document, number of its first targets) for each document in the sample."""
     predictions, chosen = text.lengths() - 1, []
     left = max(TARGETS, SEQUENCES * longest)
     for i in np.argsort(-predictions, kind="stable"):
@@ -68,7 +70,8 @@ def sample(text: Text, longest: int) -> list[tuple[int, int]]:
 
 
 def windows(n: int, cut: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, first that counts) of the windows over n targets; target i is predicted from token i and before."""
+    """(start, stop, first target that counts) of each window over n targets; target i is predicted from tokens up to
+    i."""
     stride = max(1, cut // 2)
     yield 0, min(cut, n), 0
     for start in range(stride, n - cut + stride, stride):
@@ -76,7 +79,7 @@ def windows(n: int, cut: int) -> Iterator[tuple[int, int, int]]:
 
 
 def visible(n: int, cut: int) -> int:
-    """Tokens that the n targets are predicted from, summed."""
+    """The number of tokens that each of the n targets is predicted from, summed over the targets."""
     return sum(
         (stop - counted) * (counted + 1 - start + stop - start) // 2
         for start, stop, counted in windows(n, cut)

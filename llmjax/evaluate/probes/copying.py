@@ -1,7 +1,7 @@
-"""Copying at a distance: a model reads random tokens twice, and is scored on the second copy.
+"""Copying at a distance: the model reads random tokens twice and is scored on the second copy.
 
-Nothing but the context can tell the second copy, and attention heads that look for the earlier occurrence of the
-current token (induction heads: Olsson et al. 2022) tell all of it but its first token.
+The second copy can be predicted only from the context. Attention heads that find the earlier occurrence of the
+current token (induction heads: Olsson et al. 2022) predict all of it except for its first token.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from llmjax.errors import UserError
 from llmjax.evaluate.probes.fillers import fillers
 from llmjax.evaluate.scoring import Piece, Probe, Sums, Text
 
-SHORTEST = 4  # tokens: two copies of two
-# Tokens to read for each length, in no fewer and no more sequences than the two numbers below say.
+# The shortest text: two copies of two tokens.
+SHORTEST = 4
+# For each length, about TOKENS tokens are read, in at least and at most the numbers of texts in SEQUENCES. Choices.
 TOKENS = 2**15
 SEQUENCES = 8, 64
 
 
 def make_copy(text: Text, lengths: Sequence[int]) -> Probe:
-    """Loss and accuracy on the second copy, by the distance D = length // 2 of the two copies.
+    """Loss and accuracy on the second copy, by the distance D = length // 2 between the two copies.
 
-    The model reads bos, D random tokens and these again without anything between. They are drawn evenly from the ids
-    that occur in the held-out text, without repetition as long as there are enough. The D - 1 targets after the second
-    copy's first token count; `first_loss` is the loss of the same targets in the first copy, where they cannot be
-    known, `chance` the accuracy of guessing.
+    The model reads bos and twice the same D random tokens. They are drawn uniformly from the ids in the held-out
+    text, without repetition while there are enough. The D - 1 targets after the first token of the second copy count.
+    `first_loss` is the loss of the same targets in the first copy, where they are unpredictable, and `chance` is the
+    accuracy of guessing.
     """
     distances = sorted({length // 2 for length in lengths if length >= SHORTEST})
     if not distances:
@@ -42,6 +43,7 @@ def make_copy(text: Text, lengths: Sequence[int]) -> Probe:
         least, most = SEQUENCES
         for i, D in enumerate(distances):
             labels = np.full(2 * D, -1, np.int32)
+            # Even labels belong to the first copy, odd labels to the second.
             labels[1:D], labels[D + 1 :] = 2 * i, 2 * i + 1
             for number in range(min(max(TOKENS // (2 * D), least), most)):
                 drawn = draw(pool, D, most * i + number)
@@ -61,7 +63,7 @@ def make_copy(text: Text, lengths: Sequence[int]) -> Probe:
 
 
 def draw(pool: np.ndarray, count: int, key: int) -> np.ndarray:
-    """`count` of `pool` in random order; after all of them, all of them again in another."""
+    """`count` entries of `pool` in random order. If there are too few, all of them follow again in another order."""
     rounds = -(-count // len(pool))
     orders = [np.argsort(hash_integers(np.arange(len(pool)), (key << 20) + i)) for i in range(rounds)]
     return pool[np.concatenate(orders)[:count]]

@@ -1,4 +1,4 @@
-"""Held-out text in one language, which probes hide something in or take tokens from."""
+"""Held-out text in one language, for probes that hide something in a text or draw tokens from it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import numpy as np
 
 from llmjax.evaluate.scoring import Text
 
-DOCUMENTS = 256  # looked at, spread evenly over the held-out ones
-PREFIX = 512  # tokens of a document by which its language is told
-LEAST = 1 / 16  # of the tokens, for a language to count as one of the text
+# The number of documents that are read, spread evenly over the held-out ones. A choice.
+DOCUMENTS = 256
+# The number of tokens at the beginning of a document that decide its language. A choice.
+PREFIX = 512
+# A language counts only if it has at least this share of the tokens. A choice.
+LEAST = 1 / 16
 
 
 def fillers(text: Text, length: int) -> dict[str, np.ndarray]:
-    """ "en" and "zh" -> tokens of documents joined without bos and eos, of each at most 4 x `length`.
+    """ "en" and "zh" -> tokens of documents, joined without bos and eos, at most 4 x `length` tokens of each
+    document.
 
-    "zh" is what is written in Chinese characters, "en" all else. A language that has a small part of the text only
-    is left out.
+    "zh" is text in Chinese characters, "en" is all other text. A language with only a small part of the text is left
+    out.
     """
     chosen = text.ids[np.linspace(0, len(text.ids) - 1, min(len(text.ids), DOCUMENTS)).astype(int)]
     found: dict[str, list[np.ndarray]] = {}
@@ -31,7 +35,8 @@ def fillers(text: Text, length: int) -> dict[str, np.ndarray]:
 
 
 def language_of(text: str) -> str:
-    """ "zh" where Chinese characters are more than half as many as other letters, for they say more; else "en"."""
+    """ "zh" if the Chinese characters are more than half as many as all other letters, because one stands for more;
+    else "en"."""
     han = sum("\u3400" <= c <= "\u9fff" or c >= "\U00020000" for c in text)
     letters = sum(map(str.isalpha, text)) - han
     return "zh" if 2 * han > letters else "en"

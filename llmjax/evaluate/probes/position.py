@@ -1,7 +1,7 @@
-"""Held-out loss by position: how well a target is predicted, by how much of its document the model has read.
+"""Held-out loss by position: how well a target is predicted, by how many tokens of its document come before it.
 
-A curve that falls and then lies flat says how far back the model looks (Kaplan et al. 2020, appendix D.5). The targets
-of different positions are different text, though; `context` asks about the same targets.
+A curve that falls and then stays flat shows how far back the model looks (Kaplan et al. 2020, appendix D.5). But
+different positions have different targets; the probe `context` compares the same ones.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import numpy as np
 
 from llmjax.evaluate.scoring import Piece, Probe, Sums, Text
 
-ROWS = 1024  # packed sequences whose pieces are listed at a time
+# The number of packed sequences whose pieces are listed at a time. A choice.
+ROWS = 1024
 
 
 def make_position(text: Text, lengths: Sequence[int]) -> Probe:
-    """Every held-out target once, under the bucket [0, 1), [1, 2), [2, 4), ... of its position.
+    """Scores every held-out target once, in the bucket [0, 1), [1, 2), [2, 4), ... of its position.
 
-    A document longer than seq_len is read in pieces, as in training and evaluation, and positions count from 0 in each:
-    they say how much the model has before it. The buckets' sums add up to the sums of the held-out loss. `lengths` are
-    of no use here: they are those of evaluation.
+    A document longer than seq_len is read in pieces, as in training and evaluation, and positions count from 0 in
+    each piece: they say how many tokens come before the target. The sums of the buckets add up to the held-out loss.
+    `lengths` is not used.
     """
     first = np.array([0, *(2**i for i in range((text.seq_len - 1).bit_length()))])
     labels = np.searchsorted(first, np.arange(text.seq_len), side="right").astype(np.int32) - 1

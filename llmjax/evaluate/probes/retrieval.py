@@ -1,8 +1,8 @@
-"""Finding what was hidden in a long text: a sentence at some depth, asked for at the end.
+"""Retrieval: a sentence is hidden at some depth of a long text, and the model is asked for it at the end.
 
-Filler is held-out text, so it is in the language, the style and the tokens that the model knows; the sentences are
-English or Chinese, as the text around them is. The likelihood of the hidden answer is compared with the likelihoods of
-answers that could have been hidden: a model that cannot write yet can be seen to look.
+The filler is held-out text, whose language, style and tokens the model knows. The hidden sentences are English or
+Chinese, like the filler. The likelihood of the hidden answer is compared with that of other possible answers, so that
+retrieval shows even in a model that does not write fluently yet.
 """
 
 from __future__ import annotations
@@ -19,43 +19,52 @@ from llmjax.evaluate.probes.fillers import fillers
 from llmjax.evaluate.probes.sentences import ANSWERS, Fact, fact, pass_key
 from llmjax.evaluate.scoring import Piece, Probe, Sums, Text
 
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # how much of the filler comes before what is hidden
-GROUPS = 2  # per cell: a fact and a stretch of filler, with each of its answers hidden in turn
-LEAST_FILLER = 16  # tokens, below which there is no depth
+# The share of the filler that comes before the hidden sentence.
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# The number of groups per cell of the grid. A group is a fact and a stretch of filler; each of its answers is hidden
+# once.
+GROUPS = 2
+# Below this many tokens of filler, depth has no meaning. A choice.
+LEAST_FILLER = 16
 
 
 class Cell(NamedTuple):
-    """One field of the grid, and the numbers of what is in it."""
+    """One cell of the grid of depths and lengths.
+
+    number  the index of the cell among all cells
+    place   selects the stretch of filler; all depths of a length share it
+    """
 
     number: int
     language: str
     length: int
     depth: float
-    place: int  # of the filler: the same for all depths
+    place: int
 
 
 def make_passkey(text: Text, lengths: Sequence[int]) -> Probe:
-    """A random key of five digits."""
+    """The hidden sentence contains a random key of five digits."""
     return make_retrieval("passkey", pass_key, text, lengths)
 
 
 def make_needle(text: Text, lengths: Sequence[int]) -> Probe:
-    """A fact of a small list."""
+    """The hidden sentence is a fact from a short list."""
     return make_retrieval("needle", fact, text, lengths)
 
 
 def make_retrieval(
     name: str, make_fact: Callable[[str, int], Fact], text: Text, lengths: Sequence[int]
 ) -> Probe:
-    """A grid of depths and lengths for each language that the held-out text is in.
+    """A grid of depths and lengths for each language of the held-out text.
 
-    What the model reads has `length` tokens in all (some fewer where answers differ in theirs). Lengths that have no
-    room for the sentences are left out. In each cell there are 2 facts x 4 hidden answers, and each answer is scored
-    after each of these 8 texts:
+    A text has `length` tokens in all (slightly fewer where the answers differ in length). Lengths that are too short
+    for the sentences are left out. Each cell has 2 facts with 4 possible answers, each hidden once, which makes 8
+    texts. After each text, all 4 answers are scored:
 
-    choice  how often the hidden answer is the likeliest of the four (sum of log p of its tokens; a tie counts as its
-            share). What does not look at the text chooses the same answer whichever is hidden: exactly `chance`
-    exact   how often greedy decoding would give the hidden answer, token by token
+    choice  how often the hidden answer is the most likely of the four, by the sum of the log probabilities of its
+            tokens; a tie counts as its share. A model that ignores the text always chooses the same answer and scores
+            exactly `chance`
+    exact   how often greedy decoding would produce the hidden answer, token by token
     loss    nats per token of the hidden answer
     """
     by_language = fillers(text, max(lengths))
@@ -72,7 +81,8 @@ def make_retrieval(
     per_cell = GROUPS * ANSWERS * ANSWERS
 
     def pieces() -> Iterator[Piece]:
-        for cell in sorted(cells, key=lambda cell: cell.length):  # the longest need longer rows
+        # Sorted by length, because `pack` starts a new batch when longer texts need longer rows.
+        for cell in sorted(cells, key=lambda cell: cell.length):
             yield from cell_pieces(cell, make_fact, text.tokenizer, by_language[cell.language], per_cell)
 
     def summarize(sums: Sums) -> list[dict[str, Any]]:
@@ -105,7 +115,7 @@ def all_cells(grids: dict[str, list[int]]) -> Iterator[Cell]:
 def cell_pieces(
     cell: Cell, make_fact: Callable[[str, int], Fact], tokenizer: Tokenizer, filler: np.ndarray, per_cell: int
 ) -> Iterator[Piece]:
-    """Each answer after each text of the cell, labelled (group, hidden, answer)."""
+    """Every answer after every text of the cell. Labels count (group, hidden answer, scored answer)."""
     label = cell.number * per_cell
     for group in range(GROUPS):
         question = make_fact(cell.language, cell.number * GROUPS + group)
@@ -122,9 +132,10 @@ def cell_pieces(
 
 
 def cell_figures(sums: Sums, num_cells: int) -> dict[str, np.ndarray]:
-    """`choice`, `exact` and `loss` by cell, of sums labelled (cell, group, hidden, answer)."""
+    """`choice`, `exact` and `loss` of each cell, from sums with labels (cell, group, hidden answer, scored answer)."""
     shape = num_cells, GROUPS, ANSWERS, ANSWERS
     loss, count, correct = (x.reshape(shape) for x in (sums.loss, sums.count, sums.correct))
+    # The diagonal: the scored answer is the hidden one.
     right = np.arange(ANSWERS), np.arange(ANSWERS)
     best = loss == loss.min(axis=3, keepdims=True)
     choice = (best / np.maximum(best.sum(axis=3, keepdims=True), 1))[:, :, *right]
@@ -136,9 +147,9 @@ def cell_figures(sums: Sums, num_cells: int) -> dict[str, np.ndarray]:
 def sentence_ids(
     tokenizer: Tokenizer, question: Fact
 ) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
-    """Ids of the hidden sentence for each answer, of the question at the end, and of each answer.
+    """The token ids of the hidden sentence for each answer, of the question at the end, and of each answer.
 
-    What leads to an answer, and the answer, are encoded by themselves, so that they have the same ids in both places.
+    The answer and the text before it are encoded separately, so that they have the same ids in both places.
     """
 
     def ids(*texts: str) -> np.ndarray:
@@ -151,19 +162,20 @@ def sentence_ids(
 
 
 def _parts(rest: str, answer: str) -> list[str]:
-    """`rest` in pieces, with the answer as a piece of its own wherever it says {}."""
+    """`rest` cut at each {}, with the answer in these places."""
     first, *more = rest.split("{}")
     return [first, *(part for text in more for part in (answer, text))]
 
 
 def encode_within(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text that goes on after another: a tokenizer that begins every text with a space is not to add one."""
+    """The ids of a text in the middle of another one: without the space that some tokenizers put before every text."""
     return tokenizer.encode(text.removeprefix(tokenizer.text_prefix.decode()))
 
 
 def least_length(tokenizer: Tokenizer, make_fact: Callable[[str, int], Fact], language: str) -> int:
-    """The shortest length that has room for every sentence of a language and some filler."""
+    """The shortest length that has room for every sentence of a language, and some filler."""
     longest = 0
+    # 64 covers all facts of the list, and enough random keys to see the longest one. A choice.
     for number in range(64):
         hidden, ask, answers = sentence_ids(tokenizer, make_fact(language, number))
         longest = max(longest, max(map(len, hidden)) + len(ask) + max(map(len, answers)))
@@ -173,9 +185,9 @@ def least_length(tokenizer: Tokenizer, make_fact: Callable[[str, int], Fact], la
 def cut_filler(
     tokenizer: Tokenizer, filler: np.ndarray, size: int, depth: float, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """About `size` tokens from a random place of `filler`, round and round if need be, cut in two at `depth`.
+    """About `size` tokens of `filler` from a random place, repeated if necessary, cut in two at `depth`.
 
-    A cut within a character is moved to before it.
+    A cut inside of a character moves to the beginning of this character.
     """
     offset = int(hash_integers(np.array([number]), 1)[0] % np.uint64(len(filler)))
     around = filler[(offset + np.arange(size + 1)) % len(filler)]
@@ -187,5 +199,5 @@ def cut_filler(
 
 
 def _continues(data: bytes) -> bool:
-    """Whether these bytes begin within a UTF-8 character."""
+    """Whether these bytes begin in the middle of a UTF-8 character."""
     return bool(data) and data[0] & 0xC0 == 0x80

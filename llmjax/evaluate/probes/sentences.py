@@ -1,4 +1,4 @@
-"""What is hidden in a text and asked for at its end, in English and Chinese: pass keys, and a small list of facts."""
+"""The sentences that probes hide in a text and ask for at its end, in English and Chinese: pass keys and facts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import dataclasses
 
 from llmjax.data.packing.packing import hash_integers
 
-ANSWERS = 4  # among which the right one is to be chosen
+# The number of answers to choose from.
+ANSWERS = 4
+# The number of digits of a pass key.
 KEY_DIGITS = 5
-CHINESE_DIGITS = "零一二三四五六七八九"  # which Chinese text has where it has no Arabic ones
+# Digits in Chinese text, which may contain no Arabic ones.
+CHINESE_DIGITS = "零一二三四五六七八九"
 
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Hidden: `lead` + answer + `rest`, in which {} is the answer again. Asked at the end: `question`, then `lead`.
+    """A sentence to hide and the question for it.
 
-    The question does not contain the lead: what goes on as it did before finds the hidden place.
+    Hidden in the text: `lead` + answer + `rest`, where {} in `rest` is the answer again. Asked at the end:
+    `question`, then `lead`. The question does not contain the lead, so that a model which continues a repeated text
+    finds the hidden place.
 
-    answers  `ANSWERS` different ones, each as likely as the others without the text
+    answers  `ANSWERS` different answers, equally likely to someone who has not read the text
     """
 
     question: str
@@ -27,9 +32,11 @@ class Fact:
 
 
 def pass_key(language: str, number: int) -> Fact:
-    """Four random keys of five digits, after Mohtashami and Jaggi 2023 ("Landmark attention", section 4.2)."""
+    """A random key of five digits with three others to choose from (Mohtashami and Jaggi 2023, "Landmark attention",
+    section 4.2)."""
     span = 9 * 10 ** (KEY_DIGITS - 1)
     keys: list[int] = []
+    # 64 draws make four different keys practically certain.
     for value in hash_integers(range(64 * number, 64 * number + 64), key=0):
         key = 10 ** (KEY_DIGITS - 1) + int(value) % span
         if key not in keys:
@@ -39,12 +46,12 @@ def pass_key(language: str, number: int) -> Fact:
 
 
 def fact(language: str, number: int) -> Fact:
-    """A fact that could as well be another (the needle of Kamradt 2023, "Needle in a haystack"), of a list."""
+    """A fact of the list that could just as well be otherwise (the needle of Kamradt 2023, "Needle in a haystack")."""
     facts = FACTS[language]
     return facts[number % len(facts)]
 
 
-# How a key is spelled, the question, what comes before the key and what after it.
+# How a key is spelled, the question, the text before the key, and the text after it.
 PASS_KEYS = {
     "en": (" {}".format, "What is the pass key?", "The pass key is", ". Remember it.{} is the pass key."),
     "zh": (

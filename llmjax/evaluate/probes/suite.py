@@ -1,10 +1,10 @@
-"""The probes of long context by their names, their figures, and these figures in words.
+"""The probes of long context by name, and their results as text.
 
 position  held-out loss by position in the document
-context   loss of the same targets with the context cut
-passkey   a random number is found in a long text
-needle    a fact is found in a long text
-copy      random tokens are known when they come again
+context   loss of the same targets with shortened context
+passkey   retrieval of a random number from a long text
+needle    retrieval of a fact from a long text
+copy      prediction of random tokens when they are repeated
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ PROBES: dict[str, Callable[[Text, Sequence[int]], Probe]] = {
 
 
 def default_lengths(seq_len: int) -> tuple[int, ...]:
-    """1, 16, 32, 64, ... up to `seq_len`, which is the last."""
+    """1, 16, 32, 64, ... and `seq_len` as the last one."""
     return (*(n for n in (1, *(2**i for i in range(4, seq_len.bit_length()))) if n < seq_len), seq_len)
 
 
 def make_probes(names: Sequence[str], lengths: Sequence[int], text: Text) -> dict[str, Probe]:
-    """The probes in the order of `PROBES`, nothing scored yet; UserError where one cannot be had of these lengths."""
+    """The probes with these names, in the order of `PROBES`. Raises UserError if a probe does not work with these
+    lengths."""
     lengths = sorted(set(lengths)) or default_lengths(text.seq_len)
     return {name: make(text, lengths) for name, make in PROBES.items() if name in names}
 
@@ -43,7 +44,7 @@ def make_probes(names: Sequence[str], lengths: Sequence[int], text: Text) -> dic
 def run_probes(
     probes: Mapping[str, Probe], losses: TokenLosses, params: Params, shape: Shape
 ) -> dict[str, Any]:
-    """The figures of each probe, as JSON holds them."""
+    """The results of each probe, in a form that JSON can hold."""
     return {
         name: probe.summarize(score_pieces(losses, params, probe.pieces(), probe.num_labels, shape))
         for name, probe in probes.items()
@@ -51,7 +52,7 @@ def run_probes(
 
 
 def describe(results: Mapping[str, Any]) -> dict[str, str]:
-    """A line for each curve and grid; a probe that found nothing has none."""
+    """One line of text per curve or grid; none for a probe without results."""
     rows: dict[str, str] = {}
     for name, of in results.items():
         rows |= choose(WORDS, "probe", name)(name, of) if of else {}
@@ -82,10 +83,11 @@ def _copy_words(name: str, of: Any) -> dict[str, str]:
 
 
 def _series(x: Sequence[int], values: Sequence[float | None], form: str) -> str:
+    """`x: value` for each value; a dash for a missing one."""
     return "  ".join(f"{a:,}: {'–' if v is None else form.format(v)}" for a, v in zip(x, values, strict=True))
 
 
-# What the figures of a probe say: (its name, its figures) -> label -> line.
+# The results of a probe as text: (name of the probe, results) -> {label: line}.
 WORDS: dict[str, Callable[[str, Any], dict[str, str]]] = {
     "position": _position_words,
     "context": _context_words,

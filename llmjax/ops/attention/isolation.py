@@ -33,7 +33,7 @@ def zero_nonfinite(x: jax.Array) -> jax.Array:
 def mark_nonfinite_values(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values [..., H] for a forward pass: values with non-finite numbers replaced by 0, and NaN in place of
     the keys of such values."""
-    # A sum and not `jnp.any`, which the kernel languages lack.
+    # A sum counts them: it is among the operations that every kernel language has.
     unfit = jnp.sum(jnp.where(is_finite(v), 0.0, 1.0), axis=-1, keepdims=True)
     return jnp.where(unfit > 0, jnp.nan, k.astype(jnp.float32)).astype(k.dtype), zero_nonfinite(v)
 

@@ -58,7 +58,7 @@ def list_pairs(
     codes = (row * majors + major) * minors + minor
     end = jnp.iinfo(jnp.int32).max
     # Codes and the bit "visible throughout" are sorted together as one integer. Pairs that are not needed sort to the
-    # end, where the next line overwrites them with a valid code, so that prefetching them is harmless.
+    # end, where the next line overwrites them with a valid code.
     listed = jnp.sort(jnp.where(needed, 2 * codes + whole, end).ravel())
     listed = jnp.where(listed == end, 2 * codes[0, 0, 0], listed)
     codes, whole = listed // 2, listed % 2

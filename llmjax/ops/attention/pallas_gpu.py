@@ -320,12 +320,12 @@ class BlockSchedule:
 
 
 def _flat(kv_2BSKH: KernelArray) -> jax.Array:
-    """[2, B, S, K, H] -> [2 B, S, K, H]: Triton kernels get arrays of at most four dimensions."""
+    """[2, B, S, K, H] -> [2 B, S, K, H], the four dimensions that `load` and `store` work with."""
     return kv_2BSKH.reshape(-1, *kv_2BSKH.shape[2:])
 
 
 def _width(H: int) -> int:
-    """H padded to a power of two."""
+    """H padded to a power of two, and to MIN_TILE at least."""
     return max(MIN_TILE, pl.next_power_of_2(H))
 
 

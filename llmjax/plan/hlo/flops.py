@@ -1,7 +1,8 @@
-"""Floating point operations of a compiled program's matrix products, read from its text.
+"""Counts the floating point operations of matrix products in a compiled program, from its text.
 
-The compiler's own `cost_analysis()` counts the body of a loop once. Here every product counts as often as it runs,
-also inside a fusion, where a TPU has nearly all of them, as convolutions; but not those of kernels and libraries.
+The compiler's own `cost_analysis()` counts the body of a loop once. Here every product counts as many times as it
+runs, also inside of fusions, where TPU programs have nearly all of them, as convolutions. Products inside of kernels
+and libraries are not counted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from llmjax.plan.hlo.parse import NO_TRIPS, Computation, Instruction, Module, Tr
 
 
 def product_flops(module: Module, trips: Trips = NO_TRIPS) -> float:
-    """Two for each multiplication in the dots and convolutions of one run. `trips`: see `Site.times`."""
+    """Two operations for each multiplication in the dots and convolutions of one run. For `trips` see `Site.times`."""
     total = 0.0
     for site in walk(module):
         inside = sum(_flops(*found) for found in _products(module, site.instruction, site.computation))
@@ -26,7 +27,7 @@ def product_flops(module: Module, trips: Trips = NO_TRIPS) -> float:
 def _products(
     module: Module, ins: Instruction, computation: Computation
 ) -> Iterator[tuple[Instruction, Computation]]:
-    """The instruction itself, or those that it fuses or wraps."""
+    """The dots and convolutions that this instruction is, or contains as a fusion or an asynchronous wrapper."""
     if ins.opcode in ("dot", "convolution"):
         yield ins, computation
     elif ins.opcode in ("fusion", "async-start"):
@@ -36,11 +37,14 @@ def _products(
 
 
 def _flops(ins: Instruction, computation: Computation) -> int:
+    """The operations of one dot or convolution."""
     left, right = (computation.instructions[name].arrays[0].dims for name in ins.operands[:2])
     (result,) = ins.arrays
     if ins.opcode == "dot":
+        # Each element of the result is a sum over the contracted dimensions of the left operand.
         contracted = find(r"lhs_contracting_dims=\{([\d,]*)\}", ins.attributes)[1]
         return 2 * math.prod(result.dims) * math.prod(left[int(i)] for i in contracted.split(",") if i)
+    # Labels such as bf_io->bf: b batch, f features, i and o the kernel's input and output features, digits spatial.
     labels = find(r"dim_labels=(\w+)_(\w+)->(\w+)", ins.attributes).groups()
     sizes = [dict(zip(*pair, strict=True)) for pair in zip(labels, (left, right, result.dims), strict=True)]
     image, kernel, out = sizes
@@ -54,8 +58,12 @@ def _flops(ins: Instruction, computation: Computation) -> int:
 
 
 def _taps(image: int, kernel: int, out: int, window: dict[str, str]) -> int:
-    """Pairs of an output and a kernel position, along one dimension, that meet a number of the image; a TPU writes the
-    batches of a product as a dimension in which only one pair of each output does."""
+    """The pairs of an output position and a kernel position, along one spatial dimension, that read an element of the
+    input.
+
+    On a TPU, the batch dimension of a product becomes a spatial dimension, in which only one pair per output is
+    valid; so padding must not be counted.
+    """
     stride, spread, dilate = (int(window.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
     before = int(window.get("pad", "0_0").split("_")[0])
     places = (o * stride + k * dilate - before for o in range(out) for k in range(kernel))

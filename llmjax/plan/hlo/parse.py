@@ -1,9 +1,9 @@
-"""Reading compiled programs: every instruction that runs, and how often it does.
+"""Parses compiled programs: every instruction that runs, and how many times.
 
-The compiler's own `cost_analysis()` counts the body of a loop once and knows no collectives; the program's text,
-`compiled.as_text()`, has it all. `parse` reads that of a TPU, GPU or CPU, and `walk` goes through it with the trip
-counts of the enclosing loops. Where a loop's bound, or the branch of a conditional, is known only when the program
-runs, the caller says how often it does. `traffic` adds up what is found here.
+The compiler's own `cost_analysis()` counts the body of a loop once and ignores collectives, but the text of the
+program, `compiled.as_text()`, has both. `parse` reads the text of a TPU, GPU or CPU program, and `walk` lists its
+instructions with the trip counts of the loops around them. If a trip count, or the branch of a conditional, depends
+on the data, the caller provides how many times it runs.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+# A loop that runs longer than this counts as data-dependent; the search for its end must stop somewhere.
 TRIPS_AT_MOST = 2**40
 
-Trips = Mapping[str, float] | float  # of data-dependent loops and branches: by name, or one number for all
+# How many times data-dependent loops and branches run: by name, or one number for all.
+Trips = Mapping[str, float] | float
 NO_TRIPS: Trips = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape. `space`: 0 is the device's main memory; on a TPU 1 is VMEM, 5 the host's memory."""
+    """One array of a shape. `space` 0 is the main memory of the device; on a TPU 1 is VMEM and 5 is host memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -31,7 +33,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Without the padding of its layout."""
+        """The size in bytes, without padding."""
         bits = re.match(r"[a-z]+(\d+)", self.dtype)
         width = int(bits[1]) if bits else 8 * (self.dtype == "pred")
         return math.ceil(math.prod(self.dims) * width / 8)
@@ -39,7 +41,8 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`name = shape opcode(arguments), attributes`; a constant's argument is its value, a parameter's its number."""
+    """One line `name = shape opcode(arguments), attributes`. The argument of a constant is its value, that of a
+    parameter its number."""
 
     name: str
     shape: str
@@ -50,7 +53,7 @@ class Instruction:
 
     @property
     def arrays(self) -> list[Array]:
-        """The arrays of its result, nested tuples flattened."""
+        """The arrays of the result; nested tuples are flattened."""
         found = re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", self.shape)
         return [
             Array(
@@ -63,19 +66,21 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where it comes from in the traced program, for example `jit(f)/while/body/psum`; "" where not said."""
+        """The place in the traced program that the instruction comes from, such as `jit(f)/while/body/psum`; "" if
+        not given."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     def called(self, *roles: str) -> list[str]:
-        """Names of the computations that it calls as `calls`, `body`, `branch_computations` and so on."""
+        """The names of the computations that the instruction calls in these roles: `calls`, `body`,
+        `branch_computations` and so on."""
         found = re.findall(rf"\b(?:{'|'.join(roles)})=\{{?((?:%[\w.\-]+(?:, )?)+)", self.attributes)
         return re.findall(r"%([\w.\-]+)", " ".join(found))
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Its instructions by name, in the order of the text, which is the schedule."""
+    """The instructions by name, in the order of the text, which is the schedule."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -84,7 +89,7 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A compiled program. `main_spaces`: the memory spaces that lie in the device's main memory."""
+    """A compiled program. `main_spaces` are the memory spaces in the main memory of the device."""
 
     computations: dict[str, Computation]
     entry: str
@@ -94,12 +99,11 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """An instruction and how often it runs.
+    """An instruction and how many times it runs.
 
-    runs    how many times, where nothing in `within` is taken more than once
-    within  what encloses the instruction and runs as often as the data says: loops by the name of their instruction
-            (`while.5`), branches by the name of the conditional and their number (`conditional.2[0]`). The instruction
-            runs `runs` times for each turn of all of these
+    runs    how many times, if each entry of `within` ran once
+    within  the data-dependent loops and branches around the instruction: a loop by the name of its instruction
+            (`while.5`), a branch by the conditional and its number (`conditional.2[0]`)
     """
 
     instruction: Instruction
@@ -108,14 +112,14 @@ class Site:
     within: tuple[str, ...]
 
     def times(self, trips: Trips = NO_TRIPS) -> float:
-        """How often it runs; KeyError for a loop or branch that `trips` does not name."""
+        """How many times the instruction runs. Raises KeyError for a loop or branch that `trips` lacks."""
         each = (trips if isinstance(trips, int | float) else trips[name] for name in self.within)
         return self.runs * math.prod(each)
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop(Site):
-    """A while loop; `trips` is None where its bound is known only when it runs."""
+    """A while loop. `trips` is None if the number of iterations depends on the data."""
 
     trips: int | None
 
@@ -136,15 +140,18 @@ def parse(text: str) -> Module:
             lines = []
         elif re.match(r"\s+(ROOT )?%[\w.\-]+ = ", line):
             lines.append(line)
-        elif lines:  # Mosaic kernels carry line breaks in their attributes
+        # Mosaic kernels have line breaks in their attributes.
+        elif lines:
             lines[-1] += line
     head = text.split("\n", 1)[0]
     sizes = re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)
+    # Tiled layouts, written T(...), occur in TPU programs only; there, space 1 is not main memory.
     main_spaces = (0,) if ":T(" in head else (0, 1)
     return Module(computations, entry, math.prod(map(int, sizes)), main_spaces)
 
 
 def _instruction(line: str) -> Instruction:
+    """Parses one line."""
     name, rest = find(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)", line).groups()
     size = _closing(rest, 0) + 1 if rest[0] == "(" else rest.index(" ")
     shape, rest = rest[:size], rest[size:].lstrip()
@@ -156,7 +163,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def find(pattern: str, text: str) -> re.Match[str]:
-    """What fits `pattern` first; ValueError where nothing does."""
+    """The first match of `pattern`. Raises ValueError if there is none."""
     found = re.search(pattern, text)
     if found is None:
         raise ValueError(f"no {pattern} in {text[:200]!r}")
@@ -164,7 +171,7 @@ def find(pattern: str, text: str) -> re.Match[str]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """The index of the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found[0] == "(" else -1
@@ -174,9 +181,10 @@ def _closing(text: str, start: int) -> int:
 
 
 def walk(module: Module) -> Iterator[Site]:
-    """Every instruction that is scheduled: in the entry, and in the loops, branches and calls that it leads to.
+    """Every scheduled instruction: those of the entry computation, and of the loops, branches and calls that it leads
+    to.
 
-    What is inside a fusion or an asynchronous wrapper is one piece of work and does not come apart.
+    A fusion or an asynchronous wrapper is one instruction; what is inside of it is not listed.
     """
 
     def visit(
@@ -205,14 +213,14 @@ def walk(module: Module) -> Iterator[Site]:
 
 
 def loops(module: Module) -> list[Loop]:
-    """Every while loop, outer ones first."""
+    """Every while loop; outer loops come first."""
     return [site for site in walk(module) if isinstance(site, Loop)]
 
 
 class _Values:
-    """Integers of a computation that follow from constants and from what is `known` of its parameters.
+    """The integers of a computation that follow from constants and from the `known` values of its parameters.
 
-    An array, or what is not known, is None; a tuple is a list.
+    The value of a tuple is a list. Arrays and unknown values are None.
     """
 
     ARITHMETIC: ClassVar[dict[str, Callable[..., Any]]] = {
@@ -275,10 +283,10 @@ class _Values:
 
 
 def _trips(module: Module, loop: Instruction, start: Any) -> tuple[int | None, Any]:
-    """How often a while loop runs (None: depends on data), and what of its state is known and stays the same.
+    """The number of iterations of a while loop (None if it depends on the data), and the known part of its state that
+    never changes.
 
-    `start` is what is known of the state at first. A counter is what grows by the same amount in two turns; the loop
-    ends at the first turn at which its condition does not hold, and is taken to hold at all turns before that.
+    `start` is what is known of its initial state.
     """
     condition, body = (module.computations[loop.called(role)[0]] for role in ("condition", "body"))
 
@@ -290,6 +298,8 @@ def _trips(module: Module, loop: Instruction, start: Any) -> tuple[int | None, A
     second = iterate(first) if first else None
     if not (first and second):
         return (int(known[1]) if known else None), None
+    # A counter is a state that changes by the same amount in the first two iterations. It is assumed to do so in all
+    # of them.
     steps = [
         b - a if isinstance(a, int) and isinstance(b, int) and isinstance(c, int) and c - b == b - a else None
         for a, b, c in zip(start, first, second, strict=True)
@@ -302,7 +312,9 @@ def _trips(module: Module, loop: Instruction, start: Any) -> tuple[int | None, A
         state = [None if step is None else a + i * step for a, step in zip(start, steps, strict=True)]
         return _Values(module, condition, [state])[condition.root]
 
-    low, high = 0, 1  # it goes on at all turns before `low`; not at `high`
+    # The loop continues at all iterations before `low`, and not at `high`: doubling, then bisection. The condition is
+    # assumed to hold until it first fails.
+    low, high = 0, 1
     while (on := goes_on(high - 1)) and high < TRIPS_AT_MOST:
         low, high = high, 2 * high
     if on is None or on:

@@ -1,7 +1,7 @@
-"""What a compiled program communicates and how much memory it touches, read from its text.
+"""What a compiled program communicates, and how much memory it reads and writes, from its text.
 
-`collectives` lists the communication, `bytes_touched` adds up the traffic of the device's main memory; both know how
-often the enclosing loops run, which the compiler's own `cost_analysis()` does not.
+`collectives` lists the communication and `bytes_touched` adds up the traffic of the main memory. Both know how many
+times loops run, which the compiler's own `cost_analysis()` does not.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from llmjax.plan.hlo.parse import NO_TRIPS, Computation, Instruction, Module, Si
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of collective: by how much the bytes that a device of a group of n gets exceed those that it puts in, and
-    what share of those it sends."""
+    """A kind of collective in a group of n devices.
+
+    grows  function of n to (bytes that a device receives as the result) / (bytes that it puts in)
+    sends  function of n to (bytes that a device sends) / (bytes that it puts in)
+    """
 
     grows: Callable[[int], float]
     sends: Callable[[int], float]
@@ -30,6 +33,7 @@ KINDS = {
     "collective-permute": Kind(lambda n: 1, lambda n: min(n, 1)),
     "all-to-all": Kind(lambda n: 1, lambda n: (n - 1) / n),
 }
+# Instructions that only name or regroup values.
 NAMES = {
     "parameter",
     "constant",
@@ -38,22 +42,25 @@ NAMES = {
     "bitcast",
     "opt-barrier",
 }  # of values; no work
+# Control flow, whose work is in the computations it calls, and instructions without data.
 CONTROL = {"while", "conditional", "call", "after-all", "add-dependency", "partition-id", "replica-id"}
-NO_WORK = ('"AllocateBuffer"', '"ConcatBitcast"', '"AssumeGatherIndicesInBound"')  # custom calls
+# Targets of custom calls that do nothing at run time.
+NO_WORK = ('"AllocateBuffer"', '"ConcatBitcast"', '"AssumeGatherIndicesInBound"')
+# Instructions that read a part of their first operand.
 SLICES = ("slice", "dynamic-slice", "gather")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective(Site):
-    """One collective operation. Bytes are counted for one device and one run.
+    """One collective operation. Bytes are per device and run.
 
-    kind           one of KINDS
-    dtype          of its largest operand, as XLA writes it
-    operand_bytes  what each device puts in; several arrays are added
-    group_size     devices that take part in it together
-    asynchronous   other work may run between its start and its end
-    between        the work that is scheduled there: fusions, matrix products, kernels, loops; where the end is not in
-                   the same computation, all that follows
+    kind           a key of KINDS
+    dtype          the dtype of its largest operand, as XLA writes it
+    operand_bytes  the bytes that each device puts in, over all operands
+    group_size     the number of devices that take part together
+    asynchronous   whether other work may run between its start and its end
+    between        the work scheduled there: fusions, matrix products, kernels, loops. If the end is in another
+                   computation, all that follows the start
     """
 
     kind: str
@@ -65,15 +72,15 @@ class Collective(Site):
 
     @property
     def result_bytes(self) -> int:
-        """What each device gets out, in the type of the operands."""
+        """The bytes of the result on each device, in the dtype of the operands."""
         return round(self.operand_bytes * KINDS[self.kind].grows(self.group_size))
 
     @property
     def sent_bytes(self) -> int:
-        """What each device sends by the usual algorithms, for b operand bytes and groups of n.
+        """The bytes that each device sends by the usual algorithms, for b operand bytes and groups of n devices.
 
-        All-gather around a ring: (n - 1) b. Reduce-scatter around a ring: (n - 1) / n b. All-reduce, one after the
-        other (Patarasuk and Yuan 2009): 2 (n - 1) / n b. All-to-all: (n - 1) / n b. Permutation: b.
+        All-gather around a ring: (n - 1) b. Reduce-scatter around a ring: (n - 1) / n b. All-reduce, as both in
+        sequence (Patarasuk and Yuan 2009): 2 (n - 1) / n b. All-to-all: (n - 1) / n b. Permutation: b.
         """
         return round(self.operand_bytes * KINDS[self.kind].sends(self.group_size))
 
@@ -90,7 +97,7 @@ def collectives(module: Module) -> list[Collective]:
             if wrapped is None or _stage(home) in ("step", "done"):
                 continue
             inner = wrapped
-            # A TPU fuses an all-reduce with the slice that each device keeps of it.
+            # On a TPU, a reduce-scatter is an all-reduce fused with the slice that each device keeps.
             scatter = inner.opcode == "all-reduce" and home.name.startswith("all-reduce-scatter")
             kind = "reduce-scatter" if scatter else inner.opcode
         if kind not in KINDS:
@@ -113,14 +120,14 @@ def collectives(module: Module) -> list[Collective]:
 
 
 def _collective(computation: Computation) -> Instruction | None:
-    """The collective in the computation of a fusion or an asynchronous wrapper."""
+    """The collective inside of a fusion or an asynchronous wrapper."""
     return next((ins for ins in computation.instructions.values() if ins.opcode in KINDS), None)
 
 
 def _stage(computation: Computation) -> str:
-    """Which part of a TPU's asynchronous collective a fused computation is: start, step or done; "" for none.
+    """Which part of an asynchronous collective of a TPU this fused computation is: start, step or done; "" if none.
 
-    One collective is spread over a chain of fusions; all of them name it, and steps are fused with other work.
+    One collective is spread over a chain of fusions. All of them contain it, and steps are fused with other work.
     """
     calls = [ins.attributes for ins in computation.instructions.values() if ins.opcode == "custom-call"]
     for stage in ("Start", "Done"):
@@ -143,6 +150,7 @@ def _between(module: Module, start: Site) -> tuple[Instruction, ...]:
     channel = stage_and_channel(start.instruction)[1]
     instructions = list(start.computation.instructions.values())
     for ins in instructions[instructions.index(start.instruction) + 1 :]:
+        # `names` collects all values that stand for the collective under way, through tuples and updates.
         follows = not names.isdisjoint(ins.operands)
         stage, other = stage_and_channel(ins)
         if (follows and ins.opcode.endswith("-done")) or (stage == "done" and other == channel):
@@ -160,7 +168,8 @@ def _channel(ins: Instruction) -> str:
 
 
 def _group_size(ins: Instruction, num_devices: int) -> int:
-    """Devices in each of its groups, for which there are four notations; of a permutation all that send to another."""
+    """The number of devices in each group, for which there are four notations; for a permutation, the devices that
+    send to another."""
     text = ins.attributes
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
         return sum(source != target for source, target in re.findall(r"(\d+),(\d+)", pairs[1]))
@@ -176,17 +185,19 @@ def _group_size(ins: Instruction, num_devices: int) -> int:
 
 
 def _is_free(ins: Instruction) -> bool:
+    """Whether the instruction does no work at run time."""
     if ins.opcode == "custom-call":
         return any(target in ins.attributes for target in NO_WORK)
     return ins.opcode in NAMES or ins.opcode in CONTROL - {"while", "conditional", "call"}
 
 
 def bytes_touched(module: Module, trips: Trips = NO_TRIPS) -> float:
-    """Bytes that one run of the program reads from and writes to the device's main memory.
+    """The bytes that one run of the program reads from and writes to the main memory of the device.
 
-    Every scheduled instruction reads its operands and writes its results, a fusion only its own; a slice, a gather or
-    an update in place touches what it takes or changes. Not counted are what the compiler keeps in a TPU's VMEM, the
-    padding of layouts, and that a kernel may read an operand several times. `trips`: see `Site.times`.
+    Every scheduled instruction reads its operands and writes its results; inside of a fusion nothing else counts. A
+    slice, a gather or an update in place counts only the part that it reads or changes. Not counted: what the
+    compiler keeps in a TPU's VMEM, the padding of layouts, and repeated reads by a kernel. For `trips` see
+    `Site.times`.
     """
     total = 0.0
     for site in walk(module):
@@ -203,23 +214,26 @@ def _touched(traffic: _Traffic, ins: Instruction) -> int:
         part = ins.arrays[1]
         return part.bytes + (part.bytes if part.space in traffic.module.main_spaces else 0)
     if ins.opcode.endswith("-start") and ins.opcode != "all-reduce-start":
-        return traffic.size(ins)  # operands and results
+        # The shape of a start contains its operands and its results.
+        return traffic.size(ins)
     return sum(traffic.read(ins, i) for i in range(len(ins.operands))) + traffic.written(ins)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Traffic:
-    """Bytes in main memory that the instructions of one computation read and write."""
+    """The bytes in main memory that the instructions of one computation read and write. `fused`: the computation is
+    inside of a fusion."""
 
     module: Module
     computation: Computation
     fused: bool = False
 
     def size(self, ins: Instruction) -> int:
+        """The bytes of the result that lie in main memory."""
         return sum(a.bytes for a in ins.arrays if a.space in self.module.main_spaces)
 
     def read(self, ins: Instruction, index: int) -> int:
-        """The bytes that an instruction reads of its operand number `index`."""
+        """The bytes that an instruction reads of operand number `index`."""
         whole = self.size(self.computation.instructions[ins.operands[index]])
         if index == 0 and ins.opcode in SLICES:
             return min(whole, sum(a.bytes for a in ins.arrays))
@@ -230,12 +244,14 @@ class _Traffic:
         if ins.opcode == "fusion" and whole:
             inside = self._inside(ins)
             value = inside._parameter(index)
-            # A fusion within a fusion hands its root on, and one that is a view of the operand has it read there.
+            # An inner fusion that only returns a view of its operand does not read it: whoever reads the result reads
+            # all of it.
             is_view = self.fused and inside._is_view(inside.computation.root, value)
             return whole if is_view else min(whole, inside._read_of(value))
         return whole
 
     def written(self, ins: Instruction) -> int:
+        """The bytes that an instruction writes."""
         whole = self.size(ins)
         operands = [self.computation.instructions[name] for name in ins.operands]
         if ins.opcode == "fusion" and whole:
@@ -249,12 +265,13 @@ class _Traffic:
             return sum(self.written(operand) for operand in operands)
         if ins.opcode == "bitcast":
             return min(whole, self.written(operands[0]))
-        if '"AsyncCollectiveStart"' in ins.attributes:  # its operand, then its result
+        # Its arrays are the operand, then the result.
+        if '"AsyncCollectiveStart"' in ins.attributes:
             return sum(a.bytes for a in ins.arrays[1:] if a.space in self.module.main_spaces)
         return 0 if ins.opcode == "parameter" or self._is_later_stage(ins) else whole
 
     def _read_of(self, value: Instruction) -> int:
-        """The bytes that a fused computation reads of a parameter, or of another view of it, in all its uses."""
+        """The bytes that a fused computation reads of a parameter, or of a view of it, in all of its uses."""
         total = 0
         for ins in self.computation.instructions.values():
             if value.name not in ins.operands or ins.opcode == "tuple" or self._is_later_stage(ins):
@@ -266,23 +283,25 @@ class _Traffic:
         return total
 
     def _is_view(self, name: str, value: Instruction) -> bool:
-        """Whether instruction `name` is `value` or another view of it."""
+        """Whether the instruction `name` is `value` or a view of it."""
         while name != value.name and self.computation.instructions[name].opcode == "bitcast":
             name = self.computation.instructions[name].operands[0]
         return name == value.name
 
     def _is_in_place(self, operand: Instruction) -> bool:
-        """Whether what changes `operand` changes it where it lies: the buffer of the fusion's own parameter."""
+        """Whether an update of `operand` happens in its own buffer: outside of a fusion, or on a parameter of the
+        fusion."""
         while operand.opcode == "bitcast":
             operand = self.computation.instructions[operand.operands[0]]
         return not self.fused or operand.opcode == "parameter"
 
     def _changed(self, ins: Instruction) -> int:
+        """The bytes that an update in place changes."""
         update = ins.operands[1 if ins.opcode == "dynamic-update-slice" else -1]
         return sum(a.bytes for a in self.computation.instructions[update].arrays)
 
     def _is_later_stage(self, ins: Instruction) -> bool:
-        """Whether this belongs to an asynchronous collective that an earlier fusion started and accounts for."""
+        """Whether this belongs to an asynchronous collective that an earlier fusion has started and accounts for."""
         belongs = ins.opcode in KINDS or '"AsyncCollectiveDone"' in ins.attributes
         return belongs and _stage(self.computation) in ("step", "done")
 
