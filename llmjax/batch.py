@@ -33,6 +33,7 @@ class Field:
 
 def _field(*dims: str, dtype: str = "int32", optional: bool = False) -> Any:
     metadata = {"field": Field(dims, dtype, optional)}
+    # A dataclass wants fields with defaults last: optional ones default to None.
     return (
         dataclasses.field(default=None, metadata=metadata)
         if optional

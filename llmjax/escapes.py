@@ -37,6 +37,7 @@ def show(text: str, *, file: TextIO | None = None, end: str = "\n") -> None:
 
     Characters that the encoding of `file` lacks are also shown as escapes.
     """
+    # Looked up here and not as the default, because tests and notebooks replace sys.stdout.
     file = sys.stdout if file is None else file
     text = printable(text) if file.isatty() else text
     try:

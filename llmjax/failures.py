@@ -97,6 +97,7 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
         )
     if number is None and not isinstance(error, OSError):
         return None
+    # The operating system's way to say what MemoryError says.
     if number == errno.ENOMEM:
         return describe_failure(MemoryError())
     named = error.filename if isinstance(error, OSError) else _quoted_path(error)

@@ -35,6 +35,8 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
         remove_stale(path)
         unfinished = _beside(path)
         try:
+            # "x" fails if the file exists. fsync before the rename: the name must never refer to data that is not on
+            # disk.
             with open(unfinished, "xb") as file:
                 file.write(data)
                 file.flush()
@@ -61,6 +63,7 @@ def new_folder(folder: str | os.PathLike, is_whole: Callable[[Path], bool]) -> I
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(folder)
         unfinished = _beside(folder)
+        # The rename at the end is atomic, as the folder lies on the same disk.
         unfinished.mkdir()
         try:
             yield unfinished

@@ -74,6 +74,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
             uses = " or ".join(f"--mode={mode}" for mode in modes)
             raise UserError(f"--{name} is not heeded by --mode={values.mode}; leave it out, or give {uses}")
     config = load_config(values.config, values.workdir)
+    # A run of an older version may lack the key that is set: then its config is completed first.
     if values.config is None and not overrides.keys() <= set(_keys(config)):
         config = _complete(config, values.workdir)
     # The keys with old names come last: the new name of some depends on optimizer.name, which may be set as well.
@@ -178,6 +179,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
             words.append(word)
             continue
         key, equals, text = match.groups()
+        # --config.KEY VALUE: the next word is the value, unless it is a flag itself.
         if not equals and (text := next(rest, "--")).startswith("--"):
             raise UserError(f"{word} has no value; write {word}=VALUE")
         overrides.setdefault(key, []).append(text)

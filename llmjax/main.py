@@ -94,6 +94,7 @@ def _terminable(alone: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # Within a larger program, Ctrl-C belongs to that program.
     if alone:
         end_on_second_interrupt()
     before = signal.signal(signal.SIGTERM, end)

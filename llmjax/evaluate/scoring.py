@@ -133,6 +133,7 @@ def score_pieces(
     losses: TokenLosses, params: Params, pieces: Iterable[Piece], num_labels: int, shape: Shape
 ) -> Sums:
     """The sums over all pieces, by label."""
+    # float64, so that the order of the additions does not show in the results.
     sums = np.zeros((3, num_labels))
 
     def add(labels_BT: np.ndarray, loss_BT: Any, correct_BT: Any) -> None:
@@ -160,6 +161,7 @@ def pack(pieces: Iterable[Piece], shape: Shape) -> Iterator[tuple[Arrays, np.nda
         if not len(piece.labels):
             continue
         wanted = shape(len(piece.labels))
+        # A batch ends when the next piece does not fit or needs a batch of another shape.
         if filling is not None and (
             filling.labels.shape != wanted or not filling.has_room(len(piece.labels))
         ):
@@ -189,6 +191,7 @@ class _Filling:
     def add(self, piece: Piece) -> None:
         """Appends a piece as a new segment."""
         n = len(piece.labels)
+        # The piece does not fit into this row: the rest of the row stays padding.
         if self._at + n > self.labels.shape[1]:
             self._row, self._at, self._segment = self._row + 1, 0, 0
         self._segment += 1

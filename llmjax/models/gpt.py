@@ -84,6 +84,7 @@ class GPT:
     def _init_boxed(self, rng: jax.Array) -> Params:
         """Parameters in flax's metadata boxes. Their values depend on the seed and the config, not on the mesh."""
         rng_embedding, rng_layers, rng_norm = jax.random.split(rng, 3)
+        # Shapes of parameters do not depend on the batch, so a tiny one and the reference attention will do.
         x_BTD = jnp.zeros((1, 2, self.config.model_dim), self.config.dtype)
         index_BT = jnp.zeros((1, 2), jnp.int32)
         block = Block(self.config, Layout(), full.attend)
@@ -152,7 +153,7 @@ class GPT:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
         x_BTD = dropout(x_BTD, keys_BT, self.config.dropout, 0)
         mask = self._mask(batch)
-        # Leading dimension `layers` dropped: the specs are those of one layer.
+        # The specs of one layer: without the leading dimension `layers`.
         specs = None
         if self.compute.tile:
             specs = jax.tree.map(
@@ -173,6 +174,7 @@ class GPT:
 
     def head(self, params: Params) -> Head:
         w_VD = self._output_table(params)
+        # The axes `fsdp` and `seq` split the matrix along D.
         if self.layout.axis_size("fsdp") * self.layout.axis_size("seq") > 1:
             # Gathered once here; otherwise each chunk of the loss would gather it. Cast first, because a copy is made
             # anyway.
@@ -190,6 +192,7 @@ class GPT:
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         slot = cache.used
         cache, segments_BT, positions_BT = append_tokens(cache, valid_BT)
+        # Keys of new tokens go into the cache first, so that the tokens also attend to each other.
         mask = Mask(segments_BT, cache.segments_BS, positions_BT, cache.positions_BS)
         x_BTD = self._embed(params, tokens_BT, positions_BT)
         block = Block(self.config, self.layout, full.attend_in_cache)

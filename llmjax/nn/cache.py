@@ -48,6 +48,7 @@ def append_tokens(cache: Cache, valid_BT: jax.Array) -> tuple[Cache, jax.Array, 
     # Padding takes a slot but no position, so positions count valid tokens only.
     counts_BT = jnp.cumsum(valid_BT.astype(jnp.int32), axis=1)
     positions_BT = cache.next_position_B[:, None] + counts_BT - valid_BT
+    # A row of the cache is one document, segment 1.
     segments_BT = valid_BT.astype(jnp.int32)
     cache = dataclasses.replace(
         cache,

@@ -69,6 +69,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
             "set model.window or model.global_every=0"
         )
     _check_rope_scaling(config)
+    # 0 means multi-head attention: as many key/value heads as query heads.
     kv_heads = config.num_kv_heads or config.num_heads
     if config.num_heads % kv_heads:
         raise UserError(
@@ -89,6 +90,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
             f"model.{even}={getattr(config, even)} must be even for model.position={config.position!r}; "
             f"change it or the position"
         )
+    # The exponent H / (H - 2) of `ops/rope.py` is not defined for H = 2.
     if config.rope_scaling == "ntk" and head_dim < 4:
         raise UserError(
             f"model.head_dim={head_dim} has a single frequency, which model.rope_scaling='ntk' must both keep and "

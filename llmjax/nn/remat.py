@@ -116,5 +116,6 @@ def kept_width(name: str, offload: tuple[str, ...], widths: Widths, num_layers: 
     """The numbers per token that all layers together keep on the device, plus one layer in full if layers are
     recomputed."""
     chosen = choose(REMATS, "compute.remat", name)
+    # Offloaded arrays no longer count. One layer exists in full while the backward pass recomputes it.
     moved = sum(choose(OFFLOADS, "compute.offload", key).width(widths) for key in offload)
     return num_layers * (chosen.width(widths) - moved) + chosen.recomputes * widths.everything

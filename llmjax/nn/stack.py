@@ -227,12 +227,14 @@ def _scan_layers(
             outs.append(out)
         return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outs)
 
+    # Layers that fill whole periods are scanned; the rest follow, unrolled.
     looped, collected = L // period * period, []
     leaves, treedef = jax.tree.flatten(stacked)
     loop, rest = (
         jax.tree.unflatten(treedef, x) for x in zip(*(jax.lax.split(y, (looped, L - looped)) for y in leaves))
     )
     if looped:
+        # [layers, ...] -> [periods, layers of a period, ...].
         periods = jax.tree.map(lambda y: y.reshape(-1, period, *y.shape[1:]), loop)
         x, outs = jax.lax.scan(run_layers, x, periods)
         collected.append(jax.tree.map(lambda y: y.reshape(looped, *y.shape[2:]), outs))
@@ -278,6 +280,7 @@ def measure_stack(
     size = jnp.maximum(jnp.sum(real_BT), 1).astype(jnp.float32) * x_BTD.shape[-1]
 
     def rms(y_BTD: jax.Array) -> jax.Array:
+        # Padding must not count, and its values may be anything.
         squares_BTD = jnp.where(real_BT[..., None], jnp.square(y_BTD.astype(jnp.float32)), 0.0)
         return jnp.sqrt(jnp.sum(squares_BTD) / size)
 

@@ -56,6 +56,7 @@ def by_tiles(
         B, T = jax.tree.leaves(arrays)[0].shape[:2]
         tiles = chunks.cut(T, tile // B)
         if tiles.count == 1:
+            # A single tile needs no loop. The backward pass recomputes it like any other.
             return jax.checkpoint(fn)(params, arrays)
         # `lax.map` loops over the first dimension: [B, T, ...] -> [tiles, B, size, ...].
         cut = jax.tree.map(lambda x: tiles.split(x, 1).swapaxes(0, 1), arrays)

@@ -163,7 +163,8 @@ def _sum_chunks(
     def body(i: jax.Array, carry: tuple) -> tuple:
         sums, *more = carry
         h_XYCD, targets_XYC, weights_XYC = (jax.lax.dynamic_index_in_dim(x, i, 2, False) for x in tokens)
-        # `where` and not a product: 0 * NaN is NaN.
+        # A token of weight 0 may hold infinities or NaN. `where` removes them; a product would not, because 0 * NaN
+        # is NaN.
         h_XYCD = jnp.where(weights_XYC[..., None] == 0, 0, h_XYCD)
         # The barrier ties the weights to this loop step. Otherwise XLA would move the cast of all weights out of the
         # loop and hold a copy of them.
@@ -183,8 +184,7 @@ def _sum_chunks(
         # d objective / d logit_v = weight * (1 + 2 z_loss lse) * softmax_v, minus weight for the target id. softmax_v
         # is numerator_v / total.
         scale_XYC = weights_XYC * (1.0 + 2.0 * z_loss * lse_XYC) / total_XYC
-        # The gradient at the target id is computed here in float32, because both of its terms can be close to each
-        # other.
+        # In float32, because the two terms nearly cancel for a target that is predicted well.
         dtarget_XYC = scale_XYC * jnp.exp(target_XYC - largest_XYC) - weights_XYC
         if softcap:
             # The derivative of softcap c * tanh(x / c), from its value y, is 1 - (y / c)^2.

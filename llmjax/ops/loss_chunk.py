@@ -138,7 +138,7 @@ def cast_weights(w: jax.Array, dtype: Any) -> jax.Array:
     """`w` in `dtype`."""
     if w.dtype == dtype:
         return w
-    # Rounding to the precision of `dtype` first keeps the cast where it is. Otherwise XLA on TPU would cast all
+    # Rounding to the precision of `dtype` first ties the cast to this place. Otherwise XLA on TPU would cast all
     # weights once and hold the copy.
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(w, info.nexp, info.nmant).astype(dtype)

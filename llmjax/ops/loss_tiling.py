@@ -38,7 +38,7 @@ class Chunking:
     cast_once: bool
 
 
-# At 1024 tokens per chunk, a matrix product on a TPU takes longer than its memory traffic, that of float32 weights
+# At 1024 tokens per chunk, a matrix product on a TPU takes longer than its memory traffic, reads of float32 weights
 # included. Blocks of 22 MiB, with weights cast at each read, brought the
 # temporaries down from 1.3 GiB to 300 MiB.
 TPU = Chunking(chunk_tokens=1024, chunk_bytes=2**28, block_bytes=22 * 2**20, ids_first=True, cast_once=False)
@@ -66,8 +66,8 @@ class Tiling:
     order: str
 
     @property
-    # The properties below are used as dimension letters in shapes and einsums.
     def C(self) -> int:
+        """The number of tokens in a chunk."""
         return self.chunks.size
 
     @property
@@ -88,6 +88,7 @@ class Tiling:
         """[B, T, ...] -> [X, Y, chunks, C, ...]. Each chunk consists of tokens of one shard only, so the loop needs
         no communication."""
         B, T, *more = x.shape
+        # [B, T] -> [X, B/X, Y, T/Y] -> [X, Y, B/X, T/Y] -> [X, Y, tokens of a shard].
         x = x.reshape(self.X, B // self.X, self.Y, T // self.Y, *more).swapaxes(1, 2)
         return self.chunks.split(x.reshape(self.X, self.Y, self.chunks.tokens, *more), 2)
 

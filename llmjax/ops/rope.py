@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE: Su et al. 2021) and its scalings to sequences longer than those of training.
+"""Rotary position embedding (RoPE: Su et al. 2021) and its scalings to sequences longer than in training.
 
 Dimension i of a head is paired with dimension i + H/2, as in GPT-NeoX and Llama.
 """
@@ -124,9 +124,10 @@ def rotation(
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin of position * frequency, float32 [B, T, 1, H/2] each. All layers share them.
 
-    The error is that of float32 at every position below 2^31 (`ops/phase.py`).
+    The result is exact to float32 at every position below 2^31 (`ops/phase.py`).
     """
     per_position, magnitude = frequencies(head_dim, theta, scaling, factor, original_len)
+    # The added dimension broadcasts over heads.
     cos, sin = cos_sin(positions_BT[:, :, None], per_position)
     return cos * magnitude, sin * magnitude
 

@@ -170,6 +170,7 @@ def start_vote(flag: bool) -> jax.Array | bool:
     """
     if jax.process_count() == 1:
         return flag
+    # One flag per device, reduced by `any` to a scalar that every process can read.
     mesh = _all_devices()
     sharding = NamedSharding(mesh, PartitionSpec("all"))
     flags = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.array([flag]))
@@ -237,6 +238,7 @@ def make_global(
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
         # jax asks only for devices that hold a part of the array.
         assert index is not None
+        # jax asks for global rows; they are found by their rank among the local rows, which are sorted.
         rows = np.arange(global_shape[axis])[index[axis]]
         mine = np.take(local_array, np.searchsorted(local_rows, rows), axis)
         return mine[(*index[:axis], slice(None), *index[axis + 1 :])]

@@ -55,6 +55,7 @@ class MeshConfig:
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
     """The four axis sizes for `num_devices`, with -1 filled in. Raises UserError if their product does not match."""
+    # An axis of -1 takes the devices that the product of the others leaves.
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:

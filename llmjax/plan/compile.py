@@ -80,6 +80,7 @@ def compile_step(program: Program, progress: Callable[[str], None] = lambda line
 
     sizes = smaller_micro_batches(program) if need.arguments <= need.available else []
     size, is_largest = largest_that_fits(sizes, need_of, batch.micro_batch_size, need)
+    # The remedy names what helps: a smaller micro-batch, or if the state alone is too large, more devices.
     remedy = "use more devices or a larger mesh.fsdp"
     if program.config.compute.remat != "full":
         remedy = "use more devices, a larger mesh.fsdp or compute.remat='full'"

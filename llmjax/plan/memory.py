@@ -23,9 +23,8 @@ def check_state_fits(program: Program) -> None:
     available = _machine_memory() // local if device.platform == "cpu" else available_memory(device)
     state = program.abstract_state()
     parameters, needed = (tree_bytes_per_device(tree) for tree in (state.params, state))
-    if (
-        program.config.compute.offload_optimizer and device.platform != "cpu"
-    ):  # the rest lies in the memory of the host
+    if program.config.compute.offload_optimizer and device.platform != "cpu":
+        # The optimizer state lies in host memory.
         needed = parameters
     if available and needed > available:
         model = program.config.model

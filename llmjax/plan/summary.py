@@ -22,6 +22,7 @@ def tree_bytes_per_device(tree: object) -> int:
     """The bytes that one device holds of a tree of sharded ShapeDtypeStructs."""
 
     def leaf_bytes(x: jax.ShapeDtypeStruct) -> int:
+        # A random key is two uint32 words.
         itemsize = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.dtype(x.dtype).itemsize
         return math.prod(x.sharding.shard_shape(x.shape)) * itemsize
 
@@ -54,6 +55,7 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
     state = program.abstract_state()
     num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     cost = program.cost(attended)
+    # Gradients have the shapes and the sharding of the parameters.
     held, gradients = tree_bytes_per_device(state), tree_bytes_per_device(state.params)
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind

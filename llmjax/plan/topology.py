@@ -121,6 +121,7 @@ def topology_devices(name: str) -> list[jax.Device]:
 
     settings: dict[str, Any] = {"chip_config_name": generation.config} if generation.config else {}
     settings |= {"num_slices": topology.slices} if topology.slices > 1 else {}
+    # A topology smaller than a host (v5e:1x1) must be told so, or the compiler assumes whole hosts.
     settings["chips_per_host_bounds"] = [*(math.gcd(size, HOST) for size in topology.shape[:2]), 1]
     shape = "x".join(map(str, topology.shape[: generation.dimensions]))
     try:

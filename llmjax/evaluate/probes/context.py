@@ -72,6 +72,8 @@ def sample(text: Text, longest: int) -> list[tuple[int, int]]:
 def windows(n: int, cut: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, first target that counts) of each window over n targets; target i is predicted from tokens up to
     i."""
+    # Half of each window is context for the other half: twice the cost of reading once, and at least c / 2 of
+    # context.
     stride = max(1, cut // 2)
     yield 0, min(cut, n), 0
     for start in range(stride, n - cut + stride, stride):
@@ -81,6 +83,8 @@ def windows(n: int, cut: int) -> Iterator[tuple[int, int, int]]:
 def visible(n: int, cut: int) -> int:
     """The number of tokens that each of the n targets is predicted from, summed over the targets."""
     return sum(
+        # Target i is predicted from i + 1 - start tokens: an arithmetic series from the first target that counts to
+        # the last.
         (stop - counted) * (counted + 1 - start + stop - start) // 2
         for start, stop, counted in windows(n, cut)
     )

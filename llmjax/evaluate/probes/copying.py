@@ -65,5 +65,6 @@ def make_copy(text: Text, lengths: Sequence[int]) -> Probe:
 def draw(pool: np.ndarray, count: int, key: int) -> np.ndarray:
     """`count` entries of `pool` in random order. If there are too few, all of them follow again in another order."""
     rounds = -(-count // len(pool))
+    # Sorting by hashes is a random permutation that is the same in every run.
     orders = [np.argsort(hash_integers(np.arange(len(pool)), (key << 20) + i)) for i in range(rounds)]
     return pool[np.concatenate(orders)[:count]]

@@ -24,6 +24,7 @@ def fillers(text: Text, length: int) -> dict[str, np.ndarray]:
     chosen = text.ids[np.linspace(0, len(text.ids) - 1, min(len(text.ids), DOCUMENTS)).astype(int)]
     found: dict[str, list[np.ndarray]] = {}
     for doc in np.unique(chosen).tolist():
+        # Tokens 1 to stop - 1 of a document: without bos and eos.
         stop = int(text.sequences.store.lengths[doc]) - 1
         tokens = np.asarray(text.tokens(doc, 1, max(1, min(stop, 1 + max(4 * length, PREFIX)))), np.int64)
         if len(tokens):

@@ -1,7 +1,7 @@
 """Retrieval: a sentence is hidden at some depth of a long text, and the model is asked for it at the end.
 
 The filler is held-out text, whose language, style and tokens the model knows. The hidden sentences are English or
-Chinese, like the filler. The likelihood of the hidden answer is compared with that of other possible answers, so that
+Chinese, like the filler. The likelihood of the hidden answer is compared with other possible answers, so that
 retrieval shows even in a model that does not write fluently yet.
 """
 
@@ -120,6 +120,7 @@ def cell_pieces(
     for group in range(GROUPS):
         question = make_fact(cell.language, cell.number * GROUPS + group)
         hidden, ask, answers = sentence_ids(tokenizer, question)
+        # The longest sentence and answer of the group decide the filler, so that all its texts have the same filler.
         size = cell.length - max(map(len, hidden)) - len(ask) - max(map(len, answers))
         around = cut_filler(tokenizer, filler, size, cell.depth, cell.place * GROUPS + group)
         for sentence in hidden:
@@ -134,9 +135,11 @@ def cell_pieces(
 def cell_figures(sums: Sums, num_cells: int) -> dict[str, np.ndarray]:
     """`choice`, `exact` and `loss` of each cell, from sums with labels (cell, group, hidden answer, scored answer)."""
     shape = num_cells, GROUPS, ANSWERS, ANSWERS
+    # Labels were counted in this order, so that a reshape separates them.
     loss, count, correct = (x.reshape(shape) for x in (sums.loss, sums.count, sums.correct))
     # The diagonal: the scored answer is the hidden one.
     right = np.arange(ANSWERS), np.arange(ANSWERS)
+    # The lowest summed loss is the highest probability of the whole answer.
     best = loss == loss.min(axis=3, keepdims=True)
     choice = (best / np.maximum(best.sum(axis=3, keepdims=True), 1))[:, :, *right]
     exact = (correct == count)[:, :, *right]
@@ -189,6 +192,7 @@ def cut_filler(
 
     A cut inside of a character moves to the beginning of this character.
     """
+    # The hash makes the place random but the same in every run.
     offset = int(hash_integers(np.array([number]), 1)[0] % np.uint64(len(filler)))
     around = filler[(offset + np.arange(size + 1)) % len(filler)]
     ids, which = np.unique(around, return_inverse=True)

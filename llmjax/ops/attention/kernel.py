@@ -163,5 +163,5 @@ def sinks_gradient(
 
 
 def _cut_rows(kernel: Kernel, sizes: Sizes, x_BTN: jax.Array) -> KernelArray:
-    """x_BTN in the layout of the kernel, which is that of queries without the last dimension."""
+    """x_BTN in the layout of the kernel: the layout of queries without the last dimension."""
     return kernel.cut_queries(x_BTN[..., None], sizes.K)[..., 0]

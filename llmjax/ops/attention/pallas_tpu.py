@@ -8,7 +8,7 @@ everything is visible skip the mask.
 
 The passes over queries (output, gradient of queries) keep a block of queries in VMEM and stream blocks of keys. The
 pass over keys (gradients of keys and values) does the reverse, with transposed scores. Thus coordinates and
-statistics of the streamed block always lie along the lanes, as they are stored, and only those of the resident block
+statistics of the streamed block always lie along the lanes, as they are stored, and only the ones of the resident block
 are transposed, once per row of the list. The algorithm is FlashAttention 2 (Dao 2023).
 """
 

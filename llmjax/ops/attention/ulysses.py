@@ -68,7 +68,7 @@ def attend(
 
 
 def repeats(N: int, K: int, size: int) -> int:
-    """How many times each of K key/value heads is repeated, so that each of `size` devices has those of its N / size
-    query heads."""
+    """How many times each of K key/value heads is repeated, so that each of `size` devices has the ones that its N /
+    size query heads read."""
     group = N // K
     return group // math.gcd(group, N // size)

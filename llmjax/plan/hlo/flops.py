@@ -18,6 +18,7 @@ def product_flops(module: Module, trips: Trips = NO_TRIPS) -> float:
     """Two operations for each multiplication in the dots and convolutions of one run. For `trips` see `Site.times`."""
     total = 0.0
     for site in walk(module):
+        # A fusion runs all of its products each time it runs.
         inside = sum(_flops(*found) for found in _products(module, site.instruction, site.computation))
         if inside:
             total += inside * site.times(trips)

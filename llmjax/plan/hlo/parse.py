@@ -41,8 +41,8 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line `name = shape opcode(arguments), attributes`. The argument of a constant is its value, that of a
-    parameter its number."""
+    """One line `name = shape opcode(arguments), attributes`. The argument of a constant is its value, and the
+    argument of a parameter is its number."""
 
     name: str
     shape: str
@@ -181,10 +181,10 @@ def _closing(text: str, start: int) -> int:
 
 
 def walk(module: Module) -> Iterator[Site]:
-    """Every scheduled instruction: those of the entry computation, and of the loops, branches and calls that it leads
+    """Every scheduled instruction: in the entry computation, and in the loops, branches and calls that it leads
     to.
 
-    A fusion or an asynchronous wrapper is one instruction; what is inside of it is not listed.
+    A fusion or an asynchronous wrapper is one instruction; its inner instructions are not listed.
     """
 
     def visit(
@@ -192,6 +192,7 @@ def walk(module: Module) -> Iterator[Site]:
     ) -> Iterator[Site]:
         values = _Values(module, computation, known)
         for ins in computation.instructions.values():
+            # The condition runs once more than the body, which is neglected.
             if ins.opcode == "while":
                 trips, kept = _trips(module, ins, values[ins.operands[0]])
                 yield Loop(ins, computation, runs, within, trips)
@@ -200,6 +201,7 @@ def walk(module: Module) -> Iterator[Site]:
                     yield from visit(module.computations[name], [kept], *place)
                 continue
             yield Site(ins, computation, runs, within)
+            # The first operand selects the branch; the others are the arguments of the branches.
             if ins.opcode == "conditional":
                 branches = ins.called("branch_computations", "true_computation", "false_computation")
                 for i, (name, operand) in enumerate(zip(branches, ins.operands[1:], strict=True)):
@@ -261,11 +263,13 @@ class _Values:
         if opcode == "parameter":
             number = int(ins.arguments)
             return self.known[number] if number < len(self.known) else None
+        # Loops carry their whole state as one tuple, so counters are looked up through it.
         if opcode == "tuple":
             return [self[operand] for operand in operands]
         if opcode == "get-tuple-element":
             whole = self[operands[0]]
             return whole[int(find(r"index=(\d+)", ins.attributes)[1])] if whole else None
+        # These change how a value is stored, not the value.
         if opcode in ("copy", "bitcast", "convert", "reshape", "opt-barrier"):
             return self[operands[0]]
         if opcode in ("fusion", "call"):
@@ -286,13 +290,14 @@ def _trips(module: Module, loop: Instruction, start: Any) -> tuple[int | None, A
     """The number of iterations of a while loop (None if it depends on the data), and the known part of its state that
     never changes.
 
-    `start` is what is known of its initial state.
+    `start` is the known part of its initial state.
     """
     condition, body = (module.computations[loop.called(role)[0]] for role in ("condition", "body"))
 
     def iterate(state: Any) -> Any:
         return _Values(module, body, [state])[body.root]
 
+    # CPU and GPU programs state the number; in TPU programs it has to be found from the condition.
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     first = iterate(start) if start else None
     second = iterate(first) if first else None

@@ -171,6 +171,7 @@ def _group_size(ins: Instruction, num_devices: int) -> int:
     """The number of devices in each group, for which there are four notations; for a permutation, the devices that
     send to another."""
     text = ins.attributes
+    # Notations: pairs of a permutation; lists of devices; [groups, devices per group]; axes of a named mesh.
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
         return sum(source != target for source, target in re.findall(r"(\d+),(\d+)", pairs[1]))
     if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
@@ -210,6 +211,7 @@ def bytes_touched(module: Module, trips: Trips = NO_TRIPS) -> float:
 
 
 def _touched(traffic: _Traffic, ins: Instruction) -> int:
+    # The result of an asynchronous slice comes second in its shape, after the operand.
     if ins.opcode.removesuffix("-start") in SLICES and ins.opcode.endswith("-start"):
         part = ins.arrays[1]
         return part.bytes + (part.bytes if part.space in traffic.module.main_spaces else 0)
@@ -237,6 +239,7 @@ class _Traffic:
         whole = self.size(self.computation.instructions[ins.operands[index]])
         if index == 0 and ins.opcode in SLICES:
             return min(whole, sum(a.bytes for a in ins.arrays))
+        # An update in place does not read the old contents.
         if index == 0 and ins.opcode == "dynamic-update-slice":
             return 0
         if index == 0 and ins.opcode == "scatter":
