@@ -84,7 +84,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
 
 
 def _complete(saved: dict[str, Any], workdir: str) -> dict[str, Any]:
-    """A saved config with the keys that are newer than it. Called late, because the dataclasses bring jax along."""
+    """A saved config with defaults for the keys that are newer than it."""
+    # Imported late, because the dataclasses of the config import jax.
     from llmjax.config.reading import complete_config
 
     return complete_config(saved, workdir)
@@ -160,7 +161,7 @@ def _value(old: Any, key: str, texts: Sequence[str]) -> object:
 
 
 def _strings(text: str) -> tuple[str, ...]:
-    """The parts of a text that looks like ('a', 'b'); otherwise `text` alone."""
+    """The parts of a text that looks like ('a', 'b'), else `text` alone."""
     try:
         parsed = ast.literal_eval(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -193,7 +194,7 @@ def name_of(config_path: str) -> str:
 
 
 def read_prompts(values: flags.FlagValues) -> list[str]:
-    """The prompts of --prompt, followed by those in --prompt_file."""
+    """The prompts of --prompt and of --prompt_file, in this order."""
     prompts = list(values.prompt)
     if values.prompt_file is not None:
         path = pathlib.Path(values.prompt_file)

@@ -1,4 +1,4 @@
-"""What a person reads in the terminal outside the training loop: lines, tables, and bars for the stages before it."""
+"""What a person reads in the terminal outside of the training loop: lines, tables, and bars for the stages before it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmjax.terminal.bar import Bar
 
 
 def say(text: str = "") -> None:
-    """Prints `text`, once for all processes."""
+    """Prints `text`, on the first process only."""
     if hosts.is_primary():
         show(text)
 
@@ -24,15 +24,16 @@ def format_table(rows: dict[str, str]) -> str:
 
 
 def indent(text: str) -> str:
-    """`text` as a quotation: every line of it behind a vertical line."""
+    """`text` as a quotation: a vertical line before each of its lines."""
     return "\n".join(f"  | {line}" for line in text.split("\n"))
 
 
 class StageProgress:
-    """Shows how far each stage is that reads or writes bytes: `progress(stage, bytes done, bytes in all)`.
+    """A context manager that shows the progress of stages that read or write bytes: `progress(stage, bytes done,
+    bytes in all)`.
 
-    Each stage has a bar of its own, which vanishes when the stage ends. Nothing is shown where standard error is no
-    terminal, and by processes other than the first. A context manager.
+    Each stage has its own bar, which vanishes when the stage ends. Nothing is shown if standard error is not a
+    terminal, or on processes other than the first.
     """
 
     def __init__(self) -> None:
@@ -59,6 +60,7 @@ class StageProgress:
             self._bar = Bar(total, before, after, stays=False)
             self._stage, self._began = stage, time.monotonic()
         if done:
+            # The remaining time, if bytes keep their average speed so far.
             left = (time.monotonic() - self._began) * (total - done) / done
             after += f"  ETA {format_duration(max(left, 0))}"
         self._bar.show(done, before, after)

@@ -1,7 +1,7 @@
-"""What the terminal shows of a run: a bar with loss, tokens/s and time left; plain lines where it is none.
+"""The display of a training run: on a terminal a bar with loss, tokens/s and remaining time, otherwise plain lines.
 
-A bar in a log file is noise, so into a file or pipe goes one line at the first update, then one at most every
-`PLAIN_SECONDS`, and one at the last. Evaluations always get a line.
+A bar in a log file would be noise. A file or pipe gets one line at the first update, then at most one line every
+`PLAIN_SECONDS`, and one at the last update. Evaluations always get a line.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from llmjax.quantities import format_duration, format_number
 from llmjax.scores import Score
 from llmjax.terminal.bar import Bar
 
+# The least seconds between two plain lines. A choice.
 PLAIN_SECONDS = 10.0
-SMOOTHING = 0.9  # of tokens/s over updates, for the eye; the recorded figures are exact
+# The weight of earlier updates in the tokens/s that are shown. A choice for readability; recorded numbers are not
+# smoothed.
+SMOOTHING = 0.9
 
 
 class Progress:
-    """The display of a run of `num_tokens` tokens; it counts in updates of `tokens_per_update`.
+    """The display of a run of `num_tokens` tokens, counted in updates of `tokens_per_update` tokens.
 
-    Where nobody reads the output any more (`| head`), it falls silent and calls `on_closed`, so that a run can end in
-    good order.
+    If the reader of the output is gone (`| head`), it becomes silent and calls `on_closed`, so that the run can end
+    properly.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Progress:
         self.say(f"{self._where(update, values)}  held-out " + "  ".join(parts))
 
     def _where(self, update: int, values: Mapping[str, float]) -> str:
-        """`update 3/400`; where updates are of another size, `update 3, 1% of the tokens`."""
+        """`update 3/400`, or `update 3, 1% of the tokens` if updates have had other sizes."""
         if values["tokens"] == update * self._unit:
             return f"update {update}/{self._num_tokens // self._unit}"
         return f"update {update}, {values['tokens'] / max(self._num_tokens, 1):.0%} of the tokens"
@@ -104,7 +107,7 @@ class Progress:
 
 
 def silence() -> None:
-    """Lets standard output go nowhere: Python itself would complain at exit of what nobody reads."""
+    """Redirects standard output to nowhere; otherwise Python would complain at exit about a closed pipe."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
