@@ -1,4 +1,4 @@
-"""What a person reads in the terminal outside of the training loop: lines, tables, and bars for the stages before it."""
+"""What a person reads in the terminal outside of the training loop: lines, tables, and bars for stages before it."""
 
 from __future__ import annotations
 
