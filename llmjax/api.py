@@ -21,15 +21,20 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from llmjax.build.corpus_record import describe_difference, trained_on
 from llmjax.config.file import load_config_file, plain_dict
+from llmjax.config.reading import complete_config
 from llmjax.errors import UserError
 from llmjax.evaluate.scoring import Piece, score_pieces
 from llmjax.flags import load_config, name_of, set_key
 from llmjax.modes import dispatch
 from llmjax.modes.corpus import read_corpus
 from llmjax.modes.evaluate import score_held_out
-from llmjax.modes.generate import Loaded, continue_texts
+from llmjax.modes.generate import Loaded, check_one_stream, continue_texts
 from llmjax.modes.generate import load as load_checkpoint
+from llmjax.terminal.lines import say
 from llmjax.workdir.contents import check_place
 from llmjax.workdir.metrics import Metrics, read_metrics
 
@@ -90,8 +95,8 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved config, section by section."""
-        return load_config(None, str(self.workdir))
+        """The resolved config, section by section, with every key of today also where an older version wrote it."""
+        return complete_config(load_config(None, str(self.workdir)), self.workdir)
 
     @property
     def metrics(self) -> Metrics:
@@ -119,6 +124,7 @@ class Run:
         Returns `loss` in nats per token, `tokens`, and `bits_per_byte` of the text's UTF-8 bytes.
         """
         loaded, size = self._loaded, len(text.encode())
+        check_one_stream(loaded.program)
         if not size:
             raise UserError("text='' has nothing to score; give some text")
         program, tokenizer = loaded.program, loaded.tokenizer
@@ -130,13 +136,15 @@ class Run:
         return {"loss": loss / count, "tokens": count, "bits_per_byte": loss / math.log(2) / size}
 
     def evaluate(self) -> dict[str, float]:
-        """The scores of the task on the held-out documents of the run."""
+        """The scores of the task on the held-out documents, which it says where they are not those of the run."""
         loaded, request = self._loaded, self._request()
         corpus = read_corpus(request.config, request.derived, self.workdir)
         if corpus.held_out is None:
             raise UserError(
                 "data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out"
             )
+        if different := describe_difference(self.workdir, trained_on(self.workdir, loaded.update), corpus):
+            say(f"{different}; these scores are of the documents here")
         return score_held_out(loaded.program, corpus, loaded.params)
 
     @functools.cached_property
@@ -150,8 +158,6 @@ class Run:
 
 def _pieces(tokens: list[int], seq_len: int) -> Iterator[Piece]:
     """The text as packing cuts a document: each piece predicts at most `seq_len` tokens, every token once."""
-    import numpy as np
-
     for start in range(0, len(tokens) - 1, seq_len):
         part = np.array(tokens[start : start + seq_len + 1])
         yield Piece(part, np.zeros(len(part) - 1, np.int64))

@@ -1,5 +1,7 @@
 """llmjax from Python: train, load, generate, score, evaluate; the same numbers as the command line."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -78,6 +80,24 @@ def test_a_config_may_be_a_config_dict(folder):
     assert len(run.metrics.train) == 2
     with pytest.raises(UserError, match="workdir is not given"):
         llmjax.train(config, settings)
+
+
+def test_a_run_of_an_older_version_is_loaded_with_the_keys_of_today(run, tmp_path):
+    shutil.copytree(run.workdir, tmp_path / "old")
+    saved = json.loads((tmp_path / "old" / "config.json").read_text())
+    del saved["data"]["source_len"], saved["adamw"]
+    saved["optimizer"] |= {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(saved))
+    old = llmjax.load(tmp_path / "old")
+    assert old.config == run.config and old.score("river") == run.score("river")
+
+
+def test_other_documents_than_those_of_the_run_are_named(run, folder, capsys):
+    path = folder / "corpus" / "zzz.txt"
+    path.write_text("another document")
+    run.evaluate()
+    path.unlink()
+    assert "these scores are of the documents here" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_sentence(folder, tmp_path, run):

@@ -62,7 +62,7 @@ def copy(tmp_path_factory):
     return root
 
 
-def run(root, *arguments):
+def run(root, *arguments, code=0, stderr=""):
     environment = {
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
@@ -71,7 +71,7 @@ def run(root, *arguments):
     }
     command = [sys.executable, "-m", "llmjax", *arguments]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert (done.returncode, done.stderr) == (code, stderr), done.stderr
     return done.stdout
 
 
@@ -94,6 +94,8 @@ def test_a_new_family_task_and_optimizer_train_together_and_a_new_mode_reads_the
     assert losses[-1] < losses[0] - 0.3
     assert "leaky_averages" in out and "signum" in out
     assert run(copy, f"--workdir={copy / 'work'}", "--mode=vocabulary") == "277 ids\n"
+    sentence = "llmjax: task.name='pairs' reads two texts, and a prompt is one; use --mode=evaluate\n"
+    run(copy, f"--workdir={copy / 'work'}", "--mode=generate", "--prompt=a", code=2, stderr=sentence)
 
 
 def test_a_new_activation_is_chosen_by_its_name(copy):

@@ -14,6 +14,7 @@ from llmjax.build.restore import (
 )
 from llmjax.config.init_from import own_tokenizer
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from llmjax.errors import UserError
 from llmjax.escapes import show
 from llmjax.generate.generate import make_generator
 from llmjax.modes.request import Request
@@ -59,10 +60,18 @@ def run(request: Request) -> int:
     return 0
 
 
+def check_one_stream(program: Program) -> None:
+    """UserError where the task reads a second stream of tokens, which a text by itself does not bring."""
+    name = program.config.task.name
+    if "source" in program.derived.examples.columns:
+        raise UserError(f"task.name={name!r} reads two texts, and a prompt is one; use --mode=evaluate")
+
+
 def continue_texts(
     loaded: Loaded, prompts: Sequence[str], on_text: Callable[[int, str], None] = lambda row, text: None
 ) -> list[str]:
     """What the model writes after each of the prompts; `on_text(row, text)` is told of each piece as it comes."""
+    check_one_stream(loaded.program)
     tokenizer = loaded.tokenizer
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     decoders = [StreamDecoder(tokenizer, continuing=bool(prompt)) for prompt in prompts]

@@ -115,11 +115,13 @@ class Store:
 
     def weights(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """float32 [stop - start], the loss weights of tokens `start` to `stop` of one document as targets."""
-        length = int(self.lengths[document])
+        stop = int(self.lengths[document]) if stop is None else stop
         if "weights" not in self._columns:
-            return np.ones((length if stop is None else stop) - start, np.float32)
+            return np.ones(stop - start, np.float32)
         runs = self._view("weights", document, 0, None)
-        return np.repeat(runs["weight"], runs["length"])[start:stop]
+        # Where each run ends, within the part that is asked for: a long document is not written out as a whole.
+        ends = np.clip(np.cumsum(runs["length"], dtype=np.int64), start, stop)
+        return np.repeat(runs["weight"], np.diff(ends, prepend=start))
 
     def name(self, document: int) -> str:
         """Where the document came from, for example `json/decoder.py` or `poems.jsonl#17`."""
