@@ -10,7 +10,7 @@ import pytest
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.nn.token_tiles import by_tiles
 from llmjax.ops import chunks
-from llmjax.ops.attention import blockwise, full, kernel, pallas_gpu, pallas_tpu, ring
+from llmjax.ops.attention import blockwise, full, gpu_schedule, kernel, pallas_gpu, ring, tpu_schedule
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.pallas_tpu import PallasTPU
 from llmjax.ops.loss import OTHERS, TPU
@@ -103,7 +103,7 @@ def test_lists_of_a_prime_number_of_blocks_are_cut_into_few(name, most, monkeypa
     inputs = make_inputs(B=1, T=length, S=length, N=2, K=1)
     attend = functools.partial(KERNELS[name])
     whole = run(attend, inputs, mask)
-    monkeypatch.setattr({"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[name], most, 28)
+    monkeypatch.setattr({"pallas_tpu": tpu_schedule, "pallas_gpu": gpu_schedule}[name], most, 28)
     calls = []
     count = chunks.cut
     monkeypatch.setattr(chunks, "cut", lambda n, limit: calls.append(count(n, limit)) or calls[-1])

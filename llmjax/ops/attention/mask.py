@@ -149,6 +149,12 @@ def split_blocks(segments_BX: jax.Array, positions_BX: jax.Array, size: int) -> 
     return segments, positions
 
 
+def stack_coords(segments_BX: jax.Array, positions_BX: jax.Array, tokens: int) -> jax.Array:
+    """Segments and positions [B, 2, tokens], filled with padding."""
+    coords_B2X = jnp.stack([segments_BX, positions_BX], axis=1)
+    return jnp.pad(coords_B2X, ((0, 0), (0, 0), (0, tokens - segments_BX.shape[1])))
+
+
 def pad_spans(spans: Span, blocks: Chunks) -> Span:
     """Spans [B, blocks] extended to `blocks.padded` entries by spans of padding, which no query sees."""
     missing = blocks.padded - blocks.tokens

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 from quick import AS_FOR_USERS
 
-from llmjax.ops.attention import blockwise, full, kernel, pallas_gpu, ring
+from llmjax.ops.attention import blockwise, full, gpu_schedule, kernel, pallas_gpu, ring
 from llmjax.ops.attention.mask import Mask, block_spans, cross_mask, self_mask
 from llmjax.ops.attention.pairs import list_rows
 from llmjax.ops.attention.pallas_gpu import PallasGPU
@@ -88,7 +88,7 @@ def test_lists_in_parts_change_nothing(monkeypatch):
     inputs, mask = make_inputs(), self_mask(*PACKED, window=7)
     ours = functools.partial(interpreted, block=16)
     whole = jax.jit(functools.partial(run.__wrapped__, ours)).lower(inputs, mask)
-    monkeypatch.setattr(pallas_gpu, "MAX_LISTED_BLOCKS", 8)
+    monkeypatch.setattr(gpu_schedule, "MAX_LISTED_BLOCKS", 8)
     parts = jax.jit(functools.partial(run.__wrapped__, ours)).lower(inputs, mask)
     assert parts.as_text().count("stablehlo.while") > whole.as_text().count("stablehlo.while")
     parts, whole = (program.compile(compiler_options=AS_FOR_USERS) for program in (parts, whole))
@@ -279,7 +279,7 @@ def test_on_a_gpu_bfloat16_stays_close_to_float32(kind, H, gpus):
 def test_on_a_gpu_lists_in_parts_change_nothing(gpus, monkeypatch):
     inputs, mask = long_case("packed", gpus[0], K=2, H=64)
     whole = run(pallas_gpu.attend, inputs, mask)
-    monkeypatch.setattr(pallas_gpu, "MAX_LISTED_BLOCKS", 20)
+    monkeypatch.setattr(gpu_schedule, "MAX_LISTED_BLOCKS", 20)
     run.clear_cache()
     assert_equal(run(pallas_gpu.attend, inputs, mask), whole, error=0.0)
     run.clear_cache()

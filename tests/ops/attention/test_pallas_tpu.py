@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmjax.ops.attention import full, kernel, pallas_tpu, ring
+from llmjax.ops.attention import full, kernel, ring, tpu_schedule
 from llmjax.ops.attention.mask import block_spans, cross_mask, self_mask
 from llmjax.ops.attention.pairs import FIRST, LAST, WHOLE, list_pairs
 from llmjax.ops.attention.pallas_tpu import PallasTPU
@@ -71,7 +71,7 @@ def test_one_document_does_not_move_with_another():
 def test_long_lists_of_pairs_are_cut(monkeypatch):
     inputs, mask = make_inputs(2), MASKS["packed"]
     expected = run(attend(2.0), inputs, mask)
-    monkeypatch.setattr(pallas_tpu, "MAX_PAIRS", 4)
+    monkeypatch.setattr(tpu_schedule, "MAX_PAIRS", 4)
     assert_equal(run(attend(2.0), inputs, mask), expected, error=1e-6)
 
 
