@@ -39,7 +39,7 @@ from llmjax.modes.loop_parts import make_run
 from llmjax.modes.probe import make_probes, probe
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
-from llmjax.parallel.agreement import together
+from llmjax.parallel.agreement import on_primary, together
 from llmjax.plan.advice import remarks
 from llmjax.plan.memory import check_state_fits
 from llmjax.plan.summary import describe
@@ -64,6 +64,7 @@ def run(request: Request) -> int:
     """Trains from wherever the workdir stands to train.num_updates, and writes its report; the exit code."""
     with hold(request.workdir) as check_lock:
         together(lambda: standing.check_standing(request.workdir, warn))
+        on_primary(lambda: standing.forget_unnamed_save(request.workdir))
         with StopRequest(at_once=True) as stop:
             try:
                 return train_until(stop, request, check_lock)

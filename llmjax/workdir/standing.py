@@ -80,21 +80,33 @@ def check_standing(workdir: pathlib.Path, warn: Callable[[str], None]) -> None:
     begin again.
     """
     last = _last_saved(workdir)
+    is_unnamed = _is_unnamed(workdir, last)
     if has_begun(workdir):
-        if last and not (workdir / last).exists():
+        if last and not is_unnamed and not (workdir / last).exists():
             warn(
                 f"{workdir / SAVED} says that {last} was saved last, but it is not there any more; going on from the "
                 "newest that is"
             )
         return
-    if last and any(workdir.glob(f"{last}.orbax-checkpoint-tmp*")):
-        # The run died after its first save was noted and before the folder got its name.
+    if is_unnamed:
         return
     if reason := _why_saved(workdir, last):
         raise UserError(
             f"--workdir={workdir} holds no checkpoint, although {reason}; mount or restore {workdir / 'checkpoints'}, "
             "or use another --workdir to begin again"
         )
+
+
+def forget_unnamed_save(workdir: pathlib.Path) -> None:
+    """Lets saved.json name a checkpoint that is there, where the run died before the noted one got its name.
+
+    To be called before training opens the checkpoints, which removes what has no name.
+    """
+    if not _is_unnamed(workdir, _last_saved(workdir)):
+        return
+    there = [(folder, shelf.numbers(workdir / folder)) for folder in FOLDERS]
+    folder, numbers = next(((folder, numbers) for folder, numbers in there if numbers), (CHECKPOINTS, [None]))
+    note_saved(workdir, folder)(numbers[-1], {})
 
 
 def check_metrics(workdir: pathlib.Path, update: int, warn: Callable[[str], None]) -> None:
@@ -170,6 +182,11 @@ def _last_saved(workdir: pathlib.Path) -> str:
         return ""
     except (OSError, ValueError, KeyError, TypeError):
         return "something"
+
+
+def _is_unnamed(workdir: pathlib.Path, last: str) -> bool:
+    """Whether the run died after it noted the save `last` and before the folder of that save got its name."""
+    return bool(last) and any(workdir.glob(f"{last}.orbax-checkpoint-tmp*"))
 
 
 def _why_saved(workdir: pathlib.Path, last: str) -> str:

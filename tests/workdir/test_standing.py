@@ -163,6 +163,29 @@ def test_a_run_goes_on_where_only_the_last_save_is_gone_and_says_so(workdir):
     assert all("not there any more; going on from the newest that is" in text for text in told)
 
 
+@pytest.mark.parametrize("folder, number", [("checkpoints", 60), ("partial_update", 333)])
+def test_a_run_killed_before_a_noted_save_got_its_name_goes_on_without_a_word(folder, number, workdir):
+    """However often it is killed: the first to go on removes what has no name, and the next must not miss it."""
+    standing.note_saved(workdir, folder)(number, {"update": number})
+    unnamed = workdir / folder / f"{number}.orbax-checkpoint-tmp"
+    unnamed.mkdir(parents=True)
+    standing.check_standing(workdir, pytest.fail)
+    standing.forget_unnamed_save(workdir)
+    shutil.rmtree(unnamed)
+    standing.check_standing(workdir, pytest.fail)
+    told = []
+    shutil.rmtree(workdir / "checkpoints" / "40")
+    standing.check_standing(workdir, told.append)
+    assert "checkpoints/40" in told[0]
+
+
+def test_a_first_save_that_never_got_its_name_is_forgotten(workdir):
+    cut_short(workdir)
+    standing.forget_unnamed_save(workdir)
+    emptied(workdir)
+    standing.check_standing(workdir, pytest.fail)
+
+
 def test_a_stopped_update_alone_is_enough_to_go_on_from(workdir):
     save(workdir, "partial_update", 333)
     shutil.rmtree(workdir / "checkpoints")
