@@ -19,7 +19,8 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from llmjax.data.layout.layout import Arrays, RowLayout, lay_out
-from llmjax.data.packing.packing import PackingPlan, permute
+from llmjax.data.packing.order import permute
+from llmjax.data.packing.plan import PackingPlan
 from llmjax.data.packing.shorten_rows import cut_rows
 from llmjax.errors import UserError
 from llmjax.names import plain_name

@@ -10,7 +10,8 @@ import pytest
 from sections import section
 
 from llmjax.data.checksums import BLOCK_BYTES, DamagedError
-from llmjax.data.packing import packing
+from llmjax.data.packing.make_plan import cached_plan, plan_packing
+from llmjax.data.packing.plan import ARRAYS
 from llmjax.data.pipeline import PackedSequences, make_batches
 from llmjax.data.sources.sources import list_sources
 from llmjax.data.store import cache
@@ -89,8 +90,8 @@ def make_store(folder, report):
 
 def make_plan(folder, report):
     lengths = 2 + np.arange(200) * 7919 % 60
-    made = packing.cached_plan(lengths, np.arange(200), 64, 0, folder / "cache", report)
-    return made.fingerprint, made.num_tokens, [getattr(made, name).tolist() for name in packing.ARRAYS]
+    made = cached_plan(lengths, np.arange(200), 64, 0, folder / "cache", report)
+    return made.fingerprint, made.num_tokens, [getattr(made, name).tolist() for name in ARRAYS]
 
 
 THINGS = {"tokenizer": make_tokenizer, "store": make_store, "plan": make_plan}
@@ -210,9 +211,9 @@ def test_damage_that_a_run_meets_after_its_sources_changed_is_one_sentence(large
 
 def test_a_plan_of_an_older_version_is_made_again(tmp_path):
     lengths = np.full(50, 24)
-    made = packing.cached_plan(lengths, np.arange(50), 64, 0, tmp_path)
+    made = cached_plan(lengths, np.arange(50), 64, 0, tmp_path)
     (tmp_path / f"plan-{made.fingerprint}" / "checksums.json").unlink()
-    again = packing.cached_plan(lengths, np.arange(50), 64, 0, tmp_path, lambda text: None)
+    again = cached_plan(lengths, np.arange(50), 64, 0, tmp_path, lambda text: None)
     assert again.docs.tolist() == made.docs.tolist()
 
 
@@ -228,7 +229,7 @@ def test_damage_comes_through_the_thread_that_makes_batches_as_what_it_is(prefet
     files, folder = large
     store = build_store(folder / "store", files, BYTES)
     a_bit(folder / "store" / "tokens-00000.bin")
-    source = PackedSequences(store, packing.plan_packing(store.lengths, np.arange(40), 4096, 0), 0)
+    source = PackedSequences(store, plan_packing(store.lengths, np.arange(40), 4096, 0), 0)
     with (
         make_batches(source, start=0, batch_size=40, prefetch=prefetch) as batches,
         pytest.raises(DamagedError, match="tokens-00000.bin between bytes"),

@@ -11,7 +11,7 @@ from configs import base
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.packing.packing import plan_packing
+from llmjax.data.packing.make_plan import plan_packing
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.sources.sources import list_sources, read_records
 from llmjax.data.store.build import build_store

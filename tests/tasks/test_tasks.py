@@ -13,7 +13,7 @@ from llmjax.build.corpus import make_corpus
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.packing.packing import plan_packing
+from llmjax.data.packing.make_plan import plan_packing
 from llmjax.main import main
 from llmjax.tasks.table import TASKS
 

@@ -10,8 +10,8 @@ import pytest
 from llmjax.data.examples.contract import OPTIONAL_COLUMNS, Example
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.table import EXAMPLES
-from llmjax.data.packing.packing import cached_plan, plan_packing
-from llmjax.data.packing.two_streams import Source
+from llmjax.data.packing.make_plan import cached_plan, plan_packing
+from llmjax.data.packing.two_streams import SourceStream
 from llmjax.data.pipeline import FIELDS_OF_COLUMN, PackedSequences
 from llmjax.data.sources.sources import list_sources
 from llmjax.data.store.build import build_store
@@ -151,7 +151,7 @@ def test_damage_in_an_optional_column_is_found(store, name):
 
 
 def test_a_packed_row_holds_both_streams_of_its_documents(store, tmp_path):
-    source = Source(np.asarray(store.source_lengths), 96)
+    source = SourceStream(np.asarray(store.source_lengths), 96)
     plan = cached_plan(store.lengths, np.arange(45), 64, 0, tmp_path / "plans", source=source)
     sequences = pickle.loads(
         pickle.dumps(PackedSequences(store, plan, 3, repeat=False, columns=OPTIONAL_COLUMNS))
