@@ -1,7 +1,7 @@
 """Makes batches from a store and a packing plan. This is the only file that imports grain.
 
 Packed sequence number i is a pure function of (data, seed, i): it is a row of the plan, in an order of the rows that
-differs in every epoch. The only state of the pipeline is therefore one integer, the data cursor: the number of sequences
+differs in every epoch. The only state of the pipeline is one integer, the data cursor: the number of sequences
 consumed. It is restored without reading any data, is the same on 1, 2 or 64 hosts, and does not depend on how many
 sequences a micro-batch or an update has.
 """

@@ -64,7 +64,7 @@ def make_loss(
 
     def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
         output = model.apply(params, batch, rng=rng)
-        # The loss takes hidden states and head, not logits: it computes the logits in chunks and never holds all of them.
+        # The loss takes hidden states and head: it computes the logits in chunks and never holds all of them.
         sums = softmax_cross_entropy(
             output.hidden_BTD,
             model.head(params),
