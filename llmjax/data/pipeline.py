@@ -127,6 +127,7 @@ class PackedSequences:
         tokens, targets, segments, positions = flat
         count_up = np.arange(shape[1], dtype=np.int32)
         for row, count in enumerate(counts.tolist()):
+            # Pieces lie one after the other from the beginning of the row; the rest stays 0, which is padding.
             at = row * shape[1]
             for segment, (doc, start, length) in enumerate(itertools.islice(remaining, count), 1):
                 stop = at + length
@@ -273,6 +274,7 @@ def make_batches(
     num_batches = FOREVER if stop is None else -(-(stop - start) // batch_size)
     if stop is not None and source.repeat and (stop - start) % batch_size:
         raise ValueError(f"{stop - start} sequences are no multiple of the batch size {batch_size}.")
+    # Every process counts the sequences of the global micro-batch and reads only its own rows of it.
     rows = np.arange(batch_size) if local_rows is None else np.asarray(local_rows)
     length = length or source.plan.seq_len
     read = functools.partial(_read_batch, source, start, batch_size, rows, length, layout)

@@ -17,6 +17,7 @@ import numpy as np
 def by_distance(work: np.ndarray) -> np.ndarray:
     """Reorders work [n, n] by distance: entry [s, d] is the work of the queries of d against the keys of d - s."""
     d = np.arange(len(work))
+    # Row s of the index array holds d - s for every device d.
     return work[d, (d - d[:, None]) % len(work)]
 
 
@@ -32,6 +33,7 @@ def steps(work: np.ndarray) -> np.ndarray:
 
 def reach(work: np.ndarray) -> tuple[int, int]:
     """The number of hops that keys travel to higher and to lower device numbers, in a ring of two directions."""
+    # Distance s above half the ring means s - n: the keys take the shorter way, downward.
     needed = np.flatnonzero(by_distance(work).any(axis=1))
     half = len(work) // 2
     upward, downward = needed[needed <= half], len(work) - needed[needed > half]

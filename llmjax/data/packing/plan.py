@@ -101,6 +101,7 @@ def save_plan(plan: PackingPlan, folder: str | os.PathLike) -> None:
         if field.name not in (*ARRAYS, SOURCE_ARRAY, "folder")
     }
     arrays = _arrays(plan.source_len)
+    # new_folder writes everything to disk (fsync) before it renames the folder.
     with new_folder(folder, _is_whole) as unfinished:
         for name in arrays:
             np.save(unfinished / f"{name}.npy", getattr(plan, name))

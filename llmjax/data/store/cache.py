@@ -55,6 +55,7 @@ def cached_tokenizer(
     """
     if config.path:
         return load_tokenizer(config.path)
+    # Some kinds, such as bytes, need no training and are not cached.
     fixed = KINDS[config.kind].fixed
     if fixed is not None:
         return fixed(config.num_reserved)
@@ -70,6 +71,7 @@ def cached_tokenizer(
         TRAINER_VERSION,
     ]
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
+    # lexists, because a broken link in place of the folder counts as damage and must be replaced.
     if os.path.lexists(directory):
         try:
             return _load_whole(directory)
@@ -161,6 +163,7 @@ def cached_store(
         except DamagedError as error:
             report(f"{error.reason}; it is built again from data.sources")
     store = build(progress) if store is None else store
+    # Large files are checked only when they are read, so damage may show up in the middle of a run.
     store.remake = build_again
     return store
 

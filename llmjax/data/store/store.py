@@ -51,6 +51,7 @@ class RaggedColumn:
     def __init__(self, shards: Sequence[CheckedArray], counts: Sequence[int], lengths, starts):
         self.lengths, self._starts = lengths, starts
         self.shards = shards
+        # Where each shard starts, counted in values over all shards.
         self._shard_starts = [0, *itertools.accumulate(counts)][:-1]
 
     def view(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -158,6 +159,7 @@ class Store:
             return column.view(document, start, stop)
         except DamagedError as error:
             self._make_again(error, column)
+        # The store was built again and opened, so the second attempt reads the new files.
         return self._view(name, document, start, stop)
 
     def check_all(self) -> None:
@@ -177,6 +179,7 @@ class Store:
                 return
             if self.remake is None:
                 raise error
+            # Cleared first: damage in the rebuilt store would otherwise rebuild it without end.
             remake, self.remake, before = self.remake, None, self.header
             remake(error)
             self._open()

@@ -103,21 +103,6 @@ def test_its_time_is_never_much_above_the_time_of_zigzag():
             assert time["documents"] < 1.1 * time["zigzag"], (lengths, shards)
 
 
-@pytest.mark.parametrize("size", by_documents.PATTERNS)
-def test_patterns_wait_less_than_a_zigzag(size):
-    def lockstep_time(pattern):
-        # The chunks of each device. A later chunk attends to an earlier one; the diagonal is half a square.
-        places = [[at for at, device in enumerate(pattern) if device == d] for d in range(size)]
-        # The group lies in a ring of three times its size.
-        work = np.zeros((3 * size, 3 * size))
-        for d, e in np.ndindex(size, size):
-            work[d, e] = np.mean([[q > k for k in places[e]] for q in places[d]]) if d != e else 0.5
-        return ring_cost.lockstep_time(ring_cost.steps(work))
-
-    assert sorted(by_documents.PATTERNS[size]) == sorted([*range(size)] * 2)
-    assert lockstep_time(by_documents.PATTERNS[size]) < lockstep_time([*range(size), *reversed(range(size))])
-
-
 def test_the_estimated_work_is_near_the_work_that_attention_executes():
     for lengths in web_rows(4):
         for shards in (4, 8):
