@@ -122,7 +122,7 @@ class PackedSequences:
         columns = (self.plan.docs[pieces], self.plan.starts[pieces], self.plan.lengths[pieces])
         remaining = zip(*(values.tolist() for values in columns))
         shape = (len(indices), self.plan.seq_len)
-        # Flat arrays, because slices of one dimension are the fastest to write. There is one loop turn for each piece.
+        # Flat arrays, in which each piece is one slice. The loop below runs once for each piece, so its body is short.
         flat = np.zeros((4, shape[0] * shape[1]), np.int32)
         tokens, targets, segments, positions = flat
         count_up = np.arange(shape[1], dtype=np.int32)
@@ -201,7 +201,7 @@ class PackedSequences:
         """
         plan = self.plan
         epochs, within = np.divmod(indices, plan.num_rows)
-        # Every epoch has a permutation of its own; a batch lies in one or two epochs.
+        # Every epoch has a permutation of its own, and a batch may contain sequences of several epochs.
         rows = np.empty_like(indices)
         for epoch in set(epochs.tolist()):
             here = epochs == epoch
