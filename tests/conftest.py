@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, chosen before jax is imported, strict rank promotion, and where the shared data lies."""
+"""Settings for all tests: eight simulated CPU devices, set before jax is imported, and strict rank promotion."""
 
 import gc
 import itertools
@@ -8,7 +8,7 @@ import signal
 
 import quick
 
-# A job in the background of a shell ignores Ctrl-C, and so would the runs that tests start and interrupt.
+# A background job of a shell ignores Ctrl-C, and its child processes inherit that. Tests interrupt the runs they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -22,7 +22,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tracing makes a great many objects, and looking through them for circles at Python's pace takes a tenth of all time.
+# Tracing makes very many objects. With Python's default thresholds the garbage collector takes a tenth of all time.
 gc.set_threshold(100_000, 50, 50)
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,7 +31,10 @@ TESTS = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """Now and then: a process may map 65530 areas of memory, and every compiled program keeps some of them."""
+    """Clears all compiled programs after every 50 tests.
+
+    Linux lets a process have 65530 memory mappings, and every compiled program keeps some of them.
+    """
     yield
     if next(TESTS) % 50 == 0:
         jax.clear_caches()

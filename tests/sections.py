@@ -1,4 +1,4 @@
-"""Sections of the config for tests: the values of configs/base.py, and over them what a test says."""
+"""Sections of the config for tests: the values of configs/base.py with the changes that a test gives."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from llmjax.train.optim.optimizer import Optimizer, OptimizerConfig, make_optimi
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.train.optim.param_roles import Roles
 
+# The name of each section -> its dataclass.
 SECTIONS = typing.get_type_hints(Config)
 
 
@@ -21,7 +22,7 @@ def section(name: str, /, **changes: Any) -> Any:
 
 
 def mesh_section(*sizes: int, **changes: Any) -> MeshConfig:
-    """The section `mesh`; `sizes` are those of its first axes, in the order of `AXES`."""
+    """The section `mesh`; `sizes` are the sizes of its first axes, in the order of `AXES`."""
     return section("mesh", **dict(zip(AXES, sizes)) | changes)
 
 
@@ -33,6 +34,6 @@ def optimizer_section(name: str = "adamw", **changes: Any) -> OptimizerConfig:
 def optimizer_of(
     config: OptimizerConfig, num_updates: int, roles: Roles, *, offload: bool = False, **own: Any
 ) -> Optimizer:
-    """The optimizer of `config`; `own` are keys of the section of its name."""
+    """The optimizer of `config`; `own` changes the section that has the name of the optimizer."""
     sections = {name: section(name, **(own if name == config.name else {})) for name in OPTIMIZERS}
     return make_optimizer(config, sections, num_updates, roles, offload=offload)

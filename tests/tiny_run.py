@@ -1,4 +1,4 @@
-"""A run so small that a test can afford whole ones: its corpus, its command line, and what it leaves behind."""
+"""Runs so small that tests can afford complete ones: their corpus, their command line, and readers of their output."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from llmjax.workdir.metrics import read_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
+# The settings of a tiny run, which differ from configs/base.py.
 SETTINGS = {
     "model.num_layers": 1, "model.model_dim": 16, "model.num_heads": 2, "model.mlp_dim": 32,
     "tokenizer.kind": "byte", "data.seq_len": 32, "data.held_out_fraction": 0.1, "data.num_workers": 1,
@@ -46,7 +47,7 @@ CHINESE = "春江潮水连海平，海上明月共潮生。滟滟随波千万里
 
 
 def write_corpus(folder: pathlib.Path, documents: int = 40, words: int = 60, text: str = "") -> pathlib.Path:
-    """A folder of text files of varied length; each ends in `text`."""
+    """Writes `documents` text files of 2 to 2 * `words` random words and then `text`. Returns `folder`."""
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(documents):
@@ -63,7 +64,7 @@ def command(folder: pathlib.Path, *words: str, **settings: object) -> list[str]:
 
 
 def start(arguments: Sequence[str], stdout: int = PIPE, stderr: int = PIPE, **environment: str) -> Popen:
-    """The same in a process of its own, on one CPU device."""
+    """Starts a run with these arguments (`command`) in a process of its own, on one CPU device."""
     env = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
     env |= {
         "JAX_PLATFORMS": "cpu",
@@ -76,21 +77,21 @@ def start(arguments: Sequence[str], stdout: int = PIPE, stderr: int = PIPE, **en
 
 
 def finish(process: Popen) -> str:
-    """What the process printed; it must have ended well, without a word on stderr."""
+    """Waits for the process and returns what it printed. It must end with code 0 and print nothing to stderr."""
     out, err = process.communicate()
     assert (process.returncode, err) == (0, ""), f"exit code {process.returncode}\n{out}\n{err}"
     return out
 
 
 def read_lines(workdir: pathlib.Path) -> list[dict]:
-    """metrics.jsonl, every line of it whole, without what depends on the clock."""
+    """The lines of metrics.jsonl without the values that depend on the clock. Every line must be complete."""
     timing = ("seconds", "tokens_per_second", "data_wait", "mfu")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
 
 def lines_of(workdir: pathlib.Path) -> list[dict]:
-    """The lines of metrics.jsonl that can be read, all numbers as floats; none where there is no file."""
+    """The readable lines of metrics.jsonl, with all numbers as floats; no lines if there is no file."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     lines = (read_line(line) for line in path.read_bytes().splitlines()) if path.exists() else ()
     return [line for line in lines if line is not None]
@@ -103,8 +104,9 @@ def losses(workdir: pathlib.Path) -> list[float]:
 
 @contextlib.contextmanager
 def compiled_once(folder: pathlib.Path) -> Iterator[None]:
-    """Within it, a program that was compiled before is read from `folder`."""
-    import jax  # not at the top: some who use this module start processes only
+    """Within the `with` block, a program that was compiled before is read from the compilation cache in `folder`."""
+    # Not at the top, because some users of this module only start processes and need no jax.
+    import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     settings = {
@@ -122,18 +124,20 @@ def compiled_once(folder: pathlib.Path) -> Iterator[None]:
 
 
 def in_modes(name: str) -> object:
-    """What the files of llmjax/modes know as `name`."""
+    """The object called `name` in the files of llmjax/modes."""
     return getattr(_modes_with(name)[0], name)
 
 
 def replace_in_modes(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
-    """Replaces `name` in every file of llmjax/modes that knows it."""
+    """Replaces `name` in every file of llmjax/modes that defines or imports it."""
     for module in _modes_with(name):
         monkeypatch.setattr(module, name, value)
 
 
 def _modes_with(name: str) -> list[types.ModuleType]:
-    from llmjax import modes  # not at the top: some who use this module start processes only
+    """The files of llmjax/modes that define or import `name`."""
+    # Not at the top, because some users of this module only start processes.
+    from llmjax import modes
 
     files = [
         importlib.import_module(f"{modes.__name__}.{file.name}")

@@ -30,7 +30,8 @@ from grain.experimental import (
 )
 from lines import make_parser, report
 
-from llmjax.data.packing.packing import PackingPlan, plan_packing
+from llmjax.data.packing.make_plan import plan_packing
+from llmjax.data.packing.plan import PackingPlan
 from llmjax.data.pipeline import PackedSequences, make_batches
 from llmjax.data.sources.sources import SourceFile, list_sources, read_records
 from llmjax.data.store.build import build_store

@@ -23,7 +23,7 @@ import numpy as np
 from lines import make_parser, report
 
 from llmjax.data.layout.layout import LAYOUTS, RowLayout
-from llmjax.data.packing.packing import plan_packing
+from llmjax.data.packing.make_plan import plan_packing
 from llmjax.plan.ring_work import ring_work
 
 DOCUMENTS = 100_000

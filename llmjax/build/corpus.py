@@ -12,8 +12,9 @@ import numpy as np
 
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
-from llmjax.data.packing.packing import PackingPlan, cached_plan, check_corpus
-from llmjax.data.packing.two_streams import Source
+from llmjax.data.packing.make_plan import cached_plan
+from llmjax.data.packing.plan import PackingPlan, check_corpus
+from llmjax.data.packing.two_streams import SourceStream
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.sources.sources import list_sources
 from llmjax.data.store.cache import cached_store, cached_tokenizer
@@ -98,7 +99,7 @@ def make_corpus(
         progress=functools.partial(progress, "tokenizing"),
     )
     train_ids, held_out_ids = store.split(data.held_out_fraction)
-    source = None if store.source_lengths is None else Source(store.source_lengths, derived.source_len)
+    source = None if store.source_lengths is None else SourceStream(store.source_lengths, derived.source_len)
     train_plan, held_out_plan = (
         cached_plan(store.lengths, ids, data.seq_len, config.seed, cache / "plans", source=source)
         for ids in (train_ids, held_out_ids)

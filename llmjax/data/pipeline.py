@@ -1,8 +1,9 @@
-"""From a store and a packing plan to batches; the only file that knows grain.
+"""Makes batches from a store and a packing plan. This is the only file that imports grain.
 
-Packed sequence number i is a pure function of (data, seed, i): a row of the plan, in an order that is
-shuffled anew each epoch. So the only state is one integer, the number of sequences consumed: it restores in
-O(1), is the same on 1, 2 or 64 hosts, and does not care how many sequences a micro-batch or an update takes.
+Packed sequence number i is a pure function of (data, seed, i): it is a row of the plan, in an order of the rows that
+differs in every epoch. The only state of the pipeline is one integer, the data cursor: the number of sequences
+consumed. It is restored without reading any data, is the same on 1, 2 or 64 hosts, and does not depend on how many
+sequences a micro-batch or an update has.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from llmjax.data.layout.layout import Arrays, RowLayout, lay_out
-from llmjax.data.packing.packing import PackingPlan, permute
+from llmjax.data.packing.order import permute
+from llmjax.data.packing.plan import PackingPlan
 from llmjax.data.packing.shorten_rows import cut_rows
 from llmjax.errors import UserError
 from llmjax.names import plain_name
 from llmjax.ranges import Range, Unset, check_ranges
 
-FOREVER = 2**48  # micro-batches; grain wants a length
+# The number of micro-batches of a stream without an end: grain needs a length, and no run reaches this one.
+FOREVER = 2**48
+# The layout that moves no token.
 AS_PACKED = RowLayout()
 
 
@@ -33,16 +37,18 @@ AS_PACKED = RowLayout()
 class DataConfig:
     """The `data` section of the config.
 
-    sources            what is read: files, directories, globs, or "stdlib"
-    text_field         where the text is in JSON lines and Parquet rows
-    on_bad_text        what invalid UTF-8 does: "error", "skip" the document, or "replace" the bytes
-    seq_len            T, positions of a packed sequence
-    source_len         S, positions of its second stream, for tasks that have one; 0 = seq_len
-    length_points      lengths of the rows into which it is cut, as tokens are seen: `train/steering/length_schedule.py`
-    held_out_fraction  of the documents, chosen by hash of their text; 0 = no held-out set
-    cache_dir          of tokenizers and token stores; "" = $XDG_CACHE_HOME/llmjax or ~/.cache/llmjax
-    num_workers        processes that tokenize; 0 = one per core
-    prefetch           micro-batches made ahead of the step by a thread; 0 = none, and no thread
+    sources            the files that are read: files, directories, globs, or "stdlib"
+    text_field         the field of JSON lines and Parquet rows that holds the text
+    on_bad_text        what to do with invalid UTF-8: "error", "skip" the document, or "replace" the bytes
+    seq_len            T, the positions of a packed sequence
+    source_len         S, the positions of the second stream in a sequence, for tasks that have one; 0 means seq_len
+    length_points      the lengths of the rows into which sequences are cut as training goes on
+                       (`train/steering/length_schedule.py`)
+    held_out_fraction  the fraction of the documents that is held out, chosen by a hash of each record; 0 holds out none
+    cache_dir          the folder of cached tokenizers and token stores; "" means $XDG_CACHE_HOME/llmjax or
+                       ~/.cache/llmjax
+    num_workers        the number of processes that tokenize; 0 means one per core
+    prefetch           the number of micro-batches that a thread makes ahead of the step; 0 means none, and no thread
     """
 
     sources: tuple[str, ...]
@@ -65,11 +71,13 @@ class DataConfig:
 
 
 def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:
+    """Raises UserError, which names the key, its value and the rule, unless `holds` is true."""
     if not holds:
         raise UserError(f"data.{key}={getattr(config, key)!r} {rule}")
 
 
-# The fields of a batch that an optional column of the store fills, see `data/examples/contract.py`.
+# The additional fields of a batch that each optional column of the store fills (`data/examples/contract.py`). `weights`
+# fills a field that every batch has.
 FIELDS_OF_COLUMN = {
     "weights": (),
     "source": ("source_tokens", "source_segments", "source_positions"),
@@ -78,16 +86,16 @@ FIELDS_OF_COLUMN = {
 
 
 class PackedSequences:
-    """Random access to packed sequences by number; picklable if the store is.
+    """Random access to packed sequences by number. It can be pickled if the store can.
 
     Args:
-      store: has `tokens(doc, start, stop)`, a view of tokens start to stop of a document, and `name(doc)`; and
-        `weights(doc, start, stop)` and `source(doc)` where `columns` names them.
-      plan: which pieces of which documents make up a row.
-      seed: of the order of the rows, which is another one in each epoch.
-      columns: which optional columns of the store the batches are made of.
-      repeat: whether sequence numbers go on after `plan.num_rows` with the next epoch (training), or give
-        rows of padding (evaluation, whose last batch is then padded exactly).
+      store: a `Store`, or an object with its methods `tokens` and `name`, and `weights` and `source` if `columns` names
+        them.
+      plan: which pieces of which documents share a row.
+      seed: decides the order of the rows in each epoch.
+      repeat: what the sequence numbers from `plan.num_rows` on mean. True, for training: the next epochs. False, for
+        evaluation: rows of padding, which fill the last batch without any effect on the sums.
+      columns: the optional columns of the store that the batches contain.
     """
 
     def __init__(
@@ -104,23 +112,26 @@ class PackedSequences:
         self.store, self.plan, self.seed, self.repeat, self.columns = store, plan, seed, repeat, columns
 
     def read(self, indices: np.ndarray) -> Arrays:
-        """The sequences numbered `indices` (int [B]), as the fields of a `Batch` [B, T] and [B].
+        """Reads the sequences with the numbers `indices`, int [B], as the fields of a `Batch`: [B, T], and `index` [B].
 
-        Positions count from 0 in each piece, also where it continues a document that is longer than T.
-        Padding is 0 in all fields. `index` wraps at 2^31.
+        Positions count from 0 in each piece, even if the piece continues a document that is longer than T. Padding is 0
+        in all fields. `index` is the sequence number modulo 2**31.
         """
         indices = np.asarray(indices, np.int64)
         counts, pieces = self._pieces(indices)
         columns = (self.plan.docs[pieces], self.plan.starts[pieces], self.plan.lengths[pieces])
         remaining = zip(*(values.tolist() for values in columns))
         shape = (len(indices), self.plan.seq_len)
+        # Flat arrays, in which each piece is one slice. The loop below runs once for each piece, so its body is short.
         flat = np.zeros((4, shape[0] * shape[1]), np.int32)
         tokens, targets, segments, positions = flat
         count_up = np.arange(shape[1], dtype=np.int32)
         for row, count in enumerate(counts.tolist()):
+            # Pieces lie one after the other from the beginning of the row; the rest stays 0, which is padding.
             at = row * shape[1]
             for segment, (doc, start, length) in enumerate(itertools.islice(remaining, count), 1):
                 stop = at + length
+                # One token more than positions: position i reads token i and predicts token i + 1.
                 piece = self.store.tokens(doc, start, start + length + 1)
                 tokens[at:stop] = piece[:-1]
                 targets[at:stop] = piece[1:]
@@ -130,7 +141,7 @@ class PackedSequences:
         tokens, targets, segments, positions = flat.reshape(4, *shape)
         weights = (segments > 0).astype(np.float32)
         if "weights" in self.columns:
-            self._weigh(weights, counts, pieces)
+            self._fill_weights(weights, counts, pieces)
         arrays = {
             "tokens": tokens,
             "targets": targets,
@@ -139,15 +150,15 @@ class PackedSequences:
             "positions": positions,
             "index": (indices % 2**31).astype(np.int32),
         }
-        return arrays | self._source(counts, pieces) if "source" in self.columns else arrays
+        return arrays | self._read_source(counts, pieces) if "source" in self.columns else arrays
 
-    def _weigh(self, weights: np.ndarray, counts: np.ndarray, pieces: np.ndarray) -> None:
-        """Puts the loss weights of the targets that the store has into `weights` [B, T]."""
+    def _fill_weights(self, weights: np.ndarray, counts: np.ndarray, pieces: np.ndarray) -> None:
+        """Writes the loss weights from the store into `weights` [B, T]; row b has counts[b] of the `pieces`."""
         plan, at = self.plan, 0
         for row, count in enumerate(counts.tolist()):
             column = 0
             for piece in pieces[at : at + count].tolist():
-                # Position i of a piece predicts token i + 1, whose weight counts.
+                # Position i of a piece predicts token i + 1, so its weight is the weight of token i + 1.
                 first, length = int(plan.starts[piece]) + 1, int(plan.lengths[piece])
                 weights[row, column : column + length] = self.store.weights(
                     int(plan.docs[piece]), first, first + length
@@ -155,8 +166,8 @@ class PackedSequences:
                 column += length
             at += count
 
-    def _source(self, counts: np.ndarray, pieces: np.ndarray) -> Arrays:
-        """The fields of the second stream [B, S] for rows of `counts` [B] of the `pieces`."""
+    def _read_source(self, counts: np.ndarray, pieces: np.ndarray) -> Arrays:
+        """Reads the fields of the second stream, [B, S] each; row b has counts[b] of the `pieces`."""
         plan, at = self.plan, 0
         tokens, segments, positions = np.zeros((3, len(counts), plan.source_len), np.int32)
         for row, count in enumerate(counts.tolist()):
@@ -172,11 +183,11 @@ class PackedSequences:
         return {"source_tokens": tokens, "source_segments": segments, "source_positions": positions}
 
     def documents(self, indices: np.ndarray) -> list[tuple[str, int, int]]:
-        """(plain name, start, stop) of the tokens that these sequences read, in order, for messages."""
+        """The tokens that these sequences read, in order, for messages: (plain name of the document, start, stop)."""
         return [(plain_name(self.store.name(doc)), start, stop) for doc, start, stop in self.spans(indices)]
 
     def spans(self, indices: np.ndarray) -> list[tuple[int, int, int]]:
-        """(number in the store, start, stop) of the tokens that these sequences read, in order."""
+        """The tokens that these sequences read, in order: (number of the document in the store, start, stop)."""
         _, pieces = self._pieces(np.asarray(indices, np.int64))
         plan = self.plan
         stops = plan.starts[pieces] + plan.lengths[pieces] + 1
@@ -184,9 +195,13 @@ class PackedSequences:
         return list(zip(*(values.tolist() for values in columns)))
 
     def _pieces(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sequence numbers [B] -> how many pieces each has [B], and the numbers of all these pieces."""
+        """Finds the pieces of the sequences with the numbers `indices` [B].
+
+        Returns the number of pieces in each sequence, int64 [B], and the numbers of all these pieces, int64 [pieces].
+        """
         plan = self.plan
         epochs, within = np.divmod(indices, plan.num_rows)
+        # Every epoch has a permutation of its own, and a batch may contain sequences of several epochs.
         rows = np.empty_like(indices)
         for epoch in set(epochs.tolist()):
             here = epochs == epoch
@@ -195,19 +210,18 @@ class PackedSequences:
         counts = plan.offsets[rows + 1] - first
         if not self.repeat:
             counts[epochs > 0] = 0
+        # The pieces of a row count up from its first piece: np.arange counts over all rows, `skipped` shifts each row.
         skipped = first - (np.cumsum(counts) - counts)
         return counts, np.arange(counts.sum()) + np.repeat(skipped, counts)
 
 
 class Batches(Iterator[Arrays]):
-    """An iterator over micro-batches that is to be closed, by `close` or `with`.
-
-    A prefetching thread that is still at work when the interpreter goes down aborts the process, so what was
-    left open is closed before that, too.
-    """
+    """An iterator over micro-batches. It must be closed, by `close` or by a `with` statement, to end its thread."""
 
     def __init__(self, iterator: grain.DatasetIterator):
         self._open = [iterator]
+        # A prefetching thread that still runs when the interpreter ends would abort the process. If nobody has closed
+        # the iterator, the finalizer does so before the interpreter ends.
         self._finalizer = weakref.finalize(self, _close_all, self._open)
 
     def __next__(self) -> Arrays:
@@ -216,7 +230,7 @@ class Batches(Iterator[Arrays]):
         return next(self._open[0])
 
     def close(self) -> None:
-        """Ends the thread; a second time does nothing."""
+        """Ends the thread. Closing twice is allowed."""
         self._finalizer()
 
     def __enter__(self) -> Batches:
@@ -227,7 +241,8 @@ class Batches(Iterator[Arrays]):
 
 
 def _close_all(iterators: list[grain.DatasetIterator]) -> None:
-    """Closes the iterators and lets go of them: grain's destructor fails once its modules are gone."""
+    """Closes the iterators and empties the list."""
+    # The references must be gone before the interpreter ends, because grain's destructor fails without its modules.
     while iterators:
         iterators.pop().close()
 
@@ -243,26 +258,28 @@ def make_batches(
     length: int = 0,
     layout: RowLayout = AS_PACKED,
 ) -> Batches:
-    """Micro-batches of `batch_size` sequences from sequence number `start` on, as dicts of numpy arrays.
+    """Makes micro-batches of `batch_size` sequences, from sequence number `start` on, as dicts of numpy arrays.
 
     Args:
+      source: the packed sequences.
       start: the data cursor, the number of sequences consumed before.
-      batch_size: sequences of the global micro-batch, over all processes.
-      local_rows: int [n], the rows of the global micro-batch that this process needs; None = all.
-      stop: where the sequences end; None = never. The last micro-batch is full, so with a source that
-        repeats, batch_size must divide stop - start.
-      prefetch: micro-batches made ahead in a background thread; 0 = none.
-      length: of the rows into which the sequences are cut (`cut_rows`); 0 = whole ones.
-      layout: which token of such a row lies on which device of those that share it.
+      batch_size: the sequences of the global micro-batch, over all processes.
+      local_rows: int [n], the rows of the global micro-batch that this process needs; None means all.
+      stop: the sequence number at which the batches end; None means never. Every micro-batch is full, so ValueError is
+        raised if `source` repeats and batch_size does not divide stop - start.
+      prefetch: how many micro-batches a background thread makes ahead; 0 means none, and no thread.
+      length: the length of the rows into which sequences are cut (`cut_rows`); 0 means that they are not cut.
+      layout: which token of a row lies on which of the devices that share the row.
     """
     num_batches = FOREVER if stop is None else -(-(stop - start) // batch_size)
     if stop is not None and source.repeat and (stop - start) % batch_size:
         raise ValueError(f"{stop - start} sequences are no multiple of the batch size {batch_size}.")
+    # Every process counts the sequences of the global micro-batch and reads only its own rows of it.
     rows = np.arange(batch_size) if local_rows is None else np.asarray(local_rows)
     length = length or source.plan.seq_len
     read = functools.partial(_read_batch, source, start, batch_size, rows, length, layout)
     dataset = grain.MapDataset.range(num_batches).map(read)
-    # No threads of its own: with the default options reading from a memory map is 9 times slower.
+    # grain gets no reading threads: with its default options reading from a memory map is 9 times slower.
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     return Batches(iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)))
 
@@ -276,4 +293,5 @@ def _read_batch(
     layout: RowLayout,
     number: int,
 ) -> Arrays:
+    """Reads micro-batch `number`, counted from `start`; the other arguments are those of `make_batches`."""
     return lay_out(cut_rows(source.read(start + number * batch_size + rows), length), layout)

@@ -1,4 +1,4 @@
-"""What a task is on the devices' side: a loss as sums, and the scores that an evaluation makes of these."""
+"""The contract for the device half of a task: its loss, as sums, and the scores of an evaluation, made of sums."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from llmjax.models.contract import Model
 from llmjax.scores import Score
 from llmjax.types import Batch, LossSums, Params
 
+# loss(params, batch, rng) -> LossSums. Without `rng` the model runs without dropout.
 Loss = Callable[[Params, Batch, jax.Array | None], LossSums]
 
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """The sums of an evaluation over every held-out target, as Python floats.
+    """The sums of an evaluation over all held-out targets, as Python floats.
 
-    loss, weight, metrics  as in `LossSums`
-    num_bytes              UTF-8 bytes of the held-out text
+    loss       the sum of weight * loss, in nats
+    weight     the sum of the weights of the targets
+    metrics    further sums over the same targets, by name, as in `LossSums`
+    num_bytes  the UTF-8 bytes of the held-out text
     """
 
     loss: float
@@ -30,24 +33,30 @@ class Totals:
 
 
 class Task(Protocol):
-    """What the model is trained for, on the devices' side. Its host side is `data/examples/`."""
+    """The device half of a task: what the model is trained for. The host half is in `data/examples/`."""
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """The scores of its evaluation; the first one says which checkpoint is the best."""
+        """The scores of an evaluation. The first score decides which checkpoint is the best."""
 
     @property
     def compresses_text(self) -> bool:
-        """Whether the held-out loss is the length of the held-out text in an ideal code, as gzip's output is."""
+        """Whether the held-out loss is the length of the held-out text under an ideal code, as is the output of gzip.
+
+        This holds if every token of the text is a target once.
+        """
 
     def make_loss(
         self, model: Model, *, z_loss: float, shards: tuple[int, int] = (1, 1), vocab_shards: int = 1
     ) -> Loss:
-        """`loss(params, batch, rng) -> LossSums`; rng None means without dropout, and nothing else.
+        """Returns the loss function of this task, loss(params, batch, rng) -> LossSums.
 
-        `z_loss` is the weight of log(Z)^2, 0 in evaluations. `shards`, `vocab_shards`: over how many devices B and T,
-        and V, are split.
+        Args:
+          model: computes the hidden states and has the head for the logits.
+          z_loss: the weight of the additional loss term log(Z)**2, where Z is the softmax normaliser; 0 in evaluations.
+          shards: the numbers of devices over which the batch B and the positions T are split.
+          vocab_shards: the number of devices over which the vocabulary V is split.
         """
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
-        """The value of every score by its name, and further metrics."""
+        """Computes the value of every score, and of further metrics, by name."""

@@ -1,7 +1,7 @@
-"""The copy task: a document is to be written once more after it was read, a check of what a model can look up.
+"""The copy task: the model reads a document and writes it once more, which tests whether it can look up its context.
 
-Copying text from the context is what induction heads do (Olsson et al. 2022, arXiv 2209.11895), and what recurrent
-models of a small state cannot (Jelassi et al. 2024, "Repeat After Me", arXiv 2402.01032).
+Induction heads copy text from the context (Olsson et al. 2022, arXiv 2209.11895). Recurrent models with a small state
+cannot (Jelassi et al. 2024, "Repeat After Me", arXiv 2402.01032).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llmjax.tasks.language_model import make_loss
 
 
 class Copy:
-    """The cross-entropy of the copy alone: `data/examples/copies.py` gives the first reading weight 0."""
+    """The loss is the cross-entropy of the copy alone: `data/examples/copies.py` gives the first text weight 0."""
 
     compresses_text = False
 
@@ -28,6 +28,6 @@ class Copy:
         return make_loss(model, z_loss=z_loss, shards=shards, vocab_shards=vocab_shards)
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
-        """The share of the copy's tokens that are the most likely ones, and the nats of each."""
+        """`accuracy` is the share of targets that are the model's most likely token. `loss` is in nats per target."""
         figures = {name: total / totals.weight for name, total in totals.metrics.items()}
         return {**figures, "loss": totals.loss / totals.weight}

@@ -1,4 +1,4 @@
-"""Next-token prediction: the loss of a decoder on packed documents, as sums."""
+"""Next-token prediction: the model predicts every token of a document from the tokens before it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmjax.types import Batch, LossSums, Params
 
 
 class LanguageModel:
-    """Next-token prediction on documents."""
+    """The loss is the cross-entropy of every token of the documents, end-of-document tokens included."""
 
     compresses_text = True
 
@@ -31,10 +31,15 @@ class LanguageModel:
         return make_loss(model, z_loss=z_loss, shards=shards, vocab_shards=vocab_shards)
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
-        """Nats per target token and its exponential, and bits per byte of text, end-of-document tokens included."""
+        """Computes the scores and the mean of every metric.
+
+        `loss` is in nats per target and `perplexity` is its exponential. `bits_per_byte` is the total loss in bits over
+        the bytes of the text. Unlike the other two it can be compared between tokenizers.
+        """
         loss = totals.loss / totals.weight
         return {
             "loss": loss,
+            # math.exp overflows above 709.
             "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": totals.loss / math.log(2) / totals.num_bytes,
             **{name: total / totals.weight for name, total in totals.metrics.items()},
@@ -44,15 +49,22 @@ class LanguageModel:
 def make_loss(
     model: Model, *, z_loss: float, shards: tuple[int, int] = (1, 1), vocab_shards: int = 1
 ) -> Loss:
-    """`loss(params, batch, rng) -> LossSums`; rng None means without dropout, and nothing else.
+    """Returns the cross-entropy of the next token as a function loss(params, batch, rng) -> LossSums.
 
-    The loss is the cross-entropy. metrics: `accuracy`, the summed weight of targets that are the most likely token, and
-    with a z_loss `z_loss`, which only `objective` contains: evaluation asks for a loss with z_loss 0. The loss terms of
-    the model's own are auxiliary. `shards`, `vocab_shards`: over how many devices B and T, and V, are split.
+    The metrics of the result are `accuracy`, the summed weight of the targets that are the model's most likely token,
+    and, if `z_loss` is positive, `z_loss`, the sum of that loss term. Only `objective` contains the term, not `loss`.
+    Loss terms of the model, such as the load balance of experts, are in `auxiliary`.
+
+    Args:
+      model: computes the hidden states and has the head for the logits.
+      z_loss: the weight of the additional loss term log(Z)**2, where Z is the softmax normaliser; 0 in evaluations.
+      shards: the numbers of devices over which the batch B and the positions T are split.
+      vocab_shards: the number of devices over which the vocabulary V is split.
     """
 
     def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
         output = model.apply(params, batch, rng=rng)
+        # The loss takes hidden states and head: it computes the logits in chunks and never holds all of them.
         sums = softmax_cross_entropy(
             output.hidden_BTD,
             model.head(params),

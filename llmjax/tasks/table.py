@@ -1,4 +1,4 @@
-"""The tasks there are, by their names in the config (`task.name`)."""
+"""All tasks, by their names in the config (`task.name`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ TASKS: dict[str, Task] = {"language_model": LanguageModel(), "copy": Copy()}
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """The `task` section of the config: `name` is one of `TASKS`."""
+    """The `task` section of the config.
+
+    name  a key of `TASKS`
+    """
 
     name: Annotated[str, Unset("language_model")]
 

@@ -1,4 +1,4 @@
-"""Whatever becomes of the files of a cache is said once and made again, and no damaged token is ever read."""
+"""Damage to cached files is reported once and repaired, and no damaged token is ever read."""
 
 import functools
 import os
@@ -10,7 +10,8 @@ import pytest
 from sections import section
 
 from llmjax.data.checksums import BLOCK_BYTES, DamagedError
-from llmjax.data.packing import packing
+from llmjax.data.packing.make_plan import cached_plan, plan_packing
+from llmjax.data.packing.plan import ARRAYS
 from llmjax.data.pipeline import PackedSequences, make_batches
 from llmjax.data.sources.sources import list_sources
 from llmjax.data.store import cache
@@ -23,7 +24,10 @@ from llmjax.errors import UserError
 BYTES = ByteTokenizer(num_reserved=2)
 
 
-def cut(path):
+# Each function damages one file in another way.
+
+
+def truncated(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -31,39 +35,40 @@ def emptied(path):
     path.write_bytes(b"")
 
 
-def missing(path):
+def deleted(path):
     path.unlink()
 
 
-def a_folder(path):
+def replaced_by_a_folder(path):
     path.unlink()
     path.mkdir()
 
 
-def a_bit(path, at=None):
+def flip_a_bit(path, at=None):
+    """Flips a bit of byte `at`, or of the byte in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2 if at is None else at] ^= 4
     path.write_bytes(data)
 
 
-def a_link_to_itself(path):
+def replaced_by_a_link_to_itself(path):
     path.unlink()
     path.symlink_to(path)
 
 
-DAMAGES = (cut, emptied, missing, a_folder, a_bit)
+DAMAGES = (truncated, emptied, deleted, replaced_by_a_folder, flip_a_bit)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A cache, and what its three things are made of."""
+    """A folder with a corpus and a cache that holds a tokenizer, a store and a plan."""
     folder = tmp_path_factory.mktemp("damage")
     (folder / "corpus").mkdir()
     rng = np.random.default_rng(0)
     for i in range(30):
         words = rng.choice(["river", "stone", "cloud", "light", "code"], 40 + 900 * (i % 3))
         (folder / "corpus" / f"{i:02d}.txt").write_text(" ".join(words))
-    for make in THINGS.values():
+    for make in KINDS.values():
         make(folder, lambda text: None)
     return folder
 
@@ -89,11 +94,13 @@ def make_store(folder, report):
 
 def make_plan(folder, report):
     lengths = 2 + np.arange(200) * 7919 % 60
-    made = packing.cached_plan(lengths, np.arange(200), 64, 0, folder / "cache", report)
-    return made.fingerprint, made.num_tokens, [getattr(made, name).tolist() for name in packing.ARRAYS]
+    made = cached_plan(lengths, np.arange(200), 64, 0, folder / "cache", report)
+    return made.fingerprint, made.num_tokens, [getattr(made, name).tolist() for name in ARRAYS]
 
 
-THINGS = {"tokenizer": make_tokenizer, "store": make_store, "plan": make_plan}
+# The kinds of cache entries -> a function that makes one and returns its content.
+KINDS = {"tokenizer": make_tokenizer, "store": make_store, "plan": make_plan}
+# The files of each kind.
 FILES = {
     "tokenizer": ("tokenizer.json", "tokenizer.model"),
     "store": ("header.json", "checksums.json", "blocks.bin", "tokens_lengths.bin", "tokens_starts.bin", "num_bytes.bin",
@@ -103,49 +110,50 @@ FILES = {
 }  # fmt: skip
 
 
-def test_every_file_of_a_cache_is_damaged_below(made):
-    for thing in THINGS:
-        folder = next((made / "cache").glob(f"{thing}-*"))
-        assert sorted(path.name for path in folder.iterdir()) == sorted(FILES[thing])
+def test_the_tests_below_damage_every_file_of_a_cache(made):
+    for kind in KINDS:
+        folder = next((made / "cache").glob(f"{kind}-*"))
+        assert sorted(path.name for path in folder.iterdir()) == sorted(FILES[kind])
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("thing, name", [(thing, name) for thing in FILES for name in FILES[thing]])
-def test_what_is_damaged_is_said_and_made_again(thing, name, damage, made, tmp_path):
-    folder = shutil.copytree(made, tmp_path / "copy")  # with times of change, and so with the same keys
-    make = functools.partial(THINGS[thing], folder)
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind in FILES for name in FILES[kind]])
+def test_a_damaged_file_is_reported_once_and_made_again(kind, name, damage, made, tmp_path):
+    # copytree keeps modification times, and therefore the keys of the cache.
+    folder = shutil.copytree(made, tmp_path / "copy")
+    make = functools.partial(KINDS[kind], folder)
     sound, said = make(pytest.fail), []
-    damage(next((folder / "cache").glob(f"{thing}-*")) / name)
+    damage(next((folder / "cache").glob(f"{kind}-*")) / name)
     assert make(said.append) == sound
-    assert len(said) == 1 and "\n" not in said[0] and str(folder / "cache" / thing) in said[0], said
+    assert len(said) == 1 and "\n" not in said[0] and str(folder / "cache" / kind) in said[0], said
     assert "again" in said[0]
     assert make(pytest.fail) == sound
     assert not list((folder / "cache").glob("*building*"))
 
 
 @pytest.mark.parametrize(
-    "damage", [emptied, missing, a_link_to_itself, lambda path: path.rename(path.with_name("x"))]
+    "damage", [emptied, deleted, replaced_by_a_link_to_itself, lambda path: path.rename(path.with_name("x"))]
 )
-@pytest.mark.parametrize("thing", THINGS)
-def test_a_thing_that_is_no_folder_or_gone_is_made_again(thing, damage, made, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_entry_that_is_no_folder_or_missing_is_made_again(kind, damage, made, tmp_path):
     folder = shutil.copytree(made, tmp_path / "copy")
-    make = functools.partial(THINGS[thing], folder)
-    sound, place = make(pytest.fail), next((folder / "cache").glob(f"{thing}-*"))
+    make = functools.partial(KINDS[kind], folder)
+    sound, place = make(pytest.fail), next((folder / "cache").glob(f"{kind}-*"))
     shutil.rmtree(place)
     place.write_text("")
     damage(place)
     said = []
-    assert make(said.append) == sound and len(said) == (damage in (emptied, a_link_to_itself))
+    assert make(said.append) == sound and len(said) == (damage in (emptied, replaced_by_a_link_to_itself))
     assert make(pytest.fail) == sound
 
 
-def test_every_part_of_a_small_store_counts(tmp_path):
+def test_a_flipped_bit_anywhere_in_a_small_store_is_found(tmp_path):
     (tmp_path / "a.txt").write_text("a river, a stone")
     store = build_store(tmp_path / "store", list_sources([str(tmp_path / "a.txt")]), BYTES)
     for path in sorted(store.directory.iterdir()):
         data = path.read_bytes()
         for at in range(0, len(data), len(data) // 25 + 1):
-            a_bit(path, at)
+            flip_a_bit(path, at)
             with pytest.raises(DamagedError):
                 open_store(store.directory).check_all()
             path.write_bytes(data)
@@ -154,7 +162,7 @@ def test_every_part_of_a_small_store_counts(tmp_path):
 
 @pytest.fixture
 def large(tmp_path):
-    """A store of several blocks in several shards, and the files that it is of."""
+    """The files of a corpus that fills several blocks and shards, and the folder of the test."""
     (tmp_path / "corpus").mkdir()
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -168,8 +176,9 @@ def test_a_block_is_checked_when_it_is_first_read_and_no_other(large):
     sound = [open_store(folder / "store").tokens(i).tolist() for i in range(40)]
     shards = sorted((folder / "store").glob("tokens-*"))
     assert len(shards) == 8 and shards[3].stat().st_size > 3 * BLOCK_BYTES
-    a_bit(shards[3], at=BLOCK_BYTES + 5)
-    store = pickle.loads(pickle.dumps(open_store(folder / "store")))  # as a worker opens it
+    flip_a_bit(shards[3], at=BLOCK_BYTES + 5)
+    # A worker process opens the store by unpickling it.
+    store = pickle.loads(pickle.dumps(open_store(folder / "store")))
     damaged = []
     for i in range(40):
         try:
@@ -180,25 +189,26 @@ def test_a_block_is_checked_when_it_is_first_read_and_no_other(large):
     assert 1 <= len(damaged) <= 5 and store.tokens(damaged[0], 0, 5).tolist() == sound[damaged[0]][:5]
 
 
-def test_damage_that_a_run_meets_is_mended_under_it(large):
+def test_a_damaged_block_that_a_run_reads_is_repaired_during_the_run(large):
     files, folder = large
     sound = cache.cached_store(folder / "cache", files, BYTES)
     tokens = [sound.tokens(i).tolist() for i in range(40)]
     for shard in sound.directory.glob("tokens-*"):
-        a_bit(shard)
+        flip_a_bit(shard)
     said = []
     store = cache.cached_store(folder / "cache", files, BYTES, report=said.append)
-    assert said == []  # nothing of it was read
+    # The damage is in blocks that were not read yet.
+    assert said == []
     assert [store.tokens(i).tolist() for i in range(40)] == tokens
     assert len(said) == 1 and "is built again from data.sources" in said[0]
     Store(store.directory).check_all()
 
 
-def test_damage_that_a_run_meets_after_its_sources_changed_is_one_sentence(large):
+def test_a_damaged_block_is_an_error_of_one_sentence_if_the_sources_changed(large):
     files, folder = large
     store = cache.cached_store(folder / "cache", files, BYTES)
     for shard in store.directory.glob("tokens-*"):
-        a_bit(shard)
+        flip_a_bit(shard)
     store = cache.cached_store(folder / "cache", files, BYTES)
     (folder / "corpus" / "07.txt").write_text("another text")
     with pytest.raises(
@@ -210,9 +220,9 @@ def test_damage_that_a_run_meets_after_its_sources_changed_is_one_sentence(large
 
 def test_a_plan_of_an_older_version_is_made_again(tmp_path):
     lengths = np.full(50, 24)
-    made = packing.cached_plan(lengths, np.arange(50), 64, 0, tmp_path)
+    made = cached_plan(lengths, np.arange(50), 64, 0, tmp_path)
     (tmp_path / f"plan-{made.fingerprint}" / "checksums.json").unlink()
-    again = packing.cached_plan(lengths, np.arange(50), 64, 0, tmp_path, lambda text: None)
+    again = cached_plan(lengths, np.arange(50), 64, 0, tmp_path, lambda text: None)
     assert again.docs.tolist() == made.docs.tolist()
 
 
@@ -224,11 +234,11 @@ def test_a_tokenizer_that_another_writer_finished_first_stays(made):
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_damage_comes_through_the_thread_that_makes_batches_as_what_it_is(prefetch, large):
+def test_the_thread_that_makes_batches_passes_on_a_damaged_error(prefetch, large):
     files, folder = large
     store = build_store(folder / "store", files, BYTES)
-    a_bit(folder / "store" / "tokens-00000.bin")
-    source = PackedSequences(store, packing.plan_packing(store.lengths, np.arange(40), 4096, 0), 0)
+    flip_a_bit(folder / "store" / "tokens-00000.bin")
+    source = PackedSequences(store, plan_packing(store.lengths, np.arange(40), 4096, 0), 0)
     with (
         make_batches(source, start=0, batch_size=40, prefetch=prefetch) as batches,
         pytest.raises(DamagedError, match="tokens-00000.bin between bytes"),
@@ -237,7 +247,7 @@ def test_damage_comes_through_the_thread_that_makes_batches_as_what_it_is(prefet
             next(batches)
 
 
-def test_a_tokenizing_process_that_dies_is_one_sentence():
+def test_a_tokenizing_process_that_dies_is_an_error_of_one_sentence():
     class Deadly(ByteTokenizer):
         def __reduce__(self):
             return os._exit, (9,)

@@ -1,4 +1,4 @@
-"""Batches say what the documents say, in an order that depends on the sequence number alone."""
+"""Batches hold the tokens of the documents, in an order that depends on the sequence number alone."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +13,7 @@ import pytest
 
 import llmjax.batch
 from llmjax.data.layout.layout import LAYOUTS, RowLayout, lay_out
-from llmjax.data.packing.packing import cached_plan, plan_packing
+from llmjax.data.packing.make_plan import cached_plan, plan_packing
 from llmjax.data.pipeline import DataConfig, PackedSequences, make_batches
 from llmjax.data.sources.sources import list_sources
 from llmjax.data.store.build import build_store
@@ -26,7 +26,7 @@ T = 32
 
 
 class FakeStore:
-    """A store in memory: token k of document d is 100 d + k + 1, so every token says where it is from."""
+    """A store in memory. Token k of document d is 100 * d + k + 1, so that a token tells its document and position."""
 
     def __init__(self, lengths):
         self.lengths = np.asarray(lengths)
@@ -84,7 +84,8 @@ def test_segments_and_positions_follow_the_documents(source):
         assert segments[:used].tolist() == [n for n, piece in enumerate(pieces, 1) for _ in piece]
         for piece in pieces:
             assert positions[piece].tolist() == list(range(len(piece)))
-            assert (tokens[piece] == tokens[piece[0]] + positions[piece]).all()  # one document, no gap
+            # The tokens of a piece come from one document and have no gap.
+            assert (tokens[piece] == tokens[piece[0]] + positions[piece]).all()
 
 
 def test_padding_is_zero_in_all_fields(source):
@@ -120,7 +121,7 @@ def test_each_epoch_has_the_same_rows_in_another_order(source):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_names_the_documents_of_a_sequence(source):
+def test_documents_of_a_sequence_are_named_with_their_spans(source):
     numbers = np.array([7, 2])
     batch = source.read(numbers)
     expected = []
@@ -175,7 +176,7 @@ def test_evaluation_sees_every_target_once_whatever_the_batch_size(batch_size):
 
 @pytest.mark.parametrize("shards", [2, 4, 8])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_moves_the_columns_of_each_row_and_keeps_what_they_say(source, name, shards):
+def test_a_layout_moves_the_columns_of_each_row_and_keeps_their_content(source, name, shards):
     plain = source.read(np.arange(40))
     batch = lay_out(plain, RowLayout(name, shards, block=2))
     assert batch.keys() - plain.keys() == (set() if name == "contiguous" else {"columns"})
@@ -184,7 +185,7 @@ def test_a_layout_moves_the_columns_of_each_row_and_keeps_what_they_say(source, 
     fields = ("segments", "positions", "tokens", "targets", "weights")
     for row in range(40):
         before, after = (np.stack([arrays[field][row] for field in fields]) for arrays in (plain, batch))
-        # Tokens say which document they are of, so that segments may have other numbers.
+        # A layout may renumber segments, so that they are compared token by token.
         by_token = [
             part[:, np.lexsort((part[1], part[2]))]
             for part in (before[:, before[0] > 0], after[:, after[0] > 0])
@@ -250,7 +251,7 @@ def test_hosts_batch_size_and_prefetch_do_not_change_the_sequences(source, hosts
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 16, 1000])
-def test_a_restart_at_any_cursor_goes_on_where_it_was(source, consumed):
+def test_a_restart_at_any_cursor_continues_with_the_same_sequences(source, consumed):
     whole = take(make_batches(source, start=consumed, batch_size=6), 8)
     before = take(make_batches(source, start=consumed, batch_size=6), 3)
     after = take(make_batches(source, start=consumed + 18, batch_size=15), 2)
@@ -263,7 +264,7 @@ def test_a_process_may_read_scattered_rows(source):
     assert_same(join(read), source.read(np.concatenate([5 + rows, 13 + rows])))
 
 
-def test_training_must_not_stop_in_the_middle_of_a_batch(source):
+def test_repeating_sequences_must_not_stop_in_the_middle_of_a_batch(source):
     with pytest.raises(ValueError, match="10 sequences are no multiple of the batch size 4"):
         make_batches(source, start=0, batch_size=4, stop=10)
     with make_batches(source, start=2, batch_size=4, stop=10) as batches:
@@ -278,10 +279,12 @@ def test_closing_ends_the_thread_also_after_an_error_in_it(source):
         next(batches)
         assert prefetching()
     assert not prefetching()
-    batches.close()  # again, which does nothing
+    # Closing twice is allowed.
+    batches.close()
     with pytest.raises(ValueError, match="closed"):
         next(batches)
 
+    # A store with shorter documents than the plan raises AssertionError in the thread.
     lengths = source.store.lengths.copy()
     broken = PackedSequences(FakeStore(lengths // 2), source.plan, 0)
     with make_batches(broken, start=0, batch_size=60) as batches, pytest.raises(AssertionError):
@@ -289,10 +292,11 @@ def test_closing_ends_the_thread_also_after_an_error_in_it(source):
     assert not prefetching()
 
 
-def test_a_program_that_ends_with_batches_open_ends_well():
+def test_a_program_that_leaves_batches_open_ends_without_an_error():
+    # The function given to atexit first runs last: it prints the threads that are left.
     program = """
 import atexit, threading
-atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))  # the last to run
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
 from tests.data.test_pipeline import make_source, make_batches
 batches = make_batches(make_source(2000), start=0, batch_size=512, prefetch=4)
 next(batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tiny_run
 
-from llmjax.data.packing.packing import plan_packing
+from llmjax.data.packing.make_plan import plan_packing
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.tokenizer.tokenizer import ByteTokenizer
 from llmjax.evaluate.scoring import Text

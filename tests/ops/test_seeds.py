@@ -10,7 +10,8 @@ import pytest
 
 import llmjax
 from llmjax.config.reading import read_config
-from llmjax.data.packing.packing import permute, plan_packing
+from llmjax.data.packing.make_plan import plan_packing
+from llmjax.data.packing.order import permute
 from llmjax.errors import UserError
 from llmjax.ops.seeds import make_key
 

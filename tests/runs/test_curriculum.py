@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 from tiny_run import command
 
-from llmjax.data.packing.packing import plan_packing
+from llmjax.data.packing.make_plan import plan_packing
 from llmjax.data.pipeline import PackedSequences
 from llmjax.types import Batch
 from tests.build.test_program import UPDATES, T, V, program_for

@@ -1,5 +1,4 @@
-"""The promise of packing, through tokenizer, store, packing, model and loss together: what else is in a row does not
-matter."""
+"""The loss of a document does not depend on the other documents in its row, from the tokenizer to the loss."""
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from configs import base
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.packing.packing import plan_packing
+from llmjax.data.packing.make_plan import plan_packing
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.sources.sources import list_sources, read_records
 from llmjax.data.store.build import build_store
@@ -25,7 +24,7 @@ T, DOCUMENTS = 48, 20
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """Twenty documents, some longer than a sequence, as tokens packed into sequences of T."""
+    """The packed sequences of twenty documents, some of them longer than T, and their tokenizer."""
     folder = tmp_path_factory.mktemp("packed")
     tiny_run.write_corpus(folder / "corpus", DOCUMENTS, words=25, text=tiny_run.CHINESE)
     files = list_sources([str(folder / "corpus")])
@@ -47,7 +46,7 @@ def program_for(tokenizer, **changes):
 
 
 def alone(sequences, document, start, stop):
-    """A row with one piece of one document and nothing else."""
+    """A row that holds one piece of one document and no other."""
     arrays = {name: np.zeros((1, T), np.int32) for name in ("tokens", "targets", "segments", "positions")}
     tokens = sequences.store.tokens(document, start, stop)
     length = len(tokens) - 1
@@ -87,7 +86,7 @@ def test_packed_loss_equals_unpacked_document_by_document(position, attention, p
     assert total / weight > 0.5 * np.log(tokenizer.vocab_size)
 
 
-def test_a_row_that_sees_its_neighbours_would_be_noticed(packed):
+def test_attention_between_documents_of_a_row_would_change_the_loss(packed):
     sequences, tokenizer = packed
     program = program_for(tokenizer, compute__kernel="full")
     params = program.init().params
@@ -99,8 +98,8 @@ def test_a_row_that_sees_its_neighbours_would_be_noticed(packed):
 
 
 @pytest.mark.parametrize("attention", ["full", "blockwise"])
-def test_the_document_that_is_not_finite_is_named_and_not_its_neighbours(attention, packed):
-    """A word that stands in one document alone gets an embedding that is no number."""
+def test_only_the_document_with_a_loss_that_is_not_finite_is_named(attention, packed):
+    """A token that occurs in one document alone gets an embedding of NaN."""
     sequences, tokenizer = packed
     program = program_for(tokenizer, compute__kernel=attention, model__tie_embeddings=False)
     rows = np.arange(sequences.plan.num_rows)
@@ -127,7 +126,7 @@ def test_the_document_that_is_not_finite_is_named_and_not_its_neighbours(attenti
     assert found and {document[0] for document in found} == {name}
 
 
-def test_correct_counts_the_likeliest_targets(packed):
+def test_accuracy_is_the_weight_of_the_targets_that_are_the_most_likely_token(packed):
     sequences, tokenizer = packed
     program = program_for(tokenizer, model__logit_softcap=10.0)
     params = program.init().params

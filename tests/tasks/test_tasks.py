@@ -1,4 +1,4 @@
-"""What holds for every task: its loss does not depend on how the work was cut, and a whole run of it works."""
+"""Every task has the same loss however its work is divided, and a complete run of it works."""
 
 import json
 import types
@@ -13,7 +13,7 @@ from llmjax.build.corpus import make_corpus
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.packing.packing import plan_packing
+from llmjax.data.packing.make_plan import plan_packing
 from llmjax.main import main
 from llmjax.tasks.table import TASKS
 
@@ -43,7 +43,7 @@ def one_update(program, corpus):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_gives_the_same_update_however_it_is_cut(task, tmp_path):
+def test_every_task_gives_the_same_update_however_its_work_is_divided(task, tmp_path):
     tiny_run.write_corpus(tmp_path / "corpus", 60, words=6)
     whole, params = one_update(*program_for(tmp_path, task, jax.devices()[:1], compute__accumulation_steps=1))
     cut, others = one_update(
@@ -68,19 +68,19 @@ def test_a_run_of_every_task_reports_its_scores_and_keeps_the_best(task, tmp_pat
     assert scores[0].label in (workdir / "report.html").read_text().lower()
 
 
-def test_the_copy_task_counts_the_copies_alone(tmp_path):
+def test_the_copy_task_gives_weight_to_the_copies_alone(tmp_path):
     tiny_run.write_corpus(tmp_path / "corpus", 60, words=6)
     program, corpus = program_for(tmp_path, "copy", jax.devices()[:1])
     store, plan = corpus.store, corpus.held_out_plan
     with program.placement.batches(corpus.held_out, stop=plan.num_rows, batch_size=1) as batches:
         weight = sum(float(np.sum(batch.weights)) for batch in batches)
-    # Of n tokens `bos text bos text eos` the second text and eos are targets.
+    # Of n tokens `bos text bos text eos`, the second text and eos have weight.
     assert weight == sum((int(store.lengths[doc]) - 1) // 2 for doc in corpus.held_out_ids)
     alone = plan_packing(store.lengths, corpus.held_out_ids, program.batch.seq_len, 0)
     assert alone.num_tokens > weight and isinstance(TASKS["copy"].scores[0].higher_is_better, bool)
 
 
-def test_the_best_checkpoint_of_the_copy_task_copies_most():
+def test_the_best_checkpoint_of_the_copy_task_has_the_highest_accuracy():
     best = TASKS["copy"].scores[0]
     values = [types.SimpleNamespace(accuracy=a) for a in (0.2, 0.9, 0.5)]
     assert min(values, key=lambda v: best.rank(v.accuracy)).accuracy == 0.9

@@ -1,4 +1,4 @@
-"""What a task is on the host's side: it turns a record of a source into an example of tokens. No jax is needed here."""
+"""The contract for the host half of a task: it turns a record of a source into an example of tokens, without jax."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from llmjax.data.tokenizer.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One training example, as the token store keeps it.
+    """One training example, as the token store holds it.
 
-    tokens   the stream that is packed into rows. The model reads tokens[:-1] and predicts tokens[1:]
-    weights  loss weights of the tokens as targets, as runs of (number of tokens, weight) that cover `tokens`
-    source   a second stream of tokens, which the model reads and does not predict: the source of a translation
-    label    a class number
+    tokens   the token ids that are packed into rows. The model reads tokens[:-1] and predicts tokens[1:]
+    weights  the loss weights of the tokens as targets: runs of (number of tokens, weight) that cover `tokens`
+    source   the token ids of a second stream, which the model reads but does not predict, such as the source of a
+             translation
+    label    the number of a class
     """
 
     tokens: Sequence[int]
@@ -25,28 +26,28 @@ class Example:
     label: int = 0
 
 
-# What a store can hold of an example besides its tokens.
+# The fields of `Example` that a store holds only for tasks that fill them.
 OPTIONAL_COLUMNS = ("weights", "source", "label")
 
 
 class Examples(Protocol):
-    """The host's half of a task: a frozen dataclass, whose `repr` tells it apart from others.
+    """The host half of a task: a frozen dataclass that makes an example of each record.
 
-    Worker processes call `encode`, so that it must be picklable and import no jax. The stores of a task are built
-    again when its `repr` or its `version` changes.
+    Worker processes call `encode`, so instances must be picklable and must not import jax. Cached stores are found by
+    the `repr` of the instance and its `version`: if either changes, the store is built again.
     """
 
     @property
     def version(self) -> int:
-        """Is raised by hand whenever `encode` gives another example for the same record."""
+        """A number to raise by hand whenever `encode` gives another example for the same record."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of a record that `encode` reads. The first one is the text of the document."""
+        """The names of the fields of a record that `encode` reads. The first field is the text of the document."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Those of `OPTIONAL_COLUMNS` that the examples fill."""
+        """The names in `OPTIONAL_COLUMNS` that the examples fill."""
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
-        """The example of one record, which has all `fields`."""
+        """Makes the example of one record, which has all `fields`."""

@@ -1,4 +1,4 @@
-"""Examples for the copy task: a document, and the same document once more, which is what the model learns to write."""
+"""Examples for the copy task: a document twice in a row, of which the model learns to write the second."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from llmjax.data.tokenizer.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """`[bos] text [bos] text [eos]`: weight 0 up to the second bos, weight 1 on the copy and on eos."""
+    """Examples `[bos] text [bos] text [eos]`. Targets have weight 0 up to the second bos, then weight 1, eos included.
+
+    text_field  the field of a record that holds its text
+    """
 
     text_field: str
     version: ClassVar[int] = 1

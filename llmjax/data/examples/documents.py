@@ -12,7 +12,10 @@ from llmjax.data.tokenizer.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """`[bos] tokens of the text [eos]`, every token after bos a target of weight 1."""
+    """Examples `[bos] text [eos]`. Every token after bos is a target of weight 1.
+
+    text_field  the field of a record that holds its text
+    """
 
     text_field: str
     version: ClassVar[int] = 1

@@ -1,4 +1,4 @@
-"""The host's half of every task, by the name of the task in the config (`task.name`)."""
+"""The host half of every task, by the name of the task in the config (`task.name`)."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from llmjax.data.examples.contract import Examples
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.documents import Documents
 
-# From the name of a task to what makes its examples, given `data.text_field`.
+# The name of a task -> a function of `data.text_field` that returns its `Examples`.
 EXAMPLES: dict[str, Callable[[str], Examples]] = {"language_model": Documents, "copy": Copies}

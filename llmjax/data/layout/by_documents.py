@@ -1,99 +1,96 @@
-"""The layout `documents`: spreads the documents of a row over a ring of devices, balanced at each step, with few hops.
+"""The layout `documents`: assigns the documents of a row to a ring of devices with even work and few hops.
 
-A short document lies whole on one device, where all its keys are. One with more work than a device's share is split
-over a group of neighbours, in chunks that keep the group in balance at each step of the ring: over two devices a b b a,
-the zigzag of Llama 3 (2024, arXiv 2407.21783, section 3.3.2), over more of them what a search found to be better. Since
-all devices wait at each step for the slowest, the next documents are split too, each over a group of its own, until
-every group has as much to do as that of the largest. The other documents are placed whole, longest first, each where
-the least work is; and the shortest are poured into the room that is left, from device to device, and cut where one is
-full. That makes the number of tokens exact, for one hop between neighbours. How many devices a group has, from one to
-all, is what is cheapest by a model of the ring. A row of one document is a zigzag over all devices.
+All devices wait at each step of the ring for the slowest, so the work of every step must be even. There are three kinds
+of documents:
 
-The documents get an order of their own, that of the devices: hardly a block then spans, in this order, a document that
-lies elsewhere, so that attention by blocks skips about as much as it would in a row that is left as it is.
+    split  A document with more work than a device's share is split over a *group* of neighbouring shards, in chunks
+           that keep the group even at each step: for two devices a b b a, the zigzag of Llama 3 (2024, arXiv
+           2407.21783, section 3.3.2), for larger groups a pattern found by search. Further documents are split, until
+           every group has as much work as the group of the largest document.
+    whole  Each of the next documents lies whole on one shard, the longest first, where there is the least work.
+    short  The shortest documents fill the remaining room, from shard to shard. A short document is cut where a shard is
+           full, which costs one hop between neighbours and makes the number of tokens exact.
 
-Work is counted in whole and half numbers, whose sums are exact, so that all hosts of a row come to the same layout.
+The size of the groups, from one shard to all, is the one with the lowest cost by a model of the ring. A row of one
+document becomes a zigzag over all devices.
+
+The documents also get a new order, which follows the shards. A block of tokens then rarely covers, in this order,
+documents of other shards, so that attention skips about as many blocks as it skips in the packed row.
+
+Work is counted in multiples of one half. Floating-point sums of such numbers are exact in any order, so all hosts that
+share a row compute the same layout.
 """
 
 from __future__ import annotations
 
 import functools
 import heapq
-from typing import NamedTuple
 
 import numpy as np
 
 from llmjax.data.layout import ring_cost
+from llmjax.data.layout.split_documents import (
+    MAX_PLACED_SINGLY,
+    Cuts,
+    Row,
+    choose_split,
+    cut_split,
+    split_widths,
+)
 
-# The cost of a hop, in keys that each query of a device could attend to in that time.
-HOP = 96
-# How many of the longest documents are placed one by one. Shorter ones are poured.
-ONE_BY_ONE = 512
-# About how many of the longest poured document fill the room that a device has for poured ones.
-POURED = 1.5
-# Group size -> which device has each chunk of a document, every device having two: a search over all orders found less
-# waiting at the steps of the ring than in a zigzag. tools/bench_layout.py counts what they do.
-PATTERNS = {
-    3: (0, 1, 2, 1, 2, 0),
-    4: (2, 3, 1, 0, 1, 0, 2, 3),
-    5: (3, 1, 2, 0, 4, 4, 2, 0, 1, 3),
-    6: (3, 1, 5, 2, 4, 0, 0, 2, 4, 3, 5, 1),
-    8: (3, 2, 1, 0, 4, 6, 5, 7, 5, 4, 7, 6, 2, 3, 1, 0),
-}
-
-
-class Cuts(NamedTuple):
-    """Parts of documents, tokens start to stop of each, and the shard on which they lie: int64 [cuts] each."""
-
-    document: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    shard: np.ndarray
+# The cost of one hop of keys between neighbours: the time in which each query of a device attends to this many keys.
+HOP_COST = 96
+# Documents are placed whole as long as the remaining tokens, per shard, are at least this many times the length of the
+# next document. The rest is then short enough to fill the remaining room of every shard.
+SHORT_PER_SHARD = 1.5
+# How many short documents are searched for one that ends at the middle of a group.
+MIDDLE_CANDIDATES = 64
 
 
-class Row(NamedTuple):
-    """What is to be laid out.
+def assign_documents(lengths: np.ndarray, seq_len: int, shards: int, block: int) -> tuple[Cuts, np.ndarray]:
+    """Assigns the documents of a row to shards.
 
-    lengths  int64 [documents], tokens
-    work     float [documents], pairs of tokens, as many as blocks of `block` tokens make
-    room     int64 [n], tokens of documents that each shard takes; they are as many as there are
-    block    tokens of which chunks are multiples where they can be
+    Args:
+      lengths: int [documents], the tokens of each document; the sum is at most seq_len.
+      seq_len: T, the positions in the row, a multiple of `shards`.
+      shards: n, the number of devices in the ring.
+      block: the tokens in a block of attention.
+
+    Returns:
+      cuts: the parts of all documents, shard by shard, in their order within each shard.
+      ranks: int64 [documents], the rank of each document, from 0, in the new order of the documents. The documents of
+        every shard ascend in this order.
     """
-
-    lengths: np.ndarray
-    work: np.ndarray
-    room: np.ndarray
-    block: int
-
-
-def spread(lengths: np.ndarray, seq_len: int, shards: int, block: int) -> tuple[Cuts, np.ndarray]:
-    """The cuts of documents of these lengths [documents], in the order in which they lie, shard by shard; and the
-    place of each document in the order of documents in which those of a shard ascend, int64 [documents], from 0."""
     lengths, capacity = np.asarray(lengths, np.int64), seq_len // shards
+    # Every shard has at least 8 blocks, or it could not be filled evenly with whole blocks.
     block = min(block, max(1, capacity // 8))
+    # L / block query blocks attend to half as many key blocks on average, and the blocks on the diagonal count whole.
     work = lengths * (lengths + block) / 2.0
     row = Row(lengths, work, _room(seq_len - int(lengths.sum()), capacity, shards, block), block)
     best: tuple[Cuts, np.ndarray] | None = None
     least = np.inf
-    for bound, size in sorted((_bound(row, size), size) for size in _divisors(shards)):
-        if bound < least:
-            cuts, places = _arrange(row, size)
-            cost = _cost(work_of(cuts, shards, capacity, block), capacity)
+    # The most promising group size comes first, so that most of the others need not be computed.
+    for estimate, size in sorted((_optimistic_cost(row, size), size) for size in _divisors(shards)):
+        if estimate < least:
+            cuts, ranks = _assign_with_groups(row, size)
+            cost = _cost(estimate_work(cuts, shards, capacity, block), capacity)
             if cost < least:
-                best, least = (cuts, places), cost
+                best, least = (cuts, ranks), cost
     assert best is not None  # the first size always has a finite cost
     return best
 
 
 def _room(padding: int, capacity: int, shards: int, block: int) -> np.ndarray:
-    """The tokens that each shard has room for, int64 [shards], when padding is shared out.
+    """The tokens of documents that each shard has room for, int64 [shards], beside its part of the padding.
 
-    Padding is shared out in whole blocks, one more to the last shards, and its rest goes to the last shard.
+    Padding is shared out in whole blocks. If the blocks do not divide evenly, the last shards get one more. The padding
+    that is left, less than a block, goes to the last shard.
     """
     blocks, over = divmod(padding, block)
     room = capacity - (blocks + np.arange(shards)) // shards * block
     room[-1] -= over
-    for shard in range(shards - 1, 0, -1):  # no shard holds more padding than tokens
+    # No shard holds more padding than it has columns; the excess moves to the shard before.
+    for shard in range(shards - 1, 0, -1):
         room[shard - 1] += min(0, room[shard])
         room[shard] = max(0, room[shard])
     return room
@@ -104,31 +101,44 @@ def _divisors(n: int) -> tuple[int, ...]:
     return tuple(size for size in range(1, n + 1) if n % size == 0)
 
 
-def _bound(row: Row, size: int) -> float:
-    """About the least that groups of `size` can cost."""
+def _optimistic_cost(row: Row, size: int) -> float:
+    """An estimate, in pairs of tokens, of the lowest cost that groups of `size` shards can have."""
     shards, capacity = len(row.room), int(row.room[0])
+    # Keys travel around the whole ring in one group, and at most size - 1 hops in each direction in several.
     hops = shards - 1 if size == shards else 2 * (size - 1)
     even = max(float(row.work.sum()) / shards, row.work.max(initial=0.0) / size)
-    return even + (row.block + HOP * hops) * capacity
+    return even + (row.block + HOP_COST * hops) * capacity
 
 
 def _cost(work: np.ndarray, capacity: int) -> float:
-    """The time that work [n, n] takes and what its hops cost, in pairs of tokens."""
-    return ring_cost.lockstep_time(ring_cost.steps(work)) + HOP * capacity * sum(ring_cost.reach(work))
+    """The cost of work [n, n], in pairs of tokens: the time of its steps in lockstep, and the time of its hops."""
+    return ring_cost.lockstep_time(ring_cost.steps(work)) + HOP_COST * capacity * sum(ring_cost.reach(work))
 
 
-def work_of(cuts: Cuts, shards: int, capacity: int, block: int) -> np.ndarray:
-    """float [n, n]: pairs of tokens in the pairs of blocks that hold queries of shard d and keys of shard e that they
-    see. `cuts` are in the order in which they lie."""
+def estimate_work(cuts: Cuts, shards: int, capacity: int, block: int) -> np.ndarray:
+    """Estimates the work of attention: float [n, n], entry [d, e] for the queries of shard d and the keys of shard e.
+
+    Work is counted in pairs of tokens. A pair of blocks counts whole if any query in it may see any key.
+
+    Args:
+      cuts: the parts of the documents, in the order in which they lie, shard by shard.
+      shards: n, the number of shards.
+      capacity: the columns of a shard.
+      block: the tokens in a block of attention.
+    """
     size = cuts.stop - cuts.start
+    # The column of its shard in which each cut begins, and the number of blocks that the cut touches.
     place = np.cumsum(size) - size
     place -= place[np.searchsorted(cuts.shard, cuts.shard)]
     blocks = (place + size - 1) // block - place // block + 1
-    # Two documents share the block in which the one ends and the other begins: it meets itself once.
+    # Within a cut, a block attends to all earlier blocks of the cut. Every block of the shard attends to itself, once
+    # even if it contains parts of two documents.
     work = np.diag(
         np.bincount(cuts.shard, blocks * (blocks - 1) / 2.0, minlength=shards) - (-capacity // block)
     )
     work = work.reshape(-1)
+    # Between the cuts of a document, every block of a later cut attends to every block of an earlier one. Parts are
+    # sorted by document and start, so that the pairs of cuts at each lag are found without a loop over documents.
     count = np.bincount(cuts.document)
     parts = np.flatnonzero(count[cuts.document] > 1)
     parts = parts[np.lexsort((cuts.start[parts], cuts.document[parts]))]
@@ -140,118 +150,77 @@ def work_of(cuts: Cuts, shards: int, capacity: int, block: int) -> np.ndarray:
     return work.reshape(shards, shards) * block**2
 
 
-def _arrange(row: Row, size: int) -> tuple[Cuts, np.ndarray]:
-    """`spread` for groups of `size` shards."""
+def _assign_with_groups(row: Row, size: int) -> tuple[Cuts, np.ndarray]:
+    """Assigns the documents with groups of `size` shards. Returns cuts and ranks as `assign_documents` does."""
     lengths, middle = row.lengths, size // 2
     longest_first = np.argsort(-lengths, kind="stable")
-    group = _choose_split(row, longest_first, size)
+    group = choose_split(row, longest_first, size)
     rest = longest_first[group[longest_first] < 0]
-    # Of a group's documents the longest comes last: it has the last word about where the others were rounded.
+    # The longest document of a group is cut last: it can best absorb the tokens by which the others were rounded.
     members = [longest_first[group[longest_first] == g][::-1] for g in range(len(row.room) // size)]
-    width, load = _share_out(row, members, size)
+    width, load = split_widths(row, members, size)
     home, count = _place_whole(row, rest, row.room - width, load)
     whole = rest[:count]
     free = row.room - width - np.bincount(home[whole], lengths[whole], minlength=len(width)).astype(np.int64)
-    poured, width = _pour(lengths, np.sort(rest[count:]), free, width, size)
+    short, width = _place_short(lengths, np.sort(rest[count:]), free, width, size)
 
-    parts = [poured, Cuts(whole, np.zeros_like(whole), lengths[whole], home[whole])]
+    parts = [short, Cuts(whole, np.zeros_like(whole), lengths[whole], home[whole])]
     for first, documents in zip(range(0, len(width), size), members):
         if len(documents):
-            # In the first half of a group they lie at the end of the shards, behind all else, then in front.
+            # Split documents rank in the middle of their group. On the shards of its first half they therefore lie
+            # behind all other documents, on the shards of its second half in front of them.
             before = (row.room - width)[first : first + size]
             before[middle:] = 0
-            carried = (poured.shard == first + middle) & (poured.start > 0)
-            before[middle] = (poured.stop - poured.start)[carried].sum()
+            # A short document that continues from the shard before has a lower rank, so it lies in front of them.
+            carried = (short.shard == first + middle) & (short.start > 0)
+            before[middle] = (short.stop - short.start)[carried].sum()
             circle = size == len(width)
-            parts.append(_cut(row, documents, width[first : first + size], before, first, circle=circle))
+            parts.append(cut_split(row, documents, width[first : first + size], before, first, circle=circle))
     cuts = Cuts(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
-    # Shard by shard, the poured ones last; those that are split, in the middle of their group, first.
-    begun = poured.start == 0
-    home[poured.document[begun]] = poured.shard[begun]
+    # Documents are ranked by the shard on which they begin. Within a shard, whole documents come before short ones. The
+    # split documents of a group rank first on the shard in its middle.
+    begun = short.start == 0
+    home[short.document[begun]] = short.shard[begun]
     kind = np.full(len(lengths), 2)
     kind[whole] = 1
     within = np.arange(len(lengths))
     for g, documents in enumerate(members):
         home[documents], kind[documents] = g * size + middle, 0
         within[documents] = np.arange(len(documents))
-    places = np.empty(len(lengths), np.int64)
-    places[np.lexsort((within, kind, home))] = np.arange(len(lengths))
-    order = np.lexsort((cuts.start, places[cuts.document], cuts.shard))
-    return Cuts(*(array[order] for array in cuts)), places
-
-
-def _choose_split(row: Row, longest_first: np.ndarray, size: int) -> np.ndarray:
-    """int64 [documents], the group over which each is split, or -1."""
-    group = np.full(len(row.lengths), -1)
-    if size == 1:
-        return group
-    room = row.room.reshape(-1, size).sum(axis=1).tolist()
-    share = float(row.work.sum()) / len(row.room)
-    level = float(row.work.max(initial=0.0))  # the work of the group that has most
-    work, tokens = [0.0] * len(room), [0] * len(room)
-    for document in longest_first[:ONE_BY_ONE].tolist():
-        length, cost = int(row.lengths[document]), float(row.work[document])
-        # A whole document is work for one device, beside what split ones make it do.
-        must = cost > max(share - level / size, 0.15 * share) or 2 * length > row.room[0]
-        if not must and length < 2 * size * row.block:
-            break
-        full = 1.0 if must else 0.9  # short documents are wanted beside, to make the tokens exact
-        open_groups = [(done, g) for g, done in enumerate(work) if tokens[g] + length <= full * room[g]]
-        if open_groups:
-            done, g = min(open_groups)
-            if must or done + cost <= 1.02 * level:
-                group[document] = g
-                work[g] += cost
-                tokens[g] += length
-                level = max(level, work[g])
-    return group
-
-
-def _share_out(row: Row, members: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of split documents on each shard, int64 [n], and the work that they make within it, float [n].
-
-    All shards of a group have the same number of whole blocks; the rest lies on the shards in the middle.
-    """
-    width, load = np.zeros(len(row.room), np.int64), np.zeros(len(row.room))
-    middle_last = (np.arange(size) + size // 2 + 1) % size
-    for first, documents in zip(range(0, len(width), size), members):
-        lengths, room = row.lengths[documents], row.room[first : first + size]
-        total = int(lengths.sum())
-        mine = np.minimum(total // size, room) // row.block * row.block
-        left = total - int(mine.sum())
-        for shard in middle_last[:-1]:
-            if left >= row.block and room[shard] - mine[shard] >= row.block:
-                mine[shard] += row.block
-                left -= row.block
-        for shard in middle_last[::-1]:
-            more = min(left, int(room[shard] - mine[shard]))
-            mine[shard] += more
-            left -= more
-        width[first : first + size] = mine
-        square = float((lengths.astype(float) ** 2).sum())
-        load[first : first + size] = (mine / max(1, total)) ** 2 * square / 2
-    return width, load
+    ranks = np.empty(len(lengths), np.int64)
+    ranks[np.lexsort((within, kind, home))] = np.arange(len(lengths))
+    order = np.lexsort((cuts.start, ranks[cuts.document], cuts.shard))
+    return Cuts(*(array[order] for array in cuts)), ranks
 
 
 def _place_whole(row: Row, rest: np.ndarray, room: np.ndarray, load: np.ndarray) -> tuple[np.ndarray, int]:
-    """The shard of each document that stays whole, int64 [documents], and how many of `rest`, longest first, do.
+    """Places documents whole, each on the shard with the least work.
 
-    Each goes where the least work is. Because what is left of the room will be poured full, a document counts with the
-    work that it makes beyond that of its tokens in poured ones.
+    Args:
+      rest: int64 [k], the documents that are not split, longest first.
+      room: int64 [n], the tokens that each shard has room for.
+      load: float [n], the work that each shard already has.
+
+    Returns:
+      home: int64 [documents], the shard of each document that was placed, -1 for all others.
+      count: how many documents of `rest`, counted from the first, were placed.
     """
     home, lengths = np.full(len(row.lengths), -1), row.lengths[rest]
     remaining = np.cumsum(lengths[::-1])[::-1]
-    enough = np.flatnonzero(remaining < POURED * len(room) * lengths)
-    count = min(int(enough[0]) if len(enough) else len(rest), ONE_BY_ONE)
+    enough = np.flatnonzero(remaining < SHORT_PER_SHARD * len(room) * lengths)
+    count = min(int(enough[0]) if len(enough) else len(rest), MAX_PLACED_SINGLY)
+    # Short documents will fill the room that is left, with this much work per token. The work of a shard is therefore
+    # its own work plus density times its free room, and a document adds only what it has beyond that density.
     density = float(row.work[rest[count:]].sum()) / max(1, int(lengths[count:].sum()))
-    # Where less is left than the longest to be poured, that one would reach over more than two shards.
+    # A shard with less free room than the longest short document could make it reach over three shards.
     margin = int(lengths[count]) if count < len(rest) else 0
     free = room.tolist()
     shards = [(float(load[d] + density * free[d]), d) for d in range(len(free))]
     heapq.heapify(shards)
     for number, document in enumerate(rest[:count].tolist()):
         length, full = int(row.lengths[document]), []
+        # Shards without room are set aside for this document; a shorter one may still fit.
         while shards and free[shards[0][1]] < length + margin:
             full.append(heapq.heappop(shards))
         if not shards:
@@ -265,12 +234,22 @@ def _place_whole(row: Row, rest: np.ndarray, room: np.ndarray, load: np.ndarray)
     return home, count
 
 
-def _pour(
+def _place_short(
     lengths: np.ndarray, documents: np.ndarray, free: np.ndarray, width: np.ndarray, size: int
 ) -> tuple[Cuts, np.ndarray]:
-    """The cuts of `documents`, which fill the `free` room [n] from shard to shard, and the widths that follow.
+    """Fills the free room with documents, one after the other, and cuts a document where a shard is full.
 
-    In the middle of a group none is cut, so that the split documents there adjoin whole ones: their widths give way.
+    No document is cut at the middle of a group if that can be avoided, because the split documents lie there. To make
+    this possible, the two shards in the middle exchange tokens of split documents.
+
+    Args:
+      lengths: int64 [documents], the tokens of every document of the row.
+      documents: int64 [k], the short documents; the sum of their lengths is the sum of `free`.
+      free: int64 [n], the free room of each shard.
+      width: int64 [n], the tokens of split documents on each shard.
+      size: the shards in a group.
+
+    Returns the cuts of the short documents, and the changed widths.
     """
     documents, free, width = documents.copy(), free.tolist(), width.copy()
     ends = np.concatenate([[0], np.cumsum(lengths[documents])])
@@ -279,11 +258,13 @@ def _pour(
         stop = at + free[shard]
         if size > 1 and shard % size == size // 2 - 1 and width[shard + 1]:
             first = int(np.searchsorted(ends, stop, "right")) - 1
-            near = lengths[documents[first : first + 64]]
-            if len(near):  # of the next documents the one that fits best comes next
+            # Of the next documents, the one that ends nearest to the end of the shard changes places with the first.
+            near = lengths[documents[first : first + MIDDLE_CANDIDATES]]
+            if len(near):
                 best = first + int(np.argmin(np.abs(near - (stop - ends[first]))))
                 documents[first], documents[best] = documents[best], documents[first]
                 ends[first + 1 : best + 1] += lengths[documents[first]] - lengths[documents[best]]
+            # The shard ends with a document if the split documents can give or take the difference.
             edge = min(ends[first : first + 2].tolist(), key=lambda end: abs(end - stop))
             more = stop - edge
             if edge >= at and -width[shard] <= more <= width[shard + 1] and free[shard + 1] + more >= 0:
@@ -293,59 +274,9 @@ def _pour(
                 stop = edge
         stops.append(stop)
         at = stop
+    # Cuts lie between neighbouring edges: the ends of documents and of shards.
     edges = np.unique(np.concatenate([ends, stops, [0]]))
     start, stop = edges[:-1], edges[1:]
     number = np.searchsorted(ends, start, "right") - 1
     of_shard = np.searchsorted(stops, start, "right")
     return Cuts(documents[number], start - ends[number], stop - ends[number], of_shard), width
-
-
-def _cut(
-    row: Row, documents: np.ndarray, width: np.ndarray, before: np.ndarray, first: int, *, circle: bool
-) -> Cuts:
-    """The cuts of `documents`, split over the shards from `first` on, each of which takes `width` [g] tokens of them.
-
-    Each shard takes its part of each document, in two chunks that begin and end with a block of its own, `before` [g]
-    being the tokens in front of the first. Only one shard, each time the next, takes what does not go into blocks.
-    `circle`: the group is the whole ring, in which a zigzag is in balance.
-    """
-    size, block = len(width), row.block
-    zigzag = (*range(size), *reversed(range(size)))
-    pattern = np.array(zigzag if circle else PATTERNS.get(size, zigzag))
-    slots = np.argsort(pattern, kind="stable").reshape(size, 2)
-    total, done, given, chunks = int(row.lengths[documents].sum()), 0, np.zeros(size, np.int64), []
-    for number, length in enumerate(row.lengths[documents].tolist()):
-        done += length
-        fill = -(before + given) % block  # what the shard's last block has room for
-        mine = width - given
-        if done < total:
-            want = width * done // total - given
-            # Rounded up on some shards and down on others, so that the sum is about right.
-            blocks = (want - fill + np.arange(size) * block // size) // block
-            mine = _fit(fill + blocks * block, length, mine, (size // 2 + number) % size)
-        head = np.minimum(fill, mine)
-        head += (mine - head + number % 2 * block) // (2 * block) * block
-        head = np.minimum(head, mine)
-        sizes = np.empty(2 * size, np.int64)
-        sizes[slots[:, 0]], sizes[slots[:, 1]] = head, mine - head
-        chunks.append(sizes)
-        given += mine
-    sizes = np.stack(chunks)
-    stops = np.cumsum(sizes, axis=1)
-    start, stop = (array.reshape(-1) for array in (stops - sizes, stops))
-    cuts = Cuts(np.repeat(documents, 2 * size), start, stop, first + np.tile(pattern, len(documents)))
-    keep = cuts.stop > cuts.start
-    return Cuts(*(array[keep] for array in cuts))
-
-
-def _fit(wanted: np.ndarray, length: int, most: np.ndarray, rest: int) -> np.ndarray:
-    """int64 [g], about `wanted`, between 0 and `most`, of sum `length`; shard `rest` takes the difference if it can."""
-    mine = np.clip(wanted, 0, most)
-    short = length - int(mine.sum())
-    for shard in (rest, *range(len(mine))):
-        more = max(-int(mine[shard]), min(short, int(most[shard] - mine[shard])))
-        mine[shard] += more
-        short -= more
-        if not short:
-            break
-    return mine

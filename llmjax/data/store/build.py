@@ -1,4 +1,4 @@
-"""Builds a token store: reads the sources, has worker processes encode the records, and writes the columns."""
+"""Builds a token store: reads the sources, encodes the records in worker processes, and writes the columns."""
 
 from __future__ import annotations
 
@@ -30,9 +30,13 @@ from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.files import new_folder
 
+# The largest size of a shard of a ragged column; only a single longer document makes a larger one.
 SHARD_BYTES = 1 << 30
-_BATCH_CHARS = 1 << 18  # what a worker gets at once; a longer document goes alone
-_INLINE_BYTES = 2_000_000  # below this, starting processes costs more than they save
+# About how many characters a worker encodes at once: a batch ends with the record that reaches this number.
+_BATCH_CHARS = 1 << 18
+# A corpus of fewer bytes is encoded in this process: starting workers would cost more time than they save.
+_INLINE_BYTES = 2_000_000
+# The default examples: every document is one stream of tokens, read from the field "text".
 DOCUMENTS = Documents("text")
 
 
@@ -47,15 +51,27 @@ def build_store(
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Store:
-    """Encodes the records of the files into a store at `directory`, replacing what is there, and opens it.
+    """Encodes the records of the files into a store at `directory` and opens it. An older store there is replaced.
 
-    Its bytes depend on files, tokenizer and examples, not on `num_workers`; the corpus streams through bounded memory.
-    `progress(done, total)` is called with bytes of the files, as batches are finished. On any error, and on a
-    kill, `directory` is as it was. Builders of the same directory do not disturb each other.
+    The bytes of the store do not depend on `num_workers`. Records stream through a bounded amount of memory. If the
+    build fails or is killed, `directory` stays as it was. Several processes may build the same directory at once.
+
+    Args:
+      directory: the folder of the store.
+      files: the files of the corpus.
+      tokenizer: encodes the text.
+      examples: the host half of the task, which makes an example of each record.
+      on_bad_text: what to do with text that is not UTF-8: "error", "skip" or "replace".
+      num_workers: the number of processes that encode.
+      progress: called as progress(done, total) after each batch, in bytes of the files.
+      shard_bytes: the largest size of a shard.
+
+    Raises UserError if no document has text.
     """
     directory = Path(directory)
     total = sum(file.size for file in files)
     stats = ReadStats()
+    # The header is known only at the end of the block, when new_folder asks whether an existing store is the same.
     header: list[StoreHeader] = []
     with new_folder(directory, lambda there: _is_whole(there, header[0])) as partial:
         columns = Columns(token_dtype(tokenizer.vocab_size).str, tuple(examples.columns))
@@ -79,12 +95,20 @@ def build_store(
 
 
 class _Writer:
-    """Appends documents to the columns of a store."""
+    """Appends documents to the files of a store's columns. It must be used in a `with` statement.
+
+    Args:
+      directory: the folder of the store.
+      columns: the columns of the store.
+      shard_bytes: the largest size of a shard of a ragged column.
+    """
 
     def __init__(self, directory: Path, columns: Columns, shard_bytes: int):
         self._directory, self._columns, self._shard_bytes = directory, columns, shard_bytes
-        # Tokens have a digest of their own, so that adding a column leaves the fingerprint of other tasks alone.
+        # Each column has a digest of its own, so that a new optional column does not change the content fingerprint of
+        # stores without it.
         self._digests = {name: hashlib.sha256() for name in ("tokens", *columns.optional)}
+        # For each ragged column: the number of values in each shard, the open file, and the values in all shards.
         self._shards: dict[str, list[int]] = {name: [] for name in columns.ragged}
         self._open_shards: dict[str, IO[bytes]] = {}
         self._sizes = dict.fromkeys(columns.ragged, 0)
@@ -104,6 +128,8 @@ class _Writer:
         return file
 
     def add(self, names: Sequence[str], origins: Sequence[int], encoded: Encoded) -> None:
+        """Appends encoded documents with their names and the numbers of their entries in data.sources."""
+        # surrogateescape, because the name of a file may contain bytes that are not UTF-8.
         data = [name.encode("utf-8", "surrogateescape") for name in names]
         name_lengths = np.array([len(one) for one in data], "<i8")
         ragged = {"names": (np.frombuffer(b"".join(data), "u1"), name_lengths), **encoded.ragged}
@@ -117,12 +143,14 @@ class _Writer:
         self.num_documents += len(names)
 
     def _add_ragged(self, column: str, values: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends the values of some documents to a ragged column; lengths [documents] says how many each has."""
         dtype = self._columns.ragged[column]
         data = np.ascontiguousarray(values.astype(dtype, copy=False)).view("u1").data
         ends = np.cumsum(lengths)
         for stop, length in zip(ends.tolist(), lengths.tolist(), strict=True):
             part = data[(stop - length) * dtype.itemsize : stop * dtype.itemsize]
             if column in self._digests:
+                # The length marks the border between documents, so that "ab", "c" and "a", "bc" differ.
                 self._digests[column].update(length.to_bytes(8, "little"))
                 self._digests[column].update(part)
             self._shard_for(column, length).write(part)
@@ -132,10 +160,11 @@ class _Writer:
         self._sizes[column] += int(ends[-1])
 
     def _write(self, column: str, values: np.ndarray) -> None:
+        """Appends one value for each document to a fixed column."""
         self._fixed[column].write(values.astype(self._columns.fixed[column]).tobytes())
 
     def _shard_for(self, column: str, length: int) -> IO[bytes]:
-        """The open shard, or a new one where the document does not fit: shards hold whole documents."""
+        """The open shard of a column, or a new one if a document of `length` values does not fit into it."""
         capacity = max(self._shard_bytes // self._columns.ragged[column].itemsize, 1)
         counts = self._shards[column]
         if not counts or counts[-1] + length > capacity:
@@ -144,6 +173,7 @@ class _Writer:
         return self._open_shards[column]
 
     def header(self, tokenizer: Tokenizer, stats: ReadStats) -> StoreHeader:
+        """The header of the store with all documents that were added."""
         fingerprint = self._digests["tokens"]
         for column in self._columns.optional:
             fingerprint.update(column.encode() + self._digests[column].digest())
@@ -166,7 +196,11 @@ class _Writer:
 def _read_batches(
     files: Sequence[SourceFile], fields: Sequence[str], on_bad_text: str, stats: ReadStats
 ) -> Iterator[tuple[tuple[list[str], list[int], int], list[dict[str, str | int]]]]:
-    """((names, origins, bytes read so far), fields) of neighbouring records, together about `_BATCH_CHARS` long."""
+    """Reads the records of the files in batches of about `_BATCH_CHARS` characters.
+
+    Yields ((names, origins, bytes), fields): for each record its name, the number of its entry in data.sources and its
+    fields, and the bytes of the files that were read so far.
+    """
     batch: list[tuple[Record, int]] = []
     size = 0
 
@@ -186,7 +220,7 @@ def _read_batches(
 
 
 def _finish(directory: Path, header: StoreHeader) -> None:
-    """Writes the header and the checksums: what makes a folder of columns a store."""
+    """Writes the header and the checksums, without which a folder of columns does not open as a store."""
     with open(directory / "header.json", "x") as file:
         json.dump(dataclasses.asdict(header), file, indent=2)
     blocks = [block_checksums(directory / name) for name in header.checked_by_blocks()]
@@ -195,7 +229,7 @@ def _finish(directory: Path, header: StoreHeader) -> None:
 
 
 def _is_whole(directory: Path, header: StoreHeader) -> bool:
-    """Whether `directory` holds, without any damage, a store with this header."""
+    """Whether `directory` holds an undamaged store with this header."""
     try:
         there = Store(directory)
         there.check_all()

@@ -1,6 +1,6 @@
-"""Tokenizers and stores made once and found again, by a hash of everything that they depend on.
+"""A cache of tokenizers and token stores. Each lies in a folder named by a hash of everything it depends on.
 
-The key of a corpus is its files' names, sizes and times of change, so looking it up reads no text.
+The names, sizes and modification times of its files stand for a corpus, so that a lookup reads no text.
 """
 
 from __future__ import annotations
@@ -40,16 +40,26 @@ def cached_tokenizer(
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = complain,
 ) -> Tokenizer:
-    """The tokenizer of `config.path` where that is set, else one trained on the files, now or before.
+    """Returns the tokenizer that `config` describes, from the cache if it was trained before.
 
-    `progress(done, total)` is called with bytes of the files while they are read for training. A damaged one is
-    trained again, which `report` is told.
+    If `config.path` is set, the tokenizer is loaded from there. If its kind needs no training, it is made at once.
+
+    Args:
+      cache_dir: the folder of the cache.
+      config: the `tokenizer` section of the config.
+      files: the files of the corpus, on whose text the tokenizer is trained.
+      text_field: the field of a record that holds its text.
+      on_bad_text: what to do with text that is not UTF-8: "error", "skip" or "replace".
+      progress: called as progress(done, total) while the files are read, in bytes of the files.
+      report: called with one sentence if a cached tokenizer is damaged and is trained again.
     """
     if config.path:
         return load_tokenizer(config.path)
+    # Some kinds, such as bytes, need no training and are not cached.
     fixed = KINDS[config.kind].fixed
     if fixed is not None:
         return fixed(config.num_reserved)
+    # Everything besides the text that the trained tokenizer depends on.
     settings = [
         config.kind,
         config.vocab_size,
@@ -61,6 +71,7 @@ def cached_tokenizer(
         TRAINER_VERSION,
     ]
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
+    # lexists, because a broken link in place of the folder counts as damage and must be replaced.
     if os.path.lexists(directory):
         try:
             return _load_whole(directory)
@@ -83,13 +94,14 @@ def cached_tokenizer(
 
 
 def _load_whole(directory: Path) -> Tokenizer:
-    """The tokenizer saved in a folder, with its fingerprint to check it by."""
+    """Loads the tokenizer in a cache folder. Raises `DamagedError` if it has no tokenizer.json to check it by."""
     if not (directory / "tokenizer.json").is_file():
         raise DamagedError(f"tokenizer {str(directory)!r} is damaged (tokenizer.json is missing)")
     return load_tokenizer(directory)
 
 
 def _holds_tokenizer(directory: Path) -> bool:
+    """Whether `directory` holds an undamaged tokenizer."""
     try:
         _load_whole(directory)
     except DamagedError:
@@ -108,9 +120,19 @@ def cached_store(
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = complain,
 ) -> Store:
-    """The store of these files, this tokenizer and the examples of a task, built by `build_store` where none is whole.
+    """Returns the store of these files, from the cache if `build_store` built it before with the same arguments.
 
-    One that is damaged is built again, which `report` is told: at once, or when the damage is read in mid-run.
+    A damaged store is built again: at once if opening it finds the damage, else when a run reads the damaged block.
+
+    Args:
+      cache_dir: the folder of the cache.
+      files: the files of the corpus.
+      tokenizer: encodes the text.
+      examples: the host half of the task, which makes an example of each record.
+      on_bad_text: what to do with text that is not UTF-8: "error", "skip" or "replace".
+      num_workers: the number of processes that encode.
+      progress: called as progress(done, total) while the store is built, in bytes of the files.
+      report: called with one sentence if a store is damaged and is built again.
     """
     origins = [file.origin for file in files]
     settings = [tokenizer.fingerprint, repr(examples), examples.version, on_bad_text, origins, FORMAT_VERSION]
@@ -128,6 +150,7 @@ def cached_store(
         )
 
     def build_again(error: DamagedError) -> None:
+        # Other files would give other documents, and the run could not continue with them.
         if any(_has_changed(file) for file in files):
             raise UserError(f"{error.reason}, and data.sources changed since the run began: start it again.")
         report(f"{error.reason}; it is built again from data.sources")
@@ -140,11 +163,13 @@ def cached_store(
         except DamagedError as error:
             report(f"{error.reason}; it is built again from data.sources")
     store = build(progress) if store is None else store
+    # Large files are checked only when they are read, so damage may show up in the middle of a run.
     store.remake = build_again
     return store
 
 
 def _has_changed(file: SourceFile) -> bool:
+    """Whether the file is missing or has another size or modification time than when it was listed."""
     try:
         stat = os.stat(file.path)
     except OSError:
@@ -153,4 +178,5 @@ def _has_changed(file: SourceFile) -> bool:
 
 
 def _key(corpus: str, settings: Sequence[object]) -> str:
+    """The name of a cache entry: 16 hex digits of SHA-256 over the fingerprint of the corpus and the settings."""
     return hashlib.sha256(json.dumps([corpus, *settings]).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""Records to examples of tokens in worker processes, in order.
+"""Encodes records into examples of tokens, in worker processes, and returns the results in order.
 
-The workers are plain child processes that speak pickle over pipes and import nothing but the tokenizer. They
-are not made by multiprocessing: fork is unsafe once jax has threads, and spawn imports the caller's
-`__main__` again, jax included, in every worker, and does not work from a notebook or standard input.
+The workers are plain child processes that exchange pickled objects over pipes and do not import jax. They are not made
+by `multiprocessing`. Its fork is unsafe once jax has started threads. Its spawn imports the `__main__` module of the
+caller again, jax included, in every worker, and does not work from a notebook or from standard input.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ from llmjax.data.store.columns import LABEL, RUN, token_dtype
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 
+# Any object that accompanies a batch of records.
 Tag = TypeVar("Tag")
-Fields = Mapping[str, "str | int"]  # of a record, see `data/sources`
+# The fields of a record, by name; see `data/sources`.
+Fields = Mapping[str, "str | int"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Some documents as columns of the store.
+    """The columns of some encoded documents.
 
-    ragged  column -> its values for all documents, one document after the other, and int64 [documents], the number
-            of values of each document
-    fixed   column -> one value for each document: num_bytes (UTF-8 bytes of the text), hashes (of the whole
-            record, which decides the held-out split) and where the task has one the label
+    ragged  for each ragged column (values, lengths): the values of all documents, one document after the other, and
+            int64 [documents], the number of values of each document
+    fixed   for each fixed column one value for each document: `num_bytes`, the UTF-8 bytes of the text; `hashes`, the
+            hash of the record, which decides the held-out split; and `label`, if the task has labels
     """
 
     ragged: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -48,15 +50,16 @@ class Encoded:
 
 
 def encode_records(tokenizer: Tokenizer, examples: Examples, records: Sequence[Fields]) -> Encoded:
-    """Encodes some records here and now."""
+    """Encodes records in this process. Raises ValueError if an example does not match the columns of its task."""
     made = [examples.encode(record, tokenizer) for record in records]
     _check(made, examples)
     dtype = token_dtype(tokenizer.vocab_size)
-    ragged = {"tokens": _joined([example.tokens for example in made], dtype)}
+    ragged = {"tokens": _concatenate([example.tokens for example in made], dtype)}
     if "source" in examples.columns:
-        ragged["source"] = _joined([example.source for example in made], dtype)
+        ragged["source"] = _concatenate([example.source for example in made], dtype)
     if "weights" in examples.columns:
-        ragged["weights"] = _joined([example.weights for example in made], RUN)
+        ragged["weights"] = _concatenate([example.weights for example in made], RUN)
+    # The first field is the text of the document.
     text = examples.fields[0]
     fixed = {
         "num_bytes": np.array([len(str(record[text]).encode()) for record in records], "<i8"),
@@ -68,7 +71,7 @@ def encode_records(tokenizer: Tokenizer, examples: Examples, records: Sequence[F
 
 
 def _check(made: Sequence[Example], examples: Examples) -> None:
-    """Raises ValueError where an example is not what the columns of its task promise."""
+    """Raises ValueError if an example fills an undeclared column, or if its loss weights do not cover its tokens."""
     for example in made:
         if (example.weights and "weights" not in examples.columns) or (
             example.source and "source" not in examples.columns
@@ -78,14 +81,16 @@ def _check(made: Sequence[Example], examples: Examples) -> None:
             raise ValueError(f"{examples!r} gives weights that do not cover the tokens.")
 
 
-def _joined(values: Sequence[Sequence], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def _concatenate(values: Sequence[Sequence], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenates the sequences of all documents. Also returns their lengths, int64 [documents]."""
     arrays = [np.array(list(one), dtype) for one in values]
     lengths = np.array([len(array) for array in arrays], "<i8")
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype), lengths
 
 
 def _hash(record: Fields, fields: Sequence[str]) -> int:
-    """A 64-bit hash of the fields. With a single field it is the hash of the text alone."""
+    """A 64-bit hash of the fields of a record."""
+    # A single field has no separator, so that its hash is the hash of the text.
     data = "\0".join(str(record[field]) for field in fields).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
@@ -96,10 +101,9 @@ def encode_batches(
     batches: Iterable[tuple[Tag, Sequence[Fields]]],
     num_workers: int,
 ) -> Iterator[tuple[Tag, Encoded]]:
-    """Encodes batches of records and yields each with its tag, in order, whatever the number of workers.
+    """Encodes batches of records and yields (tag, Encoded) for each batch, in the order of the batches.
 
-    At most two batches a worker are in flight, so an endless stream of batches takes bounded memory. With
-    `num_workers` below 2 everything happens in this process.
+    With `num_workers` below 2 the records are encoded in this process. Raises UserError if a worker process ends early.
     """
     if num_workers < 2:
         for tag, records in batches:
@@ -109,6 +113,7 @@ def encode_batches(
     with _workers(tokenizer, examples, num_workers) as submit:
         for tag, records in batches:
             pending.append((tag, submit(records)))
+            # Two batches for each worker keep all of them busy, and an endless stream takes bounded memory.
             if len(pending) > 2 * num_workers:
                 tag, result = pending.popleft()
                 yield tag, result.result()
@@ -119,16 +124,21 @@ def encode_batches(
 
 @contextlib.contextmanager
 def _workers(tokenizer: Tokenizer, examples: Examples, count: int):
-    """Starts worker processes and gives a function from records to a future of `Encoded`; ends them after."""
+    """Starts `count` worker processes, and ends them when the `with` block is left.
+
+    Gives a function that takes records and returns a future of `Encoded`.
+    """
+    # The workers import the package from where this process found it. -P leaves the current folder out of their path.
     root = str(Path(__file__).parents[3])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", "-c", "from llmjax.data.store.encode import work; work()"]
+    command = [sys.executable, "-P", "-c", "from llmjax.data.store.encode import run_worker; run_worker()"]
     processes = [
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
         )
         for _ in range(count)
     ]
+    # One thread for each process waits for its answer. The queue gives every thread a process that is free.
     idle: queue.SimpleQueue = queue.SimpleQueue()
 
     def encode(records: Sequence[Fields]) -> Encoded:
@@ -146,7 +156,8 @@ def _workers(tokenizer: Tokenizer, examples: Examples, count: int):
         yield lambda records: threads.submit(encode, records)
     finally:
         for process in processes:
-            process.terminate()  # nothing can be lost, and a thread that waits for one goes on
+            # Workers have nothing to save. Their end also wakes the threads that wait for an answer.
+            process.terminate()
         threads.shutdown(cancel_futures=True)
         for process in processes:
             process.wait()
@@ -157,12 +168,17 @@ def _workers(tokenizer: Tokenizer, examples: Examples, count: int):
 
 
 def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
-    """Where a worker reads, and where it writes."""
-    assert process.stdin is not None and process.stdout is not None  # it was started with both
+    """The standard input and the standard output of a worker process."""
+    # Workers are started with pipes for both; the type checker cannot know that.
+    assert process.stdin is not None and process.stdout is not None
     return process.stdin, process.stdout
 
 
 def _ask(process: subprocess.Popen, records: Sequence[Fields]) -> Encoded:
+    """Sends records to a worker and waits for its answer. Raises the error that the worker raised.
+
+    Raises UserError if the worker process has ended.
+    """
     stdin, stdout = _pipes(process)
     try:
         pickle.dump(records, stdin, protocol=5)
@@ -179,12 +195,18 @@ def _ask(process: subprocess.Popen, records: Sequence[Fields]) -> Encoded:
     return answer
 
 
-def work() -> None:
-    """The body of a worker process: reads a tokenizer and a task's `Examples` from stdin, then batches of records, and
-    writes one `Encoded` for each to stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
+def run_worker() -> None:
+    """Runs a worker process until its standard input is closed.
+
+    The worker reads a pickled (tokenizer, examples) and then batches of records. For each batch it writes a pickled
+    `Encoded` or exception to standard output.
+    """
+    # Ctrl-C reaches all processes of a terminal. Only the parent handles it, and then ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Answers go to a copy of standard output. Descriptor 1 then leads to standard error, so that nothing that a library
+    # prints can mix with the answers.
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing that a library prints may mix with the answers
+    os.dup2(2, 1)
     with contextlib.suppress(EOFError, BrokenPipeError):
         tokenizer, examples = pickle.load(sys.stdin.buffer)
         while True:
@@ -193,13 +215,14 @@ def work() -> None:
             try:
                 answer = encode_records(tokenizer, examples, records)
             except Exception as error:
-                answer = error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")
+                answer = error if _can_be_pickled(error) else RuntimeError(f"{type(error).__name__}: {error}")
             pickle.dump(answer, answers, protocol=5)
             answers.flush()
 
 
-def _travels(error: Exception) -> bool:
-    """Whether the parent can read this error."""
+def _can_be_pickled(error: Exception) -> bool:
+    """Whether the error can be sent to the parent process."""
+    # Some exceptions are pickled without complaint but fail, or change their type, when they are loaded.
     try:
         return type(pickle.loads(pickle.dumps(error))) is type(error)
     except Exception:

@@ -1,20 +1,21 @@
-"""A tokenized corpus on disk, read through memory maps: the one thing that training reads text from.
+"""A token store: a tokenized corpus on disk, read through memory maps. Training reads its documents from nowhere else.
 
     header.json               format, columns, tokenizer, counts and fingerprints (`StoreHeader`)
-    tokens-00000.bin ...      little-endian tokens of every document, one document after the other, in shards
-    tokens_lengths.bin        int64 a document: the number of its tokens
-    tokens_starts.bin         int64 a document: where its tokens start, counted over all shards
+    tokens-00000.bin ...      little-endian token ids of all documents, one document after the other, in shards
+    tokens_lengths.bin        int64 [documents]: the number of tokens of each document
+    tokens_starts.bin         int64 [documents]: where the tokens of each document start, counted over all shards
     names-00000.bin ...       UTF-8 names of the documents, with names_lengths.bin and names_starts.bin
-    num_bytes.bin hashes.bin  int64 UTF-8 bytes of the text, and uint64 hash of the record
-    origins.bin               uint16 number of the entry of data.sources that the document comes from
-    blocks.bin                uint32 CRC-32 of each 64 KiB of the shards of all columns, in order
-    checksums.json            CRC-32 of every other file
+    num_bytes.bin             int64 [documents]: UTF-8 bytes of the text of each document
+    hashes.bin                uint64 [documents]: hash of each document's record
+    origins.bin               uint16 [documents]: the entry of data.sources from which each document comes
+    blocks.bin                uint32 [blocks]: CRC-32 of each 64 KiB of the shards of all ragged columns, in order
+    checksums.json            CRC-32 of header.json, blocks.bin and every column with one value for each document
 
-Some tasks add columns (see `data/examples/contract.py`): `source`, a second stream of tokens; `weights`, the loss
-weights of the tokens as runs of (uint32 length, float32 weight); and `label`, int32 a document.
+The examples of a task may fill further columns (`data/examples/contract.py`): `source`, a second stream of tokens;
+`weights`, the loss weights of the tokens as runs of (uint32 length, float32 weight); and `label`, int32 [documents].
 
-A store is built beside its place and renamed into it when every byte is on disk: a half-built one is never
-seen. The small files are checked at every opening, the shards block by block when they are first read.
+A store is built in a temporary folder, which is renamed when every byte is on disk, so an unfinished store is never
+seen. The small files are checked each time the store is opened, each block of a shard when it is first read.
 """
 
 from __future__ import annotations
@@ -35,35 +36,49 @@ from llmjax.errors import UserError
 
 
 class RaggedColumn:
-    """A column with any number of values for a document; each document lies whole within one shard.
+    """A column with any number of values for each document, in one or more shards. A document lies in one shard.
 
     lengths  int64 [documents], memory-mapped: the number of values of each document
+    shards   the files of the column, as arrays
+
+    Args:
+      shards: the files of the column, as arrays.
+      counts: the number of values in each shard.
+      lengths: int64 [documents], the number of values of each document.
+      starts: int64 [documents], where the values of each document start, counted over all shards.
     """
 
     def __init__(self, shards: Sequence[CheckedArray], counts: Sequence[int], lengths, starts):
         self.lengths, self._starts = lengths, starts
         self.shards = shards
+        # Where each shard starts, counted in values over all shards.
         self._shard_starts = [0, *itertools.accumulate(counts)][:-1]
 
     def view(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Values `start` to `stop` of one document, without a copy."""
+        """Values start to stop - 1 of one document, without a copy."""
         first = int(self._starts[document])
+        # The last shard that starts at or before the first value of the document.
         shard = bisect.bisect_right(self._shard_starts, first) - 1
         first -= self._shard_starts[shard]
         return self.shards[shard].view(first + start, first + stop)
 
 
 class Store:
-    """The documents of one corpus as tokens. Opened by `open_store`; picklable (memory maps are opened anew).
+    """The tokenized documents of one corpus.
 
-    header          StoreHeader
-    lengths         int64 [documents], memory-mapped: tokens of each document, bos and eos included
-    source_lengths  int64 [documents], memory-mapped: tokens of each document's second stream; None without one
-    num_bytes       int64 [documents], memory-mapped: UTF-8 bytes of each document's text
-    hashes          uint64 [documents], memory-mapped: hash of each document's record
-    origins         uint16 [documents], memory-mapped: which entry of data.sources each document comes from
-    labels          int32 [documents], memory-mapped: the class of each document; None without one
-    remake          None, or what builds the store again in its place when a damaged block is read
+    A store can be pickled: another process receives the name of its folder and maps the files again.
+
+    header          the StoreHeader
+    lengths         int64 [documents], the tokens of each document, bos and eos included
+    source_lengths  int64 [documents], the tokens of each document's second stream; None if the store has none
+    num_bytes       int64 [documents], the UTF-8 bytes of each document's text
+    hashes          uint64 [documents], the hash of each document's record
+    origins         uint16 [documents], the entry of data.sources from which each document comes
+    labels          int32 [documents], the class of each document; None if the store has none
+    remake          a function that builds the store again, in the same folder, when a damaged block is read; None if
+                    damage raises `DamagedError` instead
+
+    The arrays are memory-mapped.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -85,6 +100,7 @@ class Store:
         self.labels = fixed.get("label")
 
     def _open_ragged(self, fixed: Mapping[str, np.ndarray]) -> dict[str, RaggedColumn]:
+        """Opens the ragged columns; `fixed` has the columns that are their indices."""
         # blocks.bin holds the checksums of all shards, one file after the other.
         sums, checked = np.fromfile(self.directory / "blocks.bin", "<u4"), {}
         for name, (dtype, count) in self.header.checked_by_blocks().items():
@@ -106,16 +122,17 @@ class Store:
         return self.header.num_documents
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens `start` to `stop` of one document, as a read-only view of the memory map."""
+        """Tokens start to stop - 1 of one document, as a read-only view of the memory map. None is the end."""
         return self._view("tokens", document, start, stop)
 
     def source(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens `start` to `stop` of the second stream of one document, as a read-only view of the memory map."""
+        """Tokens start to stop - 1 of the second stream of one document, as a read-only view of the memory map."""
         return self._view("source", document, start, stop)
 
     def weights(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """float32 [stop - start], the loss weights of tokens `start` to `stop` of one document as targets."""
+        """The loss weights of tokens start to stop - 1 of one document as targets: float32 [stop - start]."""
         stop = int(self.lengths[document]) if stop is None else stop
+        # Without this column every token has weight 1.
         if "weights" not in self._columns:
             return np.ones(stop - start, np.float32)
         runs = self._view("weights", document, 0, None)
@@ -124,12 +141,17 @@ class Store:
         return np.repeat(runs["weight"], np.diff(ends, prepend=start))
 
     def name(self, document: int) -> str:
-        """Where the document came from, for example `json/decoder.py` or `poems.jsonl#17`."""
+        """The name of a document in the corpus, for example `json/decoder.py` or `poems.jsonl#17`."""
+        # Indexing a range accepts negative numbers and raises IndexError beyond the end.
         document = range(len(self))[document]
         return self._view("names", document, 0, None).tobytes().decode("utf-8", "surrogateescape")
 
     def _view(self, name: str, document: int, start: int, stop: int | None) -> np.ndarray:
-        """Part of a ragged column. Where its file is damaged and `remake` is set, the store is built again first."""
+        """Values start to stop - 1 of one document in a ragged column.
+
+        Raises IndexError if the document has no such values. If the block is damaged and `remake` is set, the store is
+        built again first.
+        """
         column = self._columns[name]
         length = int(column.lengths[document])
         stop = length if stop is None else stop
@@ -139,21 +161,27 @@ class Store:
             return column.view(document, start, stop)
         except DamagedError as error:
             self._make_again(error, column)
+        # The store was built again and opened, so the second attempt reads the new files.
         return self._view(name, document, start, stop)
 
     def check_all(self) -> None:
-        """Raises `DamagedError` where any value of a ragged column is not what was written."""
+        """Raises `DamagedError` if any block of a ragged column is damaged."""
         for column in self._columns.values():
             for shard in column.shards:
                 shard.check_all()
 
     def _make_again(self, error: DamagedError, column: RaggedColumn) -> None:
-        """Has the store built again, once, in the middle of a run; its documents must come out the same."""
+        """Builds the store again in the middle of a run, at most once, after `column` raised `error`.
+
+        Raises `error` if that is not possible, and UserError if the new store holds other documents.
+        """
         with self._remaking:
             if not any(column is current for current in self._columns.values()):
-                return  # another thread read the same damage a moment ago
+                # Another thread read the same damage and has opened the new store since.
+                return
             if self.remake is None:
                 raise error
+            # Cleared first: damage in the rebuilt store would otherwise rebuild it without end.
             remake, self.remake, before = self.remake, None, self.header
             remake(error)
             self._open()
@@ -161,16 +189,24 @@ class Store:
                 raise UserError(f"{error.reason}, and data.sources hold other documents by now: start again.")
 
     def is_held_out(self, held_out_fraction: float) -> np.ndarray:
-        """bool [documents]: hash / 2**64 < fraction. Equal records share a side, and adding documents moves none."""
+        """Whether each document is held out: bool [documents].
+
+        A document is held out if hash / 2**64 < held_out_fraction. Equal records are therefore on the same side of the
+        split, and adding documents to the corpus moves no other document to the other side.
+        """
         if not 0 <= held_out_fraction <= 1:
             raise UserError(f"data.held_out_fraction = {held_out_fraction} must lie in [0, 1].")
         threshold = int(held_out_fraction * 2**64)
+        # 2**64 does not fit into uint64.
         if threshold == 2**64:
             return np.ones(len(self), dtype=bool)
         return self.hashes < np.uint64(threshold)
 
     def split(self, held_out_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-        """(training, held-out) document numbers, int64, ascending. Either may be empty in a small corpus."""
+        """The numbers of the training documents and of the held-out documents, int64, ascending.
+
+        In a small corpus one of the two may be empty.
+        """
         held_out = self.is_held_out(held_out_fraction)
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
@@ -182,7 +218,10 @@ class Store:
 
 
 def open_store(directory: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Store:
-    """Opens a finished store. `UserError` where it is none, is damaged, or was made by another tokenizer."""
+    """Opens the store in `directory`.
+
+    Raises UserError if there is no store, if it is damaged, or if another tokenizer than `tokenizer` made it.
+    """
     store = Store(directory)
     if tokenizer is not None and store.header.tokenizer_fingerprint != tokenizer.fingerprint:
         made_by = store.header.tokenizer_fingerprint

@@ -28,7 +28,7 @@ from typing import Annotated, Protocol
 import numpy as np
 import sentencepiece
 
-from llmjax.data.checksums import DamagedError, raise_other
+from llmjax.data.checksums import DamagedError, raise_unless_damage
 from llmjax.errors import UserError, choose
 from llmjax.files import write_atomically
 from llmjax.names import at_home
@@ -317,7 +317,7 @@ def _read_meta(path: Path) -> dict:
         ):
             return saved
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise_other(error)
+        raise_unless_damage(error)
     raise DamagedError(f"tokenizer {str(path.parent)!r} is damaged (no readable {path.name})", _RESTORE)
 
 

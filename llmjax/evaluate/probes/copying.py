@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.data.packing.packing import hash_integers
+from llmjax.data.packing.order import hash_integers
 from llmjax.errors import UserError
 from llmjax.evaluate.probes.fillers import fillers
 from llmjax.evaluate.scoring import Piece, Probe, Sums, Text

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llmjax.data.packing.packing import hash_integers
+from llmjax.data.packing.order import hash_integers
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.evaluate.probes.fillers import fillers

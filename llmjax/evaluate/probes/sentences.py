@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from llmjax.data.packing.packing import hash_integers
+from llmjax.data.packing.order import hash_integers
 
 # The number of answers to choose from.
 ANSWERS = 4

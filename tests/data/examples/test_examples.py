@@ -1,4 +1,4 @@
-"""What each task makes of a record, and that a store and a packed row give it back, every column of it."""
+"""Every task makes valid examples of records, and stores and packed rows give back every column of them."""
 
 import dataclasses
 import json
@@ -10,8 +10,8 @@ import pytest
 from llmjax.data.examples.contract import OPTIONAL_COLUMNS, Example
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.table import EXAMPLES
-from llmjax.data.packing.packing import cached_plan, plan_packing
-from llmjax.data.packing.two_streams import Source
+from llmjax.data.packing.make_plan import cached_plan, plan_packing
+from llmjax.data.packing.two_streams import SourceStream
 from llmjax.data.pipeline import FIELDS_OF_COLUMN, PackedSequences
 from llmjax.data.sources.sources import list_sources
 from llmjax.data.store.build import build_store
@@ -27,7 +27,7 @@ BYTES = ByteTokenizer()
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """A task with every column: a translation with a class, of which the second half of the target counts."""
+    """A task that fills every column: a translation with a class label. Half of the target has more weight."""
 
     fields: tuple[str, ...] = ("zh", "en", "topic")
     columns: tuple[str, ...] = OPTIONAL_COLUMNS
@@ -62,7 +62,7 @@ def test_both_halves_of_every_task_have_the_same_names():
 
 
 @pytest.mark.parametrize("task", EXAMPLES)
-def test_examples_travel_to_workers_and_fill_what_they_promise(task):
+def test_examples_can_be_pickled_and_fill_the_columns_that_they_name(task):
     examples = pickle.loads(pickle.dumps(EXAMPLES[task]("text")))
     assert repr(examples) == repr(EXAMPLES[task]("text")) != repr(EXAMPLES[task]("body"))
     assert set(examples.columns) <= set(OPTIONAL_COLUMNS) == set(FIELDS_OF_COLUMN)
@@ -74,7 +74,7 @@ def test_examples_travel_to_workers_and_fill_what_they_promise(task):
     assert encoded.fixed["num_bytes"].tolist() == [9, 1]
 
 
-def test_a_copy_is_learned_only_the_second_time():
+def test_only_the_second_text_of_a_copy_has_weight():
     example = Copies("text").encode({"text": "ab"}, BYTES)
     a, b = BYTES.encode("ab")
     assert list(example.tokens) == [BYTES.bos_id, a, b, BYTES.bos_id, a, b, BYTES.eos_id]
@@ -94,15 +94,16 @@ def test_a_store_gives_back_every_column(store):
         np.testing.assert_array_equal(store.weights(i, 1, 3), expected[1:3].astype(np.float32))
         assert store.num_bytes[i] == len(record["zh"].encode())
     assert store.labels.tolist() == [record["topic"] for record in records]
-    assert store.origins.tolist() == [1] * 40 + [0] * 5  # a.jsonl is the second entry of data.sources
+    # Files are read by name, and a.jsonl is the second entry of data.sources.
+    assert store.origins.tolist() == [1] * 40 + [0] * 5
     assert store.source_lengths.tolist() == [len(record["en"]) for record in records]
 
 
-def test_a_record_with_another_source_is_another_document(store):
+def test_records_with_different_sources_have_different_hashes(store):
     assert len(set(store.hashes.tolist())) == len({json.dumps(pair(i)) for i in range(40)})
 
 
-def test_each_optional_column_is_part_of_the_content(files, tmp_path):
+def test_each_optional_column_is_part_of_the_content_fingerprint(files, tmp_path):
     found = set()
     for columns in ((), ("weights",), ("source",), ("label",), OPTIONAL_COLUMNS):
 
@@ -117,7 +118,7 @@ def test_each_optional_column_is_part_of_the_content(files, tmp_path):
     assert len(found) == 5
 
 
-def test_examples_that_break_their_promise_are_refused():
+def test_examples_that_do_not_match_their_columns_are_refused():
     with pytest.raises(ValueError, match="do not name"):
         encode_records(BYTES, Pairs(columns=()), [pair(0)])
     short = Pairs()
@@ -126,7 +127,7 @@ def test_examples_that_break_their_promise_are_refused():
         encode_records(BYTES, short, [pair(0)])
 
 
-def test_another_task_or_another_version_of_it_builds_another_store(files, tmp_path):
+def test_another_task_version_or_order_of_sources_builds_another_store(files, tmp_path):
     cache, folders = tmp_path / "cache", set()
     for examples in (Pairs(), Pairs(version=2), Pairs(fields=("zh", "topic", "en"))):
         folders.add(cached_store(cache, files, BYTES, examples=examples).directory.name)
@@ -135,7 +136,7 @@ def test_another_task_or_another_version_of_it_builds_another_store(files, tmp_p
     assert len(folders) == 4
 
 
-def test_plain_text_has_no_further_field(tmp_path):
+def test_a_task_with_several_fields_refuses_plain_text(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match=r"a\.txt', a file of plain text, which has no field 'en'"):
         build_store(tmp_path / "s", list_sources([str(tmp_path / "a.txt")]), BYTES, examples=Pairs())
@@ -151,7 +152,7 @@ def test_damage_in_an_optional_column_is_found(store, name):
 
 
 def test_a_packed_row_holds_both_streams_of_its_documents(store, tmp_path):
-    source = Source(np.asarray(store.source_lengths), 96)
+    source = SourceStream(np.asarray(store.source_lengths), 96)
     plan = cached_plan(store.lengths, np.arange(45), 64, 0, tmp_path / "plans", source=source)
     sequences = pickle.loads(
         pickle.dumps(PackedSequences(store, plan, 3, repeat=False, columns=OPTIONAL_COLUMNS))
@@ -164,7 +165,8 @@ def test_a_packed_row_holds_both_streams_of_its_documents(store, tmp_path):
         spans = sequences.spans(np.array([row]))
         for segment, (doc, start, stop) in enumerate(spans, 1):
             here, there = batch["segments"][row] == segment, batch["source_segments"][row] == segment
-            assert (start, stop) == (0, store.lengths[doc])  # never cut
+            # Documents with two streams are never cut.
+            assert (start, stop) == (0, store.lengths[doc])
             np.testing.assert_array_equal(batch["targets"][row, here], store.tokens(doc, 1))
             np.testing.assert_array_equal(batch["weights"][row, here], store.weights(doc, 1))
             np.testing.assert_array_equal(batch["source_tokens"][row, there], store.source(doc))
@@ -181,7 +183,9 @@ def test_weights_follow_a_document_that_is_cut(tmp_path):
     )
     plan = plan_packing(store.lengths, np.arange(1), 16, 0)
     batch = PackedSequences(store, plan, 0, repeat=False, columns=("weights",)).read(np.arange(plan.num_rows))
-    assert batch["weights"].sum() == 51  # the copy, and eos
+    # The copy has 50 tokens, and eos is one more target.
+    assert batch["weights"].sum() == 51
+    # The rows are put together in the order in which their pieces lie in the document.
     first = {int(start): batch["weights"][row] for row in range(plan.num_rows)
              for _, start, _ in PackedSequences(store, plan, 0).spans(np.array([row]))}  # fmt: skip
     joined = np.concatenate([first[start] for start in sorted(first)])[: int(store.lengths[0]) - 1]

@@ -1,4 +1,4 @@
-"""A layout is an order of a row's columns: nothing is lost, and within a shard the tokens ascend."""
+"""A layout is an order of the columns of a row: it loses no token, and the tokens ascend within each shard."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from llmjax.parallel import mesh
 
 
 def random_rows(rng, seq_len, shards, count):
-    """Rows of one document, of two, of many like each other or not, of single tokens; full, half full and empty."""
+    """The lengths of the documents in rows of many kinds: one document, two, many, single tokens; full or half full."""
     for number in range(count):
         lengths = [
             np.array([seq_len]),
@@ -41,12 +41,14 @@ def test_an_order_holds_every_column_once_and_ascends_within_each_shard(name, sh
             assert segment_of[0] == 0 and np.array_equal(np.sort(segment_of), np.arange(len(lengths) + 1))
             padding = seq_len - lengths.sum()
             segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, padding])
+            # One number for each token, by which (segment, position) is compared.
             places = segment_of[segments[order]].astype(np.int64) * seq_len + order
-            places[segments[order] == 0] = 2**60  # padding comes last
+            # Padding comes last in each shard.
+            places[segments[order] == 0] = 2**60
             assert (np.diff(places.reshape(shards, -1), axis=1) >= 0).all()
 
 
-def test_layouts_that_know_no_documents_are_their_definitions():
+def test_layouts_that_ignore_documents_follow_their_definitions():
     def columns(name):
         order, segment_of = RowLayout(name, 4).order(np.array([3, 9]), 16)
         assert segment_of.tolist() == [0, 1, 2]
@@ -73,7 +75,7 @@ def test_on_one_device_nothing_moves(name):
     assert sorted(order) == list(range(12)) and len(segment_of) == 4
 
 
-def test_a_sequence_that_cannot_be_cut_is_named():
+def test_a_seq_len_that_cannot_be_divided_is_refused_by_name():
     with pytest.raises(UserError, match=r"data.seq_len=24 is not divisible by 2 x mesh.seq=8, .*'zigzag'"):
         RowLayout("zigzag", 8).check(24)
     for name in ("contiguous", "striped", "documents"):

@@ -1,4 +1,4 @@
-"""The time of a ring, against what its steps are said to be."""
+"""The model of the ring: which keys each step brings, how far keys travel, and how long the steps take."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ def random_work(n, seed=0):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
-def test_a_step_meets_the_devices_before_and_after_once_each(n):
+def test_step_s_adds_the_work_against_the_devices_s_before_and_s_after(n):
     work = random_work(n)
     steps = ring_cost.steps(work)
     for step, d in np.ndindex(steps.shape):
@@ -19,16 +19,19 @@ def test_a_step_meets_the_devices_before_and_after_once_each(n):
     assert steps.sum() == work.sum()
 
 
-def test_reach_is_how_far_keys_go_up_and_down():
+def test_reach_is_how_far_keys_travel_up_and_down():
     work = np.zeros((8, 8), int)
     assert ring_cost.reach(work) == (0, 0)
     work[5, 5] = 1
     assert ring_cost.reach(work) == (0, 0)
-    work[5, 3] = 1  # the keys of 3 go up by two
+    # The keys of device 3 travel up by two.
+    work[5, 3] = 1
     assert ring_cost.reach(work) == (2, 0)
-    work[6, 1] = 1  # five up is three down, around the end
+    # Five hops up are three hops down, around the end of the ring.
+    work[6, 1] = 1
     assert ring_cost.reach(work) == (2, 3)
-    work[0, 4] = 1  # half around counts as up
+    # Half around the ring counts as upward.
+    work[0, 4] = 1
     assert ring_cost.reach(work) == (4, 3)
 
 
@@ -38,10 +41,10 @@ def test_in_lockstep_each_step_takes_as_long_as_its_slowest_device():
     assert ring_cost.lockstep_time(ring_cost.by_distance(work)) == 4 + 3
 
 
-def test_running_free_a_device_waits_for_its_keys_alone():
-    # Of a step before the last only its beginning holds up others.
+def test_a_free_running_device_waits_for_nothing_but_its_keys():
+    # Neighbours wait only for the beginning of a step, at which the keys are sent, and not for its end.
     assert ring_cost.free_running_time(np.array([[4, 0, 0], [2, 1, 0], [0, 3, 2]])) == 5
-    # Device 2 of 4 is free at once, but the keys of device 0 pass through device 1, which sends them on at 9.
+    # Device 2 has no other work, but the keys of device 0 pass through device 1, which sends them on at time 9.
     work = np.zeros((4, 4), int)
     work[1, 1], work[1, 0], work[2, 0] = 9, 1, 1
     assert ring_cost.free_running_time(work) == 9 + 1

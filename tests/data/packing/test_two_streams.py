@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from llmjax.data.packing.packing import load_plan, plan_packing, save_plan
-from llmjax.data.packing.two_streams import Source, pack_two_streams
+from llmjax.data.packing.make_plan import plan_packing
+from llmjax.data.packing.plan import load_plan, save_plan
+from llmjax.data.packing.two_streams import SourceStream, pack_two_streams
 from llmjax.errors import UserError
 
 
@@ -32,13 +33,13 @@ def test_rows_are_at_most_a_tenth_more_than_must_be(seed):
 
 def test_a_plan_is_a_function_of_lengths_and_seed_and_is_saved_whole(tmp_path):
     lengths, sources = drawn(0)
-    source = Source(sources, 48)
+    source = SourceStream(sources, 48)
     plan, again = (plan_packing(lengths + 1, np.arange(400), 64, 7, source) for _ in range(2))
     assert plan.fingerprint == again.fingerprint and (plan.docs == again.docs).all()
     others = (
         plan_packing(lengths + 1, np.arange(400), 64, 8, source),
-        plan_packing(lengths + 1, np.arange(400), 64, 7, Source(sources, 49)),
-        plan_packing(lengths + 1, np.arange(400), 64, 7, Source(sources[::-1], 48)),
+        plan_packing(lengths + 1, np.arange(400), 64, 7, SourceStream(sources, 49)),
+        plan_packing(lengths + 1, np.arange(400), 64, 7, SourceStream(sources[::-1], 48)),
     )
     assert len({plan.fingerprint, *(other.fingerprint for other in others)}) == 4
     save_plan(plan, tmp_path / "plan")
@@ -52,4 +53,4 @@ def test_a_plan_is_a_function_of_lengths_and_seed_and_is_saved_whole(tmp_path):
 def test_a_document_that_fits_into_no_row_is_refused_and_counted(T, S, key):
     lengths, sources = np.array([65, 9]), np.array([3, 48])
     with pytest.raises(UserError, match=f"{key} is too short for 1 of 2 documents"):
-        plan_packing(lengths, np.arange(2), T, 0, Source(sources, S))
+        plan_packing(lengths, np.arange(2), T, 0, SourceStream(sources, S))

@@ -1,4 +1,4 @@
-"""The token store: what is in it, that it is the same however built, and that a broken one is never used."""
+"""A token store holds every document, is the same however it was built, and is never used if it is damaged."""
 
 import gzip
 import json
@@ -74,7 +74,7 @@ def test_the_header_counts_what_is_there(store):
     assert store.header.tokenizer_fingerprint == BYTES.fingerprint
 
 
-def test_the_content_fingerprint_tells_tokens_and_document_borders_apart(tmp_path):
+def test_the_content_fingerprint_depends_on_tokens_and_document_borders(tmp_path):
     (tmp_path / "c").mkdir()
     found = set()
     for texts in (["ab", "c"], ["ab", "d"], ["a", "bc"], ["c", "ab"]):
@@ -136,8 +136,9 @@ def test_workers_return_batches_in_order_and_raise_what_was_raised():
         list(encode_batches(BYTES, DOCUMENTS, [(0, [{"text": "a"}]), (1, [{"text": "b\ud800"}])], 2))
 
 
-def test_workers_end_with_the_one_who_asked():
+def test_workers_end_when_the_iterator_is_closed():
     def pids():
+        """The child processes of this process."""
         found = set()
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -200,7 +201,7 @@ def test_the_split_does_not_move_when_documents_are_added(store, corpus, tmp_pat
     assert after - {f"000{i}.txt" for i in range(5)} == before
 
 
-def test_the_split_goes_by_text_and_grows_with_the_fraction(store, tmp_path):
+def test_the_split_follows_the_text_and_grows_with_the_fraction(store, tmp_path):
     previous = set()
     for fraction in (0.0, 0.1, 0.5, 0.9, 1.0):
         held_out = set(store.split(fraction)[1].tolist())
@@ -240,7 +241,7 @@ def test_a_failed_rebuild_leaves_the_store_that_was_there(store, corpus):
     assert contents(store.directory) == before
 
 
-def test_a_killed_builder_leaves_nothing_that_opens_and_is_cleaned_up_later(corpus, tmp_path):
+def test_a_killed_builder_leaves_no_store_and_its_files_are_deleted_later(corpus, tmp_path):
     code = (
         "import os, signal, sys\n"
         "import llmjax.data.store.build as s\n"
@@ -260,7 +261,8 @@ def test_a_killed_builder_leaves_nothing_that_opens_and_is_cleaned_up_later(corp
         with pytest.raises(UserError, match=r"no readable header\.json"):
             open_store(path)
     build_store(tmp_path / "store", list_sources([str(corpus)]), BYTES)
-    assert left.exists()  # it may be alive
+    # The other builder may still be alive, because its files were written a moment ago.
+    assert left.exists()
     old = time.time() - 7 * 3600
     for path in [*left.iterdir(), left]:
         os.utime(path, (old, old))
@@ -281,7 +283,8 @@ def test_rebuilding_replaces_the_store_and_concurrent_builders_agree(corpus, tmp
     second = build_store(tmp_path / "store", files, BYTES, progress=another)
     assert contents(nested[1].directory) == contents(second.directory)
     assert len(second) == 60 and len(first) == 5
-    assert BYTES.decode(first.tokens(4)) == text_of(4)  # an open store outlives its replacement
+    # An open store can still be read after it was replaced.
+    assert BYTES.decode(first.tokens(4)) == text_of(4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "store"]
 
 
