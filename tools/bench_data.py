@@ -32,7 +32,8 @@ from lines import make_parser, report
 
 from llmjax.data.packing.packing import PackingPlan, plan_packing
 from llmjax.data.pipeline import PackedSequences, make_batches
-from llmjax.data.sources.sources import SourceFile, list_sources, read_records
+from llmjax.data.sources.listing import SourceFile, list_sources
+from llmjax.data.sources.records import read_records
 from llmjax.data.store.build import build_store
 from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer

@@ -21,6 +21,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 from llmjax.data.layout.layout import Arrays, RowLayout, lay_out
 from llmjax.data.packing.packing import PackingPlan, permute
 from llmjax.data.packing.shorten_rows import cut_rows
+from llmjax.data.sources.reading import BAD_TEXT, ENCODING, MAX_EXPANSION, Reading, check_encoding
 from llmjax.errors import UserError
 from llmjax.names import plain_name
 from llmjax.ranges import Range, Unset, check_ranges
@@ -35,7 +36,11 @@ class DataConfig:
 
     sources            what is read: files, directories, globs, or "stdlib"
     text_field         where the text is in JSON lines and Parquet rows
-    on_bad_text        what invalid UTF-8 does: "error", "skip" the document, or "replace" the bytes
+    on_bad_text        what text that is not of the encoding does, and null: "error", "skip" the document, or "replace"
+                       the bytes (and skip null)
+    encoding           of text and JSON, by any name that Python knows
+    follow_links       whether links that lead out of a folder which is searched are followed
+    max_expansion      times its own size that a compressed file may unpack to; the first 16 MiB always may
     seq_len            T, positions of a packed sequence
     source_len         S, positions of its second stream, for tasks that have one; 0 = seq_len
     length_points      lengths of the rows into which it is cut, as tokens are seen: `train/steering/length_schedule.py`
@@ -55,13 +60,21 @@ class DataConfig:
     prefetch: Annotated[int, Range(1, 1024, "none")]
     length_points: Annotated[tuple[str, ...], Unset(())]
     source_len: Annotated[int, Range(1, 2**30, "data.seq_len"), Unset(0)]
+    encoding: Annotated[str, Unset(ENCODING)]
+    follow_links: Annotated[bool, Unset(False)]
+    max_expansion: Annotated[int, Range(1, 2**30), Unset(MAX_EXPANSION)]
 
     def __post_init__(self):
         check_ranges("data", self)
         _require(self.sources, self, "sources", "must name at least one file, directory or glob")
         _require(self.text_field, self, "text_field", "must name a field of the JSON lines or Parquet rows")
-        choices = ("error", "skip", "replace")
-        _require(self.on_bad_text in choices, self, "on_bad_text", f"must be one of {', '.join(choices)}")
+        _require(self.on_bad_text in BAD_TEXT, self, "on_bad_text", f"must be one of {', '.join(BAD_TEXT)}")
+        check_encoding(self.encoding)
+
+    @property
+    def reading(self) -> Reading:
+        """How files are read."""
+        return Reading((self.text_field,), self.on_bad_text, self.encoding, self.max_expansion)
 
 
 def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:

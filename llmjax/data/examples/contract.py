@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 
@@ -50,3 +50,15 @@ class Examples(Protocol):
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
         """The example of one record, which has all `fields`."""
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A task of one field and no optional column that can encode a long document part by part, so that no process ever
+    holds the whole. Other tasks are given every document whole."""
+
+    def encode_part(
+        self, record: Mapping[str, str | int], tokenizer: Tokenizer, first: bool, last: bool
+    ) -> Example:
+        """The example of a part of a document, one of the tokenizer's `pieces`. `first` and `last` say whether the
+        document begins and ends with it; the parts' tokens, joined, are those of `encode`."""

@@ -1,6 +1,6 @@
 """Tokenizers and stores made once and found again, by a hash of everything that they depend on.
 
-The key of a corpus is its files' names, sizes and times of change, so looking it up reads no text.
+The key of a corpus is the fingerprint of its files' names and contents, wherever the files lie.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from pathlib import Path
 
 from llmjax.data.checksums import DamagedError
 from llmjax.data.examples.contract import Examples
-from llmjax.data.sources.sources import SourceFile, corpus_fingerprint, read_records
-from llmjax.data.store.build import DOCUMENTS, build_store
+from llmjax.data.sources.fingerprint import corpus_fingerprint, file_digest
+from llmjax.data.sources.listing import SourceFile
+from llmjax.data.sources.reading import Reading
+from llmjax.data.sources.records import read_texts
+from llmjax.data.store.build import DOCUMENTS, READING, build_store
 from llmjax.data.store.columns import FORMAT_VERSION
 from llmjax.data.store.store import Store, open_store
 from llmjax.data.tokenizer.tokenizer import (
@@ -35,8 +38,7 @@ def cached_tokenizer(
     config: TokenizerConfig,
     files: Sequence[SourceFile],
     *,
-    text_field: str = "text",
-    on_bad_text: str = "error",
+    reading: Reading = READING,
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = complain,
 ) -> Tokenizer:
@@ -56,8 +58,9 @@ def cached_tokenizer(
         config.train_bytes,
         config.character_coverage,
         config.num_reserved,
-        text_field,
-        on_bad_text,
+        reading.fields[0],
+        reading.on_bad_text,
+        reading.encoding,
         TRAINER_VERSION,
     ]
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
@@ -70,8 +73,7 @@ def cached_tokenizer(
     def texts():
         done, total = 0, sum(file.size for file in files)
         for file in files:
-            for record in read_records(file, fields=[text_field], on_bad_text=on_bad_text):
-                yield record.text
+            yield from read_texts(file, reading)
             done += file.size
             if progress is not None:
                 progress(done, total)
@@ -103,7 +105,7 @@ def cached_store(
     tokenizer: Tokenizer,
     *,
     examples: Examples = DOCUMENTS,
-    on_bad_text: str = "error",
+    reading: Reading = READING,
     num_workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = complain,
@@ -113,7 +115,8 @@ def cached_store(
     One that is damaged is built again, which `report` is told: at once, or when the damage is read in mid-run.
     """
     origins = [file.origin for file in files]
-    settings = [tokenizer.fingerprint, repr(examples), examples.version, on_bad_text, origins, FORMAT_VERSION]
+    how = [reading.on_bad_text, reading.encoding]
+    settings = [tokenizer.fingerprint, repr(examples), examples.version, *how, origins, FORMAT_VERSION]
     directory = Path(cache_dir) / f"store-{_key(corpus_fingerprint(files), settings)}"
 
     def build(progress: Callable[[int, int], None] | None) -> Store:
@@ -122,7 +125,7 @@ def cached_store(
             files,
             tokenizer,
             examples=examples,
-            on_bad_text=on_bad_text,
+            reading=reading,
             num_workers=num_workers,
             progress=progress,
         )
@@ -146,10 +149,9 @@ def cached_store(
 
 def _has_changed(file: SourceFile) -> bool:
     try:
-        stat = os.stat(file.path)
+        return file_digest(file.path) != file.digest
     except OSError:
         return True
-    return (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns)
 
 
 def _key(corpus: str, settings: Sequence[object]) -> str:

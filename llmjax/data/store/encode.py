@@ -24,7 +24,7 @@ from typing import IO, TypeVar
 
 import numpy as np
 
-from llmjax.data.examples.contract import Example, Examples
+from llmjax.data.examples.contract import Example, Examples, InParts
 from llmjax.data.store.columns import LABEL, RUN, token_dtype
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
@@ -47,9 +47,26 @@ class Encoded:
     fixed: dict[str, np.ndarray]
 
 
-def encode_records(tokenizer: Tokenizer, examples: Examples, records: Sequence[Fields]) -> Encoded:
-    """Encodes some records here and now."""
-    made = [examples.encode(record, tokenizer) for record in records]
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a long document, which comes alone; `first` and `last` say whether the document begins and ends so."""
+
+    fields: Fields
+    first: bool
+    last: bool
+
+
+Batch = Sequence[Fields] | Piece
+
+
+def encode_records(tokenizer: Tokenizer, examples: Examples, batch: Batch) -> Encoded:
+    """Encodes some records, or a part of one, here and now."""
+    if isinstance(batch, Piece):
+        assert isinstance(examples, InParts)  # else no document is cut
+        records: Sequence[Fields] = [batch.fields]
+        made = [examples.encode_part(batch.fields, tokenizer, batch.first, batch.last)]
+    else:
+        records, made = batch, [examples.encode(record, tokenizer) for record in batch]
     _check(made, examples)
     dtype = token_dtype(tokenizer.vocab_size)
     ragged = {"tokens": _joined([example.tokens for example in made], dtype)}
@@ -93,7 +110,7 @@ def _hash(record: Fields, fields: Sequence[str]) -> int:
 def encode_batches(
     tokenizer: Tokenizer,
     examples: Examples,
-    batches: Iterable[tuple[Tag, Sequence[Fields]]],
+    batches: Iterable[tuple[Tag, Batch]],
     num_workers: int,
 ) -> Iterator[tuple[Tag, Encoded]]:
     """Encodes batches of records and yields each with its tag, in order, whatever the number of workers.
@@ -131,7 +148,7 @@ def _workers(tokenizer: Tokenizer, examples: Examples, count: int):
     ]
     idle: queue.SimpleQueue = queue.SimpleQueue()
 
-    def encode(records: Sequence[Fields]) -> Encoded:
+    def encode(records: Batch) -> Encoded:
         process = idle.get()
         try:
             return _ask(process, records)
@@ -162,7 +179,7 @@ def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
     return process.stdin, process.stdout
 
 
-def _ask(process: subprocess.Popen, records: Sequence[Fields]) -> Encoded:
+def _ask(process: subprocess.Popen, records: Batch) -> Encoded:
     stdin, stdout = _pipes(process)
     try:
         pickle.dump(records, stdin, protocol=5)
