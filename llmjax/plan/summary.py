@@ -114,8 +114,8 @@ def _describe_files(listing: Listing) -> str:
 def _describe_left_out(header: StoreHeader) -> str:
     """What reading did to documents that are empty or not UTF-8, if any; `data.on_bad_text` decides."""
     empty = f"; {header.empty:,} empty" if header.empty else ""
-    skipped = f"; {header.skipped:,} skipped, being null or no Unicode" if header.skipped else ""
-    replaced = f"; {header.replaced:,} no Unicode, mended with U+FFFD" if header.replaced else ""
+    skipped = f"; {header.skipped:,} skipped, being null or bad text" if header.skipped else ""
+    replaced = f"; {header.replaced:,} of bad text, mended with U+FFFD" if header.replaced else ""
     return empty + skipped + replaced
 
 

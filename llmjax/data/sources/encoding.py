@@ -30,6 +30,8 @@ _CANDIDATES = {
 }
 # Of the characters that are not ASCII, the share that must be common for a guess.
 _COMMON = 0.2
+# Bytes that are not ASCII, below which charset-normalizer has too little to go by.
+_ENOUGH = 8
 
 
 @contextlib.contextmanager
@@ -134,6 +136,8 @@ def guess_encoding(data: bytes) -> str | None:
     best = max(shares, key=lambda name: shares[name])
     if shares[best] >= _COMMON:
         return best
+    if sum(byte > 127 for byte in data) < _ENOUGH:
+        return None
     try:
         from charset_normalizer import from_bytes
     except ImportError:

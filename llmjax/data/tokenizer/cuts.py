@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 # Texts up to this length are one piece, and longer ones are cut at the last place before it.
 PIECE_CHARS = 1 << 18
-# The same for unigram models. SentencePiece sums their scores in float32 from the beginning of a text. In a long one the
-# sums are rounded, and of two nearly equal ways to split a word the other may win: a text is not cut without need.
+# The same for unigram models. SentencePiece sums their scores in float32 from the beginning of a text. In a long one
+# sums are rounded, and of two nearly equal ways to split a word the other may win: texts are not cut without need.
 UNIGRAM_PIECE_CHARS = 1 << 21
 # Where a text has no place to cut, such as millions of one letter, it is cut after so many characters all the same.
 MOST_CHARS = 1 << 20  # or twice the length of a piece
