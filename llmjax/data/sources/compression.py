@@ -40,9 +40,16 @@ def open_unpacked(file: SourceFile, reading: Reading, stats: ReadStats) -> Itera
     suffix = os.path.splitext(file.path)[1].lower()
     known = [name for name, (magic, _) in COMPRESSIONS.items() if re.match(magic, head)]
     name = next(iter(known), suffix if suffix in COMPRESSIONS else "")
+    errors: tuple[type[Exception], ...] = (
+        OSError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        *_zstandard_errors(),
+    )
     try:
         with contextlib.ExitStack() as stack:
-            raw: io.RawIOBase = stack.enter_context(_CountingFile(file.path, stats))
+            raw: Any = stack.enter_context(_CountingFile(file.path, stats))
             if name:
                 unpack = COMPRESSIONS[name][1](file)
                 if not known:
@@ -54,7 +61,7 @@ def open_unpacked(file: SourceFile, reading: Reading, stats: ReadStats) -> Itera
             yield stream
     except UserError:
         raise
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, *_zstandard_errors()) as error:
+    except errors as error:
         text = " ".join(str(error).split())
         raise UserError(
             f"data.sources names {file.path!r}, which cannot be read ({text}): repair or remove it."
@@ -153,7 +160,7 @@ def _zstandard(file: SourceFile) -> Callable[[io.RawIOBase], Any]:
     except ImportError:
         raise missing_package(file, "zstandard") from None
 
-    def unpack(raw: io.RawIOBase) -> Any:
+    def unpack(raw: Any) -> Any:
         _check_frames(file.path)
         decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
         return decompressor.stream_reader(raw, read_across_frames=True)

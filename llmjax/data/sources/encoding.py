@@ -30,6 +30,8 @@ _CANDIDATES = {
 }
 # Of the characters that are not ASCII, the share that must be common for a guess.
 _COMMON = 0.2
+# The same for languages with a few letters beside those of ASCII, which other encodings have in the same places.
+_LATIN, _LATIN_LETTERS, _LATIN_COMMON = "cp1252", "éèàêçôùâîûëïüöäßñáíóúãõåæøÉÀÖÄÜ’‘“”–—…«»°", 0.9
 # Bytes that are not ASCII, below which charset-normalizer has too little to go by.
 _ENOUGH = 8
 
@@ -122,7 +124,8 @@ def advice(file: SourceFile, reading: Reading) -> str:
 def guess_encoding(data: bytes) -> str | None:
     """What the bytes of a text that is not UTF-8 are likely to be; None where nothing is likely.
 
-    Looks for byte order marks, then for what is common in Chinese, Japanese and Korean, then asks charset-normalizer.
+    Looks for byte order marks, then for what is common in Chinese, Japanese, Korean and western Europe, then asks
+    charset-normalizer.
     """
     for mark, name in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
                        (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
@@ -138,6 +141,8 @@ def guess_encoding(data: bytes) -> str | None:
         return best
     if sum(byte > 127 for byte in data) < _ENOUGH:
         return None
+    if _common_share(data, _LATIN, _LATIN_LETTERS) >= _LATIN_COMMON:
+        return _LATIN
     try:
         from charset_normalizer import from_bytes
     except ImportError:

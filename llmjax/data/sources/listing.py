@@ -222,9 +222,9 @@ class _Search:
         if segment == "**":
             # Zero or more folders, none of them hidden: `_walk` visits each once, so that links end.
             names = [name for name, _ in self._walk(folder)]
-            patterns = [pattern for pattern in (rest or ["*"]) if pattern != "**"] or ["*"]
+            rest = [*rest, "*"] if not rest or rest[-1] == "**" else rest
             for name in names:
-                if _matches(name.split("/"), ["**", *patterns]):
+                if _matches(name.split("/"), ["**", *rest]):
                     yield os.path.join(folder, *name.split("/"))
             return
         if not glob.has_magic(segment):

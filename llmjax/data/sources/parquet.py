@@ -10,7 +10,7 @@ from llmjax.data.sources.compression import missing_package
 from llmjax.data.sources.encoding import decode
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import Part, Parts, Reading, ReadStats, all_or_none, name_of_field
-from llmjax.data.sources.rows import null
+from llmjax.data.sources.rows import refuse_null
 from llmjax.errors import UserError
 from llmjax.names import is_unicode
 
@@ -124,5 +124,6 @@ def _value(
     if isinstance(value, list):
         value = None if None in value else b"\n".join(value)
     if value is None:
-        return null(i, reading, at)
+        refuse_null(i, reading, at)
+        return None
     return decode(value, file, reading, stats, at, 0) if isinstance(value, bytes) else value

@@ -208,15 +208,16 @@ def _field(row: object, i: int, reading: Reading, at: str) -> str | int | None:
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     if value is None:
-        return null(i, reading, at)
+        refuse_null(i, reading, at)
+        return None
     raise UserError(
         f"{name_of_field(i)} = {field!r} is a {type(value).__name__} in {at}, not a string"
         f"{' or an integer' if i else ''}: name another field or correct the line."
     )
 
 
-def null(i: int, reading: Reading, at: str) -> None:
-    """What stands for a null: nothing, for the row is left out, unless that is an error. It cannot be mended."""
+def refuse_null(i: int, reading: Reading, at: str) -> None:
+    """Raises `UserError` for a null where bad text is an error. Else the row is left out, for null cannot be mended."""
     if reading.on_bad_text == "error":
         raise UserError(
             f"data.on_bad_text = 'error' and {name_of_field(i)} = {reading.fields[i]!r} is null in {at}: remove the "

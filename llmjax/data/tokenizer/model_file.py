@@ -9,7 +9,8 @@ NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # Numbers of fields: of the vocabulary, a message for each piece, and of the trainer and the kind of its models.
 _PIECES, _TRAINER, _MODEL_TYPE = 1, 2, 3
 _UNIGRAM = 1
-_CONTROL = b"\x18\x03"  # type: CONTROL
+# The kind of a piece (field 3): a control symbol.
+_CONTROL = b"\x18\x03"
 
 
 def as_control(model: bytes, ids: Collection[int]) -> bytes:
