@@ -2,7 +2,8 @@
 
 A BPE merge or a unigram piece that lies across a cut would have to hold the two characters beside the cut, one after
 the other. Where no piece of the vocabulary does, the tokens on one side do not depend on the other side, and those of
-the two parts, joined, are the tokens of the whole.
+the two parts, joined, are the tokens of the whole. (Of a unigram model two orders of the same pieces can have the same
+score; which of them wins depends on how sums of float32 are rounded, and so on how long the text before them is.)
 """
 
 from __future__ import annotations
