@@ -105,7 +105,7 @@ def test_a_text_without_a_place_to_cut_is_cut_after_so_many_characters(monkeypat
 def test_a_cut_is_the_last_allowed_one_before_the_length_of_a_piece_or_the_first_after_it():
     text = "".join(f"{i:04d} " for i in range(200))
     assert [len(p) for p in cut_text([text], lambda text, i: text[i] == " ", 23)][:3] == [19, 20, 20]
-    assert [len(p) for p in cut_text([text], lambda text, i: i % 100 == 99, 30)][0] == 99
+    assert next(len(p) for p in cut_text([text], lambda text, i: i % 100 == 99, 30)) == 99
     assert list(cut_text([], lambda text, i: True, 5)) == []
 
 

@@ -43,7 +43,8 @@ KINDS = {
     "unigram, user-defined": {"user_defined_symbols": ["<pad>", "<mask>"], "model_type": "unigram", "vocab_size": 310},
     "ordinary pieces": {"split_by_unicode_script": False, "vocab_size": 330},
     "without bytes": {"byte_fallback": False, "vocab_size": 60, "user_defined_symbols": ["<pad>"]},
-    "identity": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "user_defined_symbols": ["<pad>"]},
+    "identity": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+                 "user_defined_symbols": ["<pad>"]},
     "suffixes": {"treat_whitespace_as_suffix": True, "user_defined_symbols": ["<pad>"]},
     "no prefix": {"add_dummy_prefix": False},
 }  # fmt: skip
