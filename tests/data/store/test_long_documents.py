@@ -26,12 +26,6 @@ from llmjax.errors import UserError
 LINE = "Call me Ishmael, 列位看官. Some years ago -- never mind how long\n"
 
 
-class Whole(Documents):
-    """Documents that are never cut."""
-
-    encode_part = None
-
-
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, "CHUNK_BYTES", 1000)
@@ -109,16 +103,21 @@ def test_a_corpus_that_moved_finds_its_store_and_another_text_of_the_same_size_d
 
 
 PEAK = """
-    import resource, sys
+    import re, sys
     from llmjax.data.sources.listing import list_sources
     from llmjax.data.store.build import build_store
     from llmjax.data.tokenizer.tokenizer import ByteTokenizer
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def peak():
+        return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+    before = peak()
     build_store(sys.argv[2], list_sources([sys.argv[1]]), ByteTokenizer())
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_length_of_a_document(tmp_path):
     peaks = []
     for megabytes in (10, 60):
