@@ -57,9 +57,7 @@ def get_config() -> ConfigDict:
 
     c.data = data = ConfigDict()
     data.sources = ("stdlib",)  # files, directories, globs: text, JSON (.gz .zst .bz2 .xz) and Parquet
-    data.text_field = (
-        "text"  # the field of JSON and Parquet rows that holds the text: a string, or a list of lines
-    )
+    data.text_field = "text"  # the field of JSON and Parquet rows with the text: a string or a list of lines
     data.on_bad_text = "error"  # text not of the encoding, or null: error | skip | replace (null: skip)
     data.encoding = "utf-8"  # of text and JSON: utf-8, gb18030, big5, shift_jis, utf-16, latin-1 ...
     data.follow_links = False  # follows links that lead out of a folder which is searched
