@@ -10,7 +10,8 @@ import tarfile
 
 import pytest
 
-from llmjax.data.sources.compression import COMPRESSIONS, FREE_BYTES
+from llmjax.data.sources import compression
+from llmjax.data.sources.compression import COMPRESSIONS
 from llmjax.data.sources.listing import list_sources
 from llmjax.data.sources.reading import Reading
 from llmjax.data.sources.records import read_records
@@ -21,6 +22,7 @@ def zstandard(data):
     return pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress(data)
 
 
+FREE_BYTES = 1 << 21
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard}
 ROWS = b"".join(json.dumps({"text": f"row {i} {os.urandom(6).hex()}"}).encode() + b"\n" for i in range(40))
 
@@ -108,7 +110,8 @@ def test_the_content_says_that_a_file_is_compressed_whatever_its_name(suffix, tm
 
 
 @pytest.mark.parametrize("suffix", PACK)
-def test_a_small_file_that_unpacks_to_very_much_is_refused_unless_allowed(suffix, tmp_path):
+def test_a_small_file_that_unpacks_to_very_much_is_refused_unless_allowed(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(compression, "FREE_BYTES", FREE_BYTES)
     path = tmp_path / f"bomb.txt{suffix}"
     path.write_bytes(PACK[suffix](b"a " * (FREE_BYTES + 5000)))
     with pytest.raises(UserError, match=r"data\.max_expansion=9 and .*bomb.* unpacks to more.*raise data"):
