@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-DATA = ["pyarrow>=15", "zstandard>=0.22"]
+DATA = ["pyarrow>=15", "zstandard>=0.22", "charset-normalizer>=3"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.14", *DATA]
 
 setup(

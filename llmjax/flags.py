@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,7 +163,9 @@ def _value(old: Any, key: str, texts: Sequence[str]) -> object:
 
 
 def _strings(text: str) -> tuple[str, ...]:
-    """The parts of a text that looks like ('a', 'b'), else `text` alone."""
+    """The parts of a text that looks like ('a', 'b'), else `text` alone, as is the name of a file."""
+    if not text.lstrip().startswith(("(", "[", "'", '"')) or os.path.lexists(text):
+        return (text,)
     try:
         parsed = ast.literal_eval(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -194,15 +198,21 @@ def name_of(config_path: str) -> str:
 
 
 def read_prompts(values: flags.FlagValues) -> list[str]:
-    """The prompts of --prompt and of --prompt_file, in this order."""
+    """The prompts of --prompt and of --prompt_file, in this order; `--prompt_file=-` is standard input."""
     prompts = list(values.prompt)
     if values.prompt_file is not None:
         path = pathlib.Path(values.prompt_file)
-        if not path.is_file():
-            raise UserError(f"--prompt_file={path} does not exist; give a text file with one prompt a line")
+        if values.prompt_file == "-":
+            data = sys.stdin.buffer.read()
+        elif path.is_file():
+            data = path.read_bytes()
+        else:
+            raise UserError(
+                f"--prompt_file={path} does not exist; give a text file with one prompt a line, or - for standard input"
+            )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt_file={path} is not UTF-8 at byte {error.start}; correct it") from None
-        prompts += [line for line in text.split("\n") if line]
+        prompts += [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line]
     return prompts

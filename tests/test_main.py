@@ -1,6 +1,7 @@
 """The command line as a user types it: what is understood, and what every mistake gets: one sentence, exit code 2, and
 nothing compiled."""
 
+import io
 import json
 
 import pytest
@@ -252,6 +253,28 @@ def main_sources(config):
     from llmjax.config.reading import read_config
 
     return read_config(config).data.sources
+
+
+def test_a_name_with_commas_or_brackets_is_a_name_where_such_a_file_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.txt", "(1,2)", "['x']", "1,2", "d[1].txt"):
+        (tmp_path / name).write_text("x")
+        _, config = parsed(f"--config.data.sources={name}")
+        assert main_sources(config) == (name,)
+    _, config = parsed("--config.data.sources=1,2,c.txt", "--config.data.sources=('a,b.txt', 'e')")
+    assert main_sources(config) == ("1,2", "c.txt", "a,b.txt", "e")
+    _, config = parsed("--config.data.sources=3,4")
+    assert main_sources(config) == ("3", "4")
+
+
+def test_prompts_come_from_standard_input_and_from_files_with_a_byte_order_mark(tmp_path, monkeypatch):
+    path, text = tmp_path / "prompts.txt", "one\r\n\r\n第二\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    values, _ = parsed("--mode=generate", f"--prompt_file={path}")
+    assert main.read_prompts(values) == ["one", "第二"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    values, _ = parsed("--mode=generate", "--prompt_file=-")
+    assert main.read_prompts(values) == ["one", "第二"]
 
 
 def test_prompts_come_from_flags_and_from_a_file(tmp_path):

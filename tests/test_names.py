@@ -12,7 +12,8 @@ from llmjax import flags, main
 from llmjax.build.corpus import make_corpus
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.sources.sources import list_sources, read_records
+from llmjax.data.sources.listing import list_sources
+from llmjax.data.sources.records import read_records
 from llmjax.names import is_unicode, plain_name, quote
 from llmjax.workdir.contents import saved_config, write_json
 

@@ -19,7 +19,7 @@ from llmjax.build.model import make_model
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.data.layout import layout
-from llmjax.data.sources import sources
+from llmjax.data.sources import compression, encoding, listing, reading, records
 from llmjax.data.tokenizer import tokenizer
 from llmjax.errors import UserError
 from llmjax.evaluate.probes import sentences, suite
@@ -109,7 +109,9 @@ def optimizer_with(own=types.MappingProxyType({}), **changes):
 
 
 def decode_badly(name):
-    if sources._decode(b"\xff", name, sources.ReadStats(), "a.txt", 0) is not None:
+    rules = dataclasses.replace(reading.Reading(), on_bad_text=name)
+    file = listing.SourceFile("a.txt", "a.txt", 1, "")
+    if encoding.decode(b"\xff", file, rules, reading.ReadStats(), "a.txt", 0) is not None:
         raise Reached
 
 
@@ -145,7 +147,7 @@ TABLES = {
     "fused_gather": (fused.MANUAL, (), lambda name: fused.MANUAL[name]),
     "tokenizer kind": (tokenizer.KINDS, Reaching(),
                        lambda name: tokenizer.train_tokenizer(forced(section("tokenizer"), kind=name), ["a"])),
-    "on_bad_text": (sources._BAD_TEXT, True, decode_badly),
+    "on_bad_text": (reading.BAD_TEXT, True, decode_badly),
     "language of a pass key": (sentences.PASS_KEYS, (reach, "", "", ""), lambda name: sentences.pass_key(name, 0)),
     "probe, words": (suite.WORDS, reach, lambda name: suite.describe({name: [1]})),
     "collective": (traffic.KINDS, Reaching(), lambda name: collective(name).sent_bytes),
@@ -185,11 +187,11 @@ def test_a_name_that_is_added_is_what_is_computed_with(case, monkeypatch):
 
 def test_a_compression_that_is_added_is_what_a_file_is_read_with(monkeypatch, tmp_path):
     """Files of other suffixes are read as they are."""
-    (tmp_path / "a.xz").write_bytes(b"text")
-    monkeypatch.setitem(sources._COMPRESSED, ".xz", reach)
-    (file,) = sources.list_sources([str(tmp_path / "a.xz")])
+    (tmp_path / "a.lz").write_bytes(b"text")
+    monkeypatch.setitem(compression.COMPRESSIONS, ".lz", (b"text", reach))
+    (file,) = listing.list_sources([str(tmp_path / "a.lz")])
     with pytest.raises(Reached):
-        list(sources.read_records(file))
+        list(records.read_records(file))
 
 
 @pytest.mark.parametrize("key", config.CHOICES)
@@ -214,7 +216,7 @@ NAMED = {
     "compute.remat": remat.REMATS,
     "compute.kernel": sequence_attention.ATTENTION,
     "tokenizer.kind": tokenizer.KINDS,
-    "data.on_bad_text": sources._BAD_TEXT,
+    "data.on_bad_text": reading.BAD_TEXT,
     "mesh.seq_attention": ("auto", *sequence_attention.ALGORITHMS),
     "mesh.layout": ("auto", *layout.LAYOUTS),
     "train.batch_schedule": batch_schedule.SCHEDULES,

@@ -1,5 +1,6 @@
 """Tokens per second through tokenizer and store, and from the store through the pipeline, beside grain's own
-packers.
+packers; and the peak of memory while the tokenizer is trained on one document of 10 MB, 100 MB and 1 GB and the
+document is tokenized.
 
     python tools/bench_data.py
 
@@ -12,9 +13,12 @@ row ends and shifts no targets, and the packers hold state, so that they cannot 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +37,8 @@ from lines import make_parser, report
 from llmjax.data.packing.make_plan import plan_packing
 from llmjax.data.packing.plan import PackingPlan
 from llmjax.data.pipeline import PackedSequences, make_batches
-from llmjax.data.sources.sources import SourceFile, list_sources, read_records
+from llmjax.data.sources.listing import SourceFile, list_sources
+from llmjax.data.sources.records import read_records, read_texts
 from llmjax.data.store.build import build_store
 from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer
@@ -118,7 +123,7 @@ def bench_store(
 ) -> Store:
     """Trains the tokenizer once and builds the store `rounds` times; returns the store."""
     began = time.perf_counter()
-    tokenizer = train_tokenizer(config, (document.text for file in files for document in read_records(file)))
+    tokenizer = train_tokenizer(config, (text for file in files for text in read_texts(file)))
     report("train_tokenizer", time.perf_counter() - began, "s")
     seconds = []
     for _ in range(rounds):
@@ -148,6 +153,61 @@ def bench_pipeline(store: Store, seq_len: int, rounds: int, num_tokens: int) -> 
     report(f"packing_efficiency_{seq_len}", plan.efficiency, "used positions / positions")
 
 
+# Trains a tokenizer on a file and tokenizes it; prints the peaks of memory, in kB, at the start, after training, and of
+# tokenizing: of this process and of its workers together.
+MEMORY_OF_ONE_DOCUMENT = """
+import os, pathlib, re, sys
+from llmjax.data.sources.listing import list_sources
+from llmjax.data.sources.records import read_texts
+from llmjax.data.store.build import build_store
+from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer
+
+def peak(process="self"):
+    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path(f"/proc/{process}/status").read_text())[1])
+
+def look(done, total):
+    for process in pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        workers[process] = peak(process)
+
+path, store, vocab_size, train_bytes, num_workers = sys.argv[1:]
+config = TokenizerConfig("bpe", "", int(vocab_size), int(train_bytes), 0.9995, 16)
+files, before, workers = list_sources([path]), peak(), {}
+tokenizer = train_tokenizer(config, (text for file in files for text in read_texts(file)))
+trained = peak()
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+build_store(store, files, tokenizer, num_workers=int(num_workers), progress=look)
+print(before, trained, peak() + sum(workers.values()))
+"""
+
+
+def bench_memory(
+    files: Sequence[SourceFile], megabytes: int, config: TokenizerConfig, num_workers: int
+) -> None:
+    """Peaks of memory for one document of so many megabytes: the text of the sources, over and over."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, size = pathlib.Path(folder, "one.txt"), 0
+        with path.open("wb") as file:
+            for text in itertools.cycle(record.text for source in files for record in read_records(source)):
+                size += file.write(text.encode())
+                if size >= megabytes * 1_000_000:
+                    break
+        arguments = [config.vocab_size, config.train_bytes, num_workers]
+        command = [
+            sys.executable,
+            "-c",
+            MEMORY_OF_ONE_DOCUMENT,
+            path,
+            pathlib.Path(folder, "store"),
+            *arguments,
+        ]
+        began = time.perf_counter()
+        output = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+        seconds = time.perf_counter() - began
+    before, trained, tokenized = (int(kilobytes) / 1024 for kilobytes in output.split())
+    more = {"seconds": seconds, "at_start": before, "training_the_tokenizer": trained}
+    report(f"peak_memory_one_document_{megabytes}_MB", tokenized, "MiB", **more)
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--sources", nargs="+", default=["stdlib"], help="as data.sources")
@@ -155,7 +215,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000_000, help="read in each round")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that tokenize")
     args = parser.parse_args()
-    lengths, tokenizer = (512, 8192), load_config({})[0].tokenizer
+    lengths, sizes, tokenizer = (512, 8192), (10, 100, 1000), load_config({})[0].tokenizer
     if args.smoke:
         args.sources, args.rounds, args.tokens, args.num_workers = (
             [str(pathlib.Path(__file__).parent)],
@@ -163,10 +223,13 @@ def main() -> None:
             9000,
             1,
         )
-        lengths, tokenizer = (128,), dataclasses.replace(tokenizer, vocab_size=512)
+        lengths, sizes = (128,), (10, 100)
+        tokenizer = dataclasses.replace(tokenizer, vocab_size=512, train_bytes=1_000_000)
     with tempfile.TemporaryDirectory() as folder:
         files = list_sources(args.sources)
         store = bench_store(files, pathlib.Path(folder), tokenizer, args.rounds, args.num_workers)
+        for megabytes in sizes:
+            bench_memory(files, megabytes, tokenizer, args.num_workers)
         for seq_len in lengths:
             bench_pipeline(store, seq_len, args.rounds, args.tokens)
 

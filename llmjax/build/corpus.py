@@ -16,7 +16,8 @@ from llmjax.data.packing.make_plan import cached_plan
 from llmjax.data.packing.plan import PackingPlan, check_corpus
 from llmjax.data.packing.two_streams import SourceStream
 from llmjax.data.pipeline import PackedSequences
-from llmjax.data.sources.sources import list_sources
+from llmjax.data.sources.listing import Listing, search_sources
+from llmjax.data.sources.records import has_text
 from llmjax.data.store.cache import cached_store, cached_tokenizer
 from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ class Corpus:
     train: PackedSequences
     held_out: PackedSequences | None
     held_out_ids: np.ndarray
+    listing: Listing
 
     @property
     def fingerprint(self) -> str:
@@ -52,7 +54,8 @@ class Corpus:
         parts = []
         for doc, start, stop in self.train.spans(np.arange(first, first + count)):
             name = plain_name(self.store.name(doc))
-            text = self.tokenizer.decode(self.store.tokens(doc, start, stop).tolist())
+            tokens = self.store.tokens(doc, start, stop).tolist()
+            text = self.tokenizer.decode(tokens, continues=start > 0)
             parts.append(f"## {name} [tokens {start}:{stop}]\n\n{text}\n")
         return "\n".join(parts)
 
@@ -80,13 +83,17 @@ def make_corpus(
 ) -> Corpus:
     """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
     data, cache = config.data, cache_directory(config)
-    files = list_sources(data.sources)
+    listing = search_sources(
+        data.sources,
+        follow_links=data.follow_links,
+        has_text=functools.partial(has_text, reading=data.reading),
+    )
+    files = listing.files
     tokenizer = cached_tokenizer(
         cache,
         config.tokenizer,
         files,
-        text_field=data.text_field,
-        on_bad_text=data.on_bad_text,
+        reading=data.reading,
         progress=functools.partial(progress, "training the tokenizer"),
     )
     store = cached_store(
@@ -94,7 +101,7 @@ def make_corpus(
         files,
         tokenizer,
         examples=derived.examples,
-        on_bad_text=data.on_bad_text,
+        reading=data.reading,
         num_workers=data.num_workers or os.cpu_count() or 1,
         progress=functools.partial(progress, "tokenizing"),
     )
@@ -120,4 +127,5 @@ def make_corpus(
         sequences(train_plan),
         held_out,
         held_out_ids,
+        listing,
     )

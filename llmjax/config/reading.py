@@ -15,6 +15,7 @@ from typing import Any
 
 from llmjax.config.moved import MOVED, new_name
 from llmjax.config.schema import Config
+from llmjax.data.sources.listing import split_sources
 from llmjax.errors import UserError
 from llmjax.ranges import shown, unset
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
@@ -136,7 +137,8 @@ def _read_value(value: Any, hint: Any, key: str) -> Any:
         values = (value,) if isinstance(value, str) else value
         if isinstance(values, list | tuple) and all(isinstance(v, str) for v in values):
             _check_text(value, values, key)
-            return tuple(part for v in values for part in v.split(",") if part)
+            split = SPLIT.get(key, _split_at_commas)
+            return tuple(part for v in values for part in split(v))
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         if isinstance(value, str):
             _check_text(value, (value,), key)
@@ -144,6 +146,14 @@ def _read_value(value: Any, hint: Any, key: str) -> Any:
     lists = {tuple[int, ...]: "list of whole numbers"}
     name = hint.__name__ if isinstance(hint, type) else lists.get(hint, "list of strings")
     raise UserError(f"{key}={shown(value)} is of type {type(value).__name__}; give a value of type {name}")
+
+
+def _split_at_commas(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+# Lists whose parts may hold commas -> what tells them apart.
+SPLIT = {"data.sources": split_sources}
 
 
 def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmjax.config.reading import complete_config
 from llmjax.config.schema import Config
+from llmjax.data.tokenizer.tokenizer import load_tokenizer
 from llmjax.errors import UserError
 from llmjax.nn.position import POSITIONS
 from llmjax.ranges import shown
+from llmjax.workdir.standing import has_begun
 
 # The sections and keys that may change when a run goes on. The sections `mesh` and `compute` only say how the work is
 # cut and where things lie.
@@ -17,7 +20,8 @@ FREE_ON_RESUME = (
     "mesh", "compute", "controller", "stability", "evaluate", "generate", "plan",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.statistics_every",
-    "data.sources", "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
+    "data.sources", "data.follow_links", "data.max_expansion",
+    "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
     "optimizer.learning_rate", "optimizer.schedule_updates",
 )  # fmt: skip
 
@@ -27,12 +31,17 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
 
     A key may change if it only says how the work is cut, how long the run goes on, or what is written beside it. So may
     the keys that are there to be changed under way: how batch and sequences grow, what is done about spikes, and the
-    learning rate, which a user lowers to go on from before a divergence.
+    learning rate, which a user lowers to go on from before a divergence. A tokenizer and a run to begin with may have
+    moved.
     """
     old, new = _flatten(complete_config(saved, workdir)), _flatten(config.to_dict())
     changed = [key for key in sorted(new) if old.get(key) != new[key]]
     changed = [
-        key for key in changed if key not in FREE_ON_RESUME and key.split(".")[0] not in FREE_ON_RESUME
+        key
+        for key in changed
+        if key not in FREE_ON_RESUME
+        and key.split(".")[0] not in FREE_ON_RESUME
+        and not (key in SAME_CONTENT and old.get(key) and SAME_CONTENT[key](new[key], pathlib.Path(workdir)))
     ]
     if changed:
         text = ", ".join(f"{key} ({shown(old.get(key))} there, {shown(new[key])} here)" for key in changed)
@@ -43,6 +52,29 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
 
 
 # The keys of `model` that do not shape the parameters.
+def _is_tokenizer(path: str, workdir: pathlib.Path) -> bool:
+    """Whether the tokenizer at `path` is the one of the run in `workdir`, which keeps a copy of it."""
+    try:
+        return load_tokenizer(path).fingerprint == load_tokenizer(workdir / "tokenizer").fingerprint
+    except (UserError, OSError):
+        return False
+
+
+def _has_tokenizer(folder: str, workdir: pathlib.Path) -> bool:
+    """Whether the run in `folder` has the tokenizer of the run in `workdir`, which was taken from where it began.
+
+    Nothing else is read from there once the run has a checkpoint of its own.
+    """
+    return has_begun(workdir) and _is_tokenizer(str(pathlib.Path(folder) / "tokenizer"), workdir)
+
+
+# Paths that may change when what lies there is the same -> (path, workdir) -> whether it is.
+SAME_CONTENT: dict[str, Callable[[str, pathlib.Path], bool]] = {
+    "tokenizer.path": _is_tokenizer,
+    "checkpoint.init_from": _has_tokenizer,
+}
+
+
 FREE_ON_INIT = (
     "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "logit_softcap", "window", "global_every",
     "attention_softcap", "dropout", "init_std", "dtype",

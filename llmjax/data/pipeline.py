@@ -23,6 +23,7 @@ from llmjax.data.layout.layout import Arrays, RowLayout, lay_out
 from llmjax.data.packing.order import permute
 from llmjax.data.packing.plan import PackingPlan
 from llmjax.data.packing.shorten_rows import cut_rows
+from llmjax.data.sources.reading import BAD_TEXT, ENCODING, MAX_EXPANSION, Reading, check_encoding
 from llmjax.errors import UserError
 from llmjax.names import plain_name
 from llmjax.ranges import Range, Unset, check_ranges
@@ -39,7 +40,11 @@ class DataConfig:
 
     sources            the files that are read: files, directories, globs, or "stdlib"
     text_field         the field of JSON lines and Parquet rows that holds the text
-    on_bad_text        what to do with invalid UTF-8: "error", "skip" the document, or "replace" the bytes
+    on_bad_text        what to do with text that is not of the encoding, and with null: "error", "skip" the document, or
+                       "replace" the bytes (and skip null)
+    encoding           the encoding of text and JSON, by any name that Python knows
+    follow_links       whether links that lead out of a folder which is searched are followed
+    max_expansion      how many times its own size a compressed file may unpack to; the first 16 MiB always may
     seq_len            T, the positions of a packed sequence
     source_len         S, the positions of the second stream in a sequence, for tasks that have one; 0 means seq_len
     length_points      the lengths of the rows into which sequences are cut as training goes on
@@ -61,13 +66,21 @@ class DataConfig:
     prefetch: Annotated[int, Range(1, 1024, "none")]
     length_points: Annotated[tuple[str, ...], Unset(())]
     source_len: Annotated[int, Range(1, 2**30, "data.seq_len"), Unset(0)]
+    encoding: Annotated[str, Unset(ENCODING)]
+    follow_links: Annotated[bool, Unset(False)]
+    max_expansion: Annotated[int, Range(1, 2**30), Unset(MAX_EXPANSION)]
 
     def __post_init__(self):
         check_ranges("data", self)
         _require(self.sources, self, "sources", "must name at least one file, directory or glob")
         _require(self.text_field, self, "text_field", "must name a field of the JSON lines or Parquet rows")
-        choices = ("error", "skip", "replace")
-        _require(self.on_bad_text in choices, self, "on_bad_text", f"must be one of {', '.join(choices)}")
+        _require(self.on_bad_text in BAD_TEXT, self, "on_bad_text", f"must be one of {', '.join(BAD_TEXT)}")
+        check_encoding(self.encoding)
+
+    @property
+    def reading(self) -> Reading:
+        """How files are read."""
+        return Reading((self.text_field,), self.on_bad_text, self.encoding, self.max_expansion)
 
 
 def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:

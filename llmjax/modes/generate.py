@@ -74,7 +74,7 @@ def continue_texts(
     check_one_stream(loaded.program)
     tokenizer = loaded.tokenizer
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    decoders = [StreamDecoder(tokenizer, continuing=bool(prompt)) for prompt in prompts]
+    decoders = [StreamDecoder(tokenizer, continues=bool(prompt)) for prompt in prompts]
     texts = [""] * len(prompts)
 
     def add(row: int, text: str) -> None:
@@ -103,7 +103,7 @@ def sample_texts(
         length = min(SAMPLE_PROMPT, int(store.lengths[doc]) // 2, program.config.data.seq_len // 2)
         prompt = store.tokens(doc, 0, max(length, 1)).tolist()
     new = [ids[0] for ids in watch(generator(program, tokenizer)(params, [prompt])) if ids[0] is not None]
-    return [(tokenizer.decode(prompt[1:]), tokenizer.decode(new))]
+    return [(tokenizer.decode(prompt[1:]), tokenizer.decode(new, continues=len(prompt) > 1))]
 
 
 def generator(

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
+from llmjax.data.sources.listing import Listing
 from llmjax.data.store.columns import StoreHeader
 from llmjax.data.tokenizer.tokenizer import KINDS, TokenizerConfig
 from llmjax.quantities import format_bytes, format_number, format_quantity
@@ -37,6 +38,7 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
         "corpus": f"{documents:,} documents, {format_bytes(size)}, {tokens:,} tokens "
         f"({size / tokens:.2f} bytes per token); {held_out.num_documents:,} documents held out"
         f"{_describe_left_out(store.header)}",
+        "files": _describe_files(corpus.listing),
         "tokenizer": _describe_tokenizer(program.config.tokenizer, corpus.tokenizer.vocab_size),
         "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
     }
@@ -101,11 +103,19 @@ def _describe_batch(program: Program) -> str:
     return text
 
 
+def _describe_files(listing: Listing) -> str:
+    """How many files were read, and what in their folders was not."""
+    count = len(listing.files)
+    text = f"{count:,} file{'s' if count != 1 else ''}, {format_bytes(sum(f.size for f in listing.files))}"
+    left_out = ", ".join(f"{number:,} {reason}" for reason, number in sorted(listing.left_out.items()))
+    return f"{text}; left out: {left_out}" if left_out else text
+
+
 def _describe_left_out(header: StoreHeader) -> str:
     """What reading did to documents that are empty or not UTF-8, if any; `data.on_bad_text` decides."""
     empty = f"; {header.empty:,} empty" if header.empty else ""
-    skipped = f"; {header.skipped:,} skipped, not being UTF-8" if header.skipped else ""
-    replaced = f"; {header.replaced:,} not UTF-8, mended with U+FFFD" if header.replaced else ""
+    skipped = f"; {header.skipped:,} skipped, being null or bad text" if header.skipped else ""
+    replaced = f"; {header.replaced:,} of bad text, mended with U+FFFD" if header.replaced else ""
     return empty + skipped + replaced
 
 

@@ -13,7 +13,7 @@ from llmjax.data.checksums import BLOCK_BYTES, DamagedError
 from llmjax.data.packing.make_plan import cached_plan, plan_packing
 from llmjax.data.packing.plan import ARRAYS
 from llmjax.data.pipeline import PackedSequences, make_batches
-from llmjax.data.sources.sources import list_sources
+from llmjax.data.sources.listing import list_sources
 from llmjax.data.store import cache
 from llmjax.data.store.build import DOCUMENTS, build_store
 from llmjax.data.store.encode import encode_batches

@@ -15,7 +15,7 @@ import llmjax.batch
 from llmjax.data.layout.layout import LAYOUTS, RowLayout, lay_out
 from llmjax.data.packing.make_plan import cached_plan, plan_packing
 from llmjax.data.pipeline import DataConfig, PackedSequences, make_batches
-from llmjax.data.sources.sources import list_sources
+from llmjax.data.sources.listing import list_sources
 from llmjax.data.store.build import build_store
 from llmjax.data.tokenizer.tokenizer import ByteTokenizer
 from llmjax.errors import UserError

@@ -361,8 +361,8 @@ def bad_corpus(folder):
 
 
 @pytest.mark.parametrize("choice, documents, said", [
-    ("skip", 40, "1 skipped, not being UTF-8"),
-    ("replace", 41, "1 not UTF-8, mended with U+FFFD"),
+    ("skip", 40, "1 skipped, being null or bad text"),
+    ("replace", 41, "1 of bad text, mended with U+FFFD"),
 ])  # fmt: skip
 def test_what_became_of_bad_text_is_said(choice, documents, said, tmp_path, capsys):
     words = command(bad_corpus(tmp_path), "--mode=plan", data__on_bad_text=choice)

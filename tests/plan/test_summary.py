@@ -67,7 +67,7 @@ def test_activations_shrink_with_devices_and_recomputation():
 def test_the_plan_is_that_of_corpus_and_program(corpus):
     program = program_for(jax.devices(), corpus.tokenizer.vocab_size, mesh__fsdp=2)
     rows = describe(corpus, program, pathlib.Path("runs/x"), start=2)
-    assert list(rows) == ["corpus", "tokenizer", "packing", "model", "attention", "optimizer", "mesh", "batch",
+    assert list(rows) == ["corpus", "files", "tokenizer", "packing", "model", "attention", "optimizer", "mesh", "batch",
                           "memory", "updates", "output"]  # fmt: skip
     assert rows["corpus"].startswith(f"{len(corpus.store)} documents, ")
     assert f"{corpus.store.header.num_tokens:,} tokens" in rows["corpus"]
@@ -84,6 +84,14 @@ def test_the_plan_is_that_of_corpus_and_program(corpus):
     assert not any("\n" in text for text in rows.values())
 
 
+def test_files_read_and_left_out_are_counted_by_reason(corpus):
+    program = program_for(jax.devices(), corpus.tokenizer.vocab_size)
+    assert describe(corpus, program, pathlib.Path("x"))["files"] == "40 files, 14.9 kB"
+    listing = dataclasses.replace(corpus.listing, left_out={"of unknown suffix": 2, "hidden": 1000})
+    line = describe(dataclasses.replace(corpus, listing=listing), program, pathlib.Path("x"))["files"]
+    assert line == "40 files, 14.9 kB; left out: 1,000 hidden, 2 of unknown suffix"
+
+
 def test_documents_left_out_or_mended_are_counted(corpus):
     program = program_for(jax.devices(), corpus.tokenizer.vocab_size)
     counts = {"empty": 3, "skipped": 1200, "replaced": 2}
@@ -92,4 +100,6 @@ def test_documents_left_out_or_mended_are_counted(corpus):
         "lengths": corpus.store.lengths, "__len__": lambda self: len(corpus.store)})()  # fmt: skip
     assert isinstance(store.header, StoreHeader)
     line = describe(dataclasses.replace(corpus, store=store), program, pathlib.Path("x"))["corpus"]
-    assert line.endswith("; 3 empty; 1,200 skipped, not being UTF-8; 2 not UTF-8, mended with U+FFFD")
+    assert line.endswith(
+        "; 3 empty; 1,200 skipped, being null or bad text; 2 of bad text, mended with U+FFFD"
+    )

@@ -12,7 +12,8 @@ from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.data.packing.make_plan import plan_packing
 from llmjax.data.pipeline import PackedSequences
-from llmjax.data.sources.sources import list_sources, read_records
+from llmjax.data.sources.listing import list_sources
+from llmjax.data.sources.records import read_records
 from llmjax.data.store.build import build_store
 from llmjax.data.tokenizer.tokenizer import train_tokenizer
 from llmjax.evaluate.not_finite import documents_not_finite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 
@@ -51,3 +51,20 @@ class Examples(Protocol):
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
         """Makes the example of one record, which has all `fields`."""
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A task of one field and no optional column that can encode a long document part by part.
+
+    No process then ever holds the whole document. Other tasks are given every document whole.
+    """
+
+    def encode_part(
+        self, record: Mapping[str, str | int], tokenizer: Tokenizer, first: bool, last: bool
+    ) -> Example:
+        """Makes the example of a part of a document, one of the tokenizer's `pieces`.
+
+        `first` and `last` say whether the document begins and ends with this part. The tokens of all parts, joined, are
+        those of `encode`.
+        """

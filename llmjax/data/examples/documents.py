@@ -26,4 +26,10 @@ class Documents:
         return (self.text_field,)
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
-        return Example([tokenizer.bos_id, *tokenizer.encode(str(record[self.text_field])), tokenizer.eos_id])
+        return self.encode_part(record, tokenizer, first=True, last=True)
+
+    def encode_part(
+        self, record: Mapping[str, str | int], tokenizer: Tokenizer, first: bool, last: bool
+    ) -> Example:
+        text = tokenizer.encode(str(record[self.text_field]), continues=not first)
+        return Example([tokenizer.bos_id] * first + text + [tokenizer.eos_id] * last)

@@ -7,16 +7,18 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from llmjax.data.checksums import block_checksums, write_checksums
-from llmjax.data.examples.contract import Examples
+from llmjax.data.examples.contract import Examples, InParts
 from llmjax.data.examples.documents import Documents
-from llmjax.data.sources.sources import ReadStats, Record, SourceFile, read_records
+from llmjax.data.sources.listing import SourceFile
+from llmjax.data.sources.reading import Reading, ReadStats
+from llmjax.data.sources.records import Record, chunks_of, read_parts, read_records
 from llmjax.data.store.columns import (
     FORMAT_VERSION,
     Columns,
@@ -24,20 +26,25 @@ from llmjax.data.store.columns import (
     shard_name,
     token_dtype,
 )
-from llmjax.data.store.encode import Encoded, encode_batches
+from llmjax.data.store.encode import Batch, Encoded, Piece, encode_batches
 from llmjax.data.store.store import Store, open_store
+from llmjax.data.tokenizer.cuts import PIECE_CHARS
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.files import new_folder
 
 # The largest size of a shard of a ragged column; only a single longer document makes a larger one.
 SHARD_BYTES = 1 << 30
-# About how many characters a worker encodes at once: a batch ends with the record that reaches this number.
+# About how many characters a worker encodes at once: a batch ends with the record that reaches this number. A longer
+# document goes alone, and one that is longer than a piece of its tokenizer goes in pieces.
 _BATCH_CHARS = 1 << 18
 # A corpus of fewer bytes is encoded in this process: starting workers would cost more time than they save.
 _INLINE_BYTES = 2_000_000
+# How many bytes of a long document are copied into its shard at once.
+_COPY_BYTES = 1 << 20
 # The default examples: every document is one stream of tokens, read from the field "text".
 DOCUMENTS = Documents("text")
+READING = Reading()
 
 
 def build_store(
@@ -46,7 +53,7 @@ def build_store(
     tokenizer: Tokenizer,
     *,
     examples: Examples = DOCUMENTS,
-    on_bad_text: str = "error",
+    reading: Reading = READING,
     num_workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -60,8 +67,8 @@ def build_store(
       directory: the folder of the store.
       files: the files of the corpus.
       tokenizer: encodes the text.
-      examples: the host half of the task, which makes an example of each record.
-      on_bad_text: what to do with text that is not UTF-8: "error", "skip" or "replace".
+      examples: the host half of the task, which makes an example of each record and names the fields it needs.
+      reading: how the files are read; its fields are replaced by those of `examples`.
       num_workers: the number of processes that encode.
       progress: called as progress(done, total) after each batch, in bytes of the files.
       shard_bytes: the largest size of a shard.
@@ -76,12 +83,16 @@ def build_store(
     with new_folder(directory, lambda there: _is_whole(there, header[0])) as partial:
         columns = Columns(token_dtype(tokenizer.vocab_size).str, tuple(examples.columns))
         with _Writer(partial, columns, shard_bytes) as writer:
-            batches = _read_batches(files, examples.fields, on_bad_text, stats)
+            reading = dataclasses.replace(reading, fields=tuple(examples.fields))
+            batches = _read_batches(files, reading, tokenizer, examples, stats)
             workers = num_workers if total >= _INLINE_BYTES else 1
-            for (names, origins, done), encoded in encode_batches(tokenizer, examples, batches, workers):
-                writer.add(names, origins, encoded)
+            for tag, encoded in encode_batches(tokenizer, examples, batches, workers):
+                if tag.first and tag.last:
+                    writer.add(tag.names, tag.origins, encoded)
+                else:
+                    writer.add_part(tag, encoded)
                 if progress is not None:
-                    progress(done, total)
+                    progress(tag.done, total)
         if not writer.num_documents:
             raise UserError(
                 f"data.sources hold no document with text ({len(files)} files, {stats.empty} "
@@ -94,6 +105,23 @@ def build_store(
     return open_store(directory, tokenizer)
 
 
+class _Tag(NamedTuple):
+    """What goes with a batch of records.
+
+    names, origins  of the records
+    done            bytes of the files that are read so far
+    first, last     whether a document begins and ends with the batch: false of a part of a long one
+    hash            of the text of a long document up to here
+    """
+
+    names: list[str]
+    origins: list[int]
+    done: int
+    first: bool = True
+    last: bool = True
+    hash: int = 0
+
+
 class _Writer:
     """Appends documents to the files of a store's columns. It must be used in a `with` statement.
 
@@ -102,6 +130,9 @@ class _Writer:
       columns: the columns of the store.
       shard_bytes: the largest size of a shard of a ragged column.
     """
+
+    _long: IO[bytes]
+    _long_bytes = 0
 
     def __init__(self, directory: Path, columns: Columns, shard_bytes: int):
         self._directory, self._columns, self._shard_bytes = directory, columns, shard_bytes
@@ -142,6 +173,53 @@ class _Writer:
         self._num_bytes += int(encoded.fixed["num_bytes"].sum())
         self.num_documents += len(names)
 
+    def add_part(self, tag: _Tag, encoded: Encoded) -> None:
+        """Appends to the document under way.
+
+        Its length, which comes first in the fingerprint, is known at its end; until then its tokens lie in a file of
+        their own.
+        """
+        if tag.first:
+            self._long = open(self._directory / "long.bin", "x+b")  # noqa: SIM115 - closed at its end, or by the stack
+            self._files.callback(self._long.close)
+            self._long_bytes = 0
+        values, _ = encoded.ragged["tokens"]
+        self._long.write(values.astype(self._columns.ragged["tokens"], copy=False).tobytes())
+        self._long_bytes += int(encoded.fixed["num_bytes"][0])
+        if tag.last:
+            self._end_long(tag)
+
+    def _end_long(self, tag: _Tag) -> None:
+        column = "tokens"
+        length = self._long.tell() // self._columns.ragged[column].itemsize
+        self._digests[column].update(length.to_bytes(8, "little"))
+        shard = self._shard_for(column, length)
+        self._long.seek(0)
+        while data := self._long.read(_COPY_BYTES):
+            self._digests[column].update(data)
+            shard.write(data)
+        self._count(column, np.array([length], "<i8"))
+        self._shards[column][-1] += length
+        self._long.close()
+        (self._directory / "long.bin").unlink()
+        data = tag.names[0].encode("utf-8", "surrogateescape")
+        self._add_ragged("names", np.frombuffer(data, "u1"), np.array([len(data)], "<i8"))
+        for fixed, value in (
+            ("origins", tag.origins[0]),
+            ("num_bytes", self._long_bytes),
+            ("hashes", tag.hash),
+        ):
+            self._write(fixed, np.array([value], self._columns.fixed[fixed]))
+        self._num_bytes += self._long_bytes
+        self.num_documents += 1
+
+    def _count(self, column: str, lengths: np.ndarray) -> None:
+        """Writes where documents of these lengths begin, which follow what is there."""
+        ends = np.cumsum(lengths)
+        self._write(f"{column}_lengths", lengths)
+        self._write(f"{column}_starts", self._sizes[column] + ends - lengths)
+        self._sizes[column] += int(ends[-1])
+
     def _add_ragged(self, column: str, values: np.ndarray, lengths: np.ndarray) -> None:
         """Appends the values of some documents to a ragged column; lengths [documents] says how many each has."""
         dtype = self._columns.ragged[column]
@@ -155,9 +233,7 @@ class _Writer:
                 self._digests[column].update(part)
             self._shard_for(column, length).write(part)
             self._shards[column][-1] += length
-        self._write(f"{column}_lengths", lengths)
-        self._write(f"{column}_starts", self._sizes[column] + ends - lengths)
-        self._sizes[column] += int(ends[-1])
+        self._count(column, lengths)
 
     def _write(self, column: str, values: np.ndarray) -> None:
         """Appends one value for each document to a fixed column."""
@@ -194,29 +270,66 @@ class _Writer:
 
 
 def _read_batches(
-    files: Sequence[SourceFile], fields: Sequence[str], on_bad_text: str, stats: ReadStats
-) -> Iterator[tuple[tuple[list[str], list[int], int], list[dict[str, str | int]]]]:
-    """Reads the records of the files in batches of about `_BATCH_CHARS` characters.
+    files: Sequence[SourceFile], reading: Reading, tokenizer: Tokenizer, examples: Examples, stats: ReadStats
+) -> Iterator[tuple[_Tag, Batch]]:
+    """Reads the records of the files in batches of about `_BATCH_CHARS` characters, and long documents in pieces.
 
-    Yields ((names, origins, bytes), fields): for each record its name, the number of its entry in data.sources and its
-    fields, and the bytes of the files that were read so far.
+    Yields each batch with its tag.
     """
     batch: list[tuple[Record, int]] = []
     size = 0
 
-    def finished():
+    def finished() -> tuple[_Tag, Batch]:
         names, origins = [record.name for record, _ in batch], [origin for _, origin in batch]
-        return (names, origins, stats.bytes_read), [record.fields for record, _ in batch]
+        return _Tag(names, origins, stats.bytes_read), [record.fields for record, _ in batch]
 
-    for file in files:
-        for record in read_records(file, fields=fields, on_bad_text=on_bad_text, stats=stats):
-            batch.append((record, file.origin))
-            size += sum(len(value) for value in record.fields.values() if isinstance(value, str))
-            if size >= _BATCH_CHARS:
+    for document, origin in _documents(files, reading, examples, stats):
+        if not isinstance(document, Record):
+            if batch:
                 yield finished()
                 batch, size = [], 0
+            name, field = document[0].name, reading.fields[0]
+            digest = hashlib.blake2b(digest_size=8)
+            for text, first, last in _with_ends(tokenizer.pieces(document[1])):
+                digest.update(text.encode())
+                number = int.from_bytes(digest.digest(), "big")
+                tag = _Tag([name], [origin], stats.bytes_read, first, last, number)
+                yield tag, Piece({field: text}, first, last)
+            continue
+        batch.append((document, origin))
+        size += sum(len(value) for value in document.fields.values() if isinstance(value, str))
+        if size >= _BATCH_CHARS:
+            yield finished()
+            batch, size = [], 0
     if batch:
         yield finished()
+
+
+def _documents(
+    files: Sequence[SourceFile], reading: Reading, examples: Examples, stats: ReadStats
+) -> Iterator[tuple[Record | tuple[Record, Iterator[str]], int]]:
+    """Every document with its origin: a record, or a long one's first part and its text in chunks."""
+    in_parts = isinstance(examples, InParts) and not examples.columns and len(reading.fields) == 1
+    for file in files:
+        if not in_parts:
+            yield from ((record, file.origin) for record in read_records(file, reading, stats))
+            continue
+        parts = read_parts(file, reading, stats)
+        for part in parts:
+            is_long = not part.last or len(part.record.text) > PIECE_CHARS
+            yield ((part.record, chunks_of(part, parts)) if is_long else part.record), file.origin
+
+
+def _with_ends(texts: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
+    """Each text, whether it is the first and whether it is the last."""
+    first, held = True, None
+    for text in texts:
+        if held is not None:
+            yield held, first, False
+            first = False
+        held = text
+    if held is not None:
+        yield held, first, True
 
 
 def _finish(directory: Path, header: StoreHeader) -> None:

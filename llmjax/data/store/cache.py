@@ -1,6 +1,6 @@
 """A cache of tokenizers and token stores. Each lies in a folder named by a hash of everything it depends on.
 
-The names, sizes and modification times of its files stand for a corpus, so that a lookup reads no text.
+The key of a corpus is the fingerprint of its files' names and contents, wherever the files lie.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from pathlib import Path
 
 from llmjax.data.checksums import DamagedError
 from llmjax.data.examples.contract import Examples
-from llmjax.data.sources.sources import SourceFile, corpus_fingerprint, read_records
-from llmjax.data.store.build import DOCUMENTS, build_store
+from llmjax.data.sources.fingerprint import corpus_fingerprint, file_digest
+from llmjax.data.sources.listing import SourceFile
+from llmjax.data.sources.reading import Reading
+from llmjax.data.sources.records import read_texts
+from llmjax.data.store.build import DOCUMENTS, READING, build_store
 from llmjax.data.store.columns import FORMAT_VERSION
 from llmjax.data.store.store import Store, open_store
 from llmjax.data.tokenizer.tokenizer import (
@@ -35,8 +38,7 @@ def cached_tokenizer(
     config: TokenizerConfig,
     files: Sequence[SourceFile],
     *,
-    text_field: str = "text",
-    on_bad_text: str = "error",
+    reading: Reading = READING,
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = complain,
 ) -> Tokenizer:
@@ -48,8 +50,7 @@ def cached_tokenizer(
       cache_dir: the folder of the cache.
       config: the `tokenizer` section of the config.
       files: the files of the corpus, on whose text the tokenizer is trained.
-      text_field: the field of a record that holds its text.
-      on_bad_text: what to do with text that is not UTF-8: "error", "skip" or "replace".
+      reading: how the files are read, and the field of a record that holds its text.
       progress: called as progress(done, total) while the files are read, in bytes of the files.
       report: called with one sentence if a cached tokenizer is damaged and is trained again.
     """
@@ -66,8 +67,9 @@ def cached_tokenizer(
         config.train_bytes,
         config.character_coverage,
         config.num_reserved,
-        text_field,
-        on_bad_text,
+        reading.fields[0],
+        reading.on_bad_text,
+        reading.encoding,
         TRAINER_VERSION,
     ]
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
@@ -81,8 +83,7 @@ def cached_tokenizer(
     def texts():
         done, total = 0, sum(file.size for file in files)
         for file in files:
-            for record in read_records(file, fields=[text_field], on_bad_text=on_bad_text):
-                yield record.text
+            yield from read_texts(file, reading)
             done += file.size
             if progress is not None:
                 progress(done, total)
@@ -115,7 +116,7 @@ def cached_store(
     tokenizer: Tokenizer,
     *,
     examples: Examples = DOCUMENTS,
-    on_bad_text: str = "error",
+    reading: Reading = READING,
     num_workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = complain,
@@ -129,13 +130,14 @@ def cached_store(
       files: the files of the corpus.
       tokenizer: encodes the text.
       examples: the host half of the task, which makes an example of each record.
-      on_bad_text: what to do with text that is not UTF-8: "error", "skip" or "replace".
+      reading: how the files are read.
       num_workers: the number of processes that encode.
       progress: called as progress(done, total) while the store is built, in bytes of the files.
       report: called with one sentence if a store is damaged and is built again.
     """
     origins = [file.origin for file in files]
-    settings = [tokenizer.fingerprint, repr(examples), examples.version, on_bad_text, origins, FORMAT_VERSION]
+    how = [reading.on_bad_text, reading.encoding]
+    settings = [tokenizer.fingerprint, repr(examples), examples.version, *how, origins, FORMAT_VERSION]
     directory = Path(cache_dir) / f"store-{_key(corpus_fingerprint(files), settings)}"
 
     def build(progress: Callable[[int, int], None] | None) -> Store:
@@ -144,7 +146,7 @@ def cached_store(
             files,
             tokenizer,
             examples=examples,
-            on_bad_text=on_bad_text,
+            reading=reading,
             num_workers=num_workers,
             progress=progress,
         )
@@ -169,12 +171,11 @@ def cached_store(
 
 
 def _has_changed(file: SourceFile) -> bool:
-    """Whether the file is missing or has another size or modification time than when it was listed."""
+    """Whether the file is missing or holds something else than when it was listed."""
     try:
-        stat = os.stat(file.path)
+        return file_digest(file.path) != file.digest
     except OSError:
         return True
-    return (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns)
 
 
 def _key(corpus: str, settings: Sequence[object]) -> str:

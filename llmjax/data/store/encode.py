@@ -24,7 +24,7 @@ from typing import IO, TypeVar
 
 import numpy as np
 
-from llmjax.data.examples.contract import Example, Examples
+from llmjax.data.examples.contract import Example, Examples, InParts
 from llmjax.data.store.columns import LABEL, RUN, token_dtype
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
@@ -49,9 +49,30 @@ class Encoded:
     fixed: dict[str, np.ndarray]
 
 
-def encode_records(tokenizer: Tokenizer, examples: Examples, records: Sequence[Fields]) -> Encoded:
-    """Encodes records in this process. Raises ValueError if an example does not match the columns of its task."""
-    made = [examples.encode(record, tokenizer) for record in records]
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a long document, sent alone. `first` and `last` say whether the document begins and ends with it."""
+
+    fields: Fields
+    first: bool
+    last: bool
+
+
+Batch = Sequence[Fields] | Piece
+
+
+def encode_records(tokenizer: Tokenizer, examples: Examples, batch: Batch) -> Encoded:
+    """Encodes some records, or a part of one, in this process.
+
+    Raises ValueError if an example does not match the columns of its task.
+    """
+    if isinstance(batch, Piece):
+        # No other document is cut.
+        assert isinstance(examples, InParts)
+        records: Sequence[Fields] = [batch.fields]
+        made = [examples.encode_part(batch.fields, tokenizer, batch.first, batch.last)]
+    else:
+        records, made = batch, [examples.encode(record, tokenizer) for record in batch]
     _check(made, examples)
     dtype = token_dtype(tokenizer.vocab_size)
     ragged = {"tokens": _concatenate([example.tokens for example in made], dtype)}
@@ -98,7 +119,7 @@ def _hash(record: Fields, fields: Sequence[str]) -> int:
 def encode_batches(
     tokenizer: Tokenizer,
     examples: Examples,
-    batches: Iterable[tuple[Tag, Sequence[Fields]]],
+    batches: Iterable[tuple[Tag, Batch]],
     num_workers: int,
 ) -> Iterator[tuple[Tag, Encoded]]:
     """Encodes batches of records and yields (tag, Encoded) for each batch, in the order of the batches.
@@ -141,7 +162,7 @@ def _workers(tokenizer: Tokenizer, examples: Examples, count: int):
     # One thread for each process waits for its answer. The queue gives every thread a process that is free.
     idle: queue.SimpleQueue = queue.SimpleQueue()
 
-    def encode(records: Sequence[Fields]) -> Encoded:
+    def encode(records: Batch) -> Encoded:
         process = idle.get()
         try:
             return _ask(process, records)
@@ -174,7 +195,7 @@ def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
     return process.stdin, process.stdout
 
 
-def _ask(process: subprocess.Popen, records: Sequence[Fields]) -> Encoded:
+def _ask(process: subprocess.Popen, records: Batch) -> Encoded:
     """Sends records to a worker and waits for its answer. Raises the error that the worker raised.
 
     Raises UserError if the worker process has ended.

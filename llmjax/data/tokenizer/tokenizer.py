@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import hashlib
-import heapq
 import io
 import json
 import math
@@ -29,16 +29,16 @@ import numpy as np
 import sentencepiece
 
 from llmjax.data.checksums import DamagedError, raise_unless_damage
+from llmjax.data.tokenizer.cuts import LOOK_AHEAD, PIECE_CHARS, UNIGRAM_PIECE_CHARS, cut_text, neighbours
+from llmjax.data.tokenizer.model_file import NO_DUMMY_PREFIX, as_control, is_unigram
+from llmjax.data.tokenizer.passages import SPACE_MARK, check_unicode, sample_passages, trainable
 from llmjax.errors import UserError, choose
 from llmjax.files import write_atomically
 from llmjax.names import at_home
 from llmjax.ranges import Range, check_ranges
 
 TRAINER_VERSION = f"1 {sentencepiece.__version__}"  # raise the 1 when the same text would give another model
-SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
-_BOUNDARY = "\t"  # SentencePiece never learns a piece across a tab
-_PASSAGE_CHARS = 4096  # its trainer counts positions within a word in 16 bits
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # protobuf merges repeats: normalizer_spec { add_dummy_prefix: false }
+_SPACES = " \n"  # before which a model that changes the text may be cut
 _SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 _MODEL_FILE, _META_FILE = "tokenizer.model", "tokenizer.json"
 _UNIGRAM_BYTES = (
@@ -111,6 +111,7 @@ class Tokenizer(Protocol):
     lossless     whether `decode(encode(text)) == text` for every text
     fingerprint  a SHA-256 in hex; equal fingerprints mean equal ids
     text_prefix  what the model puts before every text (`b" "` or nothing); `decode` takes it off again
+    strips_spaces  whether the model takes spaces at the beginning of a text for none
 
     A model without a pad or mask piece has `pad_id` and `mask_id` alias the unknown piece; without bos,
     `bos_id` aliases `pad_id` (T5 starts its decoder so).
@@ -124,13 +125,24 @@ class Tokenizer(Protocol):
     reserved_ids: tuple[int, ...]
     lossless: bool
     text_prefix: bytes
+    strips_spaces: bool
+    unk_id: int
     fingerprint: str
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no bos or eos. Text that looks like a special piece is just text."""
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """Ids of the text alone: no bos or eos. Text that looks like a special piece is just text.
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special ids vanish, bytes that are not UTF-8 become U+FFFD."""
+        `continues`: the text is a later one of `pieces`.
+        """
+
+    def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
+        """A long text, given in chunks, cut anew so that the ids of the pieces, joined, are those of the whole."""
+
+    def decode(self, ids: Iterable[int], continues: bool = False) -> str:
+        """Text of the ids; special ids vanish, bytes that are not UTF-8 become U+FFFD.
+
+        `continues`: the ids go on after others, so that a space at their beginning is one.
+        """
 
     def id_to_bytes(self, i: int) -> bytes:
         """What one id stands for, perhaps part of a character; empty for special ids."""
@@ -146,16 +158,21 @@ class SentencePieceTokenizer:
         self._model = model
         sentencepiece.set_min_log_level(_MIN_LOG_LEVEL)
         given = sentencepiece.SentencePieceProcessor(model_proto=model)
-        exact = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.vocab_size = given.vocab_size()
         pieces = {given.id_to_piece(i): i for i in range(self.vocab_size)}
-        unknown = given.unk_id()
-        self.pad_id = _first_id(given.pad_id(), pieces.get("<pad>"), unknown)
+        self.unk_id = given.unk_id()
+        self.pad_id = _first_id(given.pad_id(), pieces.get("<pad>"), self.unk_id)
         self.bos_id = _first_id(given.bos_id(), self.pad_id)
         self.eos_id = _first_id(given.eos_id(), self.bos_id)
-        self.mask_id = _first_id(pieces.get("<mask>"), pieces.get("[MASK]"), unknown)
-        taken = {self.pad_id, self.bos_id, self.eos_id, self.mask_id, unknown}
+        self.mask_id = _first_id(pieces.get("<mask>"), pieces.get("[MASK]"), self.unk_id)
+        taken = {self.pad_id, self.bos_id, self.eos_id, self.mask_id, self.unk_id}
+        # Some models have a pad or mask piece that a text which spells it would give.
+        spelled = [i for i in taken - {self.unk_id} if not (given.is_control(i) or given.is_unused(i))]
+        if spelled:
+            model = as_control(model, spelled)
+            given = sentencepiece.SentencePieceProcessor(model_proto=model)
+        exact = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
         self.reserved_ids = tuple(
             i
             for i in range(self.vocab_size)
@@ -164,36 +181,84 @@ class SentencePieceTokenizer:
         byte_ids = {given.id_to_piece(i): i for i in range(self.vocab_size) if given.is_byte(i)}
         prefix = given.normalize("a").removesuffix("a")
         self.text_prefix = b" " if prefix == SPACE_MARK else b""
+        self.strips_spaces = given.normalize("a  b") == given.normalize("a b")
         self.lossless = len(byte_ids) == 256 and prefix in ("", SPACE_MARK) and _keeps_text(exact)
         self._processor = exact if self.lossless else given
+        self._exact = exact
         self._mark = [byte_ids[f"<0x{b:02X}>"] for b in SPACE_MARK.encode()] if self.lossless else []
         self._bytes = [_piece_bytes(given, i) for i in range(self.vocab_size)]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continues: bool = False) -> list[int]:
         if not text:
             return []
         if not self.lossless:
-            return self._encode(text)
-        first, *rest = (self.text_prefix.decode() + text).split(SPACE_MARK)
+            spaced = continues and text[0] in _SPACES and self._continuing is not None
+            return self._encode(text, (self._continuing if spaced else self._exact) if continues else None)
+        first, *rest = (("" if continues else self.text_prefix.decode()) + text).split(SPACE_MARK)
         ids = self._encode(first)
         for part in rest:
             ids += self._mark
             ids += self._encode(part)
         return ids
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, processor: sentencepiece.SentencePieceProcessor | None = None) -> list[int]:
         try:
-            return self._processor.encode(text, out_type=int)
+            return (processor or self._processor).encode(text, out_type=int)
         except RuntimeError:
             check_unicode(text)
             raise
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
+        may_cut = self._may_cut if self.lossless else self._may_cut_at_space
+        return cut_text(chunks, may_cut, UNIGRAM_PIECE_CHARS if is_unigram(self._model) else PIECE_CHARS)
+
+    def _may_cut(self, text: str, i: int) -> bool:
+        """A cut that no piece reaches across; SentencePiece itself never sees a literal U+2581."""
+        pair = text[i - 1 : i + 1]
+        return SPACE_MARK in pair or pair.replace(" ", SPACE_MARK) not in self._neighbours
+
+    def _may_cut_at_space(self, text: str, i: int) -> bool:
+        """A cut before a single space, for models that change the text and may collapse spaces or reorder marks.
+
+        The model encodes both sides of the cut together and apart: the tokens must be the same.
+        """
+        if (
+            self._continuing is None
+            or text[i] not in _SPACES
+            or text[i - 1].isspace()
+            or text[i + 1].isspace()
+        ):
+            return False
+        if text[i - 1] + SPACE_MARK in self._neighbours:
+            return False
+        left, right = text[max(i - LOOK_AHEAD, 0) : i], text[i : i + LOOK_AHEAD]
+        return self._encode(left + right) == self._encode(left) + self._encode(right, self._continuing)
+
+    @functools.cached_property
+    def _neighbours(self) -> frozenset[str]:
+        """Pairs of characters that a piece holds which a text can give."""
+        model, ids = self._processor, range(self.vocab_size)
+        return neighbours(
+            model.id_to_piece(i)
+            for i in ids
+            if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
+        )
+
+    @functools.cached_property
+    def _continuing(self) -> sentencepiece.SentencePieceProcessor | None:
+        """What encodes a text from a space on as if another came before it; None where neither does."""
+        for processor in (self._processor, self._exact):
+            if self._encode("ab") + self._encode(" cd", processor) == self._encode("ab cd"):
+                return processor
+        return None
+
+    def decode(self, ids: Iterable[int], continues: bool = False) -> str:
         ids = _id_list(ids, self.vocab_size)
         if not self.lossless:
-            return self._processor.decode(ids)
+            stream = StreamDecoder(self, continues)
+            return "".join([stream.push(i) for i in ids]) + stream.flush()
         data = b"".join([self._bytes[i] for i in ids])
-        return data.removeprefix(self.text_prefix).decode("utf-8", "replace")
+        return data.removeprefix(b"" if continues else self.text_prefix).decode("utf-8", "replace")
 
     def id_to_bytes(self, i: int) -> bytes:
         return self._bytes[_id_list([i], self.vocab_size)[0]]
@@ -211,22 +276,26 @@ class ByteTokenizer:
     """Special ids, then the 256 bytes of UTF-8. Nothing is trained."""
 
     text_prefix = b""
+    strips_spaces = False
     lossless = True
 
     def __init__(self, num_reserved: int = 16):
         self._num_reserved = num_reserved
-        self.pad_id, self.bos_id, self.eos_id, _, self.mask_id = range(len(_SPECIALS))
+        self.pad_id, self.bos_id, self.eos_id, self.unk_id, self.mask_id = range(len(_SPECIALS))
         self._first_byte = len(_SPECIALS) + num_reserved
         self.reserved_ids = tuple(range(len(_SPECIALS), self._first_byte))
         self.vocab_size = self._first_byte + 256
         self.fingerprint = hashlib.sha256(f"byte {num_reserved}".encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continues: bool = False) -> list[int]:
         check_unicode(text)
         data = np.frombuffer(text.encode(), dtype=np.uint8)
         return (data.astype(np.int64) + self._first_byte).tolist()
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
+        return cut_text(chunks, lambda text, i: True, PIECE_CHARS)
+
+    def decode(self, ids: Iterable[int], continues: bool = False) -> str:
         data = b"".join([self.id_to_bytes(i) for i in _id_list(ids, self.vocab_size)])
         return data.decode("utf-8", "replace")
 
@@ -245,19 +314,23 @@ class ByteTokenizer:
 class StreamDecoder:
     """Decodes token by token; what it returns, joined, is `decode` of all ids. Holds back incomplete UTF-8.
 
-    `continuing`: the ids go on after a prompt, so a model that begins every text with a space did so already.
+    `continues`: the ids go on after a prompt, so that a space at their beginning is one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, continuing: bool = False):
+    def __init__(self, tokenizer: Tokenizer, continues: bool = False):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._prefix = b"" if continuing else tokenizer.text_prefix
+        self._begins = not continues
 
     def push(self, i: int) -> str:
         """The characters that this id completes, often none or several."""
         data = self._tokenizer.id_to_bytes(i)
-        if data:
-            data, self._prefix = data.removeprefix(self._prefix), b""
+        if data and self._begins:
+            if self._tokenizer.strips_spaces and i != self._tokenizer.unk_id:
+                data = data.lstrip(b" ")
+            else:
+                data = data.removeprefix(self._tokenizer.text_prefix)
+            self._begins = not data and self._tokenizer.strips_spaces
         return self._decoder.decode(data)
 
     def flush(self) -> str:
@@ -265,17 +338,17 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | Iterable[str]]) -> Tokenizer:
     """Trains on a sample of the texts; the same texts in any order give the same model, on any machine.
 
-    Texts stream through and about `config.train_bytes` are kept. A `UserError` says so where the texts are
-    too few for the vocabulary, and names the largest that works. `config.path` is not looked at: see
-    `load_tokenizer`.
+    Texts stream through, long ones as iterables of their chunks, and about `config.train_bytes` are kept. A
+    `UserError` says so where the texts are too few for the vocabulary, and names the largest that works.
+    `config.path` is not looked at: see `load_tokenizer`.
     """
     kind = KINDS[config.kind]
     if kind.fixed is not None:
         return kind.fixed(config.num_reserved)
-    sample = _sample_passages(texts, min(config.train_bytes, kind.most_bytes))
+    sample = sample_passages(texts, min(config.train_bytes, kind.most_bytes))
     if not sample:
         raise UserError("data.sources hold no text to train the tokenizer on: name sources with text.")
     model, fitting = _train_model(config, sample)
@@ -298,7 +371,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises `DamagedError` where it is neither, or not what was saved.
     """
     path = at_home(path, "tokenizer.path")
-    saved = _read_meta(path / _META_FILE) if os.path.lexists(path / _META_FILE) else {}
+    saved = {}
+    if os.path.lexists(path / _META_FILE) and not _is_foreign(path):
+        saved = _read_meta(path / _META_FILE)
     if saved.get("kind") == "byte":
         tokenizer: Tokenizer = ByteTokenizer(saved["num_reserved"])
     else:
@@ -306,6 +381,24 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if saved and saved.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise DamagedError(f"tokenizer {str(path)!r} is damaged (it is not what was saved there)", _RESTORE)
     return tokenizer
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether the tokenizer.json of a folder is the one of Hugging Face, which is another thing than ours; it is passed
+    over where tokenizer.model lies beside it, and otherwise refused."""
+    try:
+        saved = json.loads((folder / _META_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise_unless_damage(error)
+        return False
+    if not isinstance(saved, dict) or "kind" in saved or not isinstance(saved.get("model"), dict):
+        return False
+    if (folder / _MODEL_FILE).is_file():
+        return True
+    raise DamagedError(
+        f"tokenizer.path = {str(folder)!r} holds a tokenizer.json of Hugging Face and no tokenizer.model",
+        "llmjax reads SentencePiece models only; name one, or leave tokenizer.path empty to train a tokenizer",
+    )
 
 
 def _read_meta(path: Path) -> dict:
@@ -339,17 +432,6 @@ def _read_model(path: Path, fingerprint: str | None) -> SentencePieceTokenizer:
         ) from None
 
 
-def check_unicode(text: str) -> None:
-    """Raises `UserError` where the text holds a lone surrogate, which UTF-8 cannot express."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"text to encode holds a lone surrogate U+{ord(text[error.start]):04X} at character "
-            f"{error.start}, which no UTF-8 can express: remove or replace it."
-        ) from None
-
-
 def _train_model(config: TokenizerConfig, sample: Sequence[str]) -> tuple[bytes | None, int]:
     """(model file, its size in ids), or None and how many ids at most where the sample is too small."""
     reserved = [f"<reserved_{i}>" for i in range(config.num_reserved)]
@@ -357,7 +439,7 @@ def _train_model(config: TokenizerConfig, sample: Sequence[str]) -> tuple[bytes 
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_trainable(sample, config.character_coverage, free // 2)),
+            sentence_iterator=iter(trainable(sample, config.character_coverage, free // 2)),
             model_writer=model,
             model_type=config.kind,
             vocab_size=config.vocab_size,
@@ -390,56 +472,6 @@ def _train_model(config: TokenizerConfig, sample: Sequence[str]) -> tuple[bytes 
 
 def _smallest_vocabulary(config: TokenizerConfig) -> int:
     return len(_SPECIALS) + config.num_reserved + 256 + 8
-
-
-def _sample_passages(texts: Iterable[str], train_bytes: float) -> list[str]:
-    """The passages with the smallest hashes, about `train_bytes` in all, sorted by hash."""
-    heap: list[tuple[int, str, int]] = []  # (-hash, passage, bytes): the root is the first to go
-    total = 0
-    for text in texts:
-        check_unicode(text)
-        for passage in _passages(text):
-            data = passage.encode()
-            key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-            heapq.heappush(heap, (-key, passage, len(data)))
-            total += len(data)
-            while total - heap[0][2] >= train_bytes:
-                total -= heapq.heappop(heap)[2]
-    return [passage for _, passage, _ in sorted(heap, reverse=True)]
-
-
-def _passages(text: str) -> Iterator[str]:
-    """The text in pieces of at most `_PASSAGE_CHARS`, cut after a line end or before a space if any."""
-    start = 0
-    while start < len(text):
-        stop = start + _PASSAGE_CHARS
-        if stop < len(text):
-            newline = text.rfind("\n", start, stop) + 1
-            stop = newline or max(text.rfind(" ", start, stop), 0) or stop
-            stop = stop if stop > start else start + _PASSAGE_CHARS
-        yield text[start:stop]
-        start = stop
-
-
-def _trainable(passages: Sequence[str], coverage: float, max_characters: int) -> list[str]:
-    """Passages with a boundary in place of every character that gets no piece of its own or would be misread.
-
-    The characters kept are the most frequent that cover `coverage` of the text, at most `max_characters`.
-    SentencePiece's own coverage may not go below 0.98, and it drops whole sentences over U+2585.
-    """
-    counts = np.zeros(0x110000, dtype=np.int64)
-    for start in range(0, len(passages), 256):
-        codes = np.frombuffer("".join(passages[start : start + 256]).encode("utf-32-le"), dtype=np.uint32)
-        counts += np.bincount(codes, minlength=len(counts))
-    present = np.flatnonzero(counts)
-    unlearnable = [ord(c) for c in (_BOUNDARY, SPACE_MARK, "\u2585")]
-    counts[unlearnable] = 0
-    by_frequency = np.argsort(-counts, kind="stable")
-    covered = np.cumsum(counts[by_frequency])
-    needed = int(np.searchsorted(covered, coverage * covered[-1])) + 1
-    kept = by_frequency[: min(needed, max_characters)]
-    dropped = dict.fromkeys(np.setdiff1d(present, kept).tolist() + unlearnable, _BOUNDARY)
-    return [passage.translate(dropped) for passage in passages]
 
 
 def _keeps_text(processor: sentencepiece.SentencePieceProcessor) -> bool:

@@ -13,7 +13,7 @@ from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.packing.make_plan import cached_plan, plan_packing
 from llmjax.data.packing.two_streams import SourceStream
 from llmjax.data.pipeline import FIELDS_OF_COLUMN, PackedSequences
-from llmjax.data.sources.sources import list_sources
+from llmjax.data.sources.listing import list_sources
 from llmjax.data.store.build import build_store
 from llmjax.data.store.cache import cached_store
 from llmjax.data.store.encode import encode_records

@@ -3,21 +3,21 @@
 import builtins
 import gzip
 import json
+import os
 import tracemalloc
 
 import pytest
 
-from llmjax.data.sources.sources import (
-    ReadStats,
-    corpus_fingerprint,
-    list_sources,
-    read_records,
-)
+from llmjax.data.sources.fingerprint import corpus_fingerprint
+from llmjax.data.sources.listing import list_sources
+from llmjax.data.sources.reading import Reading, ReadStats
+from llmjax.data.sources.records import read_records
 from llmjax.errors import UserError
 
 
-def texts(source, **options):
-    return [d.text for f in list_sources([str(source)]) for d in read_records(f, **options)]
+def texts(source, stats=None, **options):
+    files = list_sources([str(source)])
+    return [d.text for f in files for d in read_records(f, Reading(**options), stats)]
 
 
 def names(*sources):
@@ -103,7 +103,7 @@ def test_compressed_files_read_like_plain_ones(tmp_path):
     with gzip.open(tmp_path / "b.txt.gz", "wb") as file:
         file.write("γ\r\n".encode())
     assert names(tmp_path) == ["a.jsonl.gz", "b.txt.gz"]
-    assert texts(tmp_path, fields=["body"]) == ["α", "β", "γ\r\n"]
+    assert texts(tmp_path, fields=("body",)) == ["α", "β", "γ\r\n"]
 
 
 def test_zstandard_files_of_several_frames_read_like_plain_ones(tmp_path):
@@ -129,7 +129,7 @@ def test_parquet_rows_are_documents(tmp_path):
     assert documents[-1].name == "a.parquet#1000"
     assert stats.bytes_read == (tmp_path / "a.parquet").stat().st_size
     with pytest.raises(UserError, match=r"data.text_field = 'body'.*id, text"):
-        texts(tmp_path, fields=["body"])
+        texts(tmp_path, fields=("body",))
     (tmp_path / "a.parquet").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="no Parquet file"):
         texts(tmp_path)
@@ -254,10 +254,12 @@ def test_rows_stream_and_progress_counts_bytes_on_disk(tmp_path):
     assert stats.bytes_read == path.stat().st_size
 
 
-def test_the_fingerprint_changes_with_names_sizes_and_times_only(corpus):
+def test_the_fingerprint_changes_with_names_and_content_only(corpus):
     before = corpus_fingerprint(list_sources([str(corpus)]))
     assert corpus_fingerprint(list_sources([str(corpus)])) == before
     moved = corpus.rename(corpus.with_name("moved"))
+    assert corpus_fingerprint(list_sources([str(moved)])) == before
+    os.utime(moved / "a.md", ns=(0, 0))
     assert corpus_fingerprint(list_sources([str(moved)])) == before
     (moved / "a.md").write_text("longer than it was")
     assert corpus_fingerprint(list_sources([str(moved)])) != before

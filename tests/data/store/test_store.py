@@ -16,7 +16,8 @@ from sections import section
 import llmjax.data.store.build
 import llmjax.data.store.cache
 from llmjax.data.examples.documents import Documents
-from llmjax.data.sources.sources import list_sources
+from llmjax.data.sources.listing import list_sources
+from llmjax.data.sources.reading import Reading
 from llmjax.data.store.build import DOCUMENTS, build_store
 from llmjax.data.store.cache import cached_store, cached_tokenizer
 from llmjax.data.store.columns import token_dtype
@@ -245,7 +246,7 @@ def test_a_killed_builder_leaves_no_store_and_its_files_are_deleted_later(corpus
     code = (
         "import os, signal, sys\n"
         "import llmjax.data.store.build as s\n"
-        "from llmjax.data.sources.sources import list_sources\n"
+        "from llmjax.data.sources.listing import list_sources\n"
         "from llmjax.data.tokenizer.tokenizer import ByteTokenizer\n"
         "s._finish = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "s.build_store(sys.argv[2], list_sources([sys.argv[1]]), ByteTokenizer())\n"
@@ -315,15 +316,15 @@ def test_an_empty_corpus_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"no document with text \(2 files, 1 documents empty, 1 skipped\)"):
-        build_store(tmp_path / "s", list_sources([str(tmp_path)]), BYTES, on_bad_text="skip")
+        build_store(tmp_path / "s", list_sources([str(tmp_path)]), BYTES, reading=Reading(on_bad_text="skip"))
 
 
 def test_dropped_and_replaced_documents_are_counted_in_the_header(tmp_path):
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.txt").write_bytes(b"b\xff")
     files = list_sources([str(tmp_path)])
-    assert build_store(tmp_path / "s", files, BYTES, on_bad_text="skip").header.skipped == 1
-    replaced = build_store(tmp_path / "r", files, BYTES, on_bad_text="replace")
+    assert build_store(tmp_path / "s", files, BYTES, reading=Reading(on_bad_text="skip")).header.skipped == 1
+    replaced = build_store(tmp_path / "r", files, BYTES, reading=Reading(on_bad_text="replace"))
     assert replaced.header.replaced == 1
     assert BYTES.decode(replaced.tokens(1)) == "b\ufffd"
 
@@ -353,7 +354,7 @@ def test_a_cached_store_is_built_again_only_when_something_changed(corpus, tmp_p
     for _ in range(2):
         store = cached_store(cache, list_sources([str(corpus)]), BYTES)
     assert len(built) == 1
-    cached_store(cache, list_sources([str(corpus)]), BYTES, on_bad_text="skip")
+    cached_store(cache, list_sources([str(corpus)]), BYTES, reading=Reading(on_bad_text="skip"))
     cached_store(cache, list_sources([str(corpus)]), ByteTokenizer(num_reserved=3))
     assert len(built) == 3
     (store.directory / "tokens_lengths.bin").write_bytes(b"")

@@ -266,7 +266,7 @@ def test_mistral_is_lossless_without_its_dummy_prefix(shared_data):
         assert "".join(stream.push(i) for i in ids) + stream.flush() == text
         if "▁" not in text:
             assert ids == original.encode(text)
-    later = StreamDecoder(tokenizer, continuing=True)
+    later = StreamDecoder(tokenizer, continues=True)
     assert "".join(later.push(i) for i in tokenizer.encode("world")) == " world"
 
 

@@ -1,0 +1,167 @@
+"""What is found and what is left out: links, loops, folders that cannot be read, names with commas and brackets."""
+
+import os
+
+import pytest
+
+from llmjax.data.sources import listing
+from llmjax.data.sources.fingerprint import BLOCK_BYTES, BLOCKS, WHOLE_BYTES, corpus_fingerprint, file_digest
+from llmjax.data.sources.listing import list_sources, search_sources, split_sources
+from llmjax.errors import UserError
+
+
+def names(*sources, **options):
+    return [file.name for file in search_sources([str(s) for s in sources], **options).files]
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder with every kind of link: within it, out of it, to itself, and to nothing."""
+    root, outside = tmp_path / "corpus", tmp_path / "outside"
+    for folder in (root / "deep", root / ".hidden", outside / "more"):
+        folder.mkdir(parents=True)
+    for path in (
+        root / "a.txt",
+        root / "deep/b.txt",
+        root / ".hidden/c.txt",
+        outside / "d.txt",
+        outside / "more/e.txt",
+    ):
+        path.write_text(path.name)
+    (root / "alias.txt").symlink_to(root / "a.txt")
+    (root / "kept.txt").symlink_to(".hidden/c.txt")
+    (root / "again").symlink_to("deep")
+    (root / "self").symlink_to(".")
+    (root / "deep/up").symlink_to("..")
+    (root / "out.txt").symlink_to(outside / "d.txt")
+    (root / "far").symlink_to(outside / "more")
+    (root / "nowhere.txt").symlink_to("absent")
+    return root
+
+
+SEARCHES = {"folder": ("",), "every level": ("**", "*.txt"), "every level, all": ("**",), "one level": ("*",)}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_every_search_follows_links_within_the_folder_once_and_no_others_unless_asked(search, linked):
+    source = linked.joinpath(*SEARCHES[search])
+    inside, outside = ["a.txt", "deep/b.txt", "kept.txt"], ["far/e.txt", "out.txt"]
+    found = {os.path.realpath(file.path) for file in list_sources([str(source)])}
+    assert found == {os.path.realpath(linked / name) for name in inside}
+    found = {os.path.realpath(file.path) for file in list_sources([str(source)], follow_links=True)}
+    assert found == {os.path.realpath(linked / name) for name in (*inside, *outside)}
+
+
+def test_a_file_goes_by_its_own_name_where_it_has_one(linked):
+    assert names(linked) == ["a.txt", "deep/b.txt", "kept.txt"]
+    assert names(linked, follow_links=True) == ["a.txt", "deep/b.txt", "far/e.txt", "kept.txt", "out.txt"]
+
+
+def test_what_is_left_out_is_counted_by_reason(linked):
+    (linked / "picture.png").write_bytes(b"x")
+    os.mkfifo(linked / "pipe.txt")
+    assert search_sources([str(linked)]).left_out == {
+        listing.UNKNOWN_SUFFIX: 1, listing.HIDDEN: 1, listing.LEADS_OUT: 2, listing.BROKEN: 1, listing.NO_FILE: 1,
+    }  # fmt: skip
+
+
+def test_a_source_that_is_a_link_itself_is_read(linked, tmp_path):
+    (tmp_path / "file.txt").symlink_to(linked / "a.txt")
+    (tmp_path / "folder").symlink_to(linked)
+    assert names(tmp_path / "file.txt") == ["file.txt"]
+    assert names(tmp_path / "folder") == ["a.txt", "deep/b.txt", "kept.txt"]
+
+
+def test_a_folder_of_links_that_lead_out_says_how_to_follow_them(linked, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/x.txt").symlink_to(linked / "a.txt")
+    for source in (tmp_path / "links", tmp_path / "links" / "*.txt", tmp_path / "links" / "**"):
+        with pytest.raises(UserError, match=r"1 links that lead out.*--config\.data\.follow_links=true"):
+            list_sources([str(source)])
+
+
+@pytest.mark.parametrize("search", ["folder", "every level", "one level"])
+def test_a_folder_that_cannot_be_read_is_a_sentence(search, linked, monkeypatch):
+    real = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "deep":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(
+        UserError, match=r"the folder .*deep' cannot be read \(Permission denied\): change its perm"
+    ):
+        list_sources([str(linked.joinpath(*SEARCHES[search]))])
+
+
+def test_globs_match_as_a_shell_does(tmp_path):
+    for name in ("a/x.txt", "a/b/x.txt", "a/b/c/x.txt", "a/.h/x.txt", "y.txt", "a/b/y.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for pattern, expected in {
+        "**/x.txt": ["a/b/c/x.txt", "a/b/x.txt", "a/x.txt"],
+        "a/**/x.txt": ["b/c/x.txt", "b/x.txt", "x.txt"],
+        "*/*/x.txt": ["a/b/x.txt"],
+        "a/b/[xy].*": ["x.txt", "y.md"],
+        "**/b/**/x.txt": ["a/b/c/x.txt", "a/b/x.txt"],
+        "a/.h/*": ["x.txt"],
+        "?.txt": ["y.txt"],
+        "**/**/y.txt": ["y.txt"],
+    }.items():
+        assert names(tmp_path / pattern) == expected, pattern
+
+
+def test_names_with_brackets_commas_and_bytes_that_are_no_unicode_are_found(tmp_path):
+    folder = tmp_path / "data [v1], part*"
+    folder.mkdir()
+    odd = ("a[1].txt", "b,c.txt", "(1,2).txt", os.fsdecode(b"caf\xe9.txt"))
+    for name in odd:
+        (folder / name).write_text("x")
+    assert names(folder) == sorted(odd) == names(folder / "*.txt") == names(folder / "**" / "*")
+    assert sorted(name for part in odd for name in names(folder / part)) == sorted(odd)
+    corpus_fingerprint(list_sources([str(folder)]))
+
+
+def test_commas_divide_names_unless_a_file_has_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.txt", "c.txt", "d,e,f"):
+        (tmp_path / name).write_text("x")
+    assert split_sources("a,b.txt") == ("a,b.txt",)
+    assert split_sources("c.txt,a,b.txt,d,e,f,*.md,") == ("c.txt", "a,b.txt", "d,e,f", "*.md")
+    assert split_sources("a,e") == ("a", "e")
+
+
+def test_another_text_of_the_same_size_and_time_is_another_corpus(tmp_path):
+    path = tmp_path / "a.txt"
+    seen = set()
+    for text in ("one text", "two text"):
+        path.write_text(text)
+        os.utime(path, ns=(0, 0))
+        seen.add(corpus_fingerprint(list_sources([str(path)])))
+    assert len(seen) == 2
+
+
+def test_large_files_are_hashed_in_blocks_that_reach_from_their_first_byte_to_their_last(tmp_path):
+    path, size = tmp_path / "a.txt", WHOLE_BYTES + 12345
+    path.write_bytes(bytes(size))
+    before, reached = file_digest(path), 0
+    for at in (
+        0,
+        size - 1,
+        size // 2 + 99_999,
+        *((size - BLOCK_BYTES) * i // (BLOCKS - 1) + 7 for i in range(BLOCKS)),
+    ):
+        with open(path, "r+b") as file:
+            file.seek(at)
+            file.write(b"x")
+            file.flush()
+            reached += file_digest(path) != before
+            file.seek(at)
+            file.write(b"\0")
+    assert reached >= BLOCKS + 2
+    assert file_digest(path) == before
+    with open(path, "ab") as file:
+        file.write(b"\0")
+    assert file_digest(path) != before
