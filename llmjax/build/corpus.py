@@ -16,6 +16,7 @@ from llmjax.data.packing.make_plan import cached_plan
 from llmjax.data.packing.plan import PackingPlan, check_corpus
 from llmjax.data.packing.two_streams import SourceStream
 from llmjax.data.pipeline import PackedSequences
+from llmjax.data.sources.fingerprint import Digests
 from llmjax.data.sources.listing import Listing, search_sources
 from llmjax.data.sources.records import has_text
 from llmjax.data.store.cache import cached_store, cached_tokenizer
@@ -83,11 +84,15 @@ def make_corpus(
 ) -> Corpus:
     """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
     data, cache = config.data, cache_directory(config)
+    digests = Digests(cache / "digests.json")
     listing = search_sources(
         data.sources,
         follow_links=data.follow_links,
         has_text=functools.partial(has_text, reading=data.reading),
+        digest_of=digests.of,
+        progress=functools.partial(progress, "looking for changes"),
     )
+    digests.save()
     files = listing.files
     tokenizer = cached_tokenizer(
         cache,

@@ -68,6 +68,8 @@ def search_sources(
     *,
     follow_links: bool = False,
     has_text: Callable[[str], bool] = lambda path: True,
+    digest_of: Callable[[str], str] = file_digest,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Listing:
     """The files that the sources name, each once.
 
@@ -79,21 +81,29 @@ def search_sources(
       sources: the names, in order.
       follow_links: whether links that lead out of a folder that is searched are followed.
       has_text: whether the .json file of a path, found in a folder, has the text field. Many a .json is no corpus.
+      digest_of: the digest of the content of the file of a path.
+      progress: called as progress(done, total) while files are read for their digests, in bytes.
     """
     if isinstance(sources, str):
         raise UserError(f"data.sources = {sources!r} is one string: give a list of sources.")
-    found: dict[str, SourceFile] = {}
+    # By its real path: the name, the path, the size and the origin of a file.
+    found: dict[str, tuple[str, str, int, int]] = {}
     left_out: collections.Counter[str] = collections.Counter()
     for origin, source in enumerate(sources):
         search = _Search(follow_links, has_text)
         for name, path in search.expand(source):
             real = os.path.realpath(path)
             if real not in found:
-                found[real] = SourceFile(name, path, os.stat(path).st_size, file_digest(path), origin)
+                found[real] = name, path, os.stat(path).st_size, origin
         left_out.update(search.left_out)
     if not found:
         raise UserError("data.sources is empty: name files, directories or globs, or stdlib.")
-    return Listing(tuple(sorted(found.values(), key=lambda file: (file.name, file.path))), dict(left_out))
+    files, done, total = [], 0, sum(size for _, _, size, _ in found.values())
+    for name, path, size, origin in sorted(found.values()):
+        progress(done, total)
+        files.append(SourceFile(name, path, size, digest_of(path), origin))
+        done += size
+    return Listing(tuple(files), dict(left_out))
 
 
 def split_sources(text: str) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
 """What is found and what is left out: links, loops, folders that cannot be read, names with commas and brackets."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from llmjax.data.sources import listing
-from llmjax.data.sources.fingerprint import BLOCK_BYTES, BLOCKS, WHOLE_BYTES, corpus_fingerprint, file_digest
+from llmjax.data.sources import fingerprint, listing
+from llmjax.data.sources.fingerprint import REMEMBERED_BYTES, Digests, corpus_fingerprint, file_digest
 from llmjax.data.sources.listing import list_sources, search_sources, split_sources
 from llmjax.errors import UserError
 
@@ -143,25 +144,43 @@ def test_another_text_of_the_same_size_and_time_is_another_corpus(tmp_path):
     assert len(seen) == 2
 
 
-def test_large_files_are_hashed_in_blocks_that_reach_from_their_first_byte_to_their_last(tmp_path):
-    path, size = tmp_path / "a.txt", WHOLE_BYTES + 12345
+@pytest.mark.parametrize("size", [0, 1, REMEMBERED_BYTES, REMEMBERED_BYTES + 12345])
+def test_an_edit_anywhere_is_noticed_though_size_and_time_stay(tmp_path, size):
+    path = tmp_path / "a.txt"
     path.write_bytes(bytes(size))
-    before, reached = file_digest(path), 0
-    for at in (
-        0,
-        size - 1,
-        size // 2 + 99_999,
-        *((size - BLOCK_BYTES) * i // (BLOCKS - 1) + 7 for i in range(BLOCKS)),
-    ):
+    os.utime(path, ns=(0, 0))
+    seen = {Digests(tmp_path / "digests.json").of(str(path))}
+    for at in {0, 4321, size // 2 + 99_999, size - 1} if size > 1 else range(size):
         with open(path, "r+b") as file:
             file.seek(at)
             file.write(b"x")
-            file.flush()
-            reached += file_digest(path) != before
-            file.seek(at)
-            file.write(b"\0")
-    assert reached >= BLOCKS + 2
-    assert file_digest(path) == before
-    with open(path, "ab") as file:
-        file.write(b"\0")
-    assert file_digest(path) != before
+        os.utime(path, ns=(0, 0))
+        digests = Digests(tmp_path / "digests.json")
+        digest = digests.of(str(path))
+        digests.save()
+        assert digest not in seen and digest == file_digest(str(path))
+        seen.add(digest)
+
+
+def test_a_large_file_is_read_once_while_it_stays_as_it_is(tmp_path, monkeypatch):
+    path, memory = str(tmp_path / "a.txt"), tmp_path / "cache" / "digests.json"
+    Path(path).write_bytes(bytes(REMEMBERED_BYTES))
+    read = []
+    monkeypatch.setattr(fingerprint, "file_digest", lambda path: read.append(path) or file_digest(path))
+
+    def digest():
+        digests = Digests(memory)
+        found = digests.of(path)
+        digests.save()
+        return found
+
+    before = digest()
+    # It was written a moment ago, so that another edit might have the same time.
+    assert not memory.exists() and digest() == before and len(read) == 2
+    monkeypatch.setattr(fingerprint, "SETTLED_SECONDS", -1.0)
+    assert digest() == digest() == before and len(read) == 3
+    memory.write_text("{damaged")
+    assert digest() == digest() == before and len(read) == 4
+    with open(path, "r+b") as file:
+        file.write(b"x")
+    assert digest() == digest() != before and len(read) == 5
