@@ -51,7 +51,6 @@ def check_resume(saved: Mapping[str, Any], config: Config, workdir: str) -> None
         )
 
 
-# The keys of `model` that do not shape the parameters.
 def _is_tokenizer(path: str, workdir: pathlib.Path) -> bool:
     """Whether the tokenizer at `path` is the one of the run in `workdir`, which keeps a copy of it."""
     try:
@@ -74,7 +73,7 @@ SAME_CONTENT: dict[str, Callable[[str, pathlib.Path], bool]] = {
     "checkpoint.init_from": _has_tokenizer,
 }
 
-
+# The keys of `model` that do not shape the parameters.
 FREE_ON_INIT = (
     "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "logit_softcap", "window", "global_every",
     "attention_softcap", "dropout", "init_std", "dtype",
