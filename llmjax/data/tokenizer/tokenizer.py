@@ -162,6 +162,9 @@ class SentencePieceTokenizer:
         self.vocab_size = given.vocab_size()
         pieces = {given.id_to_piece(i): i for i in range(self.vocab_size)}
         self.unk_id = given.unk_id()
+        # The processor reads an empty file without a word.
+        if self.unk_id < 0:
+            raise ValueError("a SentencePiece model has an unknown piece")
         self.pad_id = _first_id(given.pad_id(), pieces.get("<pad>"), self.unk_id)
         self.bos_id = _first_id(given.bos_id(), self.pad_id)
         self.eos_id = _first_id(given.eos_id(), self.bos_id)
