@@ -1,10 +1,12 @@
-"""Sequences whose length follows the tokens seen, at constant tokens per update.
+"""Sequences whose length changes with the tokens seen, while the tokens per update stay the same.
 
 Short sequences cost less attention and make early training steadier (sequence length warmup: Li et al. 2022, "The
-Stability-Efficiency Dilemma"); long ones may come last, or again and again (dataset decomposition: Pouransari et al.
-2024). Here the packed rows of T tokens are cut into T / length rows each: an update keeps its tokens, the data cursor
-its meaning, and the length follows from the tokens seen, so that there is nothing to save. The step compiles once for
-each length.
+Stability-Efficiency Dilemma"). Long ones may come last, or short and long ones in turn (dataset decomposition:
+Pouransari et al. 2024).
+
+Each packed row of T tokens is cut into T / length shorter rows. An update therefore keeps its number of tokens, and the
+data cursor keeps its meaning. The length follows from the tokens seen alone, so a checkpoint needs nothing more to
+resume it. The step is compiled once for each length.
 """
 
 from __future__ import annotations
@@ -17,21 +19,25 @@ from llmjax.train.steering.batch_schedule import parse_points
 
 @dataclasses.dataclass(frozen=True)
 class LengthSchedule:
-    """Points (tokens seen, length), the first at 0: each holds until the next, for the updates that begin there."""
+    """The length of rows as a function of the tokens seen.
+
+    points  (tokens seen, length), the first at 0 tokens seen. The length of a point holds for every update that begins
+            at or after it, until the next point is reached
+    """
 
     points: tuple[tuple[int, int], ...]
 
     def length(self, tokens_seen: int) -> int:
-        """The length of the rows in the update that begins after `tokens_seen` tokens."""
+        """The length, in tokens, of the rows in the update that begins after `tokens_seen` tokens."""
         return [length for start, length in self.points if start <= tokens_seen][-1]
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """All there are, ascending."""
+        """All lengths that the run uses, ascending and each once."""
         return tuple(sorted({length for _, length in self.points}))
 
     def describe(self) -> str:
-        """For example `128 tokens, 256 from 1,000,000 tokens seen on`."""
+        """The schedule in words: `128 tokens, 256 from 1,000,000 tokens seen on`."""
         (_, first), *others = self.points
         return ", ".join(
             [f"{first:,} tokens", *(f"{length:,} from {start:,} tokens seen on" for start, length in others)]
@@ -39,10 +45,16 @@ class LengthSchedule:
 
 
 def make_length_schedule(points: tuple[str, ...], seq_len: int, seq_shards: int = 1) -> LengthSchedule:
-    """The schedule of data.length_points, `TOKENS_SEEN:LENGTH` each; without any, whole rows of `seq_len`.
+    """Makes the schedule that the config asks for.
 
-    Lengths may come in any order. `seq_shards` is mesh.seq, over which each row is split. UserError for points that
-    cannot be read, go backwards in tokens seen, or do not cut a row into equal ones.
+    Args:
+      points: data.length_points, each `TOKENS_SEEN:LENGTH`. Lengths may grow or shrink. If there are none, rows always
+        have their whole length.
+      seq_len: T, the tokens of a packed row.
+      seq_shards: mesh.seq, the number of devices over which each row is split.
+
+    Raises `UserError` if a point cannot be read, if tokens seen do not grow, or if a length does not cut a row of T
+    tokens into equal rows that the devices can share equally.
     """
     if not points:
         return LengthSchedule(((0, seq_len),))
@@ -51,6 +63,7 @@ def make_length_schedule(points: tuple[str, ...], seq_len: int, seq_shards: int 
     for seen, length in parsed:
         if length in fitting:
             continue
+        # The remedy that the error names: the closest length that works, the shorter one of two equally close.
         near = min(fitting, key=lambda n: (abs(n - length), n))
         if length < 1 or seq_len % length:
             raise UserError(
