@@ -1,7 +1,4 @@
-"""From the lines of metrics.jsonl to the charts of a report: which curves, in which units, on which axes.
-
-A clock that restarts with a resumed run is made to run on.
-"""
+"""Makes charts of the lines of metrics.jsonl: chooses the curves, their units, and their positions on the axes."""
 
 import dataclasses
 import itertools
@@ -12,19 +9,30 @@ import numpy as np
 from llmjax.report import chart_axes, charts
 from llmjax.workdir.metrics import Metrics, column, layer_columns
 
+# The keys of a line that say where it lies on the horizontal axes.
 AXIS_KEYS = ("update", "tokens", "seconds")
-BATCH_KEYS = (
-    "accumulation_steps",
-    "noise_scale",
-)  # drawn together, in tokens, where there is more than one k
-COUNTED = ("dropped", "skipped")  # told in words
-VARYING = ("seq_len",)  # drawn only where it changes
-LAYERS_DRAWN = 32  # at most; of a deeper model, layers at even distances are drawn
+# Keys that share the chart of the batch (`batch_chart`) if there is one.
+BATCH_KEYS = ("accumulation_steps", "noise_scale")
+# Keys that are summed up in a sentence and not drawn.
+COUNTED = ("dropped", "skipped")
+# Keys that are drawn only if their value changes during the run.
+VARYING = ("seq_len",)
+# The most layers of a model that are drawn; of a deeper model, layers at even distances. A choice: more lines cannot be
+# told apart.
+LAYERS_DRAWN = 32
+# A held-out curve of at most this many points has a dot at each. A choice: more dots would touch one another.
+MOST_MARKERS = 30
+# A smoothed line is the mean over about a fortieth of the run. A choice: noise goes, and the shape of the curve stays.
+SMOOTHING_WINDOWS = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """How one key of the training lines is drawn; `scale` turns its unit into the one shown."""
+    """How one key of the training lines is drawn. The fields that are not listed are those of `charts.Chart`.
+
+    scale  values are multiplied by this to turn their unit into `unit`
+    noisy  whether the values are drawn faintly, with a smoothed line over them
+    """
 
     title: str
     unit: str
@@ -35,9 +43,10 @@ class Measure:
     whole: bool = False
     clip: bool = False
     suffix: str = ""
-    noisy: bool = False  # faint as it was, with a smoothed line
+    noisy: bool = False
 
 
+# The keys of training lines that are known, in the order of their charts.
 MEASURES = {
     "learning_rate": Measure("Learning rate", "", floor=0),
     "grad_norm": Measure("Gradient norm", "", floor=0, scales=True, clip=True, noisy=True),
@@ -49,8 +58,8 @@ MEASURES = {
     "mfu": Measure("FLOPs utilisation", "of peak", 100, floor=0, suffix="%", noisy=True),
 }
 
-
-LAYER_MEASURES = {  # of the lines of statistics: title and unit; the first two are shown, the others folded
+# The keys of the lines of statistics, with title and unit, in the order of their charts.
+LAYER_MEASURES = {
     "gradient_norm": ("Gradient norm by layer", ""),
     "residual_rms": ("Residual stream by layer", "RMS after the layer"),
     "attention_rms": ("Attention by layer", "RMS of its output"),
@@ -58,6 +67,7 @@ LAYER_MEASURES = {  # of the lines of statistics: title and unit; the first two 
     "parameter_norm": ("Parameter norm by layer", ""),
     "gradient_ratio": ("Gradient by parameter norm", ""),
 }
+# The charts of the first few keys are shown at once, the others only on a click.
 LAYERS_SHOWN = 2
 
 
@@ -66,7 +76,11 @@ LAYERS_SHOWN = 2
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """Where the lines of each kind stand on each horizontal axis, by its key, and these axes."""
+    """Where the lines of metrics.jsonl lie on the horizontal axes.
+
+    train, evaluate, statistics, events  for each kind of line: float [lines] for each key of an axis
+    axes                                 the axes, the one in updates first
+    """
 
     train: dict[str, np.ndarray]
     evaluate: dict[str, np.ndarray]
@@ -76,11 +90,11 @@ class Positions:
 
 
 def positions(metrics: Metrics) -> Positions:
-    """Positions on the clock of the training lines.
+    """Finds where all lines lie on the horizontal axes.
 
-    Other lines stand at the tokens and the time of the training line of their update; without training lines
-    the evaluations have the clock, and without those the statistics. An axis that not all its lines know is
-    left out.
+    Training lines know their updates, tokens and seconds. The other lines are placed by their updates among the
+    training lines. If there are no training lines, evaluations take their part, and statistics if there are no
+    evaluations either. There is no axis in tokens or time if one of these lines lacks that number.
     """
     lines = {
         "train": metrics.train,
@@ -89,11 +103,13 @@ def positions(metrics: Metrics) -> Positions:
         "events": metrics.events,
     }
     x = {kind: {"updates": column(records, "update")} for kind, records in lines.items()}
+    # The kind whose lines know where tokens and time stand.
     first = next((kind for kind, records in lines.items() if records), "train")
     for axis, key in (("tokens", "tokens"), ("time", "seconds")):
         values = column(lines[first], key)
         if len(values) and np.isfinite(values).all():
-            clock = _running_on(values)
+            clock = _without_restarts(values)
+            # Every run begins with nothing at update 0.
             known = np.append(0.0, x[first]["updates"]), np.append(0.0, clock)
             for kind, at in x.items():
                 at[axis] = clock if kind == first else np.interp(at["updates"], *known)
@@ -101,6 +117,7 @@ def positions(metrics: Metrics) -> Positions:
     high = {
         axis: float(max([0.0, *(at[axis].max() for at in measured if len(at[axis]))])) for axis in x[first]
     }
+    # An event after the last line is drawn at the end of the axis.
     x["events"] = {axis: np.minimum(at, high[axis]) for axis, at in x["events"].items()}
     axes = [chart_axes.Axis("updates", "updates", high["updates"], whole=True)]
     if "tokens" in high:
@@ -110,9 +127,10 @@ def positions(metrics: Metrics) -> Positions:
     return Positions(**x, axes=axes)
 
 
-def _running_on(clock: np.ndarray) -> np.ndarray:
-    """The clock with every step back replaced by no step, as for a resumed run that counts from 0 again."""
+def _without_restarts(clock: np.ndarray) -> np.ndarray:
+    """A clock, float [lines], that a resumed run set back, made to run on from where it stood: float [lines]."""
     steps = np.diff(clock, prepend=0.0)
+    # A clock that was set back counts from 0 again, so its new value is the time since then.
     return np.cumsum(np.where(steps < 0, np.maximum(clock, 0.0), steps))
 
 
@@ -120,9 +138,9 @@ def _running_on(clock: np.ndarray) -> np.ndarray:
 
 
 def loss_chart(metrics: Metrics) -> charts.Chart | None:
-    """Train loss, faint as it was and smoothed, with the held-out loss; None where there is neither.
+    """The chart of the train loss, raw and smoothed, and the held-out loss, with flags for events.
 
-    Events are marked.
+    None if there is neither loss.
     """
     x = positions(metrics)
     lines, note = [], ""
@@ -132,7 +150,8 @@ def loss_chart(metrics: Metrics) -> charts.Chart | None:
         lines += [charts.Curve("train", "raw", train_x, loss), smoothed]
     heldout_x, heldout = _present(metrics.evaluate, "loss", x.evaluate)
     if len(heldout):
-        lines.append(charts.Curve("held-out", "heldout", heldout_x, heldout, markers=len(heldout) <= 30))
+        markers = len(heldout) <= MOST_MARKERS
+        lines.append(charts.Curve("held-out", "heldout", heldout_x, heldout, markers=markers))
     if not lines:
         return None
     marks = tuple(
@@ -147,7 +166,7 @@ def loss_chart(metrics: Metrics) -> charts.Chart | None:
 
 
 def measure_charts(metrics: Metrics) -> tuple[list[charts.Chart], list[charts.Chart]]:
-    """The charts of the known measurements, and a chart for every other number that training lines hold."""
+    """Two lists of charts: of the known numbers in training lines (`MEASURES`), and of all other numbers in them."""
     train_x, batch = positions(metrics).train, batch_chart(metrics)
     constant = {key for key in VARYING if len({line[key] for line in metrics.train if key in line}) < 2}
     drawn = {*AXIS_KEYS, *COUNTED, *constant, "loss", *(BATCH_KEYS if batch else ())}
@@ -160,17 +179,22 @@ def measure_charts(metrics: Metrics) -> tuple[list[charts.Chart], list[charts.Ch
         for key in keys
         if key not in MEASURES
     ]
+    # The batch stands after learning rate and gradient norm.
     return known[:2] + ([batch] if batch else []) + known[2:], others
 
 
 def batch_chart(metrics: Metrics) -> charts.Chart | None:
-    """Tokens per update beside the gradient noise scale; None where the batch is constant and no noise was measured."""
+    """The chart of the tokens per update and of the gradient noise scale, in tokens both.
+
+    None if the batch is constant and no noise was measured, or if the tokens of the lines are not known.
+    """
     x = positions(metrics).train
     steps, noise = (column(metrics.train, key) for key in BATCH_KEYS)
     counts = np.unique(steps[np.isfinite(steps)])
     if "tokens" not in x or (len(counts) < 2 and not np.isfinite(noise).any()):
         return None
-    updates = np.diff(x["updates"], prepend=0.0)  # more than 1 where lines are missing
+    # Not every update has a line. The tokens between two lines are shared out among the updates between them.
+    updates = np.diff(x["updates"], prepend=0.0)
     tokens = np.diff(x["tokens"], prepend=0.0) / np.maximum(updates, 1.0)
     lines = [charts.Curve("batch", "train", x, tokens)]
     if np.isfinite(noise).any():
@@ -181,7 +205,7 @@ def batch_chart(metrics: Metrics) -> charts.Chart | None:
 
 
 def batch_changes(metrics: Metrics) -> list[tuple[float, float, float, str]]:
-    """(update, micro-steps before, micro-steps now, reason) of each update with another number of them."""
+    """Every change of the number of micro-steps: (update, micro-steps before, micro-steps from then on, reason)."""
     lines = [line for line in metrics.train if math.isfinite(line.get("accumulation_steps", math.nan))]
     return [
         (line["update"], last["accumulation_steps"], line["accumulation_steps"], line.get("reason", ""))
@@ -191,15 +215,20 @@ def batch_changes(metrics: Metrics) -> list[tuple[float, float, float, str]]:
 
 
 def layer_charts(metrics: Metrics) -> tuple[list[charts.Chart], list[charts.Chart]]:
-    """Charts with a line for each layer, coloured by depth: those that show gradients and activations, and others."""
+    """Two lists of charts with a line for each layer: those to show at once, and those to show on a click."""
     x = positions(metrics).statistics
     drawn = {key: _layer_chart(key, metrics.statistics, x) for key in LAYER_MEASURES}
-    shown = list(LAYER_MEASURES)[:LAYERS_SHOWN]
-    present = [(key in shown, chart) for key, chart in drawn.items() if chart]
-    return [chart for first, chart in present if first], [chart for first, chart in present if not first]
+    first = list(LAYER_MEASURES)[:LAYERS_SHOWN]
+    shown = [chart for key, chart in drawn.items() if chart and key in first]
+    return shown, [chart for key, chart in drawn.items() if chart and key not in first]
 
 
 def _layer_chart(key: str, records: list[dict], x: dict[str, np.ndarray]) -> charts.Chart | None:
+    """The chart of one key of the statistics, or None if no record has it.
+
+    It has a line for each layer, coloured by depth, and one for each block outside of the layers, such as the
+    embedding. The legend names only the first and the last layer.
+    """
     values = layer_columns(records, key)
     count = values.shape[1]
     if not count:
@@ -211,6 +240,7 @@ def _layer_chart(key: str, records: list[dict], x: dict[str, np.ndarray]) -> cha
         )
         for i in layers
     ]
+    # The blocks outside of the layers; a record that is not written as expected counts as having none.
     others = [record["other"] if isinstance(record.get("other"), dict) else {} for record in records]
     for block in sorted({name for other in others for name in other}):
         of_block = [other[block] if isinstance(other.get(block), dict) else {} for other in others]
@@ -224,6 +254,7 @@ def _layer_chart(key: str, records: list[dict], x: dict[str, np.ndarray]) -> cha
 def _measure_chart(
     key: str, measure: Measure, metrics: Metrics, train_x: dict[str, np.ndarray]
 ) -> charts.Chart:
+    """The chart of one number of the training lines, whose positions are `train_x`."""
     train_x, values = _present(metrics.train, key, train_x)
     values = measure.scale * values
     lines: tuple[charts.Curve, ...] = (
@@ -241,13 +272,16 @@ def _measure_chart(
 def _present(
     records: list[dict], key: str, x: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Positions and values of the records that have the key; what was not measured is no gap in the curve."""
+    """Positions and values of the records that have the key, float [records that have it] each.
+
+    Records without the key are left out, so that the curve has no gap where nothing was measured.
+    """
     has = np.array([isinstance(record.get(key), float) for record in records], dtype=bool)
     return {axis: positions[has] for axis, positions in x.items()}, column(records, key)[has]
 
 
 def _smoothed(values: np.ndarray, x: dict[str, np.ndarray]) -> tuple[charts.Curve, str]:
-    """The smoothed line, and the sentence that says how it was made."""
-    half = max(2, len(values) // 80)
+    """The smoothed line, and a sentence that says how it was made."""
+    half = max(2, len(values) // (2 * SMOOTHING_WINDOWS))
     note = f"The mean is centred over {2 * half + 1:,} updates."
     return charts.Curve("mean", "train", x, chart_axes.smooth(values, half)), note

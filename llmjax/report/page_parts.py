@@ -1,21 +1,21 @@
-"""The HTML of which the sections of the report are made: a section with its heading, and two kinds of tables."""
+"""Makes the HTML that the sections of the report have in common: headings, tables, and parts that fold."""
 
 import html
 import json
 
 
 def section(title: str, body: str) -> str:
-    """A section of the page under a heading, or nothing where `body` is empty. Both are HTML already."""
+    """A section of the page with a heading, or nothing if `body` is empty. `title` and `body` are HTML already."""
     return f"<section><h2>{title}</h2>\n{body}\n</section>" if body else ""
 
 
 def as_entries(value: object) -> dict[str, str]:
-    """A dict of summary.json with every key and value as text; empty where `value` is no dict."""
+    """A dict from summary.json with every key and value as text, or an empty dict if `value` is not a dict."""
     return {str(key): str(text) for key, text in value.items()} if isinstance(value, dict) else {}
 
 
 def entry_table(entries: dict[str, str]) -> str:
-    """A table with a row for each label and its text; nothing where there are no entries."""
+    """A table with a row for each label and its text, or nothing if there are no entries."""
     rows = "".join(
         f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(text)}</td></tr>'
         for key, text in entries.items()
@@ -24,12 +24,16 @@ def entry_table(entries: dict[str, str]) -> str:
 
 
 def figure_table(head: list[str], rows: list[list[str]], words: int = 0) -> str:
-    """A table of numbers under the names in `head`. The last `words` columns hold text and are set to the left."""
+    """A table of numbers, set to the right, under the names in `head`.
+
+    The last `words` columns hold text and are set to the left.
+    """
 
     def cells(tag: str, texts: list[str]) -> str:
-        at = len(texts) - words
+        """The cells of a row. `tag` is the name of the element, and may have attributes."""
+        first_text_column = len(texts) - words
         return "".join(
-            f"<{tag}{' class=words' * (i >= at)}>{html.escape(text)}</{tag.split()[0]}>"
+            f"<{tag}{' class=words' * (i >= first_text_column)}>{html.escape(text)}</{tag.split()[0]}>"
             for i, text in enumerate(texts)
         )
 
@@ -42,12 +46,15 @@ def figure_table(head: list[str], rows: list[list[str]], words: int = 0) -> str:
 
 
 def folded(summary: str, body: str) -> str:
-    """`body` folded under a line that opens it on a click."""
+    """HTML that shows only the line `summary`, and `body` after a click on it."""
     return f"<details><summary>{summary}</summary>{body}</details>"
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, str]:
-    """Nested keys joined by dots, and values as JSON. Text stands without its quotes, unless it is empty."""
+    """A nested dict as a flat one: keys joined by dots, values written as JSON.
+
+    Text has no quotes, except empty text, which would be invisible without them. `prefix` comes before every key.
+    """
     flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

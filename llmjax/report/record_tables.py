@@ -9,12 +9,15 @@ from llmjax.report.results import FEW_DIGITS
 from llmjax.report.run_files import Run
 from llmjax.workdir.metrics import Metrics, column
 
-# A table of more rows than this is folded, so that it fills no screen by itself.
+# A table of more rows than this is folded. A choice: about half a screen.
 LONG = 12
 
 
 def draw_evaluations(run: Run) -> str:
-    """A row for each evaluation. Scores come first; further columns show whatever else was measured."""
+    """The section with a row for each evaluation, or nothing if there are none.
+
+    The scores are the first columns after update and tokens. All other numbers of the evaluations follow.
+    """
     lines = run.metrics.evaluate
     if not lines:
         return ""
@@ -40,7 +43,7 @@ def draw_evaluations(run: Run) -> str:
 
 
 def draw_events(metrics: Metrics) -> str:
-    """The events of the run, how much was dropped and skipped in all, and each change of the batch."""
+    """The section about events: what happened, how much was dropped and skipped, and each change of the batch size."""
     counts = {key: float(np.nansum(column(metrics.train, key))) for key in curves.COUNTED}
     words = {"dropped": "micro-step{} dropped", "skipped": "update{} skipped"}
     said = [f"{count:,.0f} {words[key].format('s' * (count != 1))}" for key, count in counts.items() if count]

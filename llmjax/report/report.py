@@ -1,8 +1,9 @@
 """Writes report.html: a run as one self-contained page that can be sent to a colleague as it is.
 
-The page is made from the files of a workdir alone, so it can be written while a run is going, after it was
-killed, or years later on a machine without jax. It loads nothing: style, script and curves are inside, and a
-content security policy forbids the rest. Without JavaScript only the values under the pointer are lost.
+The page is made from the files of a workdir alone, so it can be written while a run is going, after it was killed, or
+years later on a machine without jax. It loads nothing from elsewhere: style, script and curves are in the page, and a
+content security policy forbids everything else. A browser without JavaScript shows all of it except the values under
+the pointer and the buttons that copy commands.
 """
 
 import html
@@ -12,7 +13,7 @@ from collections.abc import Callable
 
 from llmjax.files import write_atomically
 from llmjax.quantities import format_duration, format_number
-from llmjax.report import chart_axes, charts, curves, probe_charts
+from llmjax.report import chart_axes, chart_drawing, charts, curves, probe_charts
 from llmjax.report.page_parts import as_entries, entry_table, flatten, folded, section
 from llmjax.report.record_tables import draw_evaluations, draw_events
 from llmjax.report.results import draw_tiles
@@ -20,16 +21,17 @@ from llmjax.report.run_files import Run, read_run
 from llmjax.workdir import samples
 from llmjax.workdir.metrics import number
 
+# The content security policy: no source is allowed except the style and the script in the page itself.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-# Rounds of samples in the page besides the newest. Each is folded, and a long run samples hundreds of times.
+# The rounds of samples in the page besides the newest. A choice: a long run samples hundreds of times.
 EARLIER_SAMPLES = 10
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `workdir`/report.html from config.json, metrics.jsonl, summary.json, probes.json and samples.jsonl.
 
-    A file that does not exist leaves its section out; a file that cannot be read is named on the page. The page
-    replaces an older one in one step, so a reader never sees half of it.
+    A file that does not exist has no section on the page. A file that cannot be read is named on the page. An older
+    page is replaced in one step, so a reader never sees half a page. Returns the path of the page.
     """
     path = pathlib.Path(workdir) / "report.html"
     page = make_page(read_run(pathlib.Path(workdir)))
@@ -44,7 +46,7 @@ def make_page(run: Run) -> str:
     title = _title(run)
     sections = [_draw(source, draw, run) for draw, source in SECTIONS.items()]
     subtitle = _draw("metrics.jsonl", _subtitle, run)
-    # Sections add to the troubles while they are drawn, so that these are written out last.
+    # This comes after all sections, because sections add to the troubles while they are drawn.
     troubles = "".join(f'<p class="trouble">{html.escape(trouble)}</p>' for trouble in run.troubles)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -59,12 +61,16 @@ def make_page(run: Run) -> str:
 
 
 def _title(run: Run) -> str:
+    """The title in summary.json, or the name of the workdir if there is none."""
     title = run.summary.get("title")
     return title if isinstance(title, str) and title else run.name
 
 
 def _draw(source: str, draw: Callable[[Run], str], run: Run) -> str:
-    """`draw(run)`, or nothing where the file `source` holds values of unexpected kinds; then the page says so."""
+    """`draw(run)`, or nothing if it fails because the file `source` holds values of unexpected kinds.
+
+    A failure is added to the troubles of the run, which the page lists.
+    """
     try:
         return draw(run)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -79,8 +85,9 @@ def _subtitle(run: Run) -> str:
     high = {axis.key: axis.high for axis in curves.positions(run.metrics).axes}
     config = run.config.get("train")
     planned = number(config.get("num_updates")) if isinstance(config, dict) else None
-    of = f" of {planned:,.0f}" if planned and planned > high["updates"] else ""
-    parts = [f"{high['updates']:,.0f}{of} update{'s' * (high['updates'] != 1 or bool(of))}"]
+    of_planned = f" of {planned:,.0f}" if planned and planned > high["updates"] else ""
+    plural = "s" * (high["updates"] != 1 or bool(of_planned))
+    parts = [f"{high['updates']:,.0f}{of_planned} update{plural}"]
     if "tokens" in high:
         parts.append(f"{format_number(high['tokens'])} tokens")
     if "time" in high:
@@ -89,11 +96,12 @@ def _subtitle(run: Run) -> str:
 
 
 def _plan(run: Run) -> str:
+    """What the planner said before the run: memory, time and the like."""
     return section("Plan", entry_table(as_entries(run.summary.get("plan"))))
 
 
 def _curves(run: Run) -> str:
-    """All charts, below the switches that choose their axes."""
+    """The charts of metrics.jsonl, below the switches that choose their axes."""
     loss = curves.loss_chart(run.metrics)
     known, others = curves.measure_charts(run.metrics)
     layers, more_layers = curves.layer_charts(run.metrics)
@@ -104,10 +112,10 @@ def _curves(run: Run) -> str:
     for title, more in (("layers", more_layers), ("measurements", others)):
         if more:
             grid += "\n" + folded(f"More {title} ({len(more)})", _grid(more, axes))
-    if max(len(run.metrics.train), len(run.metrics.evaluate)) > charts.POINTS_NARROW:
+    if max(len(run.metrics.train), len(run.metrics.evaluate)) > chart_drawing.POINTS_NARROW:
         grid += (
-            f'<p class="note">Curves of more than {charts.POINTS_WIDE:,} points '
-            f"({charts.POINTS_NARROW:,} in a narrow chart) are thinned to the lowest and "
+            f'<p class="note">Curves of more than {chart_drawing.POINTS_WIDE:,} points '
+            f"({chart_drawing.POINTS_NARROW:,} in a narrow chart) are thinned to the lowest and "
             "the highest value among neighbours: no spike is lost.</p>"
         )
     names = {"updates": "Updates", "tokens": "Tokens", "time": "Time"}
@@ -117,11 +125,19 @@ def _curves(run: Run) -> str:
 
 
 def _grid(drawn: list[charts.Chart], axes: list[chart_axes.Axis]) -> str:
-    return '<div class="grid">\n' + "\n".join(charts.draw_chart(chart, axes) for chart in drawn) + "\n</div>"
+    """Charts side by side, as many in a row as the screen has room for."""
+    return (
+        '<div class="grid">\n'
+        + "\n".join(chart_drawing.draw_chart(chart, axes) for chart in drawn)
+        + "\n</div>"
+    )
 
 
 def _switch(legend: str, name: str, choices: list[tuple[str, str]]) -> str:
-    """Radio buttons; the style sheet shows the drawings that belong to the checked button."""
+    """A group of radio buttons for `choices` of (key, text). The first is checked.
+
+    The style sheet shows the drawings that belong to the checked button, so that no script is needed.
+    """
     buttons = "".join(
         f'<label><input type="radio" name="{name}" id="{name}-{key}"{" checked" * (i == 0)}>'
         f"<span>{text}</span></label>"
@@ -131,8 +147,8 @@ def _switch(legend: str, name: str, choices: list[tuple[str, str]]) -> str:
 
 
 def _probes(run: Run) -> str:
-    """Curves and grids of the probes of long context."""
-    drawn = [charts.draw_chart(chart, [axis]) for chart, axis in probe_charts.curve_charts(run.probes)]
+    """The curves and grids of the probes of long context."""
+    drawn = [chart_drawing.draw_chart(chart, [axis]) for chart, axis in probe_charts.curve_charts(run.probes)]
     drawn += probe_charts.grid_figures(run.probes)
     update = number(run.probes.get("update"))
     when = f'<p class="note">After update {update:,.0f}.</p>' if drawn and update is not None else ""
@@ -158,6 +174,7 @@ def _samples(run: Run) -> str:
 
 
 def _sample(sample: samples.Sample) -> str:
+    """The prompt and the continuation. `dir="auto"` lets the browser find out which way the text runs."""
     parts = {"prompt": sample.prompt, "continuation": sample.text}
     return "".join(
         f'<h4>{name}</h4><pre dir="auto">{html.escape(text)}</pre>' for name, text in parts.items()
@@ -165,7 +182,7 @@ def _sample(sample: samples.Sample) -> str:
 
 
 def _commands(run: Run) -> str:
-    """The shell commands that go on from the run."""
+    """The shell commands with which to go on from the run, for example to generate text."""
     items = "".join(
         f'<div class="command"><h3>{html.escape(label)}</h3>'
         f"<pre><code>{html.escape(command)}</code></pre></div>"
@@ -175,9 +192,10 @@ def _commands(run: Run) -> str:
 
 
 def _configuration(run: Run) -> str:
-    """The resolved configuration, folded, as a table for each of its sections."""
+    """The resolved configuration as a table for each of its sections, folded."""
     if not run.config:
         return ""
+    # Keys outside of all sections make a first table without a heading.
     alone = {key: value for key, value in run.config.items() if not isinstance(value, dict)}
     tables_of = {"": alone} | {key: value for key, value in run.config.items() if isinstance(value, dict)}
     tables = "".join(

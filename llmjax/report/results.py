@@ -13,13 +13,15 @@ from llmjax.workdir.metrics import column
 
 # (label, value, note under the value)
 Tile = tuple[str, str, str]
-# Scores that are told with more digits than this are shown with three, as a loss is; others are shortened.
+# A score with more decimals than this (`Score.digits`) is shown with a fixed number of decimals, as a loss is. Others
+# are shortened to four significant digits.
 FEW_DIGITS = 2
 
 
 def draw_tiles(run: Run) -> str:
-    """The tiles as HTML, or nothing where there are no results yet."""
+    """The tiles as HTML, or nothing if there are no results yet."""
     results = as_entries(run.summary.get("results"))
+    # How well common compressors do on the held-out text, for comparison.
     compressors = {
         label: text for label, text in results.items() if re.search(r"\b(gzip|xz)\b", label.lower())
     }
@@ -40,7 +42,7 @@ def draw_tiles(run: Run) -> str:
 
 
 def _speed_tiles(run: Run) -> list[Tile]:
-    """The median tokens per second, with the share of the device's peak where that is known."""
+    """A tile with the median tokens per second, and with the share of the device's peak FLOP/s if it is known."""
     speed = column(run.metrics.train, "tokens_per_second")
     speed = speed[np.isfinite(speed)]
     if not speed.size:
@@ -52,7 +54,7 @@ def _speed_tiles(run: Run) -> list[Tile]:
 
 
 def _quality_tiles(run: Run, compressors: dict[str, str]) -> list[Tile]:
-    """A tile for each score of the last evaluation; the train loss where nothing was evaluated."""
+    """A tile for each score of the last evaluation, or one for the train loss if nothing was evaluated."""
     evaluate = run.metrics.evaluate
     if evaluate and run.scores and evaluate[-1].get(run.scores[0].name) is not None:
         others = [score for score in run.scores[1:] if evaluate[-1].get(score.name) is not None]
@@ -66,7 +68,10 @@ def _quality_tiles(run: Run, compressors: dict[str, str]) -> list[Tile]:
 
 
 def _first_score_tile(run: Run) -> Tile:
-    """The score that chooses the best checkpoint: its last value, and its best where that came earlier."""
+    """A tile for the main score, by which the best checkpoint is chosen.
+
+    It has the last value and, if an earlier one was better, a note with the best value.
+    """
     evaluate, score = run.metrics.evaluate, run.scores[0]
     values = column(evaluate, score.name)
     finite = np.flatnonzero(np.isfinite(values))
@@ -78,7 +83,11 @@ def _first_score_tile(run: Run) -> Tile:
 
 
 def _score_tile(score: Score, value: float, compressors: dict[str, str]) -> Tile:
-    """A further score. Compressors that were measured by the same score stand beside it: `gzip 1.83 · xz 1.62`."""
+    """A tile for a score other than the first, with its value in the last evaluation.
+
+    If compressors were measured by the same score, they are the note: `gzip 1.83 · xz 1.62`.
+    """
+    # The label of the score within a compressor's label or text, which the note leaves out.
     pattern = rf"[,:]? *{re.escape(score.label)}"
     comparable = any(re.search(pattern, f"{label} {text}", re.I) for label, text in compressors.items())
     beside = " · ".join(
@@ -91,4 +100,5 @@ def _score_tile(score: Score, value: float, compressors: dict[str, str]) -> Tile
 
 
 def _title(score: Score) -> str:
+    """The label with a capital letter. `str.capitalize` would make the other letters small."""
     return score.label[:1].upper() + score.label[1:]

@@ -9,7 +9,7 @@ from llmjax.workdir import samples
 from llmjax.workdir.metrics import Metrics, read_metrics
 from llmjax.workdir.samples import Sample, read_samples
 
-# The keys of an evaluation in metrics.jsonl that are no scores.
+# The keys of an evaluation in metrics.jsonl that are not scores.
 NO_SCORES = ("update", "tokens", "seconds", "kind")
 
 
@@ -17,14 +17,14 @@ NO_SCORES = ("update", "tokens", "seconds", "kind")
 class Run:
     """What a workdir says about its run.
 
-    name      of the workdir
-    config    the resolved config, empty where there is none
+    name      the name of the workdir
+    config    the resolved config, from config.json; empty if there is none
     metrics   the lines of metrics.jsonl
-    summary   title, plan, results and commands, written at the end of training
+    summary   title, plan, results and commands from summary.json, which the end of training writes
     samples   the texts that the run sampled, the newest last
     troubles  one sentence for each file that exists and cannot be read or shown
-    probes    the results of the probes of long context
-    scores    what the figures of an evaluation are
+    probes    the results of the probes of long context, from probes.json
+    scores    the names, units and directions of the scores of an evaluation, the main score first
     """
 
     name: str
@@ -38,7 +38,7 @@ class Run:
 
 
 def read_run(workdir: pathlib.Path) -> Run:
-    """Reads all files of `workdir` that the report shows."""
+    """Reads all files of `workdir` that the report shows. A missing or damaged file raises no error."""
     troubles: list[str] = []
     metrics = read_metrics(workdir / "metrics.jsonl")
     if metrics.unreadable:
@@ -52,6 +52,7 @@ def read_run(workdir: pathlib.Path) -> Run:
 
 
 def _read_samples(workdir: pathlib.Path, troubles: list[str]) -> list[Sample]:
+    """The sampled texts, with a sentence added to `troubles` about lines that cannot be read."""
     texts, unreadable = read_samples(workdir)
     if unreadable:
         troubles.append(f"{samples.FILE}: {unreadable:,} unreadable lines were left out.")
@@ -61,7 +62,7 @@ def _read_samples(workdir: pathlib.Path, troubles: list[str]) -> list[Sample]:
 
 
 def _scores_without_a_file(metrics: Metrics) -> tuple[Score, ...]:
-    """Scores for a workdir without scores.json, which older versions did not write: the last evaluation's keys."""
+    """Scores made of the keys of the last evaluation, for a workdir of an older version, which wrote no scores.json."""
     line = metrics.evaluate[-1] if metrics.evaluate else {}
     names = [key for key, value in line.items() if isinstance(value, float) and key not in NO_SCORES]
     loss = Score("loss", "held-out loss", "nats per token")
@@ -69,7 +70,10 @@ def _scores_without_a_file(metrics: Metrics) -> tuple[Score, ...]:
 
 
 def _read_dict(path: pathlib.Path, troubles: list[str]) -> dict:
-    """The JSON object in a file; empty, with a sentence added to `troubles`, where the file holds none."""
+    """The JSON object in a file, or an empty dict if there is no such file.
+
+    If the file holds no JSON object, the dict is empty too and a sentence is added to `troubles`.
+    """
     if not path.exists():
         return {}
     try:
