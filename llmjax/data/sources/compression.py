@@ -1,7 +1,8 @@
-"""Compressed files as plain bytes: gzip, Zstandard, bzip2 and xz, of one or several members.
+"""Reads files that are compressed with gzip, Zstandard, bzip2 or xz.
 
-What is cut short, or followed by bytes that are none of its own, is an error. The first bytes of a file say how it is
-compressed; where they say nothing and the suffix of its name promises something, the file is damaged.
+A compressed file may consist of several members, each compressed by itself, one after the other. A file that ends too
+early is an error, and so are bytes after the last member that do not belong to it. The first bytes of a file say how it
+is compressed. If its name has the suffix of a compression and its first bytes do not, the file is damaged.
 """
 
 from __future__ import annotations
@@ -22,23 +23,36 @@ from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import Reading, ReadStats
 from llmjax.errors import UserError
 
+# Unpacked bytes that are held in a buffer. A choice.
 _BUFFER = 1 << 20
-# What every compressed file may unpack to, however small it is.
+# Compressed bytes that are read at once. A choice.
+_BLOCK = 1 << 16
+# Bytes to which every compressed file may unpack, however small it is. A choice: they do no harm, and a few hundred
+# bytes can well be a long row of spaces.
 FREE_BYTES = 1 << 24
-# The largest window that Zstandard has.
+# The largest window that the Zstandard library accepts. Files of `zstd --long=31` need it.
 _WINDOW = 1 << 31
-# First bytes -> what a file is that holds others, or is compressed by a program that is not known here.
+# The magic numbers of Zstandard frames (RFC 8878, section 3.1): of a frame with content, and of a frame to skip, whose
+# last four bits are free.
+_FRAME, _SKIPPABLE_FRAME = 0xFD2FB528, 0x184D2A50
+# First bytes -> the kind of a file that is not text and that cannot be unpacked here.
 _ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!": "a rar archive",
              b"\x04\x22\x4d\x18": "an lz4 file", b"%PDF-": "a PDF"}  # fmt: skip
 
 
 @contextlib.contextmanager
 def open_unpacked(file: SourceFile, reading: Reading, stats: ReadStats) -> Iterator[io.BufferedReader]:
-    """The file's uncompressed bytes; reading advances `stats.bytes_read` by bytes on disk. `UserError` for damage."""
+    """Opens a file as a stream of its uncompressed bytes. A file that is not compressed is opened as it is.
+
+    Reading the stream increases `stats.bytes_read` by the bytes that were read from the disk. `UserError` is raised,
+    also later while the stream is read, if the file is damaged, is an archive, needs a package that is not installed,
+    or unpacks to more than `reading.max_expansion` allows.
+    """
     with open(file.path, "rb") as start:
         head = start.read(16)
     suffix = os.path.splitext(file.path)[1].lower()
     known = [name for name, (magic, _) in COMPRESSIONS.items() if re.match(magic, head)]
+    # The content decides; the suffix counts only for a file whose first bytes say nothing.
     name = next(iter(known), suffix if suffix in COMPRESSIONS else "")
     errors: tuple[type[Exception], ...] = (
         OSError,
@@ -57,8 +71,10 @@ def open_unpacked(file: SourceFile, reading: Reading, stats: ReadStats) -> Itera
                 limit = max(FREE_BYTES, reading.max_expansion * file.size)
                 raw = stack.enter_context(_Limited(unpack(raw), file, reading, limit))
             stream = stack.enter_context(io.BufferedReader(raw, _BUFFER))
+            # An archive may be compressed, so this looks at the unpacked bytes.
             refuse_archives(stream.peek(512), file)
             yield stream
+    # What the caller does with the stream may raise here, too, and a `UserError` has its sentence already.
     except UserError:
         raise
     except errors as error:
@@ -69,8 +85,9 @@ def open_unpacked(file: SourceFile, reading: Reading, stats: ReadStats) -> Itera
 
 
 def refuse_archives(head: bytes, file: SourceFile) -> None:
-    """Raises `UserError` where the first bytes are of a format that holds no text as it is."""
+    """Raises `UserError` if the first bytes of a file show that it is an archive, or another file that is not text."""
     kinds = [kind for magic, kind in _ARCHIVES.items() if head.startswith(magic)]
+    # The first bytes of a tar archive are a file name.
     kinds += ["a tar archive"] if head[257:262] == b"ustar" else []
     if kinds:
         raise UserError(
@@ -92,7 +109,7 @@ class _CountingFile(io.FileIO):
 
 
 class _Limited(io.RawIOBase):
-    """What `inner` reads, up to a limit, beyond which it raises `UserError`."""
+    """A stream of what `inner` reads. It raises `UserError` after more than `limit` bytes."""
 
     def __init__(self, inner: Any, file: SourceFile, reading: Reading, limit: int):
         self._inner, self._file, self._reading, self._left = inner, file, reading, limit
@@ -105,41 +122,50 @@ class _Limited(io.RawIOBase):
         buffer[: len(data)] = data
         self._left -= len(data)
         if self._left < 0:
+            most = self._reading.max_expansion
             raise UserError(
-                f"data.max_expansion={self._reading.max_expansion} and {self._file.path!r} of {self._file.size:,} "
-                "bytes unpacks to more than so many times its size: raise data.max_expansion if it is what it "
-                "should be, or remove the file."
+                f"data.max_expansion={most} and {self._file.path!r} of {self._file.size:,} bytes unpacks to more "
+                f"than {most} times its size: raise data.max_expansion if the file is in order, or remove the file."
             )
         return len(data)
 
 
 class _Members:
-    """Members one after the other, each read by a decompressor of its own.
+    """Reads compressed members that lie one after the other, each with a decompressor of its own.
 
-    `make` gives one with `decompress(data, max_length)`, `eof`, `needs_input` and `unused_data`. Bytes of `padding` may
-    lie between members.
+    raw      the stream of compressed bytes
+    make     makes a decompressor as the modules bz2 and lzma have it, with `decompress(data, max_length)`, `eof`,
+             `needs_input` and `unused_data`
+    padding  bytes that may lie between members and are passed over
     """
 
     def __init__(self, raw: io.RawIOBase, make: Callable[[], Any], padding: bytes):
         self._raw, self._make, self._padding = raw, make, padding
+        # The decompressor of the member that is being read, and compressed bytes that it has not had yet.
         self._member, self._rest = make(), b""
 
     def read(self, size: int) -> bytes:
+        """The next bytes, `size` at most; none at the end. Raises EOFError if the last member is cut short."""
         while True:
             if self._member.eof:
+                # What the finished member did not use is the beginning of the next one, after the padding.
                 rest = self._member.unused_data
                 while not (rest := rest.lstrip(self._padding)):
-                    if not (rest := self._raw.read(1 << 16) or b""):
+                    if not (rest := self._raw.read(_BLOCK) or b""):
                         return b""
                 self._member, self._rest = self._make(), rest
             elif self._member.needs_input and not self._rest:
-                self._rest = self._raw.read(1 << 16) or b""
+                self._rest = self._raw.read(_BLOCK) or b""
                 if not self._rest:
                     raise EOFError("it is cut short")
             data = self._member.decompress(self._rest, size)
             self._rest = b""
+            # A member may need more input before it has output, and no bytes would mean the end.
             if data:
                 return data
+
+
+# Each of the following returns a function that turns a stream of compressed bytes into an object with `read(size)`.
 
 
 def _gzip(file: SourceFile) -> Callable[[io.RawIOBase], Any]:
@@ -177,10 +203,10 @@ def _zstandard_errors() -> tuple[type[Exception], ...]:
 
 
 def _check_frames(path: str) -> None:
-    """Raises EOFError or OSError unless the file is a row of whole frames (RFC 8878).
+    """Raises EOFError or OSError unless the file consists of whole Zstandard frames (RFC 8878).
 
-    The library reads a frame that is cut short as if it ended there. Frames consist of blocks that say how long they
-    are, and nothing is unpacked to see whether all of them are there.
+    The library accepts a frame that is cut short as if it ended there, so this function looks for the end of each
+    frame. It only reads the lengths that frames and blocks begin with, and unpacks nothing.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -189,12 +215,13 @@ def _check_frames(path: str) -> None:
             file.seek(at)
             head = file.read(18)
             (magic,) = struct.unpack("<I", head[:4].ljust(4, b"\0"))
-            if magic & 0xFFFFFFF0 == 0x184D2A50:  # a frame to skip, which says its length
+            if magic & 0xFFFFFFF0 == _SKIPPABLE_FRAME:
+                # Such a frame has its length after the magic number. A length that is missing counts as too long.
                 at += 8 + struct.unpack("<I", head[4:8].ljust(4, b"\xff"))[0]
                 continue
-            if len(head) < 4 or magic != 0xFD2FB528:
-                # The beginning of the first four bytes is a cut, anything else was never part of the file.
-                cut = struct.pack("<I", 0xFD2FB528).startswith(head)
+            if len(head) < 4 or magic != _FRAME:
+                # A beginning of the magic number is the start of a frame that is cut short. Other bytes are foreign.
+                cut = struct.pack("<I", _FRAME).startswith(head)
                 raise (
                     EOFError("it is cut short")
                     if cut
@@ -202,10 +229,14 @@ def _check_frames(path: str) -> None:
                 )
             if len(head) < 6:
                 raise EOFError("it is cut short")
+            # The frame header (section 3.1.1.1): flags, window size (unless the frame is a single segment), dictionary
+            # ID, content size.
             flags = head[4]
             single, checksum = flags >> 5 & 1, flags >> 2 & 1
             content_size = (1 if single else 0, 2, 4, 8)[flags >> 6]
             at += 5 + (not single) + (0, 1, 2, 4)[flags & 3] + content_size
+            # The blocks (section 3.1.1.2). Each has a header of 3 bytes: 1 bit for the last block, 2 bits for the kind,
+            # and the length. A block of kind 1 is one byte that is repeated.
             last = False
             while not last:
                 file.seek(at)
@@ -216,6 +247,7 @@ def _check_frames(path: str) -> None:
                 last, kind, length = bool(word & 1), word >> 1 & 3, word >> 3
                 at += 3 + (1 if kind == 1 else length)
             at += 4 * checksum
+        # To seek beyond the end of a file is no error, so a cut within the last block or checksum shows only here.
         if at > size:
             raise EOFError("it is cut short")
 
@@ -228,7 +260,7 @@ def missing_package(file: SourceFile, package: str) -> UserError:
     )
 
 
-# Suffix -> a pattern of the first bytes of every such file, and what unpacks it.
+# Suffix -> a pattern of the first bytes of every such file, and the function that unpacks it.
 COMPRESSIONS: dict[str, tuple[bytes, Callable[[SourceFile], Callable[[io.RawIOBase], Any]]]] = {
     ".gz": (rb"\x1f\x8b", _gzip),
     ".zst": (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", _zstandard),

@@ -1,4 +1,5 @@
-"""Bytes to text: other encodings than UTF-8, what is done about bytes that are none, and a guess at what they are."""
+"""Turns bytes into text: reads other encodings than UTF-8, deals with bytes that do not belong to the encoding, and
+guesses the encoding of such a file for the error message."""
 
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ from llmjax.data.sources.reading import BAD_TEXT, Reading, ReadStats
 from llmjax.errors import UserError
 from llmjax.names import plain_name
 
-# Bytes that a guess looks at.
+# How many bytes a guess looks at. A choice: enough text to tell languages apart.
 _SAMPLE = 1 << 16
+# The bytes that are converted at once. A choice: large enough to be fast.
 _CHUNK = 1 << 20
-# What a byte that the encoding does not know becomes on the way to UTF-8: a byte that UTF-8 does not know either.
+# A byte that does not belong to the encoding becomes this character, which `_AsUTF8` writes as the byte 0xff. UTF-8
+# has no such byte either, so the reader of the document finds it and obeys data.on_bad_text.
 _UNKNOWN = "\udcff"
 codecs.register_error("llmjax_unknown", lambda error: (_UNKNOWN, error.end))  # type: ignore[attr-defined]
 
-# Encoding -> characters that make up much of any text that is written in it.
+# Encoding -> the most frequent characters of the languages that are written in it. They make up much of any text.
 _CANDIDATES = {
     "gb18030": "的一是不了人我在有他这为之大来以个中上们到说国和地也子时道出而要于就下得可你年生，。、：“”",
     "big5": "的一是不了人我在有他這為之大來以個中上們到說國和地也子時道出而要於就下得可你年生，。、：「」",
@@ -28,17 +31,28 @@ _CANDIDATES = {
     "euc_jp": "のにはをたがでてとしれさあいうかくこすそなまもらりるんー、。「」ッアイスト",
     "euc_kr": "이다는을를의에가하고지은도로한그나사기어자리서아라인대니만해",
 }
-# Of the characters that are not ASCII, the share that must be common for a guess.
+# A guess needs at least this share of frequent characters among those that are not ASCII. A choice: text in the right
+# encoding has about twice as many, and text in a wrong one hardly any.
 _COMMON = 0.2
-# The same for languages with a few letters beside those of ASCII, which other encodings have in the same places.
+# The same for western Europe, whose languages have only a few letters beside ASCII. Other encodings have letters in the
+# same places, so nearly all characters must be among these. A choice.
 _LATIN, _LATIN_LETTERS, _LATIN_COMMON = "cp1252", "éèàêçôùâîûëïüöäßñáíóúãõåæøÉÀÖÄÜ’‘“”–—…«»°", 0.9
-# Bytes that are not ASCII, below which charset-normalizer has too little to go by.
+# With fewer bytes than this that are not ASCII, charset-normalizer would guess at random. A choice.
 _ENOUGH = 8
+# UTF-8 with a few damaged places has at least this many good characters beyond ASCII for each bad one. Text of another
+# encoding that is read as UTF-8 is mostly bad. A choice.
+_GOOD_PER_BAD = 10
+# The longest character of any encoding, in bytes.
+_LONGEST_CHARACTER = 4
 
 
 @contextlib.contextmanager
 def open_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Iterator[io.BufferedReader]:
-    """The file's text as UTF-8, unpacked. Where `reading.encoding` is UTF-8 its bytes are given as they are."""
+    """Opens a file as a stream of its text in UTF-8, without its compression.
+
+    If `reading.encoding` is UTF-8, these are the bytes of the file, unchecked. Raises `UserError` for damage, see
+    `open_unpacked`, and, while reading, for bytes that do not belong to another encoding.
+    """
     with open_unpacked(file, reading, stats) as stream:
         if reading.is_utf8:
             yield stream
@@ -47,10 +61,10 @@ def open_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Iterator[
 
 
 class _AsUTF8(io.RawIOBase):
-    """A stream of text in another encoding as UTF-8.
+    """A stream that converts another stream from `reading.encoding` to UTF-8.
 
-    Bytes that are not of the encoding raise `UserError`, or become a byte that is not UTF-8, so that whoever reads the
-    document does with it what `data.on_bad_text` says.
+    A byte that does not belong to the encoding raises `UserError` if `data.on_bad_text` is `error`. Otherwise it
+    becomes a byte that is not UTF-8, so that the reader of the document skips or replaces it.
     """
 
     def __init__(self, stream: io.BufferedReader, file: SourceFile, reading: Reading):
@@ -58,12 +72,14 @@ class _AsUTF8(io.RawIOBase):
         self._decoder = codecs.getincrementaldecoder(reading.encoding)(
             "strict" if reading.on_bad_text == "error" else "llmjax_unknown"
         )
+        # Bytes of the other encoding that were decoded, UTF-8 that waits to be read, and whether the stream has ended.
         self._consumed, self._ready, self._ended = 0, memoryview(b""), False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
+        # A chunk may hold no whole character. To return 0 would mean the end.
         while not self._ready and not self._ended:
             data = self._stream.read(_CHUNK)
             self._ended = not data
@@ -73,6 +89,8 @@ class _AsUTF8(io.RawIOBase):
         return count
 
     def _decode(self, data: bytes) -> bytes:
+        """The next bytes of the stream in UTF-8."""
+        # Bytes of a character that the last chunk cut in two, if the codec keeps them as bytes.
         pending = self._decoder.getstate()[0]
         try:
             text = self._decoder.decode(data, final=self._ended)
@@ -86,14 +104,26 @@ class _AsUTF8(io.RawIOBase):
         self._consumed += len(data)
         try:
             return text.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:  # a codec of escapes can spell half of a surrogate pair
+        except UnicodeEncodeError:
+            # A codec with escapes can spell half of a surrogate pair, which becomes bytes that are not UTF-8.
             return text.encode("utf-8", "surrogatepass")
 
 
 def decode(
     data: bytes, file: SourceFile, reading: Reading, stats: ReadStats, where: str, offset: int
 ) -> str | None:
-    """UTF-8 to text; None where the document is to be left out. `data` begins at `offset` of its file."""
+    """Decodes UTF-8, and deals with other bytes as `reading.on_bad_text` says.
+
+    Args:
+      data: the bytes of a field or a line.
+      file: the file that they come from.
+      reading: how files are read.
+      stats: counts a text with U+FFFD in place of bad bytes as replaced.
+      where: what errors call the place, such as `line 17 of ...`.
+      offset: where in the file `data` begins, in bytes.
+
+    Returns the text, or None if the document is to be left out. Raises `UserError` if `on_bad_text` is `error`.
+    """
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -106,14 +136,17 @@ def decode(
 
 
 def not_utf8(file: SourceFile, reading: Reading, where: str, offset: int) -> UserError:
-    """The error for bytes that are not UTF-8."""
+    """The error for text that is not UTF-8 at byte `offset` of its file. `where` says where the text lies."""
     return UserError(
         f"data.on_bad_text = 'error' and {where} is not UTF-8 at byte {offset}: {advice(file, reading)}"
     )
 
 
 def advice(file: SourceFile, reading: Reading) -> str:
-    """What to do about a file that is not of its encoding: a guess at the encoding if there is one."""
+    """What to do about a file that is not in the encoding of the config, as the end of an error message.
+
+    If the encoding can be guessed, the advice is to set it.
+    """
     with contextlib.suppress(UserError, OSError), open_unpacked(file, reading, ReadStats()) as stream:
         guess = guess_encoding(stream.read(_SAMPLE))
         if guess and codecs.lookup(guess) != codecs.lookup(reading.encoding):
@@ -122,10 +155,10 @@ def advice(file: SourceFile, reading: Reading) -> str:
 
 
 def guess_encoding(data: bytes) -> str | None:
-    """What the bytes of a text that is not UTF-8 are likely to be; None where nothing is likely.
+    """Guesses the encoding of a text that is not UTF-8, from its first bytes.
 
-    Looks for byte order marks, then for what is common in Chinese, Japanese, Korean and western Europe, then asks
-    charset-normalizer.
+    Looks for a byte order mark, then for frequent characters of Chinese, Japanese, Korean and western Europe, and then
+    asks charset-normalizer if it is installed. Returns a name that Python knows, or None if there is no likely one.
     """
     for mark, name in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
                        (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
@@ -133,8 +166,9 @@ def guess_encoding(data: bytes) -> str | None:
             return name
     mended = data.decode("utf-8", "replace")
     bad, foreign = mended.count("\ufffd"), sum(ord(c) > 127 for c in mended)
-    if foreign > 10 * bad:
-        return None  # UTF-8 that is damaged here and there
+    # This is UTF-8 that is damaged here and there.
+    if foreign > _GOOD_PER_BAD * bad:
+        return None
     shares = {name: _common_share(data, name, common) for name, common in _CANDIDATES.items()}
     best = max(shares, key=lambda name: shares[name])
     if shares[best] >= _COMMON:
@@ -152,8 +186,9 @@ def guess_encoding(data: bytes) -> str | None:
 
 
 def _common_share(data: bytes, encoding: str, common: str) -> float:
-    """Of the characters that are not ASCII, how many are common; 0 where the bytes are not of this encoding."""
-    for cut in range(4):  # the sample may end within a character
+    """The share of the characters beyond ASCII that are among `common`. It is 0 if `data` cannot be in `encoding`."""
+    # The sample may end within a character, so up to 3 bytes are left out.
+    for cut in range(_LONGEST_CHARACTER):
         with contextlib.suppress(UnicodeDecodeError):
             text = data[: len(data) - cut].decode(encoding)
             foreign = [c for c in text if ord(c) > 127]
@@ -162,7 +197,11 @@ def _common_share(data: bytes, encoding: str, common: str) -> float:
 
 
 def without_surrogates(text: str, reading: Reading, stats: ReadStats, where: str) -> str | None:
-    """JSON may spell half of a surrogate pair, `"\\ud800"`, which is no Unicode text."""
+    """Deals with lone surrogates as `reading.on_bad_text` says.
+
+    JSON can spell half of a surrogate pair, as in `"\\ud800"`, which is not Unicode text and cannot be encoded. Returns
+    the text without them, or None if the document is to be left out. Raises `UserError` if `on_bad_text` is `error`.
+    """
     try:
         text.encode()
         return text
@@ -175,4 +214,5 @@ def without_surrogates(text: str, reading: Reading, stats: ReadStats, where: str
     if not BAD_TEXT[reading.on_bad_text]:
         return None
     stats.replaced += 1
+    # Through UTF-16, where two halves that belong together become one character and only lone ones are bad.
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,6 +1,7 @@
 """The fingerprint of a corpus: a hash of the names and contents of its files.
 
-Neither paths nor times go into it, so that a corpus that was moved or copied is the same corpus.
+The folder of a corpus and the times of its files do not count, so a corpus that was moved or copied keeps its
+fingerprint.
 """
 
 from __future__ import annotations
@@ -16,31 +17,35 @@ from typing import Protocol
 
 from llmjax.files import write_atomically
 
+# Bytes that are read at once. A choice.
 _BLOCK_BYTES = 1 << 20
-# Files of at least so many bytes, which take more than some ten milliseconds to read, have their digests remembered.
+# The digests of files of at least this many bytes are remembered. A choice: smaller ones are read in about 10 ms.
 REMEMBERED_BYTES = 1 << 24
-# A choice: how long before it is read a file must have been left alone. The clocks of file systems tick every 10 ms,
-# those of some network drives every second.
+# A digest is remembered only if the file had not changed for this long when it was read. A choice: the clocks of file
+# systems tick about every 10 ms, and those of some network drives every second.
 SETTLED_SECONDS = 2.0
-# A choice: how many digests are kept, about 2 MB of JSON.
+# The most digests that are remembered. A choice: they are about 2 MB of JSON.
 MAX_REMEMBERED = 10_000
 
 
 class NamedContent(Protocol):
-    """What the fingerprint of a corpus takes of one file."""
+    """A file as the fingerprint of a corpus needs it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name relative to the corpus."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Its bytes on disk."""
 
     @property
-    def digest(self) -> str: ...
+    def digest(self) -> str:
+        """The `file_digest` of its content."""
 
 
 def file_digest(path: str) -> str:
-    """A hash of the whole content of a file, in hexadecimal digits."""
+    """A hash of the whole content of a file, as 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):
@@ -49,13 +54,14 @@ def file_digest(path: str) -> str:
 
 
 class Digests:
-    """`file_digest`, with the digests of large files kept in a JSON file, so that they are read once only.
+    """Computes `file_digest`, and remembers the digests of large files in a JSON file, so that each is read only once.
 
-    A digest is used again while the file has the same path, inode, size, and times of its last modification and last
-    change. No program can set the time of the last change: a file that was edited under its old time is read again.
+    A digest is used again as long as the file has the same path, inode, size, and times of its last modification and
+    its last change. Programs can set the time of the last modification, but not that of the last change. A file that
+    was edited and got its old time back is therefore read again.
 
     Args:
-      path: the JSON file. Where it is missing or damaged, the files are read.
+      path: the JSON file. If it is missing or damaged, nothing is remembered.
     """
 
     def __init__(self, path: Path):
@@ -76,13 +82,14 @@ class Digests:
         if key in self._known:
             return self._known[key]
         digest = file_digest(path)
-        # A file that changes twice within one tick of the clock has the same time after both.
+        # A file that changes twice within one tick of the clock has the same time after both changes. A second change
+        # soon after this reading would go unnoticed, so the digest of a file that has just changed is not remembered.
         if time.time() - stat.st_ctime > SETTLED_SECONDS:
             self._new[key] = digest
         return digest
 
     def save(self) -> None:
-        """Writes the digests that were found since the beginning. Without room or permission they are read again."""
+        """Writes the JSON file if there are new digests. An error is ignored, and the files are read again next time."""
         if self._new:
             newest = [*self._known.items(), *self._new.items()][-MAX_REMEMBERED:]
             with contextlib.suppress(OSError):
@@ -90,7 +97,7 @@ class Digests:
 
 
 def corpus_fingerprint(files: Iterable[NamedContent]) -> str:
-    """A SHA-256 over the names, sizes and digests of the files."""
+    """The SHA-256 of the names, sizes and digests of the files, in their order, as 64 hex digits."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(json.dumps([file.name, file.size, file.digest]).encode())

@@ -1,13 +1,17 @@
-"""What the suffix of a file name says about its content."""
+"""The suffixes of file names, and what they say about the content of a file."""
 
 from __future__ import annotations
 
 import os
 
+# Suffixes of compressed files. A second suffix before one of these says what is compressed, as in `a.json.gz`.
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+# JSON with one object in each line.
 LINE_SUFFIXES = (".jsonl", ".ndjson")
+# JSON in any layout. Many such files are settings and not a corpus, so folders are searched with more care for them.
 JSON_SUFFIXES = (".json",)
 PARQUET_SUFFIX = ".parquet"
+# A choice: texts, markup and program code that people train on. A file of another suffix can still be named itself.
 # fmt: off
 TEXT_SUFFIXES = {
     ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".html", ".htm", ".xml", ".srt", ".py",
@@ -19,17 +23,18 @@ TEXT_SUFFIXES = {
 
 
 def uncompressed_name(name: str) -> str:
-    """`name` without the suffix of a compression."""
+    """`name` without the suffix of a compression: `a.json` for `a.json.gz`, and `a.json` for `a.json`."""
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in COMPRESSED_SUFFIXES else name
 
 
 def suffix_of(name: str) -> str:
-    """The suffix of a file name in lower case, without that of a compression: `.json` of `a.JSON.gz`."""
+    """The suffix of a file name in lower case, where the suffix of a compression does not count: `.json` for
+    `a.JSON.gz`."""
     return os.path.splitext(uncompressed_name(name))[1].lower()
 
 
 def is_known_suffix(name: str) -> bool:
-    """Whether a file of this name in a folder is text of some format."""
+    """Whether a folder that is searched has text in a file of this name, as far as its suffix tells."""
     suffix = suffix_of(name)
     return suffix in TEXT_SUFFIXES or suffix in (*LINE_SUFFIXES, *JSON_SUFFIXES, PARQUET_SUFFIX)

@@ -1,8 +1,8 @@
-"""Which files data.sources name: files, folders, globs, and this Python's standard library.
+"""Finds the files that data.sources names: files, folders, globs, and the standard library of this Python.
 
-Links obey one rule. What is named itself is read, link or not. In a folder that is searched, a link to something inside
-that folder is followed, once; a link that leads out of it is followed only where `follow_links` is set. Every file is
-read once, however many names lead to it, and what is left out is counted by its reason.
+Symbolic links are treated as follows. A link that data.sources names itself is followed. In a folder that is searched,
+a link to something inside that folder is followed, and a link that leads out of it only if `follow_links` is set. Every
+file is listed once, even if several names lead to it. What is left out is counted by the reason.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from llmjax.data.sources.fingerprint import file_digest
 from llmjax.data.sources.formats import JSON_SUFFIXES, is_known_suffix, suffix_of
 from llmjax.errors import UserError
 
+# The source that stands for the standard library, a corpus of code that is on every machine.
 STDLIB = "stdlib"
+# Folders in the standard library's folder whose files are not part of it: tests, and packages that were installed.
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
-# Why something in a folder is not read.
+# The reasons for which something in a folder is left out. They follow a number, as in "3 hidden".
 UNKNOWN_SUFFIX = "of unknown suffix"
 HIDDEN = "hidden"
 LEADS_OUT = "links that lead out of the folder"
@@ -36,11 +38,11 @@ NO_FIELD = "JSON without the text field"
 class SourceFile:
     """One file of the corpus.
 
-    name    relative to the source that the file came from: the same on any machine
-    path    where the file lies
+    name    its path relative to the source that it was found in, which is the same on every machine
+    path    where the file lies on this machine
     size    bytes on disk
-    digest  of the content, see `file_digest`
-    origin  which entry of data.sources named the file first, counted from 0
+    digest  a hash of the content, see `file_digest`
+    origin  the first entry of data.sources that names the file, counted from 0
     """
 
     name: str
@@ -52,14 +54,18 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The files of a corpus, sorted by name, and how many others were left out, by reason."""
+    """The result of a search.
+
+    files     the files of the corpus, sorted by name
+    left_out  the number of things that were left out, by the reason
+    """
 
     files: tuple[SourceFile, ...]
     left_out: Mapping[str, int]
 
 
 def list_sources(sources: Sequence[str], *, follow_links: bool = False) -> tuple[SourceFile, ...]:
-    """The files of `search_sources`, without a look into JSON files."""
+    """The files that `search_sources` finds if every JSON file counts as a corpus."""
     return search_sources(sources, follow_links=follow_links).files
 
 
@@ -71,33 +77,39 @@ def search_sources(
     digest_of: Callable[[str], str] = file_digest,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Listing:
-    """The files that the sources name, each once.
+    """Lists the files that the sources name, each once.
 
-    A source is a file (read whatever its suffix), a folder (searched for files with a known suffix, hidden ones left
-    out), a glob (`**` too: what it matches is taken as a shell would), or `stdlib`. Raises `UserError` where a source
-    does not exist or holds nothing.
+    A source is one of these:
+      a file, whatever its suffix;
+      a folder, which is searched for files with a known suffix that are not hidden;
+      a glob, also with `**`, which matches what it would match in a shell;
+      `stdlib`, the Python sources of the standard library.
 
     Args:
-      sources: the names, in order.
-      follow_links: whether links that lead out of a folder that is searched are followed.
-      has_text: whether the .json file of a path, found in a folder, has the text field. Many a .json is no corpus.
-      digest_of: the digest of the content of the file of a path.
-      progress: called as progress(done, total) while files are read for their digests, in bytes.
+      sources: the sources, in order.
+      follow_links: whether to follow links that lead out of a folder that is searched.
+      has_text: says of the path of a .json file in a folder whether it is a corpus. Many are settings or the like.
+      digest_of: returns the digest of the content of the file at a path.
+      progress: called as progress(done, total), in bytes, while files are read for their digests.
+
+    Raises `UserError` if a source does not exist or has no files, or if a folder cannot be read.
     """
     if isinstance(sources, str):
         raise UserError(f"data.sources = {sources!r} is one string: give a list of sources.")
-    # By its real path: the name, the path, the size and the origin of a file.
+    # Real path -> (name, path, size, origin) of a file.
     found: dict[str, tuple[str, str, int, int]] = {}
     left_out: collections.Counter[str] = collections.Counter()
     for origin, source in enumerate(sources):
         search = _Search(follow_links, has_text)
         for name, path in search.expand(source):
+            # Files are told apart by where they really lie, whatever links lead there.
             real = os.path.realpath(path)
             if real not in found:
                 found[real] = name, path, os.stat(path).st_size, origin
         left_out.update(search.left_out)
     if not found:
         raise UserError("data.sources is empty: name files, directories or globs, or stdlib.")
+    # Only now is it known how much there is to read for the digests.
     files, done, total = [], 0, sum(size for _, _, size, _ in found.values())
     for name, path, size, origin in sorted(found.values()):
         progress(done, total)
@@ -107,9 +119,10 @@ def search_sources(
 
 
 def split_sources(text: str) -> tuple[str, ...]:
-    """The names in a text with commas between them. A comma belongs to a name where a file of that name exists."""
+    """Splits a text at its commas into sources. A comma is part of a name if a file of that name exists."""
     parts, names = text.split(","), []
     while parts:
+        # The longest name that exists comes first. If none exists, the name ends at the next comma.
         joined = (",".join(parts[:count]) for count in range(len(parts), 1, -1))
         name = next((name for name in joined if os.path.lexists(os.path.expanduser(name))), parts[0])
         parts = parts[name.count(",") + 1 :]
@@ -118,14 +131,14 @@ def split_sources(text: str) -> tuple[str, ...]:
 
 
 class _Search:
-    """The search for the files of one source; `left_out` counts what is passed over."""
+    """The search for the files of one source. `left_out` counts by the reason what was left out."""
 
     def __init__(self, follow_links: bool, has_text: Callable[[str], bool]):
         self._follow_links, self._has_text = follow_links, has_text
         self.left_out: collections.Counter[str] = collections.Counter()
 
     def expand(self, source: str) -> list[tuple[str, str]]:
-        """(name, path) of each file that `source` names."""
+        """(name, path) of each file that `source` names. Raises `UserError` if there are none."""
         if source == STDLIB:
             return _stdlib_files()
         path = os.path.expanduser(source)
@@ -145,6 +158,7 @@ class _Search:
         files = []
         for match in sorted(self._match(root, segments, os.path.realpath(root))):
             inside = []
+            # A folder that matches is searched, as if it had been named. `**` has gone through all folders already.
             if os.path.isdir(match) and "**" not in segments:
                 inside = [found for _, found in self._corpus_in(match)]
             for found in [match] if os.path.isfile(match) else inside:
@@ -156,12 +170,13 @@ class _Search:
         return files
 
     def _said(self) -> str:
+        """What was left out, for an error about a source without files, or nothing."""
         said = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
         advice = "; --config.data.follow_links=true follows links" if LEADS_OUT in self.left_out else ""
         return f" (left out: {said}{advice})" if said else ""
 
     def _corpus_in(self, root: str) -> list[tuple[str, str]]:
-        """The files of a folder that are text by their suffix."""
+        """(name, path) of the files in a folder that are part of the corpus."""
         kept = []
         for name, path in self._walk(root):
             if not is_known_suffix(name):
@@ -173,19 +188,20 @@ class _Search:
         return kept
 
     def _walk(self, root: str) -> list[tuple[str, str]]:
-        """(name relative to `root`, path) of the files in a folder: first those that lie there, then links to others.
+        """(name relative to `root`, path) of all files in a folder and in the folders below it.
 
-        The order makes a file go by its own name where it has one, and links cannot lead in a circle: each folder
-        and each file is visited once.
+        Files and folders come before links. A file that lies in the folder is therefore listed by its own name, even
+        if a link leads to it. Each file and each folder is visited once, so links cannot lead in a circle.
         """
         top = os.path.realpath(root)
         seen: set[str] = {top}
         found: list[tuple[str, str]] = []
-        # Path, real path and name of what is still to be visited.
+        # What is still to be visited: (path, real path, beginning of the names) of folders, (path, name) of links.
         folders = collections.deque([(root, top, "")])
         links: collections.deque[tuple[str, str]] = collections.deque()
 
         def visit(path: str, real: str, name: str, is_folder: bool) -> None:
+            """Notes a file or a folder that was not visited before."""
             if real in seen:
                 return
             seen.add(real)
@@ -214,6 +230,7 @@ class _Search:
         return found
 
     def _may_follow(self, link: str, top: str) -> bool:
+        """Whether a link that was found below the real path `top` is followed. If it is not, it is counted."""
         if not os.path.exists(link):
             self.left_out[BROKEN] += 1
             return False
@@ -224,19 +241,24 @@ class _Search:
         return False
 
     def _match(self, folder: str, segments: Sequence[str], top: str) -> Iterator[str]:
-        """The paths below `folder` that the segments of a glob match."""
+        """The paths below `folder` that the segments of a glob match, without hidden ones.
+
+        `top` is the real path of the folder where the glob begins, which links must not lead out of.
+        """
         if not segments:
             yield folder
             return
         segment, *rest = segments
         if segment == "**":
-            # Zero or more folders, none of them hidden: `_walk` visits each once, so that links end.
+            # `_walk` finds all files in folders that are not hidden and visits each folder once, so that links in a
+            # circle come to an end. `**` at the end of a glob matches files, too.
             names = [name for name, _ in self._walk(folder)]
             rest = [*rest, "*"] if not rest or rest[-1] == "**" else rest
             for name in names:
                 if _matches(name.split("/"), ["**", *rest]):
                     yield os.path.join(folder, *name.split("/"))
             return
+        # A segment that is a plain name is followed even if it is a link, because it was named itself.
         if not glob.has_magic(segment):
             path = os.path.join(folder, segment)
             if os.path.lexists(path) and (not rest or os.path.isdir(path)):
@@ -254,7 +276,7 @@ class _Search:
 
 
 def _matches(parts: Sequence[str], segments: Sequence[str]) -> bool:
-    """Whether the parts of a path are what the segments of a glob describe."""
+    """Whether the segments of a glob match the parts of a path. `**` matches zero or more parts."""
     if not segments:
         return not parts
     segment, *rest = segments
@@ -264,17 +286,19 @@ def _matches(parts: Sequence[str], segments: Sequence[str]) -> bool:
 
 
 def _scan(folder: str) -> list[os.DirEntry]:
+    """What lies in a folder. Raises `UserError` if the folder cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
         raise UserError(
             f"data.sources: the folder {folder!r} cannot be read ({error.strerror}): change its permissions, or name "
-            "the files beside it."
+            "the other files and folders beside it one by one."
         ) from None
 
 
 def _stdlib_files() -> list[tuple[str, str]]:
+    """(name, path) of the Python sources of the standard library."""
     root, found = sysconfig.get_paths()["stdlib"], []
     for folder, _, files in os.walk(root):
         for file in files:
@@ -286,7 +310,10 @@ def _stdlib_files() -> list[tuple[str, str]]:
 
 
 def _is_stdlib(name: str) -> bool:
-    """Python sources without tests, installed packages, and the build record of this one interpreter."""
+    """Whether a file in the standard library's folder is a Python source of the library itself.
+
+    Tests, installed packages, and the record of how this interpreter was built do not count.
+    """
     *folders, file = name.split("/")
     return (
         file.endswith(".py")
@@ -296,7 +323,10 @@ def _is_stdlib(name: str) -> bool:
 
 
 def _fixed_part(pattern: str) -> tuple[str, list[str]]:
-    """The folder that a glob starts from, and the segments after it. A folder that exists is no pattern."""
+    """The folder that a glob starts from, and the segments after it.
+
+    A folder with a name like `[a]` that exists is taken as this folder and not as a pattern.
+    """
     fixed, parts = "", list(Path(pattern).parts)
     while len(parts) > 1 and (not glob.has_magic(parts[0]) or os.path.isdir(os.path.join(fixed, parts[0]))):
         fixed = os.path.join(fixed, parts.pop(0))

@@ -1,4 +1,4 @@
-"""Parquet: each row is a document."""
+"""Reads Parquet files with pyarrow. Each row is a document."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from llmjax.data.sources.rows import refuse_null
 from llmjax.errors import UserError
 from llmjax.names import is_unicode
 
+# Rows that are read at once. A choice: rows of a corpus can be long, and all of a batch are in memory.
 _ROWS = 256
 
 
 def read_parquet(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
-    """The documents of a Parquet file, named `file.parquet#17` by row."""
+    """The documents of a Parquet file, named by row: `file.parquet#17`.
+
+    Raises `UserError` if pyarrow is not installed, if the file is damaged, if a field is missing or neither text nor
+    (for fields other than the text) integers, or if text cannot be read while `reading.on_bad_text` is `error`.
+    """
     try:
         from pyarrow import parquet
     except ImportError:
         raise missing_package(file, "pyarrow") from None
     with contextlib.ExitStack() as stack:
-        # Arrow takes no path that is not UTF-8.
+        # Arrow accepts only paths that are valid UTF-8; it gets any other file as an open one.
         path = file.path if is_unicode(file.path) else stack.enter_context(open(file.path, "rb"))
         try:
             table = stack.enter_context(parquet.ParquetFile(path, page_checksum_verification=True))
@@ -41,18 +46,19 @@ def read_parquet(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
                 at = f"row {number} of {file.path!r}"
                 values = [_value(value, i, file, reading, stats, at) for i, value in enumerate(row)]
                 yield Part(f"{file.name}#{number}", all_or_none(values))
+            # Arrow does not tell how far it has read, so progress is estimated from the rows.
             stats.bytes_read = before + file.size * number // max(num_rows, 1)
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What Arrow raises for a file that is not what it should be."""
+    """The exceptions that Arrow raises for a damaged file."""
     from pyarrow import lib
 
     return (lib.ArrowException, OSError, ValueError, OverflowError, IndexError)
 
 
 def _kind(schema: Any, i: int, field: str, file: SourceFile) -> Callable[[Any], list]:
-    """What makes a list of Python values of a column: bytes, lists of bytes, or integers."""
+    """The function that turns a column of the field number `i` into a list of bytes, lists of bytes, or integers."""
     from pyarrow import types
 
     if field not in schema.names:
@@ -61,6 +67,7 @@ def _kind(schema: Any, i: int, field: str, file: SourceFile) -> Callable[[Any], 
             f"{', '.join(schema.names)}: name one of these."
         )
     kind = schema.field(field).type
+    # Columns of a few repeated values may be stored as indices into a dictionary of the values.
     inner = kind.value_type if types.is_dictionary(kind) else kind
     if _is_text(inner):
         return _text
@@ -75,8 +82,10 @@ def _kind(schema: Any, i: int, field: str, file: SourceFile) -> Callable[[Any], 
 
 
 def _is_text(kind: Any) -> bool:
+    """Whether an Arrow type is one of strings or bytes."""
     from pyarrow import types
 
+    # Older versions of pyarrow lack some of these tests, and then the types as well.
     tests = (
         "is_string",
         "is_large_string",
@@ -89,13 +98,13 @@ def _is_text(kind: Any) -> bool:
 
 
 def _text(column: Any) -> list:
-    """Text is taken as bytes: Arrow does not promise that its strings are UTF-8."""
+    """The strings of a column as bytes, because Arrow does not promise that its strings are valid UTF-8."""
     column = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
     return column.cast("large_binary").to_pylist()
 
 
 def _lists(column: Any) -> list:
-    """The strings of each list as bytes; None for null, and within a list for what is null there."""
+    """The lists of a column, with their strings as bytes. A null list, and a null within a list, is None."""
     import pyarrow
 
     column = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
@@ -105,7 +114,10 @@ def _lists(column: Any) -> list:
 def _batches(
     table: Any, file: SourceFile, fields: Sequence[str], kinds: Sequence[Callable[[Any], list]]
 ) -> Iterator[list[list]]:
-    """The columns in parts; `UserError` where a part of the file is damaged."""
+    """Streams the columns of `fields` in batches of rows, each column turned into a list by its function in `kinds`.
+
+    Raises `UserError` if a part of the file is damaged.
+    """
     try:
         for batch in table.iter_batches(batch_size=_ROWS, columns=list(fields)):
             yield [kind(batch.column(field)) for kind, field in zip(kinds, fields)]
@@ -121,6 +133,7 @@ def _batches(
 def _value(
     value: Any, i: int, file: SourceFile, reading: Reading, stats: ReadStats, at: str
 ) -> str | int | None:
+    """One value as text or integer, or None if the document is to be left out. A list of strings becomes lines."""
     if isinstance(value, list):
         value = None if None in value else b"\n".join(value)
     if value is None:

@@ -1,17 +1,21 @@
-"""What the config says about reading text, what reading counts, and what a reader of a format yields."""
+"""What all readers of files share: the settings of the config, the counts of what was read, and parts of documents."""
 
 from __future__ import annotations
 
 import codecs
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from llmjax.errors import UserError, choose
 
-# What becomes of a text that cannot be read: kept with U+FFFD, or left out. "error" has raised before it comes to that.
+# data.on_bad_text -> whether a document with text that cannot be read is kept, with U+FFFD in place of what cannot be
+# read. With "error" the reader raises, and the question does not arise.
 BAD_TEXT = {"error": None, "skip": False, "replace": True}
+# The default encoding of text and JSON.
 ENCODING = "utf-8"
+# The default of `Reading.max_expansion`. A choice: text usually unpacks to three to ten times its compressed size. A
+# file that unpacks to far more is likely to be damaged, or made to fill a memory or a disk (a decompression bomb).
 MAX_EXPANSION = 250
 
 
@@ -19,13 +23,14 @@ MAX_EXPANSION = 250
 class Reading:
     """How files are read.
 
-    fields         which fields of a row to take. The first one is the text; a document is empty when its text is. A
-                   file of plain text has nothing but its text
-    on_bad_text    what becomes of text that is not of the encoding, in JSON of lone surrogates, and of null: `error`
-                   raises a `UserError` with file, line and byte offset, `skip` leaves the document out, `replace` puts
-                   U+FFFD, and leaves null out
-    encoding       of text and JSON, under any name that Python knows
-    max_expansion  times its own size that a compressed file may unpack to; the first 16 MiB always may
+    fields         the fields to take from each row of JSON or Parquet. The first is the text, and a document whose text
+                   is empty is an empty document. A file of plain text has only one field, its text
+    on_bad_text    what to do with text that cannot be read: bytes that do not belong to the encoding, half a surrogate
+                   pair in JSON, or null. `error` raises a `UserError` with file, line and byte offset. `skip` leaves
+                   the document out. `replace` puts U+FFFD in place of what cannot be read, and leaves out documents
+                   with null
+    encoding       the encoding of text and JSON, by any name that Python knows
+    max_expansion  a compressed file may unpack to this many times its own size. The first 16 MiB are always allowed
     """
 
     fields: tuple[str, ...] = ("text",)
@@ -39,13 +44,15 @@ class Reading:
 
     @property
     def is_utf8(self) -> bool:
+        """Whether files are read as UTF-8, with or without a byte order mark, under whatever name."""
         return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig")
 
 
 def check_encoding(name: str) -> None:
-    """Raises `UserError` where Python knows no encoding of text called `name`."""
+    """Raises `UserError` if Python knows no text encoding called `name`."""
     try:
-        "".encode(name)  # raises LookupError also for codecs of bytes, such as hex
+        # Raises LookupError for codecs from bytes to bytes too, such as hex.
+        "".encode(name)
     except (LookupError, UnicodeError, ValueError):
         raise UserError(
             f"data.encoding={name!r} is no encoding that Python knows; use utf-8, utf-16, gb18030, big5, shift_jis, "
@@ -55,7 +62,15 @@ def check_encoding(name: str) -> None:
 
 @dataclasses.dataclass
 class ReadStats:
-    """What reading did, summed over all files it is passed to. `bytes_read` counts bytes on disk."""
+    """Counts of what was read, summed over all files that are read with the same object.
+
+    documents   documents that were read
+    empty       documents that were left out because their text is empty
+    skipped     documents that were left out because their text cannot be read
+    replaced    pieces of text with U+FFFD in place of what cannot be read; in a file of JSON or Parquet a piece is a
+                field, and a file of plain text is a single piece
+    bytes_read  bytes on disk, which of a compressed file are fewer than its text has
+    """
 
     documents: int = 0
     empty: int = 0
@@ -65,11 +80,13 @@ class ReadStats:
 
 
 class Part(NamedTuple):
-    """A document, or a part of a long one: what a reader of a format yields.
+    """A document, or a part of a long document. The reader of each format yields these.
 
-    name         where the document comes from, such as `poems.jsonl#17`
-    values       of its fields; None where the document is left out. A part has the single field text
-    first, last  whether the document begins and ends with this part
+    name    where the document comes from, such as `poems.jsonl#17`
+    values  the values of `Reading.fields`, or None if the document is to be left out. A document in several parts has
+            the text as its only field
+    first   whether the document begins with this part
+    last    whether the document ends with this part
     """
 
     name: str
@@ -78,15 +95,16 @@ class Part(NamedTuple):
     last: bool = True
 
 
+# What a reader returns.
 Parts = Iterator[Part]
 
 
 def name_of_field(i: int) -> str:
-    """What names the field number `i` in the config."""
+    """What errors call the field number `i`: the config key of the first one, and "the field" for others."""
     return "data.text_field" if i == 0 else "the field"
 
 
-def all_or_none(values) -> tuple[str | int, ...] | None:
-    """The values of a row; None where one of them is text that is left out."""
-    there = tuple(value for value in values if value is not None)
-    return there if len(there) == len(values) else None
+def all_or_none(values: Sequence[str | int | None]) -> tuple[str | int, ...] | None:
+    """The values of a row, or None if one of them is None: such a document is left out as a whole."""
+    known = tuple(value for value in values if value is not None)
+    return known if len(known) == len(values) else None

@@ -1,7 +1,7 @@
-"""The documents of a file, whatever its format.
+"""Reads the documents of a file, whatever its format.
 
-`read_parts` streams one file: a row of JSON or Parquet is a document, and a file of plain text is one, which comes in
-parts where it is long, so that no more than a part is held. `read_records` puts the parts together.
+`read_parts` streams one file. A row of JSON or Parquet is a document, and so is a whole file of plain text. A long
+document comes in parts, so that no more than one part is in memory. `read_records` puts the parts together.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ from llmjax.data.sources.rows import has_field, read_rows
 from llmjax.data.sources.text import read_text
 from llmjax.errors import UserError
 
-# Format -> what reads it.
+# Format -> the function that reads it.
 READERS: dict[str, Callable[[SourceFile, Reading, ReadStats], Parts]] = {
     "parquet": read_parquet,
     "rows": read_rows,
     "text": read_text,
 }
+# How files are read if a caller does not say: UTF-8, the field "text", an error for text that cannot be read.
 _READING = Reading()
+# The longest first line, in bytes, that is looked at to find out whether a file is JSON. A choice: rows are shorter.
+_LINE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One document, with the fields of it that were asked for.
+    """One document, with the fields that `Reading.fields` asks for.
 
     name    where the document comes from, such as `poems.jsonl#17`
-    fields  field name -> a string that is valid Unicode, or an integer; the first field is text and not empty
+    fields  field name -> a string of valid Unicode, or an integer. The first field is the text, which is not empty
     """
 
     name: str
@@ -56,7 +59,12 @@ class Record:
 
 
 class RecordPart(NamedTuple):
-    """A record, or a part of a long one; `first` and `last` say whether the document begins and ends with it."""
+    """A record, or a part of a long one.
+
+    record  the part, with the name of the document
+    first   whether the document begins with this part
+    last    whether the document ends with this part
+    """
 
     record: Record
     first: bool
@@ -66,7 +74,12 @@ class RecordPart(NamedTuple):
 def read_parts(
     file: SourceFile, reading: Reading = _READING, stats: ReadStats | None = None
 ) -> Iterator[RecordPart]:
-    """Streams the documents of one file, in its order. Empty ones are left out and counted in `stats`."""
+    """Streams the documents of one file in the order of the file, long ones in parts.
+
+    Documents that are empty or cannot be read are left out and counted in `stats`, which `bytes_read` shows the
+    progress of. Raises `UserError` if the file cannot be read, or has text that cannot be read while
+    `reading.on_bad_text` is `error`.
+    """
     stats = ReadStats() if stats is None else stats
     before = stats.bytes_read
     for name, values, first, last in _reader(file, reading)(file, reading, stats):
@@ -77,13 +90,14 @@ def read_parts(
         else:
             stats.documents += last
             yield RecordPart(Record(name, dict(zip(reading.fields, values))), first, last)
+    # A reader may stop short of the last bytes, as of a footer, or count in steps.
     stats.bytes_read = before + file.size
 
 
 def read_records(
     file: SourceFile, reading: Reading = _READING, stats: ReadStats | None = None
 ) -> Iterator[Record]:
-    """Streams the documents of one file, each whole."""
+    """Streams the documents of one file, each in one piece. Otherwise the same as `read_parts`."""
     held: list[str] = []
     for part in read_parts(file, reading, stats):
         if part.first and part.last:
@@ -96,14 +110,14 @@ def read_records(
 
 
 def read_texts(file: SourceFile, reading: Reading = _READING) -> Iterator[Iterator[str]]:
-    """The text of each document in chunks, which are to be read before the next document is."""
+    """Yields for each document an iterator over chunks of its text, to be used up before the next document."""
     parts = read_parts(file, reading)
     for part in parts:
         yield chunks_of(part, parts)
 
 
 def chunks_of(part: RecordPart, parts: Iterator[RecordPart]) -> Iterator[str]:
-    """The text of the document that begins with `part`, in chunks; the rest of them is taken from `parts`."""
+    """The text of the document that begins with `part`, in chunks. Its further parts are taken from `parts`."""
     yield part.record.text
     while not part.last:
         part = next(parts)
@@ -111,6 +125,7 @@ def chunks_of(part: RecordPart, parts: Iterator[RecordPart]) -> Iterator[str]:
 
 
 def _reader(file: SourceFile, reading: Reading) -> Callable[[SourceFile, Reading, ReadStats], Parts]:
+    """The function of `READERS` for this file."""
     name = detect_format(file, reading)
     if name not in READERS:
         raise ValueError(f"{name!r} is a format without a reader; there are {', '.join(READERS)}")
@@ -118,7 +133,7 @@ def _reader(file: SourceFile, reading: Reading) -> Callable[[SourceFile, Reading
 
 
 def detect_format(file: SourceFile, reading: Reading = _READING) -> str:
-    """The format of a file: by its suffix, and where that is not known by its content."""
+    """The format of a file, a key of `READERS`. A suffix that is known decides, and otherwise the content."""
     suffix = suffix_of(file.path)
     if suffix == PARQUET_SUFFIX:
         return "parquet"
@@ -127,14 +142,15 @@ def detect_format(file: SourceFile, reading: Reading = _READING) -> str:
     if suffix in TEXT_SUFFIXES:
         return "text"
     with open(file.path, "rb") as stream:
+        # Every Parquet file begins with these bytes.
         if stream.read(4) == b"PAR1":
             return "parquet"
-    # A row of JSON without the text field is text like any other.
+    # A file whose first line is an object with the text field is JSON. An object without this field is taken for text.
     with (
         contextlib.suppress(UserError, ValueError, RecursionError),
         open_text(file, reading, ReadStats()) as text,
     ):
-        line = text.readline(1 << 20)
+        line = text.readline(_LINE_BYTES)
         row = json.loads(line) if line.startswith(b"{") else None
         if isinstance(row, dict) and reading.fields[0] in row:
             return "rows"
@@ -142,5 +158,5 @@ def detect_format(file: SourceFile, reading: Reading = _READING) -> str:
 
 
 def has_text(path: str, reading: Reading = _READING) -> bool:
-    """Whether the file of JSON at `path` is a corpus: its first object has the text field."""
+    """Whether the JSON file at `path` is a corpus and not, say, settings: its first object has the text field."""
     return has_field(SourceFile(path, path, 1, ""), reading)

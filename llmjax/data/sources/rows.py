@@ -1,6 +1,8 @@
-"""JSON: a row a line, an array of objects, or objects one after the other. Each object is a document.
+"""Reads files of JSON. Each object is a document.
 
-The content decides, not the suffix. No more than one object is held.
+There are three layouts: an object in each line, one array of objects, and objects one after the other that may go over
+several lines. The content of a file decides which one it is, and the suffix only where the content leaves it open. No
+more than one object is in memory.
 """
 
 from __future__ import annotations
@@ -20,17 +22,25 @@ from llmjax.data.sources.reading import Part, Parts, Reading, ReadStats, all_or_
 from llmjax.errors import UserError
 from llmjax.names import plain_name
 
+# Bytes that are read at once. A choice.
 _BLOCK = 1 << 18
-# Digits of a whole number that Python reads without being asked twice.
+# The most digits of an integer that are read. Python refuses to read more than 4300 (sys.get_int_max_str_digits).
 _DIGITS = 4000
-# Levels of nesting that Python reads at once.
+# The deepest nesting that is read where Python's parser runs out of its stack. A choice: fields that can be used are
+# strings, or lists of strings, and lie far above.
 _DEPTH = 100
+# A whole string, or a bracket.
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+# What changes the state of `_objects` outside of a string, and within one.
 _STRUCTURE, _IN_STRING = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
 
 
 def read_rows(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
-    """The documents of a file of JSON, named `file.jsonl#17` by line, or by object where objects are not lines."""
+    """The documents of a file of JSON, named by line, `file.jsonl#17`, or by object if objects are not lines.
+
+    Raises `UserError` if an object is not JSON or lacks a field, if a field is neither text nor (for fields other than
+    the text) an integer, or if text cannot be read while `reading.on_bad_text` is `error`.
+    """
     with open_text(file, reading, stats) as stream:
         lines = _layout(stream, file) == "lines"
         for number, data, offset in _lines(stream) if lines else _objects(stream, file):
@@ -44,8 +54,10 @@ def read_rows(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
 
 
 def has_field(file: SourceFile, reading: Reading) -> bool:
-    """Whether the first object of a file of JSON has the text field. True where the file cannot be read, so that
-    reading it says why."""
+    """Whether the first object of a file of JSON has the text field.
+
+    True if the file cannot be read, so that the attempt to read it as a corpus says what is wrong.
+    """
     with contextlib.suppress(UserError), open_text(file, reading, ReadStats()) as stream:
         lines = _layout(stream, file) == "lines"
         for _, data, _ in _lines(stream) if lines else _objects(stream, file):
@@ -56,24 +68,26 @@ def has_field(file: SourceFile, reading: Reading) -> bool:
 
 
 def _layout(stream: io.BufferedReader, file: SourceFile) -> str:
-    """How a file of JSON is laid out, by its beginning: "lines" or "objects"."""
+    """How a file of JSON is laid out, judged by its first block: "lines", or "objects" for both other layouts."""
     start = stream.peek(_BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
     line, end, _ = start.partition(b"\n")
     if start.startswith(b"["):
         with contextlib.suppress(ValueError, RecursionError):
             json.loads(line)
-            # More after a whole array in the first line: rows that are no objects, of which one is named.
+            # The first line is a whole array. If lines follow, each is a row, and the reader will say that the first
+            # row is not an object. If none follow, the array has the rows.
             return "lines" if start[len(line) :].strip() else "objects"
         return "objects"
     if suffix_of(file.path) in LINE_SUFFIXES or not start.startswith(b"{"):
         return "lines"
-    quoted = _TOKEN.findall(line.decode("utf-8", "replace"))
-    depth = sum((token in "{[") - (token in "}]") for token in quoted)
+    # A first line that closes all its brackets is an object by itself, and so is a single line.
+    tokens = _TOKEN.findall(line.decode("utf-8", "replace"))
+    depth = sum((token in "{[") - (token in "}]") for token in tokens)
     return "lines" if depth == 0 or not end else "objects"
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes, int]]:
-    """(number, bytes, offset in the file) of each line that is not blank."""
+    """(number from 1, bytes, offset in the file in bytes) of each line that is not blank."""
     offset = 0
     for number, line in enumerate(stream, start=1):
         data = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -83,23 +97,27 @@ def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes, int]]:
 
 
 def _objects(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int, bytes, int]]:
-    """(number, bytes, offset in the file) of the elements of an array, or of values one after the other.
+    """(number from 1, bytes, offset in the file) of the elements of an array, or of values one after the other.
 
-    Brackets, commas and quotes tell where an element ends; whether it is JSON is for the parser to say.
+    Brackets, commas and quotes tell where an element ends. Whether it is JSON is left to the parser. Raises `UserError`
+    if the last element has no end.
     """
+    # `offset` is where the block begins in the file, and `begin` where the element does.
     number = depth = offset = begin = 0
     quoted = escaped = False
-    outer: int | None = (
-        None  # the depth of elements: 1 within an array, else 0; None before the first bracket
-    )
+    # The depth of brackets at which elements lie: 1 within an array, otherwise 0, and None between values.
+    outer: int | None = None
+    # What earlier blocks have of the element.
     held: list[bytes] = []
 
     def element(rest: bytes) -> tuple[int, bytes, int]:
+        """The element that ends with `rest`."""
         data = b"".join([*held, rest])
         held.clear()
         return number, data.strip(), begin + len(data) - len(data.lstrip())
 
     while block := stream.read(_BLOCK):
+        # Where the element begins in the block, and how far the block has been read.
         start = at = 0
         if not offset and block.startswith(codecs.BOM_UTF8):
             start = at = begin = len(codecs.BOM_UTF8)
@@ -121,14 +139,17 @@ def _objects(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int,
                     outer = 1 if mark == b"[" else 0
                     if outer:
                         start, begin = at, offset + at
+            # A comma ends an element of the array; commas between values that are not in an array mean nothing.
             elif mark == b"," and depth == outer == 1:
                 number += 1
                 yield element(block[start : at - 1])
                 start, begin = at, offset + at
             elif mark in b"]}":
                 depth -= 1
+                # The end of the array, which is not part of its last element, or of a value, which the bracket is.
                 if depth == 0 and outer is not None:
                     number += 1
+                    # An empty array has no element. Anything else between brackets and commas is for the parser.
                     if (last := element(block[start : at - outer]))[1] or number > 1:
                         yield last
                     start, begin, outer = at, offset + at, None if outer else 0
@@ -136,15 +157,24 @@ def _objects(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int,
         offset += len(block)
     number += 1
     if rest := element(b"")[1]:
-        kind = "is cut short" if depth or quoted else "is no JSON object"
-        shown = plain_name(rest[:20].decode("utf-8", "replace"))
-        raise UserError(
-            f"data.sources: object {number} of {file.path!r} {kind} ({shown}): repair or remove the file."
-        )
+        raise _unfinished(number, rest, bool(depth or quoted), file)
+
+
+def _unfinished(number: int, rest: bytes, is_open: bool, file: SourceFile) -> UserError:
+    """The error for bytes after the last element. `is_open` says whether a bracket or a quote was not closed."""
+    kind = "is cut short" if is_open else "is no JSON object"
+    shown = plain_name(rest[:20].decode("utf-8", "replace"))
+    return UserError(
+        f"data.sources: object {number} of {file.path!r} {kind} ({shown}): repair or remove the file."
+    )
 
 
 def parse(text: str, where: str) -> object:
-    """The value of some JSON, also where it nests deeply or has numbers of thousands of digits."""
+    """The value of a text of JSON, which may nest deeply or have numbers of thousands of digits.
+
+    What nests deeper than Python's parser can read becomes null, and integers of too many digits lose digits. Neither
+    can be used as a field. Raises `UserError`, which names the place as `where`, if the text is not JSON.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -152,7 +182,7 @@ def parse(text: str, where: str) -> object:
     except (ValueError, RecursionError):
         pass
     try:
-        # Whoever asks for such a number is told that it is no text.
+        # A number that is read wrongly does no harm: as the text it is refused, whatever its value.
         return json.loads(_flattened(text), parse_int=lambda digits: int(digits[:_DIGITS]))
     except (ValueError, RecursionError) as error:
         raise _no_json(where, error) from None
@@ -163,7 +193,7 @@ def _no_json(where: str, error: Exception) -> UserError:
 
 
 def _flattened(text: str) -> str:
-    """JSON with null in place of what nests deeper than `_DEPTH`."""
+    """The text of JSON with null in place of everything that nests deeper than `_DEPTH`."""
     kept: list[str] = []
     depth = start = 0
     for token in _TOKEN.finditer(text):
@@ -181,7 +211,17 @@ def _flattened(text: str) -> str:
 def read_fields(
     row: object, reading: Reading, stats: ReadStats, at: str, kind: str
 ) -> tuple[str | int, ...] | None:
-    """The fields of one row; None where the row is to be left out."""
+    """The values of `reading.fields` in one row, or None if the row is to be left out.
+
+    Args:
+      row: a value that was read from JSON.
+      reading: how files are read.
+      stats: counts what is replaced.
+      at: what errors call the row, such as `object 17 of ...`.
+      kind: what comes before `at` in errors about characters, such as `line `.
+
+    Raises `UserError` for a row that is not an object, for missing fields and for fields of another type.
+    """
     found = [_field(row, i, reading, at) for i in range(len(reading.fields))]
     values = [
         without_surrogates(value, reading, stats, kind + at) if isinstance(value, str) else value
@@ -191,7 +231,10 @@ def read_fields(
 
 
 def _field(row: object, i: int, reading: Reading, at: str) -> str | int | None:
-    """Field number `i` of one row: text, or where it is not the first one also an integer; None for null."""
+    """Field number `i` of one row: text, an integer if it is not the first field, or None for null.
+
+    A list of strings becomes a text with a line for each.
+    """
     field = reading.fields[i]
     if not isinstance(row, dict):
         raise UserError(
@@ -217,7 +260,10 @@ def _field(row: object, i: int, reading: Reading, at: str) -> str | int | None:
 
 
 def refuse_null(i: int, reading: Reading, at: str) -> None:
-    """Raises `UserError` for a null where bad text is an error. Else the row is left out, for null cannot be mended."""
+    """Raises `UserError` for a null in field number `i` if `reading.on_bad_text` is `error`.
+
+    Otherwise the caller leaves the row out, with `replace` as well, because nothing can replace the missing text.
+    """
     if reading.on_bad_text == "error":
         raise UserError(
             f"data.on_bad_text = 'error' and {name_of_field(i)} = {reading.fields[i]!r} is null in {at}: remove the "
@@ -226,4 +272,5 @@ def refuse_null(i: int, reading: Reading, at: str) -> None:
 
 
 def _names(row: Mapping[str, Any]) -> str:
+    """The names of the fields of a row, for errors."""
     return plain_name(", ".join(row)) or "(none)"

@@ -1,4 +1,5 @@
-"""Files of plain text: each is one document, used as it is, of which no more is held than a part."""
+"""Reads files of plain text. Each file is one document, used as it is, and is read in parts so that it may be larger
+than memory."""
 
 from __future__ import annotations
 
@@ -12,11 +13,16 @@ from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import BAD_TEXT, Part, Parts, Reading, ReadStats
 from llmjax.errors import UserError
 
+# The most bytes of a file that are decoded at once, which is the size of a part. A choice: large enough to be fast.
 CHUNK_BYTES = 1 << 20
 
 
 def read_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
-    """The text of the file, in parts where it is long. No newline is translated; a byte order mark is left out."""
+    """The document that a file of plain text is, in parts if it is long.
+
+    Newlines stay as they are. A byte order mark is left out. Raises `UserError` if `reading` asks for further fields,
+    or if the text cannot be read and `reading.on_bad_text` is `error`.
+    """
     if len(reading.fields) > 1:
         raise UserError(
             f"data.sources names {file.path!r}, a file of plain text, which has no field {reading.fields[1]!r}: "
@@ -28,6 +34,7 @@ def read_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
     if reading.on_bad_text == "skip" and not _is_readable(file, reading):
         yield Part(file.name, None)
         return
+    # Each part is held back until the next one arrives, because only then is it known whether it is the last.
     first, held = True, ""
     for text in _decoded(file, reading, stats):
         if held:
@@ -38,13 +45,14 @@ def read_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
 
 
 def _decoded(file: SourceFile, reading: Reading, stats: ReadStats) -> Iterator[str]:
-    """The text in chunks, none of them empty. Where U+FFFD stands for anything, the file is counted as replaced."""
+    """The text in chunks that are not empty. A file with U+FFFD for bad bytes is counted in `stats.replaced`."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    consumed, mark, ended = 0, True, False
+    consumed, at_start, ended = 0, True, False
     with open_text(file, reading, stats) as stream:
         while not ended:
             data = stream.read(CHUNK_BYTES)
             ended = not data
+            # The state has the bytes of a character that the last chunk cut in two.
             state = decoder.getstate()
             try:
                 text = decoder.decode(data, final=ended)
@@ -53,18 +61,23 @@ def _decoded(file: SourceFile, reading: Reading, stats: ReadStats) -> Iterator[s
                     at = consumed - len(state[0]) + error.start
                     raise not_utf8(file, reading, f"file {file.path!r}", at) from None
                 stats.replaced += 1
+                # From here on every bad byte becomes U+FFFD. The chunk is decoded again from where it began.
                 decoder = codecs.getincrementaldecoder("utf-8")("replace")
                 decoder.setstate(state)
                 text = decoder.decode(data, final=ended)
             consumed += len(data)
-            if mark and text:
-                text, mark = text.removeprefix("\ufeff"), False
+            if at_start and text:
+                text, at_start = text.removeprefix("\ufeff"), False
             if text:
                 yield text
 
 
 def _is_readable(file: SourceFile, reading: Reading) -> bool:
-    """Whether all of the file is text: what is left out for a byte near its end is left out whole."""
+    """Whether the whole file is UTF-8.
+
+    A file with a bad byte near its end is left out from its beginning on, so it is read once before its first part is
+    yielded.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open_text(file, reading, ReadStats()) as stream:
         try:
@@ -77,7 +90,10 @@ def _is_readable(file: SourceFile, reading: Reading) -> bool:
 
 
 def _read_python(file: SourceFile, reading: Reading, stats: ReadStats) -> tuple[str] | None:
-    """A Python source, whole, in the encoding that it declares where it is not UTF-8."""
+    """The text of a Python source, whole, or None if it is to be left out.
+
+    A source that is not UTF-8 is read in the encoding that it declares.
+    """
     with open_text(file, reading, stats) as stream:
         data = stream.read()
     try:
