@@ -20,7 +20,7 @@ from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.data.layout import layout
 from llmjax.data.sources import compression, encoding, listing, reading, records
-from llmjax.data.tokenizer import tokenizer
+from llmjax.data.tokenizer import kinds, training
 from llmjax.errors import UserError
 from llmjax.evaluate.probes import sentences, suite
 from llmjax.models.gpt import GPT
@@ -145,8 +145,8 @@ TABLES = {
                   lambda name: optimizer_with({"muon": forced(section("muon"), form=name)}, name="muon")),
     "clip": (clip.CLIPS, reach, lambda name: clip.make_clip(name, 1.0, BY_NAME)),
     "fused_gather": (fused.MANUAL, (), lambda name: fused.MANUAL[name]),
-    "tokenizer kind": (tokenizer.KINDS, Reaching(),
-                       lambda name: tokenizer.train_tokenizer(forced(section("tokenizer"), kind=name), ["a"])),
+    "tokenizer kind": (kinds.KINDS, Reaching(),
+                       lambda name: training.train_tokenizer(forced(section("tokenizer"), kind=name), ["a"])),
     "on_bad_text": (reading.BAD_TEXT, True, decode_badly),
     "language of a pass key": (sentences.PASS_KEYS, (reach, "", "", ""), lambda name: sentences.pass_key(name, 0)),
     "probe, words": (suite.WORDS, reach, lambda name: suite.describe({name: [1]})),
@@ -215,7 +215,7 @@ NAMED = {
     "compute.offload": remat.OFFLOADS,
     "compute.remat": remat.REMATS,
     "compute.kernel": sequence_attention.ATTENTION,
-    "tokenizer.kind": tokenizer.KINDS,
+    "tokenizer.kind": kinds.KINDS,
     "data.on_bad_text": reading.BAD_TEXT,
     "mesh.seq_attention": ("auto", *sequence_attention.ALGORITHMS),
     "mesh.layout": ("auto", *layout.LAYOUTS),

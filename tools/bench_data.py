@@ -41,7 +41,8 @@ from llmjax.data.sources.listing import SourceFile, list_sources
 from llmjax.data.sources.records import read_records, read_texts
 from llmjax.data.store.build import build_store
 from llmjax.data.store.store import Store
-from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer
+from llmjax.data.tokenizer.kinds import TokenizerConfig
+from llmjax.data.tokenizer.training import train_tokenizer
 
 GOAL = 20e6  # tokens/s of the pipeline alone
 TOKENS_PER_BATCH = 32768
@@ -160,7 +161,8 @@ import os, pathlib, re, sys
 from llmjax.data.sources.listing import list_sources
 from llmjax.data.sources.records import read_texts
 from llmjax.data.store.build import build_store
-from llmjax.data.tokenizer.tokenizer import TokenizerConfig, train_tokenizer
+from llmjax.data.tokenizer.kinds import TokenizerConfig
+from llmjax.data.tokenizer.training import train_tokenizer
 
 def peak(process="self"):
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path(f"/proc/{process}/status").read_text())[1])

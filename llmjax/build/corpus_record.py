@@ -11,7 +11,8 @@ import pathlib
 
 from llmjax.build.corpus import Corpus
 from llmjax.data.checksums import DamagedError
-from llmjax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
+from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.files import new_folder
 from llmjax.names import plain_name

@@ -13,7 +13,8 @@ import pathlib
 from llmjax.config.resume import check_init, check_resume
 from llmjax.config.schema import Config
 from llmjax.data.checksums import DamagedError
-from llmjax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
+from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.escapes import complain
 from llmjax.train.checkpoint.checkpoint import Checkpoints

@@ -9,7 +9,7 @@ from llmjax.config.schema import Config
 from llmjax.data.examples.contract import Examples
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.layout.layout import RowLayout
-from llmjax.data.tokenizer.tokenizer import KINDS
+from llmjax.data.tokenizer.kinds import KINDS
 from llmjax.errors import UserError, choose
 from llmjax.evaluate.probes.suite import PROBES
 from llmjax.models.table import FAMILIES

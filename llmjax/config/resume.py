@@ -8,7 +8,7 @@ from typing import Any
 
 from llmjax.config.reading import complete_config
 from llmjax.config.schema import Config
-from llmjax.data.tokenizer.tokenizer import load_tokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.errors import UserError
 from llmjax.nn.position import POSITIONS
 from llmjax.ranges import shown

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmjax.data.pipeline import DataConfig
-from llmjax.data.tokenizer.tokenizer import TokenizerConfig
+from llmjax.data.tokenizer.kinds import TokenizerConfig
 from llmjax.evaluate.held_out import EvaluateConfig
 from llmjax.generate.generate import GenerateConfig
 from llmjax.nn.config import ModelConfig

@@ -9,7 +9,8 @@ from llmjax.build.corpus_record import (
 )
 from llmjax.build.program import make_program
 from llmjax.config.init_from import resumes, with_tokenizer
-from llmjax.data.tokenizer.tokenizer import KINDS, TokenizerConfig, load_tokenizer
+from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.modes.request import Request
 from llmjax.plan.advice import remarks
 from llmjax.plan.compile import compile_step

@@ -12,7 +12,7 @@ from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
 from llmjax.data.sources.listing import Listing
 from llmjax.data.store.columns import StoreHeader
-from llmjax.data.tokenizer.tokenizer import KINDS, TokenizerConfig
+from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
 from llmjax.quantities import format_bytes, format_number, format_quantity
 from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.schedules import describe_schedule

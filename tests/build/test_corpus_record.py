@@ -12,7 +12,7 @@ from tiny_run import CHINESE, command
 from llmjax import main
 from llmjax.build.corpus_record import mend_tokenizer
 from llmjax.config.init_from import own_tokenizer
-from llmjax.data.tokenizer.tokenizer import load_tokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.errors import UserError
 
 SETTINGS = {"tokenizer__kind": "bpe", "tokenizer__vocab_size": 400, "train__num_updates": 2}

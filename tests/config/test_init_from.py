@@ -17,7 +17,7 @@ from llmjax.build.restore import resume_or_init
 from llmjax.config.init_from import with_tokenizer
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.tokenizer.tokenizer import load_tokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from tests.modes.test_modes import SENTENCEPIECE, compile_once, refuse, run  # noqa: F401 - a fixture
 

@@ -9,7 +9,8 @@ from configs.base import get_config
 from llmjax.config import resume
 from llmjax.config.reading import read_config
 from llmjax.config.resume import check_resume
-from llmjax.data.tokenizer.tokenizer import ByteTokenizer, train_tokenizer
+from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
+from llmjax.data.tokenizer.training import train_tokenizer
 from llmjax.errors import UserError
 
 LOREM = "the quick brown fox jumps over the lazy dog, 你好\n" * 20

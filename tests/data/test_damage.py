@@ -18,7 +18,8 @@ from llmjax.data.store import cache
 from llmjax.data.store.build import DOCUMENTS, build_store
 from llmjax.data.store.encode import encode_batches
 from llmjax.data.store.store import Store, open_store
-from llmjax.data.tokenizer.tokenizer import ByteTokenizer, load_tokenizer
+from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.errors import UserError
 
 BYTES = ByteTokenizer(num_reserved=2)

@@ -17,7 +17,7 @@ from llmjax.data.packing.make_plan import cached_plan, plan_packing
 from llmjax.data.pipeline import DataConfig, PackedSequences, make_batches
 from llmjax.data.sources.listing import list_sources
 from llmjax.data.store.build import build_store
-from llmjax.data.tokenizer.tokenizer import ByteTokenizer
+from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import tiny_run
 
 from llmjax.data.packing.make_plan import plan_packing
 from llmjax.data.pipeline import PackedSequences
-from llmjax.data.tokenizer.tokenizer import ByteTokenizer
+from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.evaluate.scoring import Text
 
 TOKENIZER = ByteTokenizer(num_reserved=3)  # 264 ids, which split over mesh.tensor

@@ -15,7 +15,7 @@ from sections import section
 from tiny_run import CHINESE, command
 
 from llmjax import main
-from llmjax.data.tokenizer.tokenizer import load_tokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.modes.plan import planned_vocab_size
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 

@@ -19,7 +19,7 @@ from tiny_run import command, finish, start
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.tokenizer.tokenizer import load_tokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.workdir.contents import saved_config
 

@@ -15,7 +15,7 @@ from llmjax.data.pipeline import PackedSequences
 from llmjax.data.sources.listing import list_sources
 from llmjax.data.sources.records import read_records
 from llmjax.data.store.build import build_store
-from llmjax.data.tokenizer.tokenizer import train_tokenizer
+from llmjax.data.tokenizer.training import train_tokenizer
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.ops.logits import head_logits
 from llmjax.types import Batch

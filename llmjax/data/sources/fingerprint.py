@@ -89,7 +89,7 @@ class Digests:
         return digest
 
     def save(self) -> None:
-        """Writes the JSON file if there are new digests. An error is ignored, and the files are read again next time."""
+        """Writes the JSON file if there are new digests. If it cannot be written, nothing is remembered."""
         if self._new:
             newest = [*self._known.items(), *self._new.items()][-MAX_REMEMBERED:]
             with contextlib.suppress(OSError):

@@ -20,14 +20,10 @@ from llmjax.data.sources.records import read_texts
 from llmjax.data.store.build import DOCUMENTS, READING, build_store
 from llmjax.data.store.columns import FORMAT_VERSION
 from llmjax.data.store.store import Store, open_store
-from llmjax.data.tokenizer.tokenizer import (
-    KINDS,
-    TRAINER_VERSION,
-    Tokenizer,
-    TokenizerConfig,
-    load_tokenizer,
-    train_tokenizer,
-)
+from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
+from llmjax.data.tokenizer.loading import load_tokenizer
+from llmjax.data.tokenizer.tokenizer import Tokenizer
+from llmjax.data.tokenizer.training import TRAINER_VERSION, train_tokenizer
 from llmjax.errors import UserError
 from llmjax.escapes import complain
 from llmjax.files import new_folder

@@ -1,25 +1,35 @@
-"""The bytes of a SentencePiece model (a protobuf), changed without the program that made it."""
+"""Reads and changes the bytes of a SentencePiece model, which are a message of protocol buffers.
+
+SentencePiece has no function for these changes, and the package protobuf is not needed for them. The message is
+described in sentencepiece_model.proto of SentencePiece, its encoding in https://protobuf.dev/programming-guides/encoding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-# Protobuf merges repeats: normalizer_spec { add_dummy_prefix: false }.
+# The message `normalizer_spec { add_dummy_prefix: false }`. Appended to a model it overrides the model's own value,
+# because a later value of a field takes the place of an earlier one.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-# Numbers of fields: of the vocabulary, a message for each piece, and of the trainer and the kind of its models.
+# The numbers of fields: `pieces`, a message for each piece of the vocabulary, `trainer_spec`, and its `model_type`.
 _PIECES, _TRAINER, _MODEL_TYPE = 1, 2, 3
+# The `model_type` of a unigram model, which is the default.
 _UNIGRAM = 1
-# The kind of a piece (field 3): a control symbol.
+# The field `type: CONTROL` of a piece.
 _CONTROL = b"\x18\x03"
+# The wire types of fields: an integer of variable length, 8 bytes, bytes with their length before them, and 4 bytes.
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def as_control(model: bytes, ids: Collection[int]) -> bytes:
-    """The model with the pieces `ids` as control symbols, which no text gives, however it is written."""
+    """Returns the model with the pieces `ids` as control symbols, which no text gives."""
+    # A piece has no id in the file. Its number among the pieces is its id.
     out, number = [], 0
     for field, start, body, stop in _fields(model):
         if field == _PIECES:
             if number in ids:
-                body += _CONTROL  # the last one counts
+                # The last value of a field counts. The message gets longer, so its length is written anew.
+                body += _CONTROL
                 out.append(model[start : start + 1] + _as_varint(len(body)) + body)
             else:
                 out.append(model[start:stop])
@@ -30,7 +40,7 @@ def as_control(model: bytes, ids: Collection[int]) -> bytes:
 
 
 def is_unigram(model: bytes) -> bool:
-    """Whether the pieces of the model are chosen by their probabilities, rather than merged in an order."""
+    """Whether the model is a unigram model. Otherwise it merges pieces in an order, as BPE does."""
     kind = _UNIGRAM
     for field, _, trainer, _ in _fields(model):
         if field == _TRAINER:
@@ -40,26 +50,33 @@ def is_unigram(model: bytes) -> bool:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, bytes, int]]:
-    """(number, where it starts, its content, where it stops) of each field of a message."""
+    """(number, start, content, stop) of each field of a message: start and stop are offsets in the message.
+
+    Raises ValueError for an unknown wire type, and IndexError if the message is cut short.
+    """
     at = 0
     while at < len(message):
         start = at
         tag, at = _varint(message, at)
+        # The tag has the wire type in its last three bits, and the number of the field before them.
         kind, begin = tag & 7, at
-        if kind == 2:
+        if kind == _BYTES:
             length, begin = _varint(message, at)
             at = begin + length
-        elif kind == 0:
+        elif kind == _VARINT:
             _, at = _varint(message, at)
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
+        elif kind in (_FIXED64, _FIXED32):
+            at += 8 if kind == _FIXED64 else 4
         else:
             raise ValueError(f"wire type {kind} in a SentencePiece model")
         yield tag >> 3, start, message[begin:at], at
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where it ends."""
+    """Reads an integer of variable length at the offset `at`, and returns it with the offset of its end.
+
+    Each byte has seven bits, the lowest come first, and the highest bit of a byte says whether another one follows.
+    """
     value = shift = 0
     while True:
         byte = data[at]
@@ -69,6 +86,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _as_varint(value: int) -> bytes:
+    """Writes an integer that is not negative as `_varint` reads it."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)

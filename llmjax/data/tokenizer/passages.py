@@ -1,4 +1,4 @@
-"""The sample of passages that a tokenizer is trained on."""
+"""Chooses the passages of a corpus that a tokenizer is trained on, and prepares them for SentencePiece."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ import numpy as np
 
 from llmjax.errors import UserError
 
-SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
-_BOUNDARY = "\t"  # SentencePiece never learns a piece across a tab
-_PASSAGE_CHARS = 4096  # its trainer counts positions within a word in 16 bits
+# What SentencePiece writes for a space.
+SPACE_MARK = "\u2581"
+# What SentencePiece writes between pieces while it trains. It leaves out whole sentences with this character.
+_PIECE_MARK = "\u2585"
+# SentencePiece never learns a piece with a tab in it.
+_BOUNDARY = "\t"
+# The most characters of a passage. The trainer counts positions within a word in 16 bits, and a passage without spaces
+# is one word. A choice below that limit.
+_PASSAGE_CHARS = 4096
+# The passages whose characters are counted at once. A choice that bounds the memory.
+_COUNTED_PASSAGES = 256
+# Unicode has code points below this number.
+_NUM_CODE_POINTS = 0x110000
 
 
 def check_unicode(text: str) -> None:
-    """Raises `UserError` where the text holds a lone surrogate, which UTF-8 cannot express."""
+    """Raises `UserError` if the text has a lone surrogate, which cannot be encoded in UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -27,17 +37,21 @@ def check_unicode(text: str) -> None:
 
 
 def sample_passages(texts: Iterable[str | Iterable[str]], train_bytes: float) -> list[str]:
-    """The passages with the smallest hashes, about `train_bytes` in all, sorted by hash.
+    """Chooses passages of about `train_bytes` bytes in all, each as likely as any other.
 
-    A text may come as an iterable of its chunks.
+    The passages with the smallest hashes are taken and sorted by hash, so the sample does not depend on the order of
+    the texts. A text may come as an iterable of its chunks. Memory holds the sample only. Raises `UserError` for a lone
+    surrogate.
     """
-    heap: list[tuple[int, str, int]] = []  # (-hash, passage, bytes): the root is the first to go
+    # (-hash, passage, bytes). The root of the heap is the passage with the largest hash, which is dropped first.
+    heap: list[tuple[int, str, int]] = []
     total = 0
     for text in texts:
         for passage in cut_passages([text] if isinstance(text, str) else text):
             check_unicode(passage)
             data = passage.encode()
             key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+            # The sample is full, and this hash is larger than all in it.
             if total >= train_bytes and -key < heap[0][0]:
                 continue
             heapq.heappush(heap, (-key, passage, len(data)))
@@ -48,7 +62,10 @@ def sample_passages(texts: Iterable[str | Iterable[str]], train_bytes: float) ->
 
 
 def cut_passages(chunks: Iterable[str]) -> Iterator[str]:
-    """The text in pieces of at most `_PASSAGE_CHARS`, cut after a line end or before a space if any."""
+    """Cuts a text into passages of at most `_PASSAGE_CHARS` characters.
+
+    A cut lies after a line end if there is one, otherwise before a space, and otherwise anywhere.
+    """
     held = ""
     for chunk in chunks:
         held, start = held + chunk, 0
@@ -56,6 +73,7 @@ def cut_passages(chunks: Iterable[str]) -> Iterator[str]:
             stop = start + _PASSAGE_CHARS
             newline = held.rfind("\n", start, stop) + 1
             stop = newline or max(held.rfind(" ", start, stop), 0) or stop
+            # A space at the beginning of the passage would make an empty one.
             stop = stop if stop > start else start + _PASSAGE_CHARS
             yield held[start:stop]
             start = stop
@@ -65,17 +83,18 @@ def cut_passages(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def trainable(passages: Sequence[str], coverage: float, max_characters: int) -> list[str]:
-    """Passages with a boundary in place of every character that gets no piece of its own or would be misread.
+    """Replaces characters that are to have no piece of their own by tabs, which SentencePiece learns nothing across.
 
-    The characters kept are the most frequent that cover `coverage` of the text, at most `max_characters`.
-    SentencePiece's own coverage may not go below 0.98, and it drops whole sentences over U+2585.
+    Characters keep their place if they are among the most frequent ones, which cover the share `coverage` of the text
+    and are at most `max_characters`. The characters that SentencePiece itself uses as marks are replaced too.
+    SentencePiece could choose characters by coverage itself, but it refuses a coverage below 0.98.
     """
-    counts = np.zeros(0x110000, dtype=np.int64)
-    for start in range(0, len(passages), 256):
-        codes = np.frombuffer("".join(passages[start : start + 256]).encode("utf-32-le"), dtype=np.uint32)
-        counts += np.bincount(codes, minlength=len(counts))
+    counts = np.zeros(_NUM_CODE_POINTS, dtype=np.int64)
+    for start in range(0, len(passages), _COUNTED_PASSAGES):
+        text = "".join(passages[start : start + _COUNTED_PASSAGES])
+        counts += np.bincount(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), minlength=len(counts))
     present = np.flatnonzero(counts)
-    unlearnable = [ord(c) for c in (_BOUNDARY, SPACE_MARK, "\u2585")]
+    unlearnable = [ord(c) for c in (_BOUNDARY, SPACE_MARK, _PIECE_MARK)]
     counts[unlearnable] = 0
     by_frequency = np.argsort(-counts, kind="stable")
     covered = np.cumsum(counts[by_frequency])

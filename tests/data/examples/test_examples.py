@@ -18,7 +18,7 @@ from llmjax.data.store.build import build_store
 from llmjax.data.store.cache import cached_store
 from llmjax.data.store.encode import encode_records
 from llmjax.data.store.store import open_store
-from llmjax.data.tokenizer.tokenizer import ByteTokenizer
+from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.errors import UserError
 from llmjax.tasks.table import TASKS
 

@@ -19,8 +19,8 @@ from llmjax.data.sources.listing import list_sources
 from llmjax.data.store import build
 from llmjax.data.store.build import build_store
 from llmjax.data.store.cache import cached_store, cached_tokenizer
-from llmjax.data.tokenizer import tokenizer as tokenizer_module
-from llmjax.data.tokenizer.tokenizer import train_tokenizer
+from llmjax.data.tokenizer import cuts
+from llmjax.data.tokenizer.training import train_tokenizer
 from llmjax.errors import UserError
 
 LINE = "Call me Ishmael, 列位看官. Some years ago -- never mind how long\n"
@@ -29,7 +29,7 @@ LINE = "Call me Ishmael, 列位看官. Some years ago -- never mind how long\n"
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 700)
+    monkeypatch.setattr(cuts, "PIECE_CHARS", 700)
     monkeypatch.setattr(build, "PIECE_CHARS", 700)
     monkeypatch.setattr(build, "_INLINE_BYTES", 0)
     folder = tmp_path / "corpus"
@@ -106,7 +106,7 @@ PEAK = """
     import re, sys
     from llmjax.data.sources.listing import list_sources
     from llmjax.data.store.build import build_store
-    from llmjax.data.tokenizer.tokenizer import ByteTokenizer
+    from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 
     def peak():
         return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

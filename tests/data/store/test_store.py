@@ -23,7 +23,7 @@ from llmjax.data.store.cache import cached_store, cached_tokenizer
 from llmjax.data.store.columns import token_dtype
 from llmjax.data.store.encode import encode_batches, encode_records
 from llmjax.data.store.store import Store, open_store
-from llmjax.data.tokenizer.tokenizer import ByteTokenizer
+from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.errors import UserError
 
 BYTES = ByteTokenizer(num_reserved=2)
@@ -247,7 +247,7 @@ def test_a_killed_builder_leaves_no_store_and_its_files_are_deleted_later(corpus
         "import os, signal, sys\n"
         "import llmjax.data.store.build as s\n"
         "from llmjax.data.sources.listing import list_sources\n"
-        "from llmjax.data.tokenizer.tokenizer import ByteTokenizer\n"
+        "from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer\n"
         "s._finish = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "s.build_store(sys.argv[2], list_sources([sys.argv[1]]), ByteTokenizer())\n"
     )

@@ -8,16 +8,13 @@ import pytest
 from sections import section
 
 from llmjax.data.tokenizer import cuts
-from llmjax.data.tokenizer import tokenizer as module
+from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.data.tokenizer.cuts import cut_text, neighbours
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.data.tokenizer.model_file import is_unigram
 from llmjax.data.tokenizer.passages import cut_passages
-from llmjax.data.tokenizer.tokenizer import (
-    ByteTokenizer,
-    SentencePieceTokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from llmjax.data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from llmjax.data.tokenizer.training import train_tokenizer
 
 ENGLISH = (
     "Call me Ishmael. Some years ago--never mind how long precisely--having little or no money in my purse, "
@@ -70,7 +67,7 @@ def test_the_tokens_of_the_pieces_are_those_of_the_whole(name, tokenizer, monkey
     monkeypatch.setattr(cuts, "MOST_CHARS", 1 << 20)
     for size in (60, 700):
         for key in ("PIECE_CHARS", "UNIGRAM_PIECE_CHARS"):
-            monkeypatch.setattr(module, key, size)
+            monkeypatch.setattr(cuts, key, size)
         pieces = list(tokenizer.pieces([text]))
         assert "".join(pieces) == text
         ids = [i for k, piece in enumerate(pieces) for i in tokenizer.encode(piece, continues=k > 0)]
@@ -86,7 +83,7 @@ def test_the_tokens_of_the_pieces_are_those_of_the_whole(name, tokenizer, monkey
 
 def test_pieces_depend_on_the_text_and_not_on_its_chunks(tokenizer, monkeypatch):
     for key in ("PIECE_CHARS", "UNIGRAM_PIECE_CHARS"):
-        monkeypatch.setattr(module, key, 100)
+        monkeypatch.setattr(cuts, key, 100)
     monkeypatch.setattr(cuts, "MOST_CHARS", 900)
     for text in TEXTS.values():
         pieces = list(tokenizer.pieces([text]))
@@ -114,7 +111,7 @@ def test_neighbours_are_all_pairs_within_pieces():
 
 
 def test_a_byte_is_cut_from_its_neighbours_anywhere(monkeypatch):
-    monkeypatch.setattr(module, "PIECE_CHARS", 10)
+    monkeypatch.setattr(cuts, "PIECE_CHARS", 10)
     assert [len(piece) for piece in ByteTokenizer().pieces(["x" * 95])] == [10] * 5 + [45]
 
 

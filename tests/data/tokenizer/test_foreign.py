@@ -7,7 +7,8 @@ import pytest
 import sentencepiece
 
 from llmjax.data.checksums import DamagedError
-from llmjax.data.tokenizer.tokenizer import StreamDecoder, load_tokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
+from llmjax.data.tokenizer.tokenizer import StreamDecoder
 
 FOREIGN = ("mistral_v1", "t5_32k", "google_test_model")
 TEXTS = [

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from sections import section
 
-from llmjax.data.tokenizer.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer, train_tokenizer
+from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
+from llmjax.data.tokenizer.tokenizer import StreamDecoder
+from llmjax.data.tokenizer.training import train_tokenizer
 from llmjax.errors import UserError
 
 NASTY = [

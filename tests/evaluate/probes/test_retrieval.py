@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.data.tokenizer.tokenizer import load_tokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.errors import UserError
 from llmjax.evaluate.probes import sentences
 from llmjax.evaluate.probes.retrieval import DEPTHS, encode_within, make_needle, make_passkey, sentence_ids
