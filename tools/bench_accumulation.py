@@ -1,25 +1,28 @@
-"""What gradient accumulation costs beside the forward and backward pass: ours against stock `optax.MultiSteps`.
+"""Measures what gradient accumulation costs, ours and that of `optax.MultiSteps` as it is ("stock").
 
     python tools/bench_accumulation.py --parts time controller       # about two minutes; on an idle machine
     pip install 'llmjax[tpu]'
     JAX_PLATFORMS=cpu python tools/bench_accumulation.py --parts memory reductions     # about 10 minutes, no TPU
 
 time        milliseconds per micro-step of AdamW with 16.8 M parameters on the CPU, in updates of 8 micro-steps. The
-            gradient is given, so that there is no forward or backward pass: what is left is our train step, with its
-            checks and norms, and `MultiSteps.update` with `apply_updates`. Each has a process of its own, ours with the
-            memory settings that every run of llmjax has (`parallel/host_memory.py`), stock without and with them. They
-            take turns; medians over the rounds.
-controller  milliseconds per update of `configs/base.py`, in four micro-steps, of all that the noise-scale controller
-            needs: the squared norms of the micro-gradients, which are taken without it too, and the host's decision.
-memory      bytes of main memory per parameter and micro-step, of the programs compiled for one TPU v5e chip with 268 M
-            parameters.
-reductions  gradients that each device gives to reductions in one update, in GB, of a 470 M decoder trained with pure
-            data parallelism on a TPU v5e 2x4, compiled. Stock averages the micro-batches' mean losses.
+            gradient is given, so there is no forward or backward pass. What is measured is our train step, with its
+            checks and norms, and `MultiSteps.update` with `apply_updates`. Each side runs in a process of its own. Ours
+            has the memory settings that every run of llmjax has (`parallel/host_memory.py`), stock is measured without
+            and with them. The sides take turns, and the figures are medians over the rounds.
+controller  milliseconds per update of `configs/base.py`, in four micro-steps, for what the noise-scale controller
+            needs: the squared norms of the micro-gradients, which are computed without it too, and the decision on the
+            host.
+memory      bytes of main memory per parameter and micro-step that programs read and write, if they are compiled for one
+            TPU v5e chip and 268 M parameters.
+reductions  gradients that each device gives to reductions in one update, in GB, for a decoder of 470 M parameters that
+            is trained with pure data parallelism on a TPU v5e 2x4. The program is only compiled. Stock averages the
+            mean losses of the micro-batches.
 
-Stock does the same work in every micro-step, and so does our `multisteps`, which is stock fed with sums and weights and
-has no goal. `in_place` makes the update in the last micro-step: `accumulating` is one before it, `mean_of_8` the mean
-over an update. `fused` makes its gradients in the loop, which on the CPU adds 8 bytes per parameter. One JSON object a
-line. The goal of a time is one for the ratio ours / rival, the others are for our value.
+Stock does the same work in every micro-step. So does our engine `multisteps`, which is stock with sums and weights and
+has no goal. `in_place` computes the update in the last micro-step: `accumulating` is a micro-step before it, and
+`mean_of_8` is the mean over an update. `fused` computes its gradients in the loop, which on the CPU adds 8 bytes per
+parameter. The output has one JSON object in each line. The goal of a time is for the ratio ours / rival, and the other
+goals are for our value.
 """
 
 from __future__ import annotations
@@ -51,15 +54,18 @@ from llmjax.train.steering.steering import Measured
 from llmjax.train.update.state import TrainState
 from llmjax.types import Array, Batch, Params
 
-# Of the parameters whose updates are timed.
+# The parameters whose updates are timed are this many square matrices.
 MATRICES = 16
+# The goals: of the ratio of times, of bytes per parameter and micro-step, of GB per device and update, and of the
+# controller's time as a share of an update.
 TIME_GOAL, MEMORY_GOAL, REDUCTION_GOAL, CONTROLLER_GOAL = 0.1, 17.0, 1.9, 0.01
-DECODER = {  # changes to configs/base.py: 470 M parameters
+# A decoder of 470 M parameters, as changes to configs/base.py.
+DECODER = {
     "model.num_layers": 24, "model.model_dim": 1024, "model.num_heads": 16, "model.mlp_dim": 4096,
     "model.dtype": "bfloat16", "compute.scan_layers": True, "compute.remat": "full", "tokenizer.vocab_size": 65536,
     "data.seq_len": 1024, "compute.micro_batch_size": 16, "compute.accumulation_steps": 0, "optimizer.name": "adamw",
 }  # fmt: skip
-# What --smoke changes in it, and in configs/base.py for the controller.
+# What --smoke changes in the decoder, and in configs/base.py for the controller.
 SMOKE_MODEL = {
     "model.num_layers": 2, "model.model_dim": 128, "model.num_heads": 2, "model.mlp_dim": 128,
     "tokenizer.vocab_size": 512, "data.seq_len": 128, "train.tokens_per_update": 2048,
@@ -67,11 +73,12 @@ SMOKE_MODEL = {
 
 
 def matrices(count: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of `count` parameters, float32 [width, width] each."""
     return {f"w{i}_DF": jax.ShapeDtypeStruct((width, width), jnp.float32) for i in range(count)}
 
 
 def stock_rounds(params: Params, grads: Params) -> Callable[[], dict[str, float]]:
-    """One update of stock MultiSteps, to be called again and again: milliseconds per micro-step."""
+    """A function that makes an update with stock MultiSteps and returns the milliseconds per micro-step."""
     multi = Engines.stock()
     step = jax.jit(functools.partial(stock_update, multi), donate_argnums=(0, 1))
     state = (params, multi.init(params))
@@ -87,9 +94,9 @@ def stock_rounds(params: Params, grads: Params) -> Callable[[], dict[str, float]
 
 
 def summing_rounds(engine: str, params: Params, grads: Params) -> Callable[[], dict[str, float]]:
-    """One update of an engine with a call for each micro-step.
+    """A function that makes an update with `in_place` or `multisteps`, which have a call for each micro-step.
 
-    `mean` is the milliseconds per micro-step, `accumulating` those of the micro-steps before the last.
+    It returns the milliseconds per micro-step: `mean` over all, `accumulating` over all but the last.
     """
     engines = Engines(params, make_mesh(BASE.mesh, jax.devices()[:1]))
     micro_step = functools.partial(engines.micro_step, engine)
@@ -109,9 +116,9 @@ def summing_rounds(engine: str, params: Params, grads: Params) -> Callable[[], d
 
 
 def fused_rounds(params: Params, grads: Params) -> Callable[[], dict[str, float]]:
-    """One update of our `fused`, in milliseconds per micro-step as in `summing_rounds`.
+    """A function that makes an update with `fused` and returns the milliseconds per micro-step, as `summing_rounds`.
 
-    One call holds all micro-steps, so `accumulating` compares an update of eight with an update of one.
+    One call makes all micro-steps, so `accumulating` follows from the difference between updates of eight and of one.
     """
     engines = Engines(params, make_mesh(BASE.mesh, jax.devices()[:1]))
     step, order, batch = jax.jit(engines.fused, donate_argnums=0), engines.order(), engines.batch(STEPS)
@@ -132,7 +139,7 @@ def fused_rounds(params: Params, grads: Params) -> Callable[[], dict[str, float]
 
 
 def make_side(make_update: Callable, keep: bool, width: int) -> tuple[Callable[[], dict[str, float]], None]:
-    """A process that measures an update of MATRICES matrices whenever it is asked."""
+    """One side for `take_turns`, with MATRICES matrices. `keep` says whether it has the memory settings of llmjax."""
     if keep:
         keep_freed_memory()
     params = {
@@ -140,12 +147,13 @@ def make_side(make_update: Callable, keep: bool, width: int) -> tuple[Callable[[
         for name, x in matrices(MATRICES, width).items()
     }
     one_update = make_update(params, jax.tree.map(lambda p: 1e-3 * p, params))
+    # The first update compiles.
     one_update()
     return one_update, None
 
 
 def bench_time(rounds: int, smoke: bool) -> None:
-    """Times updates of each engine in turn."""
+    """Measures updates of all engines and of stock in turns, `rounds` times."""
     width = 32 if smoke else 1024
     makes = {
         "stock": (stock_rounds, False),
@@ -177,11 +185,12 @@ def bench_time(rounds: int, smoke: bool) -> None:
 
 
 def compiled(function: Callable, donate: tuple[int, ...], *args: Any) -> Module:
+    """The compiled program of a function for arguments of these shapes. The arguments `donate` are donated."""
     return parse(jax.jit(function, donate_argnums=donate).lower(*args).compile().as_text())
 
 
 def bench_memory(smoke: bool) -> None:
-    """Programs for one chip, whose parameters are too large to stay in its VMEM."""
+    """Counts the memory traffic of programs for one chip, with parameters too large to stay in its VMEM."""
     mesh, width = make_mesh(BASE.mesh, topology_devices("v5e:1x1")), 128 if smoke else 8192
     params = matrices(4, width)
     engines, size = Engines(params, mesh), 4 * width**2
@@ -206,11 +215,14 @@ def bench_memory(smoke: bool) -> None:
     fused = compiled(engines.fused, (0,), state("fused"), abstract(lambda: engines.batch(STEPS)), order)
 
     def touched(module: Module, trips: Trips = NO_TRIPS) -> float:
+        """Bytes per parameter that a program reads and writes. `trips` is how often its loops run."""
         return bytes_touched(module, trips) / size
 
     rival = touched(stock)
     mean = ((STEPS - 1) * touched(in_place, 0) + touched(in_place, 1)) / STEPS
-    values = {  # the loop of `in_place` makes the update, that of `fused` is over micro-steps
+    # The loop of `in_place` runs once in the last micro-step, to compute the update. The loop of `fused` is over
+    # micro-steps.
+    values = {
         "memory_in_place_accumulating": touched(in_place, 0),
         f"memory_in_place_mean_of_{STEPS}": mean,
         "memory_fused_accumulating": (touched(fused, STEPS) - touched(fused, 0)) / STEPS,
@@ -225,13 +237,13 @@ def bench_memory(smoke: bool) -> None:
 
 
 def program_of(changes: dict[str, Any], devices: list[jax.Device]) -> Program:
-    """The program of configs/base.py with these changes."""
+    """The program of configs/base.py with these changes, {whole key: value}."""
     config, derived = load_config(changes, len(devices))
     return make_program(config, derived, config.tokenizer.vocab_size, devices)
 
 
 def bench_controller(rounds: int, smoke: bool) -> None:
-    """Its parts one after the other, each round."""
+    """Measures an update, and then what the controller needs for it, `rounds` times."""
     changes = {**SMOKE_MODEL} if smoke else {}
     changes |= {
         "compute.micro_batch_size": 2,
@@ -246,7 +258,8 @@ def bench_controller(rounds: int, smoke: bool) -> None:
     grads = jax.tree.map(jnp.copy, state.params)
     square = jax.jit(functools.partial(optax.tree.norm, squared=True))
     history, times = steering.start(), []
-    for _ in range(rounds + 1):  # the first compiles
+    # The first round compiles, and it is left out below.
+    for _ in range(rounds + 1):
         decision = steering.decide(history, 0)
         start = time.perf_counter()
         for _ in range(decision.steps):
@@ -255,6 +268,7 @@ def bench_controller(rounds: int, smoke: bool) -> None:
         update = time.perf_counter()
         for _ in range(decision.steps):
             jax.block_until_ready(square(grads))
+        # Any plausible numbers: the time does not depend on them.
         measured = Measured(decision.steps, 2.0**12, 2.0**22, 4.0, 8.0, 1.0, 1.0, True)
         steering.decide(steering.observe(history, decision, measured)[0], 0)
         times.append((1e3 * (time.perf_counter() - update), 1e3 * (update - start)))
@@ -265,6 +279,7 @@ def bench_controller(rounds: int, smoke: bool) -> None:
 
 
 def decoder(steps: int, accumulation: str, smoke: bool) -> Program:
+    """The program of the decoder on a TPU v5e 2x4, with updates of `steps` micro-steps by the engine `accumulation`."""
     model = {**DECODER, **(SMOKE_MODEL if smoke else {})}
     tokens = steps * model["compute.micro_batch_size"] * model["data.seq_len"]
     changes = {"compute.engine": accumulation, "mesh.data": 8, "train.tokens_per_update": tokens}
@@ -272,7 +287,14 @@ def decoder(steps: int, accumulation: str, smoke: bool) -> Program:
 
 
 def reduced(module: Module, steps: int) -> dict[str, float]:
-    """GB that a device gives to reductions, of these within the loop over micro-steps, and what it sends for them."""
+    """The GB that each device gives to reductions in a program, and sends for them.
+
+    given   all that it gives to reductions
+    inside  the part of it that is within the loop over micro-steps
+    sent    what it sends to other devices
+
+    `steps` is how often loops run whose trip count is not a constant, which is the loop over micro-steps.
+    """
     unknown = {loop.instruction.name: steps for loop in loops(module) if loop.trips is None}
     found = [c for c in collectives(module) if c.kind in ("all-reduce", "reduce-scatter")]
     given = sum(c.operand_bytes * c.times(unknown) for c in found)
@@ -282,7 +304,11 @@ def reduced(module: Module, steps: int) -> dict[str, float]:
 
 
 def stock_reductions(smoke: bool) -> dict[str, float]:
-    """GB of a micro-step of `optax.MultiSteps`, and of an update with a scan over STEPS micro-steps."""
+    """The GB that each device gives to reductions with stock optax.
+
+    micro_step  in a micro-step with `optax.MultiSteps`
+    scan        in an update with a `jax.lax.scan` over STEPS micro-steps
+    """
     program = decoder(STEPS, "in_place", smoke)
     loss = make_task_loss(program.config, program.model, program.layout, training=True)
     multi = Engines.stock()
@@ -308,6 +334,7 @@ def stock_reductions(smoke: bool) -> dict[str, float]:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """The batches of all micro-steps in one array."""
         spec = PartitionSpec(None, *x.sharding.spec)
         return jax.ShapeDtypeStruct((STEPS, *x.shape), x.dtype, sharding=NamedSharding(program.mesh, spec))
 
@@ -319,6 +346,7 @@ def stock_reductions(smoke: bool) -> dict[str, float]:
 
 
 def bench_reductions(micro_steps: list[int], smoke: bool) -> None:
+    """Counts the reductions of our fused update for each number of micro-steps, beside those of stock optax."""
     stock = stock_reductions(smoke)
     for steps in micro_steps:
         program = decoder(steps, "fused", smoke)

@@ -1,13 +1,19 @@
-"""Tokens per second through tokenizer and store, and from the store through the pipeline, beside grain's own
-packers; and the peak of memory while the tokenizer is trained on one document of 10 MB, 100 MB and 1 GB and the
-document is tokenized.
+"""Measures the data pipeline: the speed of tokenizing and of making batches, and the memory of long documents.
 
     python tools/bench_data.py
 
-The corpus is the source code of the Python standard library. Ours and the rivals read the same store, warm in
-the page cache, through one prefetching thread, in turns within one process; figures are medians over the
-rounds. One JSON object a line. What the rivals make of it is less: ConcatThenSplit cuts documents wherever a
-row ends and shifts no targets, and the packers hold state, so that they cannot be restored from one integer.
+The figures are
+
+    the seconds to train the tokenizer, and the tokens per second from text to the store;
+    the tokens per second from the store to batches, beside the packers of grain;
+    the peak memory while the tokenizer is trained on one document of 10 MB, 100 MB or 1 GB and tokenizes it.
+
+The corpus is the source code of the Python standard library. Ours and the rivals read the same store, which is in the
+page cache, through one prefetching thread, in turns within one process. Figures are medians over the rounds. The output
+has one JSON object in each line.
+
+The rivals do less than ours. ConcatThenSplit cuts documents wherever a row ends and does not shift targets. The packers
+have a state, so they cannot be restored from one integer.
 """
 
 from __future__ import annotations
@@ -44,14 +50,17 @@ from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.kinds import TokenizerConfig
 from llmjax.data.tokenizer.training import train_tokenizer
 
-GOAL = 20e6  # tokens/s of the pipeline alone
+# The goal of the pipeline alone, in tokens per second: far more than a training step takes.
+GOAL = 20e6
+# The positions of a batch, and the batches that the thread makes in advance. Choices.
 TOKENS_PER_BATCH = 32768
 PREFETCH = 2
+# grain reads documents in the thread that makes the batches, as ours does.
 READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 class Documents:
-    """What grain's packers read: whole documents."""
+    """A source for grain whose records are whole documents."""
 
     def __init__(self, store: Store):
         self.store = store
@@ -64,7 +73,10 @@ class Documents:
 
 
 class Pieces:
-    """The same, cut where documents are longer than a row, inputs and targets apart."""
+    """A source for grain whose records are documents with inputs and targets.
+
+    Documents that are longer than a row are cut as in our packing plan.
+    """
 
     def __init__(self, store: Store, plan: PackingPlan):
         self.store, self.plan = store, plan
@@ -80,7 +92,7 @@ class Pieces:
 
 
 def make_rivals(store: Store, plan: PackingPlan, batch_size: int) -> dict[str, Callable[[], Iterator]]:
-    """Name -> a function that starts the rival's stream of batches."""
+    """The rivals: name -> a function that starts a stream of batches with `batch_size` rows."""
     seq_len = plan.seq_len
 
     def records(source: Documents | Pieces) -> grain.IterDataset:
@@ -104,7 +116,7 @@ def make_rivals(store: Store, plan: PackingPlan, batch_size: int) -> dict[str, C
 
 
 def measure(start: Callable[[], Iterator], seq_len: int, num_tokens: int) -> float:
-    """Positions of batches per second of wall time, after a first batch."""
+    """The positions of batches per second, measured over `num_tokens` positions after a first batch."""
     batches = start()
     next(batches)
     count, began = 0, time.perf_counter()
@@ -122,7 +134,7 @@ def bench_store(
     rounds: int,
     num_workers: int,
 ) -> Store:
-    """Trains the tokenizer once and builds the store `rounds` times; returns the store."""
+    """Measures the training of the tokenizer once and the building of the store `rounds` times. Returns the store."""
     began = time.perf_counter()
     tokenizer = train_tokenizer(config, (text for file in files for text in read_texts(file)))
     report("train_tokenizer", time.perf_counter() - began, "s")
@@ -136,6 +148,7 @@ def bench_store(
 
 
 def bench_pipeline(store: Store, seq_len: int, rounds: int, num_tokens: int) -> None:
+    """Measures our pipeline and the rivals in turns, `rounds` times, on rows of `seq_len` tokens."""
     plan = plan_packing(store.lengths, np.arange(len(store)), seq_len, seed=0)
     batch_size = TOKENS_PER_BATCH // seq_len
     source = PackedSequences(store, plan, seed=0)
@@ -154,8 +167,9 @@ def bench_pipeline(store: Store, seq_len: int, rounds: int, num_tokens: int) -> 
     report(f"packing_efficiency_{seq_len}", plan.efficiency, "used positions / positions")
 
 
-# Trains a tokenizer on a file and tokenizes it; prints the peaks of memory, in kB, at the start, after training, and of
-# tokenizing: of this process and of its workers together.
+# A program that trains a tokenizer on a file and tokenizes it. It runs in a process of its own and prints three peaks
+# of memory in units of 1024 bytes: at the start, after training, and of tokenizing. The last is the sum over the
+# process and its workers. Writing 5 to clear_refs resets the peak.
 MEMORY_OF_ONE_DOCUMENT = """
 import os, pathlib, re, sys
 from llmjax.data.sources.listing import list_sources
@@ -185,7 +199,7 @@ print(before, trained, peak() + sum(workers.values()))
 def bench_memory(
     files: Sequence[SourceFile], megabytes: int, config: TokenizerConfig, num_workers: int
 ) -> None:
-    """Peaks of memory for one document of so many megabytes: the text of the sources, over and over."""
+    """Reports the peak memory for one document of this many megabytes, which repeats the text of the sources."""
     with tempfile.TemporaryDirectory() as folder:
         path, size = pathlib.Path(folder, "one.txt"), 0
         with path.open("wb") as file:

@@ -1,21 +1,21 @@
-"""What becomes of a run whose files are damaged, that is killed, or whose config is odd: counts, not times.
+"""Counts how runs end whose files are damaged, which are killed, or whose config has an odd value.
 
     python tools/bench_faults.py                  # everything: about half an hour on two idle cores
-    python tools/bench_faults.py --parts configs  # the config mutations alone
+    python tools/bench_faults.py --parts configs  # only the odd configs
 
-storage  a tiny run is stopped after a part of its updates; one file or folder of its workdir or of the cache is
+storage  a tiny run is stopped after a part of its updates. One file or folder of its workdir or of the cache is
          damaged, and the same command is given again
-kills    a process that trains is killed with SIGKILL at a random moment, and the same command is given again, for
-         eight kinds of run
+kills    a process that trains is killed with SIGKILL at a random moment, and the same command is given again. There
+         are eight kinds of run
 configs  one key of `configs/base.py` gets an odd value (`tools/mutations.py`)
 
-Each case ends in one of five ways, and the last three must never be seen:
+Each case ends in one of five ways, and the last three must never happen:
 
-success        it ends well, with the numbers of an undisturbed run, bit for bit
-sentence       it ends with one sentence that begins with `llmjax: `
-traceback      an exception of Python reaches the user
-hang           it does not end within two minutes
-silent change  it ends well, but with other numbers
+success        the run ends well, with the numbers of an undisturbed run, bit for bit
+sentence       the run ends with one sentence that begins with `llmjax: `
+traceback      the user sees an exception of Python
+hang           the run does not end within two minutes
+silent change  the run ends well, but with other numbers
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from tools.mutations import mutations, outcome  # noqa: E402
 
 SUCCESS, SENTENCE, TRACEBACK, HANG, CHANGE = "success", "sentence", "traceback", "hang", "silent change"
 FORBIDDEN = (TRACEBACK, HANG, CHANGE)
-PATIENCE = 120  # seconds until a case counts as a hang
-TIMING = (
-    "seconds",
-    "tokens_per_second",
-    "data_wait",
-    "mfu",
-)  # values of metrics.jsonl that the clock decides
+# The seconds after which a case counts as a hang. A choice: a case takes a few seconds.
+PATIENCE = 120
+# The characters of a message that are printed.
+SHOWN = 300
+# The keys of metrics.jsonl whose values depend on the clock.
+TIMING = ("seconds", "tokens_per_second", "data_wait", "mfu")
+# A run of a second or two, as changes to configs/base.py.
 TINY = {
     "model.num_layers": 1, "model.model_dim": 16, "model.num_heads": 2, "model.mlp_dim": 32,
     "tokenizer.vocab_size": 300, "data.seq_len": 32, "data.held_out_fraction": 0.1, "data.num_workers": 1,
@@ -80,28 +80,35 @@ KINDS: dict[str, dict[str, object]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A folder with a corpus, a cache and the workdir of one run, and the command that trains in it."""
+    """A folder with a corpus, a cache and the workdir of one run.
+
+    folder    the folder
+    settings  how the run differs from `TINY`
+    """
 
     folder: pathlib.Path
     settings: dict[str, object]
 
     @property
     def workdir(self) -> pathlib.Path:
+        """The workdir of the run."""
         return self.folder / "run"
 
     def arguments(self, **changes: object) -> list[str]:
+        """The arguments of the command that trains here. `train__num_updates=4` sets train.num_updates."""
         values = {"data.sources": self.folder / "corpus", "data.cache_dir": self.folder / "cache", **TINY}
         values |= self.settings | {key.replace("__", "."): value for key, value in changes.items()}
         keys = [f"--config.{key}={value}" for key, value in values.items()]
         return [f"--config={ROOT / 'configs' / 'base.py'}", f"--workdir={self.workdir}", *keys]
 
     def copy_to(self, folder: pathlib.Path) -> Place:
+        """A copy in `folder`, in place of whatever is there."""
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.folder, folder, symlinks=True)
         return dataclasses.replace(self, folder=folder)
 
     def numbers(self) -> dict[tuple[str, int], dict]:
-        """What metrics.jsonl says of each update and evaluation, without what the clock decides."""
+        """The lines of metrics.jsonl by kind and update, without values that depend on the clock."""
         lines = {}
         for text in (self.workdir / "metrics.jsonl").read_bytes().splitlines():
             with contextlib.suppress(ValueError):
@@ -141,7 +148,7 @@ class _TooLong(BaseException):
 
 @contextlib.contextmanager
 def patience(seconds: int) -> Iterator[None]:
-    """Raises _TooLong in its body after `seconds`."""
+    """A context that raises _TooLong if its body takes more than `seconds`."""
 
     def give_up(number: int, frame: object) -> None:
         raise _TooLong
@@ -156,7 +163,10 @@ def patience(seconds: int) -> Iterator[None]:
 
 
 def run_case(place: Place, expected: dict[tuple[str, int], dict]) -> tuple[str, str]:
-    """Trains in `place` to the end: how the case ended, and what there is to say about it."""
+    """Trains in `place` to the end. Returns how the case ended, one of the five ways, and what was printed.
+
+    `expected` is what `numbers` gives for an undisturbed run.
+    """
     out, err = io.StringIO(), io.StringIO()
     try:
         with patience(PATIENCE), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -169,11 +179,16 @@ def run_case(place: Place, expected: dict[tuple[str, int], dict]) -> tuple[str, 
     if code != 0:
         return (SENTENCE if words.startswith("llmjax: ") else TRACEBACK), words
     numbers = place.numbers()
-    last = max(expected)  # of kind "train", after all of kind "evaluate"
+    # The last line of an undisturbed run: "train" comes after "evaluate" in the alphabet. Lines of earlier updates may
+    # have been lost with the damaged file, but none may be wrong, and those of the last update must be there.
+    last = max(expected)
     ends = [key for key in expected if key[1] == last[1]]
     different = [key for key, line in numbers.items() if line != expected.get(key)]
     different += [key for key in ends if key not in numbers]
     return (CHANGE, f"{different[:3]} {words}") if different else (SUCCESS, words)
+
+
+# Each of the following damages a file in its own way.
 
 
 def flip(path: pathlib.Path, rng: random.Random) -> None:
@@ -224,8 +239,8 @@ DAMAGES: tuple[Callable[[pathlib.Path, random.Random], None], ...] = (
 
 
 def storage(scratch: pathlib.Path, count: int) -> list[tuple[str, str, str]]:
-    """(what was damaged, how the case ended, words) for `count` faults, each of a fresh copy of one stopped run."""
-    # A learning rate that does not depend on the end, so that 4 updates and 2 more are those of 6.
+    """(what was damaged, how the case ended, message) for `count` faults, each in a fresh copy of one stopped run."""
+    # With a constant learning rate a run of 4 updates that goes on to 6 has the numbers of a run of 6.
     begun = make_place(scratch / "begun", {"optimizer.schedule": "constant"})
     train(begun, train__num_updates=4)
     whole = begun.copy_to(scratch / "whole")
@@ -237,6 +252,7 @@ def storage(scratch: pathlib.Path, count: int) -> list[tuple[str, str, str]]:
         area = rng.choice((place.workdir, place.workdir / "checkpoints", place.folder / "cache"))
         path = rng.choice(sorted(p for p in area.rglob("*") if p.is_file() and "tensorboard" not in p.parts))
         damage = rng.choice(DAMAGES)
+        # Without its whole workdir or cache a run begins anew, which would show nothing.
         if damage is remove_its_folder and path.parent in (place.workdir, place.folder / "cache"):
             damage = remove
         damage(path, rng)
@@ -247,7 +263,7 @@ def storage(scratch: pathlib.Path, count: int) -> list[tuple[str, str, str]]:
 
 
 def train(place: Place, **changes: object) -> None:
-    """Trains in `place`, which must end well."""
+    """Trains in `place`. Raises RuntimeError if the run does not end well."""
     words = io.StringIO()
     with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
         code = llmjax_main(["llmjax", *place.arguments(**changes)])
@@ -256,7 +272,7 @@ def train(place: Place, **changes: object) -> None:
 
 
 def kills(scratch: pathlib.Path, count: int) -> list[tuple[str, str, str]]:
-    """What becomes of `count` kills, spread over the kinds of run."""
+    """(kind of run and moment, how the case ended, message) for `count` kills, spread over the kinds of run."""
     results = []
     for number in range(count):
         kind = list(KINDS)[number % len(KINDS)]
@@ -273,7 +289,7 @@ def kills(scratch: pathlib.Path, count: int) -> list[tuple[str, str, str]]:
 
 
 def kill_after(place: Place, rng: random.Random) -> str:
-    """Starts a training and kills it a random time after a random line of metrics.jsonl; when that was."""
+    """Starts a run and kills it, a random time after it has written a random line of metrics.jsonl. Returns when."""
     command = [sys.executable, "-m", "llmjax.main", *place.arguments()]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -291,7 +307,7 @@ def kill_after(place: Place, rng: random.Random) -> str:
 
 
 def odd_configs(scratch: pathlib.Path, count: int) -> list[tuple[str, str, str]]:
-    """What becomes of `count` mutations of the base config; nothing is trained."""
+    """(what was changed, how the case ended, message) for `count` mutations of the base config. Nothing is trained."""
     results = []
     for mutation in mutations(get_config().to_dict(), seed=0, count=count):
         try:
@@ -309,10 +325,12 @@ def odd_configs(scratch: pathlib.Path, count: int) -> list[tuple[str, str, str]]
 
 
 def say(result: tuple[str, str, str]) -> None:
+    """Prints how a case ended."""
     name, ending, words = result
-    print(f"{ending}: {name}: {words[:300]}", file=sys.stderr, flush=True)
+    print(f"{ending}: {name}: {words[:SHOWN]}", file=sys.stderr, flush=True)
 
 
+# Part -> (function, cases, cases of a smoke run). Choices: half an hour in all.
 PARTS = {"storage": (storage, 150, 2), "kills": (kills, 40, 1), "configs": (odd_configs, 2000, 30)}
 
 

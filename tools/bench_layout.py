@@ -1,16 +1,19 @@
-"""What ring attention has to do with each layout of packed rows, counted in pairs of blocks; and what a layout costs.
+"""Counts what ring attention has to compute and to send with each layout of packed rows, and times the layouts.
 
     python tools/bench_layout.py --rows web web_mixed --shards 8 32 --block 128 256 512
 
-Lengths are drawn, and packed as the pipeline packs them (`plan_packing`) or, for the rows called mixed, one after the
-other as they are drawn; figures are means over the rows, beside those of contiguous parts. One JSON object a line.
+The lengths of documents are drawn at random. The documents are packed as the pipeline packs them (`plan_packing`). Rows
+called mixed are filled with documents one after the other, as they are drawn. The figures are means over the rows. The
+rival is the layout that gives each device a contiguous part of the row. The output has one JSON object in each line.
 
-    executed_over_needed  pairs of blocks that attention computes, over those in which a query sees a key
-    executed_over_whole   over those that it would compute on one device
-    ..._slowdown          time over that of a perfect balance: where all devices wait at each step for the slowest
-                          (lockstep), where each waits for its keys alone (free_running), in a ring of one direction
-    hops                  how far keys travel: in one direction and in the other, added up
-    milliseconds          to make the order of one row
+    executed_over_needed   pairs of blocks that attention computes, divided by those in which a query sees a key
+    executed_over_whole    the same pairs, divided by those that attention would compute on one device
+    lockstep_slowdown      time divided by the time with perfect balance, if all devices wait for the slowest one at
+                           each step of the ring
+    free_running_slowdown  the same, if each device waits only until its keys arrive
+    one_way_...            the same in a ring whose keys travel in one direction only
+    hops                   from how many devices away keys come, in both directions together
+    milliseconds           the time to compute the order of one row
 """
 
 from __future__ import annotations
@@ -26,36 +29,48 @@ from llmjax.data.layout.layout import LAYOUTS, RowLayout
 from llmjax.data.packing.make_plan import plan_packing
 from llmjax.plan.ring_work import ring_work
 
+# The documents that are drawn and packed. A choice: many more than there are in the rows that are measured.
 DOCUMENTS = 100_000
+# The layout that all others are compared with.
 RIVAL = "contiguous"
+# Figure -> its unit. All other figures are ratios.
 UNITS = {"hops": "hops", "one_way_hops": "hops", "milliseconds": "ms"}
 
 
 def web(rng: np.random.Generator, count: int, sigma: float = 1.1) -> np.ndarray:
-    """Lengths as on the web: lognormal, of median 545."""
+    """Lengths of `count` documents as on the web, int64 [count]: log-normal, with a median of 545 tokens.
+
+    `sigma` is the standard deviation of their logarithms.
+    """
     return np.maximum(1, np.rint(545 * np.exp(sigma * rng.standard_normal(count)))).astype(np.int64)
 
 
 def novels(rng: np.random.Generator) -> np.ndarray:
-    """Long novels and as many tokens of poems."""
+    """Lengths of 8 novels, and of poems with about as many tokens in all."""
     return np.concatenate([rng.integers(300_000, 900_000, 8), rng.integers(20, 200, 40_000)])
 
 
 def packed(lengths: np.ndarray, seq_len: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Packs documents and draws `count` rows. Returns the lengths of the documents in each row."""
+    # A document of n + 1 tokens has n positions in a row.
     plan = plan_packing(lengths + 1, np.arange(len(lengths)), seq_len, seed=0)
     rows = rng.choice(plan.num_rows, min(count, plan.num_rows), replace=False)
     return [plan.lengths[plan.offsets[row] : plan.offsets[row + 1]] for row in rows]
 
 
 def mixed(sigma: float, seq_len: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """`count` rows filled with documents in the order in which they are drawn; the last one is cut."""
     rows = []
     for _ in range(count):
+        # Enough documents to fill a row: they have far more than 50 tokens on average.
         ends = np.minimum(np.cumsum(web(rng, seq_len // 50, sigma)), seq_len)
         lengths = np.diff(ends, prepend=0)
         rows.append(lengths[lengths > 0])
     return rows
 
 
+# Kind of rows -> a function (tokens of a row, number of rows, random generator) that returns the lengths of the
+# documents in each row.
 ROWS: dict[str, Callable[..., list[np.ndarray]]] = {
     "web": lambda T, count, rng: packed(web(rng, DOCUMENTS), T, count, rng),
     "web_mixed": lambda T, count, rng: mixed(1.1, T, count, rng),
@@ -69,13 +84,15 @@ ROWS: dict[str, Callable[..., list[np.ndarray]]] = {
 
 
 def fields(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """segments, positions [T] of a row as it is."""
+    """Segments and positions, int [seq_len] each, of a row with documents of these lengths one after the other."""
+    # What the documents leave free is padding, segment 0.
     counts = np.append(lengths, seq_len - lengths.sum())
     segments = np.repeat(np.append(np.arange(1, len(counts)), 0), counts)
     return segments, np.arange(seq_len) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def measure(rows: list[np.ndarray], layout: RowLayout, seq_len: int) -> dict[str, float]:
+    """The figures of a layout, see the beginning of this file: means over the rows."""
     results = []
     for lengths in rows:
         began = time.perf_counter()

@@ -1,24 +1,26 @@
-"""What long sequences and large vocabularies cost, in programs compiled for TPUs that need not be there.
+"""Finds out what long sequences and large vocabularies cost on TPUs, from programs that are compiled without a TPU.
 
     pip install 'llmjax[tpu]'
     JAX_PLATFORMS=cpu python tools/bench_long.py ring window documents loss_head      # some minutes
     JAX_PLATFORMS=cpu python tools/bench_long.py context                              # a quarter of an hour
 
-ring        one attention layer, forward and backward, of 131072 tokens, 32 query and 8 key/value heads of 128,
-            bfloat16, on a TPU v5e 2x4: memory beside arguments and results, bytes that each device sends, permutes,
-            and how many of these have a kernel between their start and their end. Against jax's own splash attention
-            under Ulysses
-window      the same with a window of 4096
-documents   packed rows of 131072 tokens, lengths as on the web (median 545), on 8 and 32 devices, counted on the host
-            in blocks of 512: those executed over those needed, waiting (forward, where keys come both ways at once,
-            and backward, where one way follows the other), hops. Against a zigzag layout
-context     a training step of Llama 3.1 8B (configs/llama3_8b_long.py): tokens in one sequence, and memory
-loss_head   loss and gradients of 16384 tokens, V = 128256, D = 4096, on one TPU v5p: bfloat16 hidden states, float32
-            weights and their float32 gradient. Against all logits at once, with the target's logit looked up or picked
-            by a comparison with all ids. `temporaries` is memory beside arguments and results; `products` are the
-            operations of matrix products; `traffic`, bytes of main memory, is to take no longer than the products do.
+ring        one attention layer, forward and backward, of 131072 tokens, with 32 query heads and 8 key/value heads of
+            128, in bfloat16, on a TPU v5e 2x4: the memory beside arguments and results, the bytes that each device
+            sends, the number of permutes, and the share of them that has a kernel between start and end, which hides
+            them. The rival is jax's own splash attention under Ulysses
+window      the same with a sliding window of 4096
+documents   packed rows of 131072 tokens with document lengths as on the web (median 545), on 8 and 32 devices, counted
+            on the host in blocks of 512: the pairs of blocks that are computed over those that are needed, the time
+            over that with perfect balance (forward, where keys come from both directions at once, and backward, where
+            one direction follows the other), and hops. The rival is a zigzag layout
+context     a training step of Llama 3.1 8B (configs/llama3_8b_long.py): the tokens of one sequence, and the memory
+loss_head   loss and gradients of 16384 tokens, V = 128256, D = 4096, on one TPU v5p, with hidden states in bfloat16,
+            and weights and their gradient in float32. The rivals compute all logits at once, and find the target's
+            logit by its index or by a comparison with all ids. `temporaries` is the memory beside arguments and
+            results, `products` are the operations of matrix products, and `traffic` is the bytes of main memory that
+            are read and written. The goal of the traffic is to take no longer than the products do
 
-One JSON object a line.
+The output has one JSON object in each line.
 """
 
 from __future__ import annotations
@@ -54,19 +56,26 @@ from llmjax.plan.topology import topology_devices
 from llmjax.types import Head
 
 MIB = 2**20
+# The sizes of the attention layer: those of Llama 3.1 8B on a long sequence.
 CELL = {"tokens": 131_072, "query_heads": 32, "key_heads": 8, "head_dim": 128}
 SMOKE_CELL = {"tokens": 4096, "query_heads": 8, "key_heads": 8, "head_dim": 128}
-SMOKE_MODEL = {  # changes to configs/llama3_8b_long.py
+# What --smoke changes in configs/llama3_8b_long.py.
+SMOKE_MODEL = {
     "model.num_layers": 1, "model.model_dim": 256, "model.num_heads": 4, "model.num_kv_heads": 2,
     "model.head_dim": 128, "model.mlp_dim": 256, "tokenizer.vocab_size": 512,
 }  # fmt: skip
-# A second.
+# Peak bfloat16 operations and bytes of main memory per second of a TPU v5p (cloud.google.com/tpu/docs/v5p).
 V5P_FLOPS, V5P_BYTES = 459e12, 2765e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What the compiler says of a program: MiB of temporaries, TFLOP of its products, GB of main memory touched."""
+    """What a compiled program needs.
+
+    temporaries  memory beside arguments and results, in MiB
+    products     operations of its matrix products, in units of 1e12
+    traffic      bytes of main memory that it reads and writes, in GB
+    """
 
     temporaries: float
     products: float
@@ -74,6 +83,7 @@ class Cost:
 
 
 def cost(function: Callable, *args: Any) -> Cost:
+    """The cost of a function for arguments of these shapes."""
     program = jax.jit(function).lower(*args).compile()
     module = parse(program.as_text())
     temporaries = program.memory_analysis().temp_size_in_bytes
@@ -81,6 +91,7 @@ def cost(function: Callable, *args: Any) -> Cost:
 
 
 def loss_head(smoke: bool) -> None:
+    """Compiles our loss and the two rivals, and reports their costs."""
     T, V, D = (512, 1024, 256) if smoke else (16384, 128256, 4096)
     sharding = jax.sharding.SingleDeviceSharding(topology_devices("v5p:2x2x1")[0])
 
@@ -129,7 +140,13 @@ def loss_head(smoke: bool) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """MiB of temporaries; GB that a device sends; collectives; the share of them that hides behind a kernel."""
+    """What the compiled program of an attention layer needs on each device.
+
+    temporaries  memory beside arguments and results, in MiB
+    sent         what the device sends to others, in GB
+    count        the number of collectives
+    hidden       the share of them during which a kernel runs
+    """
 
     temporaries: float
     sent: float
@@ -138,11 +155,11 @@ class Sent:
 
 
 def attention_cost(attend: Callable[..., jax.Array], cell: dict[str, int], window: int = 0) -> Sent:
-    """Of `attend(q, k, v, segments, positions)` on each device of a v5e 2x4, for the sizes of `cell`, forward and
-    backward.
+    """Compiles `attend(q, k, v, segments, positions)`, forward and backward, for a v5e 2x4 and the sizes of `cell`.
 
-    Where the program chooses how far keys travel, it is asked about the journey that this sequence, one document,
-    needs: the last branch, or with a window the one of a single hop.
+    Ring attention chooses while it runs how far keys travel, and its program has a branch for each choice. The branch
+    that counts is the one that a single document as long as the row takes: the last one, which goes all around the
+    ring, or with a window the one of a single hop.
     """
     devices = Mesh(np.array(topology_devices("v5e:2x4")), "seq")
     tokens, whole = PartitionSpec(None, "seq"), PartitionSpec()
@@ -170,6 +187,7 @@ def attention_cost(attend: Callable[..., jax.Array], cell: dict[str, int], windo
 
 
 def runs_a_kernel(module: Module, ins: Instruction) -> bool:
+    """Whether an instruction is a Pallas kernel or calls one."""
     inner = [module.computations[name] for name in ins.called("calls", "body", "branch_computations")]
     return "tpu_custom_call" in ins.attributes or any(
         runs_a_kernel(module, x) for computation in inner for x in computation.instructions.values()
@@ -177,12 +195,17 @@ def runs_a_kernel(module: Module, ins: Instruction) -> bool:
 
 
 def ours(algorithm: str, ulysses: int = 1, window: int = 0) -> Callable[..., jax.Array]:
+    """Our attention over 8 devices, by the algorithm `ring` or `ulysses`, as `attention_cost` wants it."""
     attend = make_attend("pallas_tpu", Sharing(algorithm, "seq", 8, ulysses))
     return lambda q, k, v, segments, positions: attend(q, k, v, self_mask(segments, positions, window=window))
 
 
 def splash_under_ulysses(tokens: int, window: int = 0) -> Callable[..., jax.Array]:
-    """jax's own kernel in blocks of 512, of all tokens and an eighth of the heads."""
+    """jax's splash attention in blocks of 512. Each device computes all tokens and an eighth of the heads.
+
+    Two all-to-all collectives exchange tokens for heads before, and heads for tokens afterwards (DeepSpeed Ulysses,
+    Jacobs et al. 2023).
+    """
     masks, T = splash_attention_mask, tokens
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks = splash_attention_kernel.BlockSizes(**{f"block_{name}": 512 for name in names})
@@ -203,6 +226,7 @@ def splash_under_ulysses(tokens: int, window: int = 0) -> Callable[..., jax.Arra
 
 
 def ring(smoke: bool, window: int = 0) -> None:
+    """Compiles our attention and the rival for one long document, and reports what they need."""
     name, cell = "window" if window else "ring", SMOKE_CELL if smoke else CELL
     more = {**cell, "window": window, "processor": "TPU v5e 2x4, compiled for"}
     mine, rival = attention_cost(ours("ring", window=window), cell, window), "splash under Ulysses"
@@ -225,10 +249,12 @@ def ring(smoke: bool, window: int = 0) -> None:
 
 
 def window(smoke: bool) -> None:
+    """The same as `ring` with a sliding window."""
     ring(smoke, 512 if smoke else 4096)
 
 
 def documents(smoke: bool) -> None:
+    """Counts the work and the waiting of ring attention on packed rows, with the layouts documents and zigzag."""
     T, block, rng = CELL["tokens"], 512, np.random.default_rng(0)
     kinds, count = {"packed": "web", "in the order drawn": "web_mixed"}, 64
     if smoke:
@@ -248,7 +274,11 @@ def documents(smoke: bool) -> None:
 
 
 def around(rows: list[np.ndarray], layout: RowLayout, tokens: int) -> dict[str, float]:
-    """Means over the rows. `hops_made`: those of the shortest journey that there is a program for."""
+    """The figures of a layout, means over the rows.
+
+    `hops_needed` is how far keys must travel. `hops_made` is how far they travel in the shortest branch of the program
+    that is long enough.
+    """
     found = []
     for lengths in rows:
         order, segment_of = layout.order(lengths, tokens)
@@ -267,9 +297,11 @@ def around(rows: list[np.ndarray], layout: RowLayout, tokens: int) -> dict[str, 
 
 
 def context(smoke: bool) -> None:
+    """Plans training steps of Llama 3.1 8B with sequences of millions of tokens, and reports the memory they need."""
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
     from configs import llama3_8b_long
 
+    # (tokens, topology, what is offloaded to the host, goal in millions of tokens).
     cells = [
         (2**24, "v5p:4x4x4", (), 16.0),
         (24 * 2**20, "v5p:4x4x4", ("residual",), 24.0),
@@ -299,6 +331,7 @@ def context(smoke: bool) -> None:
         report("context", tokens / 1e6, "M tokens", *rival, goal, tokens / 1e6 >= goal, **more)
 
 
+# The parts of the benchmark, by their names on the command line.
 FIGURES = {"ring": ring, "window": window, "documents": documents, "loss_head": loss_head, "context": context}
 
 

@@ -1,18 +1,20 @@
-"""What long sequences cost on a CPU, beside PyTorch and jax's own attention.
+"""Measures what long sequences cost on a CPU, beside the attention of PyTorch and of jax.
 
     pip install torch==2.13.0
     JAX_PLATFORMS=cpu python tools/bench_long_cpu.py                                  # a quarter of an hour
 
-attention   milliseconds of one attention layer, forward and backward, float32, 4 heads of 32: one document of 2048 and
-            of 8192 tokens, and 8192 tokens in documents of 512. Against PyTorch's scaled_dot_product_attention and
-            `jax.nn.dot_product_attention`, which are given the documents as a mask
+attention   milliseconds of one attention layer, forward and backward, in float32 with 4 heads of 32: for one document
+            of 2048 tokens, one of 8192 tokens, and 8192 tokens in documents of 512. The rivals are PyTorch's
+            scaled_dot_product_attention and `jax.nn.dot_product_attention`, which get the documents as a mask
 step        peak memory of a process that makes two updates of a GPT of 2 layers, 128 wide, on one document of 65536
-            tokens, interpreter and compiler included. Against the scores of full attention, which are not computed
-packed      milliseconds per 1000 tokens of an update of that GPT on rows of 32768 tokens in documents of 512, against
-            as many tokens in rows of 512
+            tokens, interpreter and compiler included. It is compared with the size of the scores of full attention,
+            which are not computed
+packed      milliseconds per 1000 tokens of an update of that GPT on rows of 32768 tokens in documents of 512. The rival
+            is the same number of tokens in rows of 512
 
-Each side has a process of its own, and they take turns; values are medians over the rounds, ratios the medians of the
-rounds' ratios; goals are goals of the ratios. One JSON object a line. Run it on an idle machine.
+Each side runs in a process of its own, and the sides take turns. Values are medians over the rounds, and ratios are the
+medians of the ratios of each round. Goals are goals of the ratios. The output has one JSON object in each line. Run it
+on an idle machine.
 """
 
 from __future__ import annotations
@@ -35,26 +37,37 @@ from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.host_memory import keep_freed_memory
 from llmjax.types import Batch
 
+# The sizes of attention, and the length of short documents. Choices.
 HEADS, HEAD_DIM, DOCUMENT = 4, 32, 512
-SMALL = {  # changes to configs/base.py
+# The goal of attention's ratio: not slower than the rivals.
+ATTENTION_GOAL = 1.0
+# The goal of the peak memory of `step`, in GiB.
+STEP_GOAL = 3
+# The goal of the ratio of `packed`: attention within long rows may add this much to the time of short ones.
+PACKED_GOAL = 1.3
+# The small GPT, as changes to configs/base.py.
+SMALL = {
     "model.num_layers": 2, "compute.accumulation_steps": 1, "optimizer.name": "adamw", "compute.remat": "attention",
     "compute.tile": 4096, "compute.scan_layers": True,
 }  # fmt: skip
+# Does what is measured.
 Work = Callable[[], None]
 
 
 def columns(rows: int, length: int, document: int) -> tuple[np.ndarray, np.ndarray]:
-    """Segments and positions of rows filled with documents of one length."""
+    """Segments and positions, int32 [rows, length] each, of rows filled with documents of the length `document`."""
     index = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     return index // document + 1, index % document
 
 
 def inputs(length: int) -> list[np.ndarray]:
+    """Random queries, keys, values and output gradients, float32 [1, length, HEADS, HEAD_DIM] each."""
     rng = np.random.default_rng(0)
     return [rng.standard_normal((1, length, HEADS, HEAD_DIM), np.float32) for _ in range(4)]
 
 
 def attention_by_jax(length: int, attend: Callable) -> Work:
+    """Forward and backward pass of `attend(q, k, v)`, compiled by jax."""
     q, k, v, dout = inputs(length)
 
     @jax.jit
@@ -66,6 +79,7 @@ def attention_by_jax(length: int, attend: Callable) -> Work:
 
 
 def attention_ours(length: int, document: int) -> Work:
+    """Our blockwise attention."""
     segments, positions = columns(1, length, document)
     attend = make_attend("blockwise", None)
     mask = self_mask(segments, positions)
@@ -73,6 +87,7 @@ def attention_ours(length: int, document: int) -> Work:
 
 
 def attention_stock(length: int, document: int) -> Work:
+    """jax's own attention. It gets a mask only if there are several documents."""
     segments, _ = columns(1, length, document)
     mask = None if document == length else jnp.asarray(segments[:, None, :, None] == segments[:, None, None])
     attend = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=True)
@@ -80,6 +95,7 @@ def attention_stock(length: int, document: int) -> Work:
 
 
 def attention_torch(length: int, document: int) -> Work:
+    """PyTorch's attention. It gets a mask only if there are several documents, and is faster without."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -98,7 +114,7 @@ def attention_torch(length: int, document: int) -> Work:
 
 
 def update(rows: int, length: int, document: int) -> Work:
-    """Updates of the small GPT."""
+    """An update of the small GPT on rows of `length` tokens in documents of the length `document`."""
     changes = {**SMALL, "data.seq_len": length, "train.tokens_per_update": rows * length}
     config, derived = load_config(changes)
     vocab = config.tokenizer.vocab_size
@@ -119,20 +135,22 @@ def update(rows: int, length: int, document: int) -> Work:
 
 
 def side(make: Callable[..., Work], *shape: int) -> tuple[Callable[[], float], None]:
-    """The seconds that the work takes."""
+    """One side for `take_turns`: a function that measures the work of `make(*shape)` in seconds."""
     keep_freed_memory()
     work = make(*shape)
+    # The first time compiles. The second time, memory is where it will stay.
     work()
     work()
     return functools.partial(seconds, work), None
 
 
 def beside(makes: list[tuple[Any, ...]], rounds: int) -> list[list[float]]:
-    """Seconds of each round, of each maker with its shape."""
+    """The seconds of each round, for each of `makes`, which are (function that makes the work, *its arguments)."""
     return [x.values for x in take_turns([functools.partial(side, *make) for make in makes], rounds)]
 
 
 def attention(rounds: int, smoke: bool) -> None:
+    """Measures attention layers beside those of jax and PyTorch."""
     makes = {"ours": attention_ours, "jax.nn.dot_product_attention": attention_stock}
     if can_run("attention beside PyTorch", "torch", smoke):
         makes["PyTorch scaled_dot_product_attention"] = attention_torch
@@ -143,27 +161,33 @@ def attention(rounds: int, smoke: bool) -> None:
         for rival, rival_value, theirs in zip(list(makes)[1:], rivals, times[1:]):
             ratio = statistics.median(a / b for a, b in zip(times[0], theirs))
             name = f"attention_{length}_in_{document}"
-            report(name, value, "ms", rival, rival_value, 1.0, ratio <= 1.0, ratio=ratio)
+            goal = ATTENTION_GOAL
+            report(name, value, "ms", rival, rival_value, goal, ratio <= goal, ratio=ratio)
 
 
 def step(rounds: int, smoke: bool) -> None:
+    """Measures the peak memory of updates on one long document. It is the same in every round, so there is none."""
     length, GiB = 512 if smoke else 65536, 2**30
     peak = take_turns([functools.partial(side, update, 1, length, length)], 0)[0].peak
-    scores, most = HEADS * length**2 * 4, 3 * GiB
+    # float32 scores of all heads of one layer.
+    scores, most = HEADS * length**2 * 4, STEP_GOAL * GiB
     rival = "scores of full attention"
     report("step", peak / GiB, "GiB", rival, scores / GiB, most / scores, peak <= most, tokens=length)
 
 
 def packed(rounds: int, smoke: bool) -> None:
+    """Measures updates on short documents in long rows, beside the same documents in short rows."""
     length, document = (512, 128) if smoke else (32768, DOCUMENT)
     shapes = (1, length, document), (length // document, document, document)
     times = beside([(update, *shape) for shape in shapes], rounds)
     ratio = statistics.median(a / b for a, b in zip(*times))
     value, rival_value = (1e6 * statistics.median(x) / length for x in times)
     rival = f"rows of {document}"
-    report("packed", value, "ms per 1000 tokens", rival, rival_value, 1.3, ratio <= 1.3, ratio=ratio)
+    goal = PACKED_GOAL
+    report("packed", value, "ms per 1000 tokens", rival, rival_value, goal, ratio <= goal, ratio=ratio)
 
 
+# The parts of the benchmark, by their names on the command line.
 FIGURES = {"attention": attention, "step": step, "packed": packed}
 
 

@@ -1,14 +1,15 @@
-"""Tokens per second of an update of our base model beside a nanoGPT-style PyTorch one of the same shape.
+"""Measures how many tokens per second our base model trains on, beside a PyTorch model in the style of nanoGPT.
 
     pip install torch==2.13.0
     python tools/bench_train.py
 
-Same layers, width, heads, vocabulary and tokens, float32, AdamW with clipping. Ours is the step of
-`configs/base.py` but for the optimizer, on packed documents: RoPE, QK-norm, SwiGLU, segments in the
-attention mask, exact sums. The rival is nanoGPT's: learned positions, LayerNorm, GELU, fused causal
-attention, cross-entropy, fused AdamW; its feed-forward layer is as wide as gives it the same number of
-weights. Each has a process of its own, and they take turns; values are medians over the rounds, the ratio
-is the median of the rounds' ratios. One JSON object a line. Run it on an idle machine.
+Both have the same layers, width, heads, vocabulary and tokens, float32, and AdamW with clipping. Ours is the training
+step of `configs/base.py` with another optimizer, on packed documents: RoPE, QK-norm, SwiGLU, segments in the attention
+mask, exact sums. The rival is the model of nanoGPT (`nanogpt.py`) with fused AdamW. Its feed-forward layer is so wide
+that it has the same number of weights as ours.
+
+Each side runs in a process of its own, and the two take turns. Values are medians over the rounds, and the ratio is the
+median of the ratios of each round. The output has one JSON object in each line. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -34,9 +35,14 @@ from llmjax.train.steering.batch_schedule import BatchArithmetic
 from llmjax.types import Batch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-GOAL = 1.0  # ours / rival
-ALIKE = {"optimizer.name": "adamw", "compute.accumulation_steps": 1}  # on both sides
-SHAPES = {  # changes to configs/base.py
+# The goal of the ratio ours / rival: as fast as PyTorch.
+GOAL = 1.0
+# Changes to configs/base.py that both sides have.
+ALIKE = {"optimizer.name": "adamw", "compute.accumulation_steps": 1}
+# Updates before the first one that is measured. A choice: the first compiles, and memory is allocated in the next.
+WARMUP_UPDATES = 3
+# The shapes that can be measured, as changes to configs/base.py. 12m has about 12 million parameters.
+SHAPES = {
     "base": {**ALIKE, "train.tokens_per_update": 8 * 512},
     "12m": {
         **ALIKE,
@@ -59,14 +65,17 @@ SHAPES = {  # changes to configs/base.py
 
 
 def load_config(changes: dict[str, Any], num_devices: int = 1) -> tuple[Config, Derived]:
-    """configs/base.py with these changes."""
+    """configs/base.py with these changes, {whole key: value}, resolved for a number of devices."""
     raw = runpy.run_path(str(ROOT / "configs" / "base.py"))["get_config"]()
     raw.update_from_flattened_dict(changes)
     return resolve_config(read_config(raw.to_dict()), num_devices)
 
 
 def packed_batch(rng: np.random.Generator, vocab: int, rows: int, length: int, first: int) -> Batch:
-    """Random tokens in documents of log-normal length, packed until each row is full."""
+    """A batch of random tokens, `rows` x `length`, in documents of log-normal length that fill each row.
+
+    `first` is the number of the first row in the data. The median document has about 245 tokens.
+    """
     tokens = rng.integers(0, vocab, (rows, length + 1), dtype=np.int32)
     segments, positions = np.zeros((2, rows, length), np.int32)
     for row in range(rows):
@@ -104,53 +113,18 @@ def make_ours(config: Config, derived: Derived) -> tuple[Callable[[], float], in
 
 
 def make_rival(config: Config, batch: BatchArithmetic, compiled: bool) -> tuple[Callable, int]:
-    """A function that makes one update of nanoGPT's model (github.com/karpathy/nanoGPT, model.py and train.py), and the
-    number of its parameters."""
+    """A function that makes one update of nanoGPT's model and returns its loss, and the number of its parameters.
+
+    The update is that of nanoGPT's train.py. `compiled` says whether torch.compile compiles the model.
+    """
     import torch
-    from torch import nn
-    from torch.nn import functional as F
+    from nanogpt import GPT
 
     m, vocab, length = config.model, config.tokenizer.vocab_size, batch.seq_len
-    width, heads = m.model_dim, m.num_heads
+    # SwiGLU has three matrices where GELU has two.
     hidden = m.mlp_dim * 3 // 2 if m.activation == "swiglu" else m.mlp_dim
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            linear = functools.partial(nn.Linear, bias=False)
-            self.ln_1, self.ln_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-            self.c_attn, self.c_proj = linear(width, 3 * width), linear(width, width)
-            self.c_fc, self.c_out = linear(width, hidden), linear(hidden, width)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            B, T, C = x.shape
-            qkv = self.c_attn(self.ln_1(x)).split(width, dim=2)
-            q, k, v = (y.view(B, T, heads, C // heads).transpose(1, 2) for y in qkv)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
-            return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x))))
-
-    class GPT(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wte, self.wpe = nn.Embedding(vocab, width), nn.Embedding(length, width)
-            self.h = nn.ModuleList([Block() for _ in range(m.num_layers)])
-            self.ln_f = nn.LayerNorm(width, bias=False)
-            self.lm_head = nn.Linear(width, vocab, bias=False)
-            self.lm_head.weight = self.wte.weight
-            for parameter in self.parameters():
-                if parameter.dim() > 1:
-                    nn.init.normal_(parameter, std=0.02)
-
-        def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
-            for block in self.h:
-                x = block(x)
-            logits = self.lm_head(self.ln_f(x))
-            return F.cross_entropy(logits.view(-1, vocab), targets.reshape(-1))
-
     torch.manual_seed(0)
-    model, o = GPT(), config.optimizer
+    model, o = GPT(vocab, length, m.num_layers, m.model_dim, m.num_heads, hidden), config.optimizer
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -173,7 +147,8 @@ def make_rival(config: Config, batch: BatchArithmetic, compiled: bool) -> tuple[
 
 
 def make_side(side: str, shape: str) -> tuple[Callable[[], float], tuple[int, str]]:
-    """The seconds of an update; the number of parameters and the side's name."""
+    """One side, "ours", "eager" or "compiled", for `take_turns`: a function that measures an update in seconds, and the
+    number of parameters with the name of the side."""
     config, derived = load_config(SHAPES[shape])
     if side == "ours":
         keep_freed_memory()
@@ -185,13 +160,13 @@ def make_side(side: str, shape: str) -> tuple[Callable[[], float], tuple[int, st
             make_rival(config, derived.batch, side == "compiled"),
             f"PyTorch {torch.__version__}",
         )
-    for _ in range(3):
+    for _ in range(WARMUP_UPDATES):
         update()
     return functools.partial(seconds, update), (size, name)
 
 
 def bench(shape: str, rounds: int, rival: str) -> None:
-    """Both sides in turn, `rounds` times."""
+    """Measures both sides in turn, `rounds` times, and reports tokens per second for a shape of `SHAPES`."""
     ours, other = take_turns([functools.partial(make_side, side, shape) for side in ("ours", rival)], rounds)
     (size, _), (rival_size, rival_name) = ours.facts, other.facts
     mine, theirs = ours.values, other.values

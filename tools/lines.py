@@ -1,15 +1,15 @@
 """What all benchmarks have in common: their arguments, and the lines that they print.
 
-A line is one JSON object with
+Each line is a JSON object with these keys, and with others that belong to the figure:
 
     name, value, unit     what was measured
-    rival, rival_value    what it is compared with; null where it stands alone
-    ratio                 value / rival_value, or the median of the rounds' ratios
-    goal, met             null where nothing was aimed at
+    rival, rival_value    what it is compared with, or null if there is nothing to compare it with
+    ratio                 value / rival_value, or the median of the ratios of each round
+    goal, met             the goal and whether it was met, or null if there is no goal
     processor             the machine that it was measured on, or the TPU that it was compiled for
 
-and whatever else belongs to the figure. `--smoke` runs a benchmark on sizes so small that its figures mean nothing,
-within a minute: it shows that the benchmark still works.
+With `--smoke` a benchmark uses sizes so small that it ends within a minute and its figures mean nothing. This shows
+that the benchmark still works.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import platform
 import sys
 from typing import Any
 
+# Package -> the extra of llmjax that installs it.
 EXTRAS = {"torch": "interop", "libtpu": "tpu"}
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that knows --smoke."""
+    """A parser of the command line with the flag --smoke. `description` is shown as it is written."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,7 +37,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def this_machine() -> str:
-    """The model of the CPU and how many cores of it there are."""
+    """The model of the CPU and its number of cores, as in `AMD EPYC 7B13, 8 cores`."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -57,7 +58,11 @@ def report(
     processor: str = "",
     **more: Any,
 ) -> None:
-    """Prints a line; `ratio` and `processor` are those of the two values and this machine unless they are given."""
+    """Prints a line with numbers of five significant digits.
+
+    The arguments are the keys of a line, see the beginning of this file; `more` has the keys that belong to the figure
+    alone. If no `ratio` is given, it is value / rival_value. If no `processor` is given, it is this machine.
+    """
     if ratio is None and rival_value:
         ratio = value / rival_value
     line = {"name": name, "value": value, "unit": unit, "rival": rival, "rival_value": rival_value}
@@ -68,8 +73,11 @@ def report(
 
 
 def can_run(what: str, needs: str, smoke: bool) -> bool:
-    """Whether the package `needs` is there for `what`. Without it a smoke run says that it leaves `what` out; a real
-    run goes on, and fails where the package is imported."""
+    """Whether the part `what` of a benchmark can run, which needs the package `needs`.
+
+    If the package is missing, a smoke run says that it leaves the part out. Any other run goes on, and fails where the
+    package is imported, because the user has asked for this part.
+    """
     if not smoke or importlib.util.find_spec(needs) is not None:
         return True
     print(

@@ -1,15 +1,16 @@
-"""Whether a change of the code changes any number of a training run: loss traces, recorded and compared bit by bit.
+"""Finds out whether a change of the code changes any number of a training run, by comparing loss traces bit by bit.
 
     python tools/loss_traces.py record before.json    # on the old code: about a quarter of an hour on two cores
     python tools/loss_traces.py record after.json     # on the new code
     python tools/loss_traces.py compare before.json after.json
 
-A trace is what metrics.jsonl says of each update and each evaluation, without what the clock decides. Recorded are a
-tiny form of every file in configs/, forty configs drawn at random, and a run that ends after a part of its updates and
-goes on. `--change old.key=new.key` says that a key has been renamed between the two versions of the code.
+A trace is what metrics.jsonl says about each update and each evaluation, without values that depend on the clock. There
+is a trace for a tiny form of every file in configs/, for forty configs that are drawn at random, and for a run that
+ends after a part of its updates and is resumed. `--change old.key=new.key` says that a key was renamed between the two
+versions of the code.
 
-Everything runs through the command line on eight simulated CPU devices, so that the script serves versions of the code
-whose insides differ. `compare` ends with the exit code 1 where anything differs.
+Everything runs through the command line on eight simulated CPU devices. The script therefore works with versions of the
+code that have nothing but the command line in common. `compare` ends with the exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ sys.path.insert(0, str(ROOT))
 
 from llmjax.main import main  # noqa: E402
 
+# The keys of metrics.jsonl whose values depend on the clock or on the machine.
 CLOCK = ("seconds", "tokens_per_second", "data_wait", "mfu", "save_seconds", "peak_bytes")
+# What makes any config tiny: a run of a few seconds.
 TINY = {
     "model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 4, "model.num_kv_heads": 0, "model.head_dim": 0,
     "model.mlp_dim": 64, "model.window": 0, "tokenizer.kind": "byte", "tokenizer.num_reserved": 15,
@@ -46,7 +49,8 @@ TINY = {
     "checkpoint.every": 2, "checkpoint.init_from": "", "generate.max_tokens": 3, "mesh.data": -1, "mesh.fsdp": 1,
     "mesh.seq": 1, "mesh.tensor": 1, "plan.topology": "",
 }  # fmt: skip
-# What is drawn: a key with the values that it may get. Each draw keeps to what the rules of the config allow.
+# Key -> the values that it may get in a config that is drawn. A value that stands twice is drawn twice as often. A
+# value of "mesh" is itself a dict of settings.
 CHOICES = {
     "model.activation": ("swiglu", "gelu", "relu2"),
     "model.norm": ("rmsnorm", "layernorm"),
@@ -92,7 +96,7 @@ CHOICES = {
 
 
 def drawn(seed: int) -> dict[str, object]:
-    """The settings of the config that `seed` draws."""
+    """The settings of the config that is drawn with `seed`, {whole key: value}. They obey the rules of the config."""
     rng, settings = random.Random(seed), {}
     for key, values in CHOICES.items():
         value = rng.choice(values)
@@ -102,15 +106,16 @@ def drawn(seed: int) -> dict[str, object]:
         settings["controller.name"] = "none"
     if settings["optimizer.name"] == "schedule_free_adamw":
         settings["optimizer.schedule"] = "constant"
+    # It is drawn for the other optimizers too, so that the draws after it are the same.
     if settings["optimizer.name"] != "muon":
-        del settings["muon.form"]  # it is drawn all the same, so that what is drawn after it does not change
+        del settings["muon.form"]
     if not settings["model.window"]:
         settings["model.global_every"] = 0
     return settings | {"seed": seed}
 
 
 def write_corpus(folder: pathlib.Path) -> None:
-    """Documents in Latin letters and in Chinese, of varied length."""
+    """Writes 60 documents of 2 to 120 English and Chinese words."""
     rng = random.Random(0)
     folder.mkdir(parents=True)
     words = re.split(
@@ -123,7 +128,10 @@ def write_corpus(folder: pathlib.Path) -> None:
 def run(
     folder: pathlib.Path, name: str, config: str, settings: dict[str, object], renamed: dict[str, str]
 ) -> str:
-    """Trains in `folder`/`name`, in a process of its own; what was said if it did not end well, else nothing."""
+    """Trains in `folder`/`name`, in a process of its own. Returns nothing if the run ended well, else its last line.
+
+    `renamed` has the new names of keys that were renamed.
+    """
     values = TINY | {"data.sources": folder / "corpus", "data.cache_dir": folder / "cache"} | settings
     arguments = [f"--config.{renamed.get(key, key)}={value}" for key, value in values.items()]
     words = ["llmjax", f"--config={ROOT / 'configs' / config}", f"--workdir={folder / name}", *arguments]
@@ -134,6 +142,7 @@ def run(
             code = main(words)
         os._exit(code)
 
+    # A forked process has jax imported already, which would take seconds for each run.
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     process.join()
@@ -142,17 +151,18 @@ def run(
 
 
 def trace(workdir: pathlib.Path) -> list[dict[str, object]]:
-    """The lines of metrics.jsonl; JSON writes each float so that reading it gives the same bits."""
+    """The lines of metrics.jsonl without `CLOCK`. JSON writes each float so that reading it gives the same bits."""
     path = workdir / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 
 def record(path: pathlib.Path, count: int, renamed: dict[str, str]) -> None:
-    """Writes the traces of all runs to `path`, and says how far it is."""
+    """Writes the traces of all runs to `path`, and prints a line after each. `count` configs are drawn."""
     runs: list[tuple[str, str, dict[str, object]]] = []
     runs += [(config.stem, config.name, {}) for config in sorted((ROOT / "configs").glob("*.py"))]
     runs += [(f"drawn_{seed}", "base.py", drawn(seed)) for seed in range(count)]
+    # The same run twice: the second time it goes on from update 3.
     runs += [
         ("resumed", "base.py", {"train.num_updates": n, "optimizer.schedule_updates": 5}) for n in (3, 5)
     ]
@@ -169,7 +179,7 @@ def record(path: pathlib.Path, count: int, renamed: dict[str, str]) -> None:
 
 
 def compare(before: pathlib.Path, after: pathlib.Path) -> int:
-    """Says which traces differ, and where first; 1 where any does."""
+    """Prints which traces differ, and their first different lines. Returns 1 if any do, otherwise 0."""
     old, new = (json.loads(path.read_text()) for path in (before, after))
     differ = 0
     for name in sorted(old | new):
@@ -186,6 +196,7 @@ def compare(before: pathlib.Path, after: pathlib.Path) -> int:
 
 
 def parse_and_run() -> int:
+    """Reads the command line, does what it says, and returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

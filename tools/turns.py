@@ -1,4 +1,7 @@
-"""Sides of a comparison that take turns, each in a process of its own: what befalls the machine befalls all."""
+"""Measures the sides of a comparison in turns, each in a process of its own.
+
+Because the sides take turns, whatever slows the machine down for a while slows down all sides alike.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,18 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+# Does what is measured, and returns the measurement.
 Work = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """facts: what its maker says of it; values: of its work, one a round; peak: bytes that its process took at most."""
+    """One side of a comparison.
+
+    facts   what the maker of the side says about it
+    values  the measurements, one for each round
+    peak    the largest memory of its process, in bytes
+    """
 
     facts: Any
     values: list[Any]
@@ -23,14 +32,19 @@ class Side:
 
 
 def seconds(work: Work) -> float:
-    """How long `work` takes."""
+    """Runs `work` and returns how many seconds it took."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def take_turns(makes: Sequence[Callable[[], tuple[Work, Any]]], rounds: int) -> list[Side]:
-    """Each of `makes` (picklable) gives its work, which measures itself and is warm, and its facts."""
+    """Measures all sides `rounds` times, in turns, and returns them in the order of `makes`.
+
+    Each of `makes` is called in the process of its side, so it must be possible to pickle it. It returns the work of
+    the side and facts about it. The work must have run before, so that nothing is compiled while it is measured.
+    """
+    # A forked process would share the threads and locks of jax, and the memory of this one.
     spawn = multiprocessing.get_context("spawn")
     pipes, processes, facts = [], [], []
     for make in makes:
@@ -53,8 +67,10 @@ def take_turns(makes: Sequence[Callable[[], tuple[Work, Any]]], rounds: int) -> 
 
 
 def _serve(pipe: Connection, make: Callable[[], tuple[Work, Any]]) -> None:
+    """Runs in the process of a side: sends the facts, then a measurement for each request, then the peak memory."""
     work, facts = make()
     pipe.send(facts)
     while pipe.recv():
         pipe.send(work())
+    # Linux gives it in units of 1024 bytes.
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
