@@ -1,4 +1,4 @@
-"""Reads the corpus of a run in every process, and makes sure that all have read the same."""
+"""Reads the corpus of a run in every process, and makes sure that all processes have read the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from llmjax.terminal.lines import StageProgress
 
 
 def read_corpus(config: Config, derived: Derived, workdir: pathlib.Path) -> Corpus:
-    """The corpus, the same for every process; UserError where one cannot read it or reads another."""
+    """The corpus of a run, tokenized and packed, with the tokenizer of the workdir if there is one.
+
+    Raises `UserError` in every process if one of them cannot read the corpus, or reads another than the others.
+    """
     with StageProgress() as progress:
         corpus = together(lambda: make_corpus(with_tokenizer(config, workdir), derived, progress))
     seen = {"the tokenizer": corpus.tokenizer.fingerprint, "the documents": corpus.fingerprint}

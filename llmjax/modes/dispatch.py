@@ -30,7 +30,7 @@ from llmjax.workdir import standing
 def run(
     name: str, raw: Mapping[str, Any], workdir: pathlib.Path, *, prompts: Sequence[str], checkpoint: str
 ) -> int:
-    """Runs the mode `name`; the exit code."""
+    """Runs the mode `name`, a key of `MODES`, and returns the exit code. See `make_request` for what can be wrong."""
     request = make_request(name, raw, workdir, prompts=prompts, checkpoint=checkpoint)
     return importlib.import_module(f"llmjax.modes.{name}").run(request)
 
@@ -43,17 +43,30 @@ def make_request(
     prompts: Sequence[str] = (),
     checkpoint: str = "latest",
 ) -> Request:
-    """The checked request that the mode `name` is run with; UserError for a mistake in what is asked for."""
+    """Reads and checks everything that the user asks for, before anything expensive starts.
+
+    Args:
+      name: the mode, a key of `MODES`.
+      raw: the config as nested dicts.
+      workdir: the folder of the run.
+      prompts: texts to continue.
+      checkpoint: `latest`, `best`, or the number of an update.
+
+    Raises `UserError` for a mistake in the config or on the command line, for a workdir that the mode cannot use, and
+    if the processes of a run were asked for different things.
+    """
     started = time.perf_counter()
     mode = choose(MODES, "--mode", name)
     check_name("--checkpoint", checkpoint)
     config = read_config(raw)
+    # This setting must be made before jax allocates memory, and `hosts` before jax looks for devices.
     if not has_accelerator():
         keep_freed_memory()
     hosts.initialize()
     on_topology = mode.for_topology and bool(config.plan.topology)
     devices = topology_devices(config.plan.topology) if on_topology else jax.devices()
     config, derived = resolve_config(config, len(devices))
+    # For a named topology there is one process, and no workdir is looked at.
     if not on_topology:
         together(lambda: check_workdir(mode, config, workdir))
         seen = {"the config": f"one of digest {standing.digest_of(config.to_dict())}"}
@@ -63,7 +76,11 @@ def make_request(
 
 
 def check_workdir(mode: Mode, config: Config, workdir: pathlib.Path) -> None:
-    """UserError where what lies in `workdir` is not what `mode` with this config can go on from."""
+    """Raises `UserError` if the mode cannot work with what lies in `workdir` and with this config.
+
+    A run that is there must have the same config in all that must not change, and a mode that needs a run or its
+    parameters must find one.
+    """
     check_initial(config, workdir)
     if mode.for_topology:
         return

@@ -1,4 +1,4 @@
-"""`--mode=evaluate`: the held-out results of a checkpoint, and what compressors make of the same text."""
+"""`--mode=evaluate`: measures a checkpoint on the held-out part of the corpus, beside compressors on the same text."""
 
 from __future__ import annotations
 
@@ -30,11 +30,16 @@ from llmjax.types import Params
 from llmjax.workdir import standing
 from llmjax.workdir.contents import saved_config
 
-COMPRESSED = 8 * 2**20  # bytes of held-out text that gzip and xz are tried on
+# The most bytes of held-out text that are compressed with gzip and xz. A choice: it takes a few seconds.
+COMPRESSED = 8 * 2**20
 
 
 def run(request: Request) -> int:
-    """Prints the held-out results of a checkpoint; of what checkpoint.init_from names where there is no run yet."""
+    """Prints the held-out scores of a checkpoint, runs the probes that the config asks for, and returns exit code 0.
+
+    If the workdir holds no run yet, the checkpoint is the one that checkpoint.init_from names. Raises `UserError` if
+    the config holds nothing out, or if the checkpoint does not exist.
+    """
     config, derived = request.config, request.derived
     workdir, checkpoint = request.workdir, request.checkpoint
     untrained = saved_config(workdir) is None and not standing.has_begun(workdir)
@@ -76,8 +81,12 @@ def run(request: Request) -> int:
 
 
 def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watch = iter) -> dict[str, float]:
-    """The task's scores over every held-out target; `watch` sees the batches go by."""
-    assert corpus.held_out is not None  # who calls this has looked
+    """The scores of the task over all held-out targets, {name: value}.
+
+    `watch` passes on the batches that it is given, and may stop in between.
+    """
+    # The callers have found out that there is a held-out part.
+    assert corpus.held_out is not None
     size = program.config.evaluate.batch_size or program.batch.micro_batch_size
     with program.placement.batches(
         corpus.held_out, stop=corpus.held_out_plan.num_rows, batch_size=size
@@ -87,7 +96,7 @@ def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watc
 
 
 def describe_compression(task: Task, corpus: Corpus) -> dict[str, str]:
-    """What gzip and xz make of the held-out text, where the model is a rival of theirs."""
+    """How well gzip and xz compress the held-out text, {name: sentence}. Empty for a task that models no text."""
     if not task.compresses_text:
         return {}
     text = corpus.held_out_text(COMPRESSED)

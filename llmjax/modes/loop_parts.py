@@ -1,4 +1,7 @@
-"""Makes the `Run` that the training loop is given: evaluation, samples, messages and saves as plain callables."""
+"""Makes the `Run` that the training loop gets: evaluation, sampling, messages and saves as plain functions.
+
+The training loop knows neither the corpus nor the workdir. It only calls these functions.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,7 @@ from llmjax.types import Batch, Params
 from llmjax.workdir import standing
 from llmjax.workdir.samples import Sample, write_samples
 
+# The packages whose versions a checkpoint records, because they decide a run's numbers.
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
 
@@ -94,7 +98,7 @@ def versions() -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """The callables of a `Run`, see there for what each is given and gives."""
+    """The functions of a `Run`, which says what each gets and returns."""
 
     program: Program
     corpus: Corpus
@@ -116,6 +120,7 @@ class _Parts:
             write_samples(self.workdir, [Sample(update, *text) for text in texts])
 
     def loss(self, state: TrainState, batch: Batch) -> float:
+        # With the parameters for evaluation, which some optimizers keep apart from those that they train.
         program = self.program
         sums = program.eval_step(program.eval_params(state), program.engine.one_micro_batch(batch))
         sums = jax.device_get(sums)
@@ -160,6 +165,6 @@ def _list_spans(spans: Iterable[tuple[str, int, int]]) -> str:
 
 
 def layer_statistics(program: Program, state: TrainState, batch: Batch) -> dict[str, Any]:
-    """The statistics of each layer on a micro-batch, as plain numbers."""
+    """The statistics of each layer on the first micro-batch of `batch`, as plain numbers and lists of numbers."""
     values = jax.device_get(program.statistics(state.params, program.engine.one_micro_batch(batch)))
     return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), values)

@@ -1,4 +1,7 @@
-"""`--mode=plan`: says what a config means and compiles its step, for the devices at hand or for a named topology."""
+"""`--mode=plan`: prints what a config amounts to, and compiles its training step to find out whether it fits.
+
+It does so for the devices of this machine, or for those that plan.topology names, which need not be there.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,14 @@ from llmjax.workdir import standing
 
 
 def run(request: Request) -> int:
-    """Says what the config means and compiles its step; with plan.topology it does without the corpus."""
+    """Prints sizes, costs and advice, compiles the step and prints its memory. Returns the exit code 0.
+
+    With plan.topology the corpus is not read. Rows are then assumed to be filled by one document each.
+    """
     config, derived, workdir = request.config, request.derived, request.workdir
     if config.plan.topology:
         program = make_program(config, derived, planned_vocab_size(config.tokenizer), request.devices)
+        # In a document as long as the row, a token attends to half of the row on average.
         rows = describe_program(program, attended=(config.data.seq_len + 1) / 2)
     else:
         with StageProgress() as progress:
@@ -41,7 +48,10 @@ def run(request: Request) -> int:
 
 
 def planned_vocab_size(config: TokenizerConfig) -> int:
-    """How many ids the tokenizer will have, without the corpus that it may be trained on."""
+    """The number of ids that the tokenizer will have, found out without the corpus that it may be trained on.
+
+    Raises `DamagedError` if tokenizer.path names a file that cannot be read.
+    """
     if config.path:
         return load_tokenizer(config.path).vocab_size
     fixed = KINDS[config.kind].fixed

@@ -1,4 +1,4 @@
-"""Runs the probes of long context that a config asks for, and writes what they show."""
+"""Runs the probes of long context that a config asks for, and writes their results to probes.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmjax.workdir.contents import write_json
 
 
 def make_probes(corpus: Corpus, config: Config) -> dict[str, Probe]:
-    """The probes that the config asks for."""
+    """The probes that the config asks for, by name. There are none without a held-out part of the corpus."""
     if corpus.held_out is None:
         return {}
     text = Text(corpus.held_out, corpus.held_out_ids, corpus.tokenizer)
@@ -34,15 +34,22 @@ def probe(
     workdir: pathlib.Path,
     watch: Watch = iter,
 ) -> None:
-    """Runs the probes on the parameters of `update`, says what they show and writes it to suite.json.
+    """Runs the probes, prints their results and writes them to probes.json in the workdir.
 
-    `watch` sees each batch of texts go by.
+    Args:
+      program: the model and its placement on devices.
+      asked: the probes, as `make_probes` returns them. If there are none, nothing happens.
+      params: the parameters to probe.
+      update: the number of the update after which the run had these parameters.
+      workdir: the folder for probes.json.
+      watch: passes on the batches of texts that it is given, and may stop in between.
     """
     if not asked:
         return
     say(f"\nprobing {', '.join(asked)}")
 
     def losses(params: Params, arrays: Arrays) -> tuple[Any, Any]:
+        """The loss of each token of a batch of texts."""
         (arrays,) = watch([arrays])
         return program.token_losses(params, program.placement.place(arrays))
 

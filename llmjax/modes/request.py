@@ -1,4 +1,4 @@
-"""What a mode is asked to do: a checked config, and what the command line says besides."""
+"""What a mode is asked to do: a checked config, and the other settings of the command line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from llmjax.config.schema import Config
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a mode is asked to do.
+    """What a mode is asked to do. `dispatch.make_request` has checked all of it.
 
-    config, derived  resolved, see `config/resolve.py`
-    workdir        where everything of a run is written and found
-    devices        to run on, or of a named topology to compile for
-    prompts        texts to continue
-    checkpoint     latest, best or the number of an update
+    config         the config, with all values resolved
+    derived        what follows from the config, see `config/resolve.py`
+    workdir        the folder to which a run writes everything and from which it reads
+    devices        the devices to run on, or those of a named topology to compile for
+    prompts        the texts to continue
+    checkpoint     `latest`, `best` or the number of an update
     started        `time.perf_counter()` when the process began
     """
 

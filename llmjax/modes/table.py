@@ -1,4 +1,8 @@
-"""The modes there are: one line each. The file of the same name beside this one has `run(request) -> exit code`."""
+"""The table of all modes, with a line for each.
+
+The file of the same name in this folder has the function `run(request)`, which does the work and returns the exit code.
+This file imports nothing, so that the command line knows all modes before jax is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """What is to be known of a mode before its file is imported.
+    """What must be known about a mode before its file is imported.
 
-    needs         what must be there: "nothing", a "run" in the workdir, or "parameters", of a run in the workdir or of
-                  the one that checkpoint.init_from names
-    flags         the flags that this mode heeds and not all modes do
-    for_topology  whether it compiles for plan.topology where that names one; it then looks at no workdir
+    needs         what the mode needs: "nothing", a "run" in the workdir, or "parameters", which may be those of a run
+                  in the workdir or of the run that checkpoint.init_from names
+    flags         the flags of the command line that this mode uses and other modes may not
+    for_topology  whether the mode compiles for the devices that plan.topology names, if it names any. It then looks at
+                  no workdir
     """
 
     needs: str
