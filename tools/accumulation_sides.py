@@ -100,6 +100,7 @@ class Engines:
             weight = jnp.sum(batch.weights)
             return LossSums(given(params, jax.tree.map(lambda p: weight * p, params)), weight, {})
 
+        # Every device has all parameters.
         specs = jax.tree.map(lambda _: PartitionSpec(), self.params)
         sum_update = make_update_sums(
             loss, self.mesh, specs, self.roles, gather="update", compute_dtype="float32"

@@ -163,6 +163,7 @@ def bench_time(rounds: int, smoke: bool) -> None:
         "fused": (fused_rounds, True),
     }
     sides = take_turns([functools.partial(make_side, *make, width) for make in makes.values()], rounds)
+    # One column for each side and each of its figures, and one row for each round.
     columns = {
         f"{name}_{what}": [row[what] for row in side.values]
         for name, side in zip(makes, sides)
@@ -171,6 +172,7 @@ def bench_time(rounds: int, smoke: bool) -> None:
     times = [dict(zip(columns, row)) for row in zip(*columns.values())]
     median = {name: statistics.median(row[name] for row in times) for name in times[0]}
     for name, value in median.items():
+        # The rivals stand beside ours, and not for themselves.
         if name.startswith("stock"):
             continue
         for rival, words in (
@@ -219,6 +221,7 @@ def bench_memory(smoke: bool) -> None:
         return bytes_touched(module, trips) / size
 
     rival = touched(stock)
+    # All micro-steps of an update but the last only add to the sums.
     mean = ((STEPS - 1) * touched(in_place, 0) + touched(in_place, 1)) / STEPS
     # The loop of `in_place` runs once in the last micro-step, to compute the update. The loop of `fused` is over
     # micro-steps.
@@ -252,6 +255,7 @@ def bench_controller(rounds: int, smoke: bool) -> None:
     }
     program = program_of(changes, jax.devices()[:1])
     state, steering = program.init(), program.steering
+    # The values of the batch do not matter, only its shapes.
     batch = jax.tree.map(
         lambda x: jnp.ones(x.shape, x.dtype, device=x.sharding), program.placement.abstract_batch()
     )
@@ -281,6 +285,7 @@ def bench_controller(rounds: int, smoke: bool) -> None:
 def decoder(steps: int, accumulation: str, smoke: bool) -> Program:
     """The program of the decoder on a TPU v5e 2x4, with updates of `steps` micro-steps by the engine `accumulation`."""
     model = {**DECODER, **(SMOKE_MODEL if smoke else {})}
+    # The micro-batch stays the same, so the number of tokens decides the number of micro-steps.
     tokens = steps * model["compute.micro_batch_size"] * model["data.seq_len"]
     changes = {"compute.engine": accumulation, "mesh.data": 8, "train.tokens_per_update": tokens}
     return program_of({**model, **changes}, topology_devices("v5e:2x4"))
@@ -352,6 +357,7 @@ def bench_reductions(micro_steps: list[int], smoke: bool) -> None:
         program = decoder(steps, "fused", smoke)
         size = sum(x.size for x in jax.tree.leaves(program.abstract_state().params))
         ours = reduced(parse(program.lower().compile().as_text()), steps)
+        # MultiSteps reduces in every micro-step.
         rivals = {STOCK: steps * stock["micro_step"]}
         if steps == STEPS:
             rivals["jax.lax.scan of gradients, optax.adamw"] = stock["scan"]

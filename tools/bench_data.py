@@ -106,6 +106,7 @@ def make_rivals(store: Store, plan: PackingPlan, batch_size: int) -> dict[str, C
         pieces = records(Pieces(store, plan))
         return lambda: batches(packer(pieces, length_struct=lengths, num_packing_bins=batch_size))
 
+    # One token more than a row has, for inputs and targets.
     whole = records(Documents(store))
     concatenated = ConcatThenSplitIterDataset(whole, length_struct={"tokens": seq_len + 1})
     return {
@@ -118,6 +119,7 @@ def make_rivals(store: Store, plan: PackingPlan, batch_size: int) -> dict[str, C
 def measure(start: Callable[[], Iterator], seq_len: int, num_tokens: int) -> float:
     """The positions of batches per second, measured over `num_tokens` positions after a first batch."""
     batches = start()
+    # The first batch starts the thread and fills the caches.
     next(batches)
     count, began = 0, time.perf_counter()
     while count < num_tokens:
@@ -157,6 +159,7 @@ def bench_pipeline(store: Store, seq_len: int, rounds: int, num_tokens: int) -> 
         **make_rivals(store, plan, batch_size),
     }
     rates: dict[str, list[float]] = {name: [] for name in contenders}
+    # In turns, so that whatever slows the machine down slows down all of them.
     for _ in range(rounds):
         for name, start in contenders.items():
             rates[name].append(measure(start, seq_len, num_tokens))

@@ -168,6 +168,7 @@ def run_case(place: Place, expected: dict[tuple[str, int], dict]) -> tuple[str, 
     `expected` is what `numbers` gives for an undisturbed run.
     """
     out, err = io.StringIO(), io.StringIO()
+    # In this process, which has jax imported and programs compiled already.
     try:
         with patience(PATIENCE), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = llmjax_main(["llmjax", *place.arguments()])
@@ -176,6 +177,7 @@ def run_case(place: Place, expected: dict[tuple[str, int], dict]) -> tuple[str, 
     except BaseException as error:
         return TRACEBACK, f"{type(error).__name__}: {error}"
     words = err.getvalue().strip()
+    # A user error begins with the program's name. Anything else on the way out is as bad as a traceback.
     if code != 0:
         return (SENTENCE if words.startswith("llmjax: ") else TRACEBACK), words
     numbers = place.numbers()
@@ -249,6 +251,7 @@ def storage(scratch: pathlib.Path, count: int) -> list[tuple[str, str, str]]:
     for number in range(count):
         rng = random.Random(number)
         place = begun.copy_to(scratch / "damaged")
+        # The folder is drawn first, so that the many files of the cache do not crowd out the others.
         area = rng.choice((place.workdir, place.workdir / "checkpoints", place.folder / "cache"))
         path = rng.choice(sorted(p for p in area.rglob("*") if p.is_file() and "tensorboard" not in p.parts))
         damage = rng.choice(DAMAGES)
@@ -294,6 +297,7 @@ def kill_after(place: Place, rng: random.Random) -> str:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, **quiet)
+    # The moments are spread over the start, over all updates, and over the saves between them.
     lines, delay = rng.randrange(8), rng.uniform(0.0, 1.0)
     metrics, started = place.workdir / "metrics.jsonl", time.monotonic()
     while process.poll() is None and time.monotonic() - started < PATIENCE:
@@ -339,6 +343,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llmjax-faults-") as folder:
+        # Most cases compile the same programs.
         jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         for part in arguments.parts:

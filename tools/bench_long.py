@@ -120,6 +120,8 @@ def loss_head(smoke: bool) -> None:
         abstract((1, T), jnp.int32),
         abstract((1, T), jnp.float32),
     )
+    # Looking a logit up needs a gather, and a scatter in the backward pass. The comparison needs neither, and can be
+    # fused with the other arithmetic.
     losses = {
         "ours": lambda h, w, *x: softmax_cross_entropy(h, Head(w), *x).loss,
         "all logits at once, looked up": all_at_once(looked_up),
@@ -129,6 +131,7 @@ def loss_head(smoke: bool) -> None:
     ours = costs.pop("ours")
     sizes = {"tokens": T, "vocabulary": V, "width": D, "processor": "TPU v5p, compiled for"}
     for rival, theirs in costs.items():
+        # (figure, unit, goal). The products may be recomputed for 1% only, and the traffic is to take no longer.
         for what, unit, goal in (
             ("temporaries", "MiB", 300),
             ("products", "TFLOP", 1.01 * theirs.products),
@@ -179,6 +182,7 @@ def attention_cost(attend: Callable[..., jax.Array], cell: dict[str, int], windo
     program = jax.jit(gradients).lower(q, k, k, q, places, places).compile()
     module, reaches = parse(program.as_text()), Ring("seq", 8).reaches
     branch = reaches.index((1, 0)) if window else len(reaches) - 1
+    # The collectives of the branch that counts, each as often as it runs.
     made = [c for c in collectives(module) if all(name.endswith(f"[{branch}]") for name in c.within)]
     hidden = sum(runs * any(runs_a_kernel(module, x) for x in c.between) for c in made for runs in [c.runs])
     count = sum(c.runs for c in made)
@@ -215,6 +219,7 @@ def splash_under_ulysses(tokens: int, window: int = 0) -> Callable[..., jax.Arra
         return jax.lax.all_to_all(x, "seq", split, concat, tiled=True)
 
     def attend(q, k, v, segments, positions):
+        # The kernel wants heads before positions, and queries that are scaled already.
         q, k, v = (swap(x, 2, 1).transpose(0, 2, 1, 3) for x in (q * q.shape[3] ** -0.5, k, v))
         of_heads = masks.MultiHeadMask([mask] * q.shape[1])
         kernel = splash_attention_kernel.make_splash_mha_single_device(of_heads, block_sizes=blocks)
@@ -231,6 +236,7 @@ def ring(smoke: bool, window: int = 0) -> None:
     more = {**cell, "window": window, "processor": "TPU v5e 2x4, compiled for"}
     mine, rival = attention_cost(ours("ring", window=window), cell, window), "splash under Ulysses"
     theirs = attention_cost(splash_under_ulysses(cell["tokens"], window), cell)
+    # (figure, unit, goal). A window ends after one hop, where a whole document goes all around the ring.
     for what, unit, goal in (
         ("sent", "GB", 0.30 if window else 1.41),
         ("temporaries", "MiB", 900),
@@ -261,6 +267,7 @@ def documents(smoke: bool) -> None:
         T, block, count, kinds = 8192, 128, 2, {"in the order drawn": "web_mixed"}
     for kind, rows in kinds.items():
         drawn = bench_layout.ROWS[rows](T, count, rng)
+        # (devices, goal of the waiting, goal of the hops). More devices are harder to keep busy.
         for shards, waiting, hops in ((8, 1.10, 3), (32, 1.25, 8))[: 1 if smoke else 2]:
             found = {
                 name: around(drawn, RowLayout(name, shards, block), T) for name in ("documents", "zigzag")
@@ -337,7 +344,7 @@ FIGURES = {"ring": ring, "window": window, "documents": documents, "loss_head": 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    # With choices, argparse of Python 3.11 refuses none at all.
+    # The choices are checked below, because argparse of Python 3.11 would refuse an empty list of them.
     parser.add_argument("figures", nargs="*", help=f"of {', '.join(FIGURES)}; all unless given")
     args = parser.parse_args()
     unknown = [name for name in args.figures if name not in FIGURES]

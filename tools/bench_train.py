@@ -125,6 +125,7 @@ def make_rival(config: Config, batch: BatchArithmetic, compiled: bool) -> tuple[
     hidden = m.mlp_dim * 3 // 2 if m.activation == "swiglu" else m.mlp_dim
     torch.manual_seed(0)
     model, o = GPT(vocab, length, m.num_layers, m.model_dim, m.num_heads, hidden), config.optimizer
+    # As in nanoGPT, only matrices have weight decay.
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -171,6 +172,7 @@ def bench(shape: str, rounds: int, rival: str) -> None:
     (size, _), (rival_size, rival_name) = ours.facts, other.facts
     mine, theirs = ours.values, other.values
     batch = load_config(SHAPES[shape])[1].batch
+    # Times are the inverse of speeds, so this is ours / rival in tokens per second.
     ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
     report(
         f"train_{shape}",

@@ -101,6 +101,7 @@ def drawn(seed: int) -> dict[str, object]:
     for key, values in CHOICES.items():
         value = rng.choice(values)
         settings |= value if isinstance(value, dict) else {key: value}
+    # A schedule needs points, and only one of schedule and controller may decide about the batch.
     if settings["train.batch_schedule"] == "piecewise":
         settings["train.batch_points"] = "0:2048,4096:4096"
         settings["controller.name"] = "none"
@@ -135,11 +136,13 @@ def run(
     values = TINY | {"data.sources": folder / "corpus", "data.cache_dir": folder / "cache"} | settings
     arguments = [f"--config.{renamed.get(key, key)}={value}" for key, value in values.items()]
     words = ["llmjax", f"--config={ROOT / 'configs' / config}", f"--workdir={folder / name}", *arguments]
+    # What the run prints.
     said = folder / "said.txt"
 
     def child() -> None:
         with said.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             code = main(words)
+        # Not sys.exit, which would also run what the parent process has left to do at its end.
         os._exit(code)
 
     # A forked process has jax imported already, which would take seconds for each run.
@@ -175,6 +178,7 @@ def record(path: pathlib.Path, count: int, renamed: dict[str, str]) -> None:
             traces[name] = {"failure": failure, "lines": trace(folder / name)}
             print(f"{name}: {len(trace(folder / name))} lines {failure}".replace(scratch, ""), flush=True)
             traces[name]["failure"] = failure.replace(scratch, "")
+            # Written after each run, so that an interrupted recording is not lost.
             path.write_text(json.dumps(traces, indent=1))
 
 

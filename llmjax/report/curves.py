@@ -109,10 +109,11 @@ def positions(metrics: Metrics) -> Positions:
         values = column(lines[first], key)
         if len(values) and np.isfinite(values).all():
             clock = _without_restarts(values)
-            # Every run begins with nothing at update 0.
+            # The other lines are interpolated between these points. A run begins at update 0 with tokens and time 0.
             known = np.append(0.0, x[first]["updates"]), np.append(0.0, clock)
             for kind, at in x.items():
                 at[axis] = clock if kind == first else np.interp(at["updates"], *known)
+    # An axis ends at the last measurement.
     measured = [at for kind, at in x.items() if kind != "events"]
     high = {
         axis: float(max([0.0, *(at[axis].max() for at in measured if len(at[axis]))])) for axis in x[first]
@@ -169,6 +170,7 @@ def measure_charts(metrics: Metrics) -> tuple[list[charts.Chart], list[charts.Ch
     """Two lists of charts: of the known numbers in training lines (`MEASURES`), and of all other numbers in them."""
     train_x, batch = positions(metrics).train, batch_chart(metrics)
     constant = {key for key in VARYING if len({line[key] for line in metrics.train if key in line}) < 2}
+    # Keys that have their place elsewhere on the page.
     drawn = {*AXIS_KEYS, *COUNTED, *constant, "loss", *(BATCH_KEYS if batch else ())}
     keys = sorted(
         {key for record in metrics.train for key, value in record.items() if isinstance(value, float)} - drawn
@@ -233,6 +235,7 @@ def _layer_chart(key: str, records: list[dict], x: dict[str, np.ndarray]) -> cha
     count = values.shape[1]
     if not count:
         return None
+    # The first, the last, and others at even distances.
     layers = np.unique(np.linspace(0, count - 1, min(count, LAYERS_DRAWN)).round().astype(int))
     lines = [
         charts.Curve(

@@ -104,11 +104,13 @@ def _over_log2(
       note: a sentence below the chart.
       floor, ceiling, suffix: see `charts.Chart`.
     """
+    # Everything is checked, because somebody may have edited the file, or an older version may have written it.
     lists = [result.get(key) if isinstance(result, dict) else None for key in (x, y)]
     if not all(isinstance(each, list) for each in lists):
         return None
     pairs = ((number(a), number(b)) for a, b in zip(*lists))
     known = ((a, b) for a, b in pairs if a is not None and b is not None)
+    # A negative length has no place on a logarithmic axis.
     points = sorted((a, b) for a, b in known if a >= 0 and math.isfinite(a + b))
     if not points:
         return None
@@ -162,6 +164,7 @@ def _grid_figure(title: str, result: object) -> str:
         f"Per cent in which the hidden answer was likelier than the others (guessing: {100 * chance:.0f}); small: in "
         "which greedy decoding gives it."
     )
+    # The style sheet needs the number of columns for the least width of the table.
     wide, columns = " wide" * (len(lengths) > NARROW), f'style="--columns:{len(lengths)}"'
     return (
         f'<figure class="chart{wide}"><figcaption><h3>{html.escape(title)}</h3><span class="unit">{language}</span>'

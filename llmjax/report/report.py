@@ -109,9 +109,11 @@ def _curves(run: Run) -> str:
         return ""
     axes = curves.positions(run.metrics).axes
     grid = _grid(([loss] if loss else []) + known + layers, axes)
+    # Charts that few readers need are folded.
     for title, more in (("layers", more_layers), ("measurements", others)):
         if more:
             grid += "\n" + folded(f"More {title} ({len(more)})", _grid(more, axes))
+    # A reader must know that not every point is drawn.
     if max(len(run.metrics.train), len(run.metrics.evaluate)) > chart_drawing.POINTS_NARROW:
         grid += (
             f'<p class="note">Curves of more than {chart_drawing.POINTS_WIDE:,} points '

@@ -99,19 +99,18 @@ def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes, int]]:
 def _objects(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int, bytes, int]]:
     """(number from 1, bytes, offset in the file) of the elements of an array, or of values one after the other.
 
-    Brackets, commas and quotes tell where an element ends. Whether it is JSON is left to the parser. Raises `UserError`
-    if the last element has no end.
+    Brackets, commas and quotes tell where an element ends. Raises `UserError` if the last element has no end.
     """
     # `offset` is where the block begins in the file, and `begin` where the element does.
     number = depth = offset = begin = 0
     quoted = escaped = False
-    # The depth of brackets at which elements lie: 1 within an array, otherwise 0, and None between values.
+    # The depth of brackets at which elements lie: 1 in an array, 0 for other values. It is None, which means unknown,
+    # before the first bracket and after an array.
     outer: int | None = None
-    # What earlier blocks have of the element.
+    # What earlier blocks have of the element. `element` adds the rest of it.
     held: list[bytes] = []
 
     def element(rest: bytes) -> tuple[int, bytes, int]:
-        """The element that ends with `rest`."""
         data = b"".join([*held, rest])
         held.clear()
         return number, data.strip(), begin + len(data) - len(data.lstrip())
@@ -146,10 +145,10 @@ def _objects(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int,
                 start, begin = at, offset + at
             elif mark in b"]}":
                 depth -= 1
-                # The end of the array, which is not part of its last element, or of a value, which the bracket is.
+                # The end of an array, whose bracket is not part of its last element, or of another value.
                 if depth == 0 and outer is not None:
                     number += 1
-                    # An empty array has no element. Anything else between brackets and commas is for the parser.
+                    # An empty array has no element.
                     if (last := element(block[start : at - outer]))[1] or number > 1:
                         yield last
                     start, begin, outer = at, offset + at, None if outer else 0

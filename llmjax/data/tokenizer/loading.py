@@ -26,6 +26,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     path = at_home(path, "tokenizer.path")
     saved = {}
+    # lexists, because a broken link in place of the file is damage, which `_read_meta` reports.
     if os.path.lexists(path / META_FILE) and not _is_foreign(path):
         saved = _read_meta(path / META_FILE)
     if saved.get("kind") == "byte":

@@ -75,7 +75,7 @@ class SentencePieceTokenizer:
         self.text_prefix = b" " if prefix == SPACE_MARK else b""
         self.strips_spaces = given.normalize("a  b") == given.normalize("a b")
         self.lossless = len(byte_ids) == NUM_BYTES and prefix in ("", SPACE_MARK) and _keeps_text(exact)
-        # If the model is lossless, llmjax puts `text_prefix` before a text itself, where there is to be one.
+        # For a lossless model `encode` itself puts `text_prefix` before a text, unless the text continues another one.
         self._processor = exact if self.lossless else given
         self._exact = exact
         # The ids of the three bytes of U+2581, which must not be taken for a space.
@@ -90,6 +90,7 @@ class SentencePieceTokenizer:
             # text the model must put no space of its own.
             spaced = continues and text[0] in _SPACES and self._continuing is not None
             return self._encode(text, (self._continuing if spaced else self._exact) if continues else None)
+        # Every U+2581 of the text is replaced by its three bytes, and the parts between are encoded by the model.
         first, *rest = (("" if continues else self.text_prefix.decode()) + text).split(SPACE_MARK)
         ids = self._encode(first)
         for part in rest:

@@ -126,6 +126,7 @@ class Steering:
         `steps` is 0 for a new update. For an update that was interrupted and is resumed, it is the number of
         micro-steps that was decided on when the update began.
         """
+        # The controller has decided already, when it observed the last update. A schedule is asked now.
         if RULES[self.controller.name].decides:
             wanted, reason = history.controller.k, history.controller.reason
         else:
@@ -139,6 +140,7 @@ class Steering:
         size = steps * self.schedule.micro_tokens / self.tokens_per_update
         hyper = self.optimizer.hyperparameters(tokens / self.tokens_per_update, size)
         limits = spikes.limits(self.stability, history.stability)
+        # The host always looks for spikes. The device needs limits only if it is to skip updates.
         on_device = spikes.device_limits(self.stability, limits)
         inputs = UpdateInputs(
             np.int32(steps),
@@ -157,6 +159,7 @@ class Steering:
 
         `decision` is what was decided about the update, `measured` what the device measured of it.
         """
+        # Positions, padding included, whatever their loss weights.
         tokens = measured.steps * self.schedule.micro_tokens
         observation = Observation(
             tokens=tokens,
