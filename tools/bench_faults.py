@@ -194,6 +194,7 @@ def run_case(place: Place, expected: dict[tuple[str, int], dict]) -> tuple[str, 
 
 
 def flip(path: pathlib.Path, rng: random.Random) -> None:
+    """Flips one bit."""
     data = bytearray(path.read_bytes())
     if data:
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -201,37 +202,45 @@ def flip(path: pathlib.Path, rng: random.Random) -> None:
 
 
 def cut(path: pathlib.Path, rng: random.Random) -> None:
+    """Cuts off the end."""
     data = path.read_bytes()
     path.write_bytes(data[: rng.randrange(len(data))] if data else b"")
 
 
 def empty(path: pathlib.Path, rng: random.Random) -> None:
+    """Leaves an empty file."""
     path.write_bytes(b"")
 
 
 def lengthen(path: pathlib.Path, rng: random.Random) -> None:
+    """Appends random bytes."""
     path.write_bytes(path.read_bytes() + rng.randbytes(9))
 
 
 def scramble(path: pathlib.Path, rng: random.Random) -> None:
+    """Writes random bytes in place of all bytes."""
     path.write_bytes(rng.randbytes(len(path.read_bytes())))
 
 
 def remove(path: pathlib.Path, rng: random.Random) -> None:
+    """Deletes the file."""
     path.unlink()
 
 
 def folder_instead(path: pathlib.Path, rng: random.Random) -> None:
+    """Puts a folder in place of the file."""
     path.unlink()
     path.mkdir()
 
 
 def link_to_nothing(path: pathlib.Path, rng: random.Random) -> None:
+    """Puts a broken link in place of the file."""
     path.unlink()
     path.symlink_to("nothing")
 
 
 def remove_its_folder(path: pathlib.Path, rng: random.Random) -> None:
+    """Deletes the folder of the file with all that is in it."""
     shutil.rmtree(path.parent)
 
 

@@ -195,6 +195,7 @@ def _zstandard(file: SourceFile) -> Callable[[io.RawIOBase], Any]:
 
 
 def _zstandard_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of the package zstandard, if it is installed."""
     try:
         import zstandard
     except ImportError:

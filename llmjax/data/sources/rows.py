@@ -188,6 +188,7 @@ def parse(text: str, where: str) -> object:
 
 
 def _no_json(where: str, error: Exception) -> UserError:
+    """The error for a text that is not JSON. `where` says where it lies."""
     return UserError(f"data.sources: {where} is not JSON ({error}): correct or remove the line.")
 
 
