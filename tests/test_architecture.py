@@ -73,7 +73,7 @@ ALONE = {  # library, or what it is asked for -> the files or rooms that alone k
     "grain": ["data/pipeline.py"],
     "sentencepiece": ["data/tokenizer/"],
     "flax": ["nn/", "models/"],
-    "tensorboardX": ["workdir/recorder.py"],
+    "tensorboardX": ["workdir/sinks/tensorboard.py"],
     "ml_collections": ["config/file.py"],
     "tqdm": ["terminal/bar.py"],
     "torch": [],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -50,12 +50,14 @@ def make_run(
     checkpoints: Checkpoints,
     stop: StopRequest,
     check_lock: Callable[[], None] = lambda: None,
+    on_samples: Callable[[int, Sequence[Sample]], None] = lambda update, samples: None,
 ) -> Run:
     """The `Run` of a program and a corpus. Evaluation and sampling end early where `stop` asks for it.
 
     check_lock  raises UserError where another run has taken the workdir
+    on_samples  called with an update and the texts sampled after it, once they are written, on the first process
     """
-    config, parts = program.config, _Parts(program, corpus, workdir, stop, check_lock)
+    config, parts = program.config, _Parts(program, corpus, workdir, stop, check_lock, on_samples)
     return Run(
         steering=program.steering,
         micro_batch_size=program.batch.micro_batch_size,
@@ -105,6 +107,7 @@ class _Parts:
     workdir: pathlib.Path
     stop: StopRequest
     check_lock: Callable[[], None]
+    on_samples: Callable[[int, Sequence[Sample]], None]
 
     def make_batches(self, cursor: int, length: int) -> Feed:
         return self.program.placement.batches(self.corpus.train, start=cursor, length=length)
@@ -117,7 +120,9 @@ class _Parts:
         # Every process takes part in the sampling, and the first one writes.
         texts = sample_texts(self.program, self.corpus, self.program.eval_params(state), self.stop.watch)
         if hosts.is_primary():
-            write_samples(self.workdir, [Sample(update, *text) for text in texts])
+            samples = [Sample(update, *text) for text in texts]
+            write_samples(self.workdir, samples)
+            self.on_samples(update, samples)
 
     def loss(self, state: TrainState, batch: Batch) -> float:
         # With the parameters for evaluation, which some optimizers keep apart from those that they train.

@@ -109,7 +109,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
             tokens_per_update=program.steering.tokens_per_update,
             on_closed=lambda: stop.ask(OUTPUT_CLOSED),
         )
-        run = make_run(program, corpus, workdir, checkpoints, stop, check_lock)
+        run = make_run(program, corpus, workdir, checkpoints, stop, check_lock, recorder.samples)
         try:
             with recorder:
                 result = train(run, state, position, recorder, checkpoints, stop)

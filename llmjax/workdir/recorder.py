@@ -1,4 +1,4 @@
-"""The run's record: `metrics.jsonl`, TensorBoard events, and what the terminal shows.
+"""The run's record: `metrics.jsonl`, the sinks such as TensorBoard, and what the terminal shows.
 
 One JSON object a line. `{"kind": "train", "update": n, ...}` once per update, with
 
@@ -33,15 +33,15 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from tensorboardX import SummaryWriter
+from typing import Any, TextIO
 
 from llmjax.files import write_atomically
 from llmjax.parallel import hosts
 from llmjax.scores import Score
 from llmjax.terminal.progress import Progress
 from llmjax.workdir.metrics import read_line
+from llmjax.workdir.samples import Sample
+from llmjax.workdir.sinks.table import SINKS
 
 # Beside metrics.jsonl.
 UNREADABLE = "metrics.unreadable.jsonl"
@@ -74,10 +74,11 @@ class Recorder:
         self._primary = hosts.is_primary()
         if not self._primary:
             return
-        self._workdir, self._opened = Path(workdir), 0
+        self._workdir = Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         unreadable = truncate(self._workdir / "metrics.jsonl", resume_update)
-        self._open(resume_update)
+        self._file = self._open()
+        self._sinks = [make(self._workdir, resume_update) for make in SINKS.values()]
         self._progress = Progress(num_tokens, tokens_per_update, on_closed, scores)
         if unreadable:
             self._progress.say(
@@ -85,16 +86,8 @@ class Recorder:
                 "goes on without them"
             )
 
-    def _open(self, update: int) -> None:
-        self._opened += 1
-        self._file = (self._workdir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(
-            str(self._workdir / "tensorboard"),
-            purge_step=update + 1,
-            flush_secs=10,
-            # By default tensorboardX names a file by the second: two files of one second would be the same.
-            filename_suffix=f".{update}.{os.getpid()}.{self._opened}",
-        )
+    def _open(self) -> TextIO:
+        return (self._workdir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def __enter__(self) -> Recorder:
         return self
@@ -119,6 +112,12 @@ class Recorder:
         if self._primary:
             self._write("statistics", update, values)
 
+    def samples(self, update: int, samples: Sequence[Sample]) -> None:
+        """Shows the texts that the run sampled after `update` in the sinks. They are in samples.jsonl already."""
+        if self._primary:
+            for sink in self._sinks:
+                sink.samples(update, samples)
+
     def event(self, update: int, event: str, text: str) -> None:
         """Records and shows what a person should know."""
         if self._primary:
@@ -129,16 +128,17 @@ class Recorder:
         """Removes the lines after `update`, to which the run has gone back."""
         if self._primary:
             self._file.close()
-            self._board.close()
             truncate(self._workdir / "metrics.jsonl", update, keep_rewinds=True)
-            self._open(update)
+            self._file = self._open()
+            for sink in self._sinks:
+                sink.rewind(update)
 
     def forget(self, update: int) -> None:
         """Removes the evaluation and the statistics of `update`, the last one, because they are made again."""
         if self._primary:
             self._file.close()
             truncate(self._workdir / "metrics.jsonl", update, keep_rewinds=True, of_update=("train", "event"))
-            self._file = (self._workdir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+            self._file = self._open()
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
@@ -153,21 +153,27 @@ class Recorder:
         if self._primary:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._board.flush()
+            for sink in self._sinks:
+                sink.flush()
 
     def close(self) -> None:
         """Ends the progress display and closes the files."""
         if self._primary:
             self._progress.close()
             self._file.close()
-            self._board.close()
+            for sink in self._sinks:
+                sink.close()
 
     def _write(self, kind: str, update: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, "update": update} | _plain(values)) + "\n")
-        for name, value in values.items():
-            # tensorboardX warns of numbers that are not finite, and TensorBoard shows no lists.
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._board.add_scalar(f"{kind}/{name}", value, update)
+        # The sinks draw curves, and have no place for lists and for numbers that are not finite.
+        numbers = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        for sink in self._sinks:
+            sink.numbers(kind, update, numbers)
 
 
 def _plain(value: Any) -> Any:

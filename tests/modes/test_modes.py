@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_run
+from event_files import read_texts
 from sections import section
 from tiny_run import CHINESE, command
 
@@ -18,6 +19,7 @@ from llmjax import main
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.modes.plan import planned_vocab_size
 from llmjax.train.checkpoint.checkpoint import Checkpoints
+from llmjax.workdir.samples import read_samples
 
 PROMISED = (
     "config.json",
@@ -133,6 +135,14 @@ def test_the_plan_comes_first_and_the_results_last(told):
     ):
         assert re.search(rf"^  {label} ", rest.split("done after")[1], re.M), label
     assert "the model continued" in rest
+
+
+def test_tensorboard_shows_the_texts_that_the_run_sampled(trained):
+    samples, _ = read_samples(trained)
+    shown = read_texts(trained)
+    assert [update for update, _, _ in shown] == [sample.update for sample in samples]
+    for sample, (_, _, text) in zip(samples, shown):
+        assert sample.text.split("\n")[0] in text and sample.prompt.split("\n")[0] in text
 
 
 def test_the_same_command_again_trains_nothing_and_tells_the_end_again(folder, workdir, capsys, monkeypatch):

@@ -2,11 +2,10 @@
 
 import json
 import math
-import struct
 import types
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from event_files import read_events
 from test_metrics import GARBAGE
 from tiny_run import lines_of
 
@@ -27,17 +26,6 @@ def record(workdir, first, last, resume_update):
             recorder.train(update, values(update))
             if update % 2 == 0:
                 recorder.evaluate(update, {"tokens": 100 * update, "loss": 2.0, "perplexity": math.e**2})
-
-
-def read_events(workdir):
-    events = []
-    for path in sorted((workdir / "tensorboard").iterdir()):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            events.append(Event.FromString(data[12 : 12 + length]))
-            data = data[16 + length :]
-    return events
 
 
 def test_a_resumed_record_equals_one_that_never_stopped(tmp_path, capsys):

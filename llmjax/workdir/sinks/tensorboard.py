@@ -1,0 +1,65 @@
+"""The sink TensorBoard: event files in `tensorboard/` of a workdir, with curves and the texts sampled by the run."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from llmjax.workdir.samples import Sample
+
+FOLDER = "tensorboard"
+
+
+class TensorBoard:
+    """Writes event files, see `contract.Sink`. `update` is the one after which the run goes on."""
+
+    def __init__(self, workdir: Path, update: int):
+        self._workdir, self._opened = workdir, 0
+        self._open(update)
+
+    def _open(self, update: int) -> None:
+        self._opened += 1
+        self._writer = SummaryWriter(
+            str(self._workdir / FOLDER),
+            # TensorBoard drops what it read before at this step and later ones.
+            purge_step=update + 1,
+            flush_secs=10,
+            # By default tensorboardX names a file by the second: two files of one second would be the same.
+            filename_suffix=f".{update}.{os.getpid()}.{self._opened}",
+        )
+
+    def numbers(self, kind: str, update: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, update)
+
+    def samples(self, update: int, samples: Sequence[Sample]) -> None:
+        for number, sample in enumerate(samples, 1):
+            prompt = (
+                f"**after the prompt**\n\n{_verbatim(sample.prompt)}"
+                if sample.prompt
+                else "**without a prompt**"
+            )
+            text = f"{prompt}\n\n**the model wrote**\n\n{_verbatim(sample.text)}"
+            # A lone surrogate, which stands for a byte that is not UTF-8, has no place in an event file.
+            text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+            self._writer.add_text(f"sample/{number}", text, update)
+
+    def rewind(self, update: int) -> None:
+        self._writer.close()
+        self._open(update)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _verbatim(text: str) -> str:
+    """`text` as Markdown that shows it as it is. The Text tab would otherwise take a `#` of it for a headline."""
+    # Lines indented by four spaces are a block of code, whatever they contain. A fence could be closed by the text.
+    return "\n".join(f"    {line}" for line in re.split("\r\n|\r|\n", text))
