@@ -173,6 +173,7 @@ def get_config() -> ConfigDict:
     generate.top_k = 0  # samples among this many likeliest tokens; 0 = off
     generate.top_p = 0.95  # samples among the likeliest tokens that have this probability together; 1 = off
     generate.seed = 0  # decides the sampling
+    generate.num_samples = 1  # texts per prompt, in mode generate
 
     c.plan = plan = ConfigDict()
     plan.topology = ""  # compile for this TPU (v5p:4x4x4; v5e:4x4*2 = two slices), not the devices at hand

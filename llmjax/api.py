@@ -6,6 +6,7 @@
     run.evaluate()                    # {"loss": ..., "bits_per_byte": ...} on the held-out text
     run.generate("import ")           # what the model writes after the prompt
     run.score("a text of your own")   # how well the model predicts it
+    run.generate("import ", num_samples=3)                     # a list of three texts
     llmjax.load("runs/mine", checkpoint="best").generate("import ", temperature=0.0)
 
 The command line runs the same modes. Mistakes raise `llmjax.errors.UserError` with one sentence.
@@ -19,7 +20,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from llmjax.flags import load_config, name_of, set_key
 from llmjax.modes import dispatch
 from llmjax.modes.corpus import read_corpus
 from llmjax.modes.evaluate import score_held_out
-from llmjax.modes.generate import Loaded, check_one_stream, continue_texts
+from llmjax.modes.generate import Loaded, Writer, check_one_stream
 from llmjax.modes.generate import load as load_checkpoint
 from llmjax.terminal.lines import say
 from llmjax.workdir.contents import check_place
@@ -108,15 +109,28 @@ class Run:
         """The page with curves, results and samples."""
         return self.workdir / "report.html"
 
-    def generate(self, prompt: str = "", **settings: Any) -> str:
-        """What the model writes after `prompt`. `settings` are keys of the section `generate`: temperature=0."""
+    @overload
+    def generate(self, prompt: str = "", *, num_samples: None = None, **settings: Any) -> str: ...
+
+    @overload
+    def generate(self, prompt: str = "", *, num_samples: int, **settings: Any) -> list[str]: ...
+
+    def generate(
+        self, prompt: str = "", *, num_samples: int | None = None, **settings: Any
+    ) -> str | list[str]:
+        """What the model writes after `prompt`, or with `num_samples` a list of that many texts.
+
+        `settings` are keys of the section `generate`: temperature=0.
+        """
         loaded = self._loaded
+        settings["num_samples"] = 1 if num_samples is None else num_samples
         changed = self._request({f"generate.{key}": value for key, value in settings.items()})
         program = dataclasses.replace(
             loaded.program,
             config=dataclasses.replace(loaded.program.config, generate=changed.config.generate),
         )
-        return continue_texts(dataclasses.replace(loaded, program=program), [prompt])[0]
+        (texts,) = Writer(dataclasses.replace(loaded, program=program)).write([prompt])
+        return texts[0] if num_samples is None else texts
 
     def score(self, text: str) -> dict[str, float]:
         """How well the model predicts `text` and its end, read in pieces of at most data.seq_len tokens.

@@ -60,6 +60,22 @@ def test_generation_is_that_of_the_command_line(run, capsys):
     assert llmjax.load(run.workdir, checkpoint="best").generate("river", max_tokens=5, seed=3) is not None
 
 
+def test_several_samples_are_a_list_that_begins_with_the_one(run, capsys):
+    settings = {"max_tokens": 8, "temperature": 2.0, "top_p": 1.0}
+    texts = run.generate("river", num_samples=3, **settings)
+    assert len(set(texts)) == 3 and texts[0] == run.generate("river", **settings)
+    assert run.generate("river", num_samples=1, **settings) == texts[:1]
+    with pytest.raises(UserError, match="generate.num_samples=0"):
+        run.generate("river", num_samples=0)
+
+
+def test_a_long_prompt_is_noted_once_for_each_loaded_run(run, capsys):
+    loaded = llmjax.load(run.workdir)
+    for _ in range(2):
+        loaded.generate("river " * 10)
+    assert capsys.readouterr().err.count("data.seq_len=32") == 1
+
+
 def test_a_score_is_the_sum_over_the_text_whatever_else_is_scored(run):
     text = "春江 stone"
     score = run.score(text)

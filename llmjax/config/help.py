@@ -36,6 +36,7 @@ SYNONYMS = {
     "seq_len": "block_size context_length context max_seq_len max_length sequence_length n_ctx ctx_len n_positions "
     "max_position_embeddings max_target_length seq_length",
     "rope_theta": "rope_base rotary_base rope_max_timescale",
+    "num_samples": "num_return_sequences n_samples samples_per_prompt",
     "window": "sliding_window window_size attention_window",
     "activation": "hidden_act act activation_function",
     "norm_eps": "rms_norm_eps layer_norm_eps layer_norm_epsilon",

@@ -15,11 +15,13 @@ from llmjax.errors import UserError
 from llmjax.models.contract import Cache, Model
 from llmjax.ops.logits import sample
 from llmjax.ops.seeds import make_key
-from llmjax.ranges import FOLD, Range, check_ranges
+from llmjax.ranges import FOLD, Range, Unset, check_ranges
 from llmjax.types import Params
 
 # Prompt lengths and cache sizes are rounded up to a multiple of this, so that few shapes are compiled. A choice.
 SLOTS = 64
+# A number that is no step of sampling (`max_tokens` bounds these), from which on the further samples are numbered.
+FURTHER = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class GenerateConfig:
     top_k        sample only from the k most likely tokens; 0 is off
     top_p        sample only from the most likely tokens that together reach this probability; 1 is off
     seed         the seed of sampling
+    num_samples  how many texts are sampled for each prompt
     """
 
     max_tokens: Annotated[int, Range(1, 2**20)]
@@ -38,9 +41,15 @@ class GenerateConfig:
     top_k: Annotated[int, Range(1, 2**24, "off")]
     top_p: Annotated[float, Range(0, 1, above=True)]
     seed: Annotated[int, Range(0, FOLD)]
+    num_samples: Annotated[int, Range(1, 2**16), Unset(1)]
 
     def __post_init__(self):
         check_ranges("generate", self)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken, so that all samples of a prompt are alike."""
+        return self.temperature == 0 or self.top_k == 1
 
 
 def round_up(n: int, multiple: int = SLOTS) -> int:
@@ -55,12 +64,12 @@ def make_generator(
     eos_id: int,
     banned_ids: Sequence[int] = (),
 ) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list[int | None]]]:
-    """Returns `generate(params, prompts)`, an iterator that yields one new token id per prompt at a time, None once
-    it ended.
+    """Returns `generate(params, prompts)`, an iterator that yields one new token id per sample at a time, None once
+    it ended. The `num_samples` samples of the first prompt come first, then those of the second, and so on.
 
-    The sample for a prompt depends on the seed and on the index of the prompt, not on the other prompts. `banned_ids`
-    (pad, mask, reserved) are never sampled. If the model has a `position_limit`, a prompt is continued up to this
-    number of tokens, plus one more, which is predicted from the last of them.
+    A sample depends on the seed, on the index of the prompt and on its own number, not on the other prompts and not on
+    `num_samples`. `banned_ids` (pad, mask, reserved) are never sampled. If the model has a `position_limit`, a prompt
+    is continued up to this number of tokens, plus one more, which is predicted from the last of them.
     """
     pick = functools.partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
 
@@ -88,6 +97,8 @@ def make_generator(
     def generate(params: Params, prompts: Sequence[Sequence[int]]) -> Iterator[list[int | None]]:
         if not prompts:
             return
+        index, number = np.divmod(np.arange(len(prompts) * config.num_samples), config.num_samples)
+        prompts = [prompts[i] for i in index]
         lengths = np.array([len(p) for p in prompts], np.int32)
         if not lengths.all():
             raise UserError("an empty prompt has nothing to continue; begin it with the bos token")
@@ -103,7 +114,9 @@ def make_generator(
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        rngs_B = jax.vmap(lambda i: jax.random.fold_in(make_key(config.seed), i))(np.arange(len(prompts)))
+        rngs_B = jax.vmap(functools.partial(_key, config.seed))(
+            jnp.asarray(index), jnp.asarray(number, jnp.uint32)
+        )
         cache = model.make_cache(len(prompts), width + round_up(config.max_tokens))
         next_B, cache = prefill(params, tokens, lengths, cache, rngs_B)
         ended = np.zeros(len(prompts), bool)
@@ -118,3 +131,11 @@ def make_generator(
             next_B, cache = extend(params, next_B, cache, rngs_B, np.int32(step))
 
     return generate
+
+
+def _key(seed: int, index: jax.Array, number: jax.Array) -> jax.Array:
+    """The key of sample `number`, from 0, of the prompt `index`. The first sample has the key of the prompt."""
+    key = jax.random.fold_in(make_key(seed), index)
+    # The key of a sample is folded with the numbers of its steps as well, which FURTHER keeps apart.
+    further = jax.random.fold_in(key, np.uint32(FURTHER) + number)
+    return jnp.where(number == 0, key, further)

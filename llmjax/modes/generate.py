@@ -16,10 +16,11 @@ from llmjax.config.init_from import own_tokenizer
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llmjax.errors import UserError
 from llmjax.escapes import show
-from llmjax.generate.generate import make_generator
+from llmjax.generate.generate import GenerateConfig, make_generator
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.terminal.lines import say
+from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 
@@ -28,12 +29,13 @@ SAMPLE_PROMPT = 64  # tokens of a held-out document that the samples of a run co
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checkpoint, ready to be used: `params` are those of `update`."""
+    """A checkpoint, ready to be used: `params` are those of `update`; `told` are the notes that were given."""
 
     program: Program
     params: Params
     tokenizer: Tokenizer
     update: int
+    told: set[str] = dataclasses.field(default_factory=set)
 
 
 def load(request: Request) -> Loaded:
@@ -45,18 +47,20 @@ def load(request: Request) -> Loaded:
 
 
 def run(request: Request) -> int:
-    """Continues the prompts: one is streamed, several are shown one after the other when all are done."""
-    prompts = list(request.prompts) or [""]
-    streams = len(prompts) == 1 and hosts.is_primary()
-    loaded = load(request)
+    """Continues the prompts. A single text is streamed; several are shown one after the other when all are done."""
+    prompts, num_samples = list(request.prompts) or [""], request.config.generate.num_samples
+    streams = len(prompts) * num_samples == 1 and hosts.is_primary()
+    writer = Writer(load(request))
     if streams:
         show(prompts[0], end="")
-    texts = continue_texts(loaded, prompts, on_text=lambda row, text: show(text, end="") if streams else None)
+    texts = writer.write(prompts, on_text=lambda row, text: show(text, end="") if streams else None)
     if streams:
         show("")
-    else:
-        for number, (prompt, text) in enumerate(zip(prompts, texts), 1):
-            say(f"--- {number}\n{prompt}{text}")
+        return 0
+    for number, (prompt, samples) in enumerate(zip(prompts, texts), 1):
+        for which, text in enumerate(samples, 1):
+            sample = f", sample {which} of {num_samples}" if num_samples > 1 else ""
+            say(f"--- {number}{sample}\n{prompt}{text}")
     return 0
 
 
@@ -67,27 +71,68 @@ def check_one_stream(program: Program) -> None:
         raise UserError(f"task.name={name!r} reads two texts, and a prompt is one; use --mode=evaluate")
 
 
-def continue_texts(
-    loaded: Loaded, prompts: Sequence[str], on_text: Callable[[int, str], None] = lambda row, text: None
-) -> list[str]:
-    """What the model writes after each of the prompts; `on_text(row, text)` is told of each piece as it comes."""
-    check_one_stream(loaded.program)
-    tokenizer = loaded.tokenizer
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    decoders = [StreamDecoder(tokenizer, continues=bool(prompt)) for prompt in prompts]
-    texts = [""] * len(prompts)
+class Writer:
+    """Continues prompts with a loaded checkpoint. Lengths that were seen before compile nothing.
 
-    def add(row: int, text: str) -> None:
-        texts[row] += text
-        on_text(row, text)
+    Raises UserError where the task of the run reads two texts.
+    """
 
-    for new in generator(loaded.program, tokenizer)(loaded.params, ids):
-        for row, token in enumerate(new):
-            if token is not None:
-                add(row, decoders[row].push(token))
-    for row, decoder in enumerate(decoders):
-        add(row, decoder.flush())
-    return texts
+    def __init__(self, loaded: Loaded):
+        check_one_stream(loaded.program)
+        self._loaded = loaded
+        self._config = loaded.program.config.generate
+        self._generate = generator(loaded.program, loaded.tokenizer, self._config)
+
+    def write(
+        self,
+        prompts: Sequence[str],
+        on_text: Callable[[int, str], None] = lambda row, text: None,
+        watch: Watch = iter,
+    ) -> list[list[str]]:
+        """What the model writes after each of the prompts: generate.num_samples texts for each.
+
+        on_text  called with the row of a text, counted over all samples of all prompts, and each piece as it comes
+        watch    sees each token go by, and may end all texts early
+        """
+        loaded, num_samples = self._loaded, self._config.num_samples
+        tokenizer = loaded.tokenizer
+        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+        self._remark(max(map(len, ids), default=0))
+        decoders = [
+            StreamDecoder(tokenizer, continues=bool(prompt)) for prompt in prompts for _ in range(num_samples)
+        ]
+        texts = [""] * len(decoders)
+
+        def add(row: int, text: str) -> None:
+            texts[row] += text
+            on_text(row, text)
+
+        for new in watch(self._generate(loaded.params, ids)):
+            for row, token in enumerate(new):
+                if token is not None:
+                    add(row, decoders[row].push(token))
+        for row, decoder in enumerate(decoders):
+            add(row, decoder.flush())
+        return [texts[row : row + num_samples] for row in range(0, len(texts), num_samples)]
+
+    def _remark(self, longest: int) -> None:
+        """Says what a user should know of the texts, once for each thing. `longest` counts a prompt's tokens."""
+        config, trained, notes = self._config, self._loaded.program.config.data.seq_len, {}
+        if config.num_samples > 1 and config.is_greedy:
+            setting = "temperature=0" if config.temperature == 0 else "top_k=1"
+            notes["alike"] = (
+                f"generate.{setting} always takes the likeliest token, so that the generate.num_samples="
+                f"{config.num_samples} texts of a prompt are alike; use a higher value"
+            )
+        if longest > trained:
+            notes["long"] = (
+                f"the longest prompt has {longest:,} tokens, and the model was trained on data.seq_len={trained:,}; "
+                "expect worse text from there on, or shorten the prompt"
+            )
+        for kind, note in notes.items():
+            if kind not in self._loaded.told:
+                self._loaded.told.add(kind)
+                warn(f"note: {note}")
 
 
 def sample_texts(
@@ -102,18 +147,20 @@ def sample_texts(
         doc = int(corpus.held_out_ids[np.argmax(store.lengths[corpus.held_out_ids])])
         length = min(SAMPLE_PROMPT, int(store.lengths[doc]) // 2, program.config.data.seq_len // 2)
         prompt = store.tokens(doc, 0, max(length, 1)).tolist()
-    new = [ids[0] for ids in watch(generator(program, tokenizer)(params, [prompt])) if ids[0] is not None]
+    one = dataclasses.replace(program.config.generate, num_samples=1)
+    write = generator(program, tokenizer, one)
+    new = [ids[0] for ids in watch(write(params, [prompt])) if ids[0] is not None]
     return [(tokenizer.decode(prompt[1:]), tokenizer.decode(new, continues=len(prompt) > 1))]
 
 
 def generator(
-    program: Program, tokenizer: Tokenizer
+    program: Program, tokenizer: Tokenizer, config: GenerateConfig
 ) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list]]:
-    """Sampling with the config's settings; ids that stand for no text, other than the end, are never drawn."""
+    """Sampling with the settings in `config`; ids that stand for no text, other than the end, are never drawn."""
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
     return make_generator(
         program.model,
-        program.config.generate,
+        config,
         eos_id=tokenizer.eos_id,
         banned_ids=sorted(special - {tokenizer.eos_id}),
     )

@@ -257,7 +257,7 @@ def test_an_older_run_that_lacks_a_key_takes_its_default_or_is_named(section, ke
     del owner[key]
     name = f"{section}.{key}" if section else key
     write_json(tmp_path / "config.json", saved)
-    words = ["llmjax", f"--workdir={tmp_path}", "--config.generate.seed=3"]
+    words = ["llmjax", f"--workdir={tmp_path}", "--config.seed=3"]
     if key in FIRST_KEYS.get(section, "").split():
         with pytest.raises(UserError, match=rf"config.json lacks the key {re.escape(name)}, .*; restore"):
             parse(words)

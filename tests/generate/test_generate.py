@@ -1,5 +1,6 @@
 """Generation: greedy equals the full pass, a sample does not depend on its neighbours, and it ends where told."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from sections import section
 
 from llmjax.errors import UserError
-from llmjax.generate.generate import GenerateConfig, make_generator
+from llmjax.generate.generate import GenerateConfig, _key, make_generator
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
 from llmjax.ops.attention.mask import self_mask
@@ -18,7 +19,7 @@ from llmjax.types import Batch
 
 V = 37
 MODEL = GPT(resolve(section("model", num_layers=2, model_dim=16, num_heads=2, init_std=0.5)), V, 128)
-GREEDY = GenerateConfig(max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+GREEDY = GenerateConfig(max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0, num_samples=1)
 PROMPTS = [[1, 5, 9, 3], [2], [7] * 70]
 
 
@@ -57,11 +58,32 @@ def test_greedy_decoding_of_several_prompts_equals_the_full_pass(params):
 
 
 def test_a_sample_depends_on_seed_and_number_only(params):
-    config = GenerateConfig(max_tokens=10, temperature=1.0, top_k=0, top_p=0.9, seed=3)
+    config = GenerateConfig(max_tokens=10, temperature=1.0, top_k=0, top_p=0.9, seed=3, num_samples=1)
     together = [list(c) for c in zip(*generate(config)(params, PROMPTS[:2]), strict=True)]
     assert [row[0] for row in generate(config)(params, PROMPTS[:1])] == together[0]
-    other = GenerateConfig(max_tokens=10, temperature=1.0, top_k=0, top_p=0.9, seed=4)
+    other = GenerateConfig(max_tokens=10, temperature=1.0, top_k=0, top_p=0.9, seed=4, num_samples=1)
     assert [row[0] for row in generate(other)(params, PROMPTS[:1])] != together[0]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_several_samples_of_a_prompt_differ_and_the_first_are_those_of_fewer(count, params):
+    config = GenerateConfig(max_tokens=10, temperature=1.0, top_k=0, top_p=1.0, seed=3, num_samples=1)
+    one = rows_of(generate(config)(params, PROMPTS), len(PROMPTS))
+    more = dataclasses.replace(config, num_samples=count)
+    rows = rows_of(generate(more)(params, PROMPTS), len(PROMPTS) * count)
+    assert rows[::count] == one
+    assert len({tuple(row) for row in rows}) == len(rows)
+    fewer = rows_of(generate(dataclasses.replace(config, num_samples=2))(params, PROMPTS), len(PROMPTS) * 2)
+    assert rows[1::count] == fewer[1::2]
+
+
+def test_a_further_sample_shares_no_draw_with_the_steps_of_the_first(params):
+    """Of 10 steps and 10 samples, none may be drawn with the key of another."""
+    numbers = jnp.arange(10, dtype=jnp.uint32)
+    keys = jax.vmap(lambda number: _key(3, jnp.int32(0), number))(numbers)
+    draws = jax.vmap(lambda key: jax.vmap(lambda step: jax.random.fold_in(key, step))(numbers))(keys)
+    used = jax.random.key_data(draws).reshape(-1, 2).tolist() + jax.random.key_data(keys).tolist()
+    assert len({tuple(key) for key in used}) == 110
 
 
 def test_it_ends_at_the_end_of_the_document(params):
@@ -119,7 +141,7 @@ def generate_learned(config, eos_id=V):
 @pytest.mark.parametrize("max_tokens", [1, 5, 24, 40])
 def test_each_prompt_has_the_limit_that_it_has_alone(max_tokens):
     params = jax.jit(LEARNED.init)(jax.random.key(2))
-    config = GenerateConfig(max_tokens=max_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+    config = GenerateConfig(max_tokens=max_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0, num_samples=1)
     prompts = [[1, 5, 9, 3, 8], [2], [7] * 24, [4] * 23, [6, 5] * 6]
     together = rows_of(generate_learned(config)(params, prompts), len(prompts))
     alone = [rows_of(generate_learned(config)(params, [prompt]), 1)[0] for prompt in prompts]

@@ -307,6 +307,40 @@ def test_several_prompts_are_continued_one_by_one(trained, tmp_path, capsys):
     assert alone.rstrip("\n") in out
 
 
+def test_samples_of_several_prompts_say_whose_they_are_and_begin_with_those_of_one(trained, capsys):
+    words = (
+        "--prompt=river",
+        "--prompt=春江",
+        "--config.generate.temperature=2",
+        "--config.generate.top_p=1",
+    )
+    one = generate(capsys, trained, *words)
+    out = generate(capsys, trained, *words, "--config.generate.num_samples=3")
+    texts = re.split(r"^--- (\d), sample (\d) of 3\n", out, flags=re.M)
+    assert texts[0] == "" and [*zip(texts[1::3], texts[2::3])] == [(p, s) for p in "12" for s in "123"]
+    assert re.split(r"^--- \d\n", one, flags=re.M)[1:] == texts[3::9]
+    assert len(set(texts[3::3])) == 6
+
+
+@pytest.mark.parametrize("setting", ["temperature=0", "top_k=1"])
+def test_samples_that_must_be_alike_get_one_note(setting, trained, capsys):
+    words = ["llmjax", f"--workdir={trained}", "--mode=generate", "--config.generate.num_samples=2"]
+    assert main.main([*words, "--prompt=a", "--prompt=b", f"--config.generate.{setting}"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("---") == 4 and err.count("\n") == 1
+    assert f"generate.{setting} always takes the likeliest token" in err
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_a_prompt_longer_than_the_model_was_trained_on_gets_one_note(prompts, trained, capsys):
+    words = ["llmjax", f"--workdir={trained}", "--mode=generate"]
+    assert main.main([*words, *["--prompt=" + "river " * 10] * prompts]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("river " * 10) == prompts and err.count("\n") == 1
+    assert "the longest prompt has 61 tokens, and the model was trained on data.seq_len=32" in err
+    assert generate(capsys, trained, "--prompt=" + "r" * 31)  # 32 tokens, with the one that begins a text
+
+
 def test_without_a_prompt_there_is_still_text(trained, capsys):
     assert generate(capsys, trained, "--config.generate.temperature=0").strip()
 
