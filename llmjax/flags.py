@@ -34,6 +34,9 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_enum("mode", "train", list(MODES), "what to do", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "generate: a text to continue", flag_values=values)
     flags.DEFINE_string("prompt_file", None, "generate: a file with one prompt a line", flag_values=values)
+    flags.DEFINE_boolean(
+        "interactive", False, "generate: continue each line that is typed", flag_values=values
+    )
     flags.DEFINE_string("checkpoint", "latest", "latest, best or an update number", flag_values=values)
     return values
 
@@ -75,6 +78,11 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
         if values[name].present and values.mode not in modes:
             uses = " or ".join(f"--mode={mode}" for mode in modes)
             raise UserError(f"--{name} is not heeded by --mode={values.mode}; leave it out, or give {uses}")
+    if values.interactive and (values.prompt or values.prompt_file is not None):
+        given = "--prompt" if values.prompt else "--prompt_file"
+        raise UserError(
+            f"--interactive reads its prompts from standard input, but {given} is given; leave one out"
+        )
     config = load_config(values.config, values.workdir)
     # A run of an older version may lack the key that is set: then its config is completed first.
     if values.config is None and not overrides.keys() <= set(_keys(config)):

@@ -2,7 +2,7 @@
 
     train     train, or continue training, in --workdir (default: runs/NAME for configs/NAME.py); the default mode
     evaluate  report the held-out loss of a checkpoint, or of --config.checkpoint.init_from before there is one
-    generate  continue each --prompt, or each line of --prompt_file
+    generate  continue each --prompt, each line of --prompt_file, or with --interactive each line that is typed
     plan      explain the config and compile its step, for these devices or --config.plan.topology, without running it
 
 With --workdir alone, the config saved there is used. SIGTERM and Ctrl-C stop a training run after saving it, and the
@@ -59,7 +59,14 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
         from llmjax.modes import dispatch
 
         with _terminable(alone):
-            return dispatch.run(values.mode, config, workdir, prompts=prompts, checkpoint=values.checkpoint)
+            return dispatch.run(
+                values.mode,
+                config,
+                workdir,
+                prompts=prompts,
+                checkpoint=values.checkpoint,
+                interactive=values.interactive,
+            )
     except BrokenPipeError:
         from llmjax.terminal.progress import silence
 

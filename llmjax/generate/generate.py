@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -57,19 +57,36 @@ def round_up(n: int, multiple: int = SLOTS) -> int:
     return -(-n // multiple) * multiple
 
 
+def power_of_two(n: int) -> int:
+    """The smallest SLOTS x 2^i that is at least n: few shapes, where the lengths of prompts to come are not known."""
+    return max(SLOTS, 1 << (n - 1).bit_length())
+
+
+class Generate(Protocol):
+    """What `make_generator` returns."""
+
+    def __call__(
+        self, params: Params, prompts: Sequence[Sequence[int]], first: int = 0
+    ) -> Iterator[list[int | None]]:
+        """Yields a token id per sample at a time, and None for a sample that ended. `first` is the index of the first
+        prompt, on which the samples depend."""
+
+
 def make_generator(
     model: Model,
     config: GenerateConfig,
     *,
     eos_id: int,
     banned_ids: Sequence[int] = (),
-) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list[int | None]]]:
+    width_of: Callable[[int], int] = round_up,
+) -> Generate:
     """Returns `generate(params, prompts)`, an iterator that yields one new token id per sample at a time, None once
     it ended. The `num_samples` samples of the first prompt come first, then those of the second, and so on.
 
     A sample depends on the seed, on the index of the prompt and on its own number, not on the other prompts and not on
     `num_samples`. `banned_ids` (pad, mask, reserved) are never sampled. If the model has a `position_limit`, a prompt
     is continued up to this number of tokens, plus one more, which is predicted from the last of them.
+    It compiles once for each number of samples and each `width_of(tokens of the longest prompt)`.
     """
     pick = functools.partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
 
@@ -94,7 +111,9 @@ def make_generator(
         logits_BTV, cache = model.decode(params, tokens_B[:, None], cache)
         return choose(logits_BTV[:, 0], rngs_B, step), cache
 
-    def generate(params: Params, prompts: Sequence[Sequence[int]]) -> Iterator[list[int | None]]:
+    def generate(
+        params: Params, prompts: Sequence[Sequence[int]], first: int = 0
+    ) -> Iterator[list[int | None]]:
         if not prompts:
             return
         index, number = np.divmod(np.arange(len(prompts) * config.num_samples), config.num_samples)
@@ -110,12 +129,12 @@ def make_generator(
                     f"the longest prompt has {lengths.max()} tokens but the model holds {model.position_limit} "
                     "positions; shorten it"
                 )
-        width = round_up(int(lengths.max()))
+        width = width_of(int(lengths.max()))
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         rngs_B = jax.vmap(functools.partial(_key, config.seed))(
-            jnp.asarray(index), jnp.asarray(number, jnp.uint32)
+            jnp.asarray(first + index), jnp.asarray(number, jnp.uint32)
         )
         cache = model.make_cache(len(prompts), width + round_up(config.max_tokens))
         next_B, cache = prefill(params, tokens, lengths, cache, rngs_B)

@@ -28,10 +28,18 @@ from llmjax.workdir import standing
 
 
 def run(
-    name: str, raw: Mapping[str, Any], workdir: pathlib.Path, *, prompts: Sequence[str], checkpoint: str
+    name: str,
+    raw: Mapping[str, Any],
+    workdir: pathlib.Path,
+    *,
+    prompts: Sequence[str],
+    checkpoint: str,
+    interactive: bool = False,
 ) -> int:
     """Runs the mode `name`, a key of `MODES`, and returns the exit code. See `make_request` for what can be wrong."""
-    request = make_request(name, raw, workdir, prompts=prompts, checkpoint=checkpoint)
+    request = make_request(
+        name, raw, workdir, prompts=prompts, checkpoint=checkpoint, interactive=interactive
+    )
     return importlib.import_module(f"llmjax.modes.{name}").run(request)
 
 
@@ -42,6 +50,7 @@ def make_request(
     *,
     prompts: Sequence[str] = (),
     checkpoint: str = "latest",
+    interactive: bool = False,
 ) -> Request:
     """Reads and checks everything that the user asks for, before anything expensive starts.
 
@@ -51,6 +60,7 @@ def make_request(
       workdir: the folder of the run.
       prompts: texts to continue.
       checkpoint: `latest`, `best`, or the number of an update.
+      interactive: whether the texts to continue are lines of standard input.
 
     Raises `UserError` for a mistake in the config or on the command line, for a workdir that the mode cannot use, and
     if the processes of a run were asked for different things.
@@ -72,7 +82,7 @@ def make_request(
         seen = {"the config": f"one of digest {standing.digest_of(config.to_dict())}"}
         seen |= standing.describe(workdir, folders=name == "train")
         check_same(seen, "give every process the same command, and a --workdir on a disk that they share")
-    return Request(config, derived, workdir, devices, tuple(prompts), checkpoint, started)
+    return Request(config, derived, workdir, devices, tuple(prompts), checkpoint, started, interactive)
 
 
 def check_workdir(mode: Mode, config: Config, workdir: pathlib.Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from llmjax.build.corpus import Corpus
@@ -16,7 +18,14 @@ from llmjax.config.init_from import own_tokenizer
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llmjax.errors import UserError
 from llmjax.escapes import show
-from llmjax.generate.generate import GenerateConfig, make_generator
+from llmjax.generate.generate import (
+    Generate,
+    GenerateConfig,
+    make_generator,
+    power_of_two,
+    round_up,
+)
+from llmjax.modes.interactive import converse
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.terminal.lines import say
@@ -48,6 +57,8 @@ def load(request: Request) -> Loaded:
 
 def run(request: Request) -> int:
     """Continues the prompts. A single text is streamed; several are shown one after the other when all are done."""
+    if request.interactive:
+        return run_interactive(request)
     prompts, num_samples = list(request.prompts) or [""], request.config.generate.num_samples
     streams = len(prompts) * num_samples == 1 and hosts.is_primary()
     writer = Writer(load(request))
@@ -58,9 +69,37 @@ def run(request: Request) -> int:
         show("")
         return 0
     for number, (prompt, samples) in enumerate(zip(prompts, texts), 1):
-        for which, text in enumerate(samples, 1):
-            sample = f", sample {which} of {num_samples}" if num_samples > 1 else ""
-            say(f"--- {number}{sample}\n{prompt}{text}")
+        say(describe_samples(number, prompt, samples))
+    return 0
+
+
+def describe_samples(number: int, prompt: str, samples: Sequence[str]) -> str:
+    """The texts after a prompt, each below a line that says whose it is."""
+    which = [
+        f", sample {i} of {len(samples)}" if len(samples) > 1 else "" for i in range(1, len(samples) + 1)
+    ]
+    return "\n".join(f"--- {number}{of}\n{prompt}{text}" for of, text in zip(which, samples))
+
+
+def run_interactive(request: Request) -> int:
+    """Continues each line that is typed, or that comes through a pipe. A single text for a line is streamed."""
+    if jax.process_count() > 1:
+        raise UserError(
+            "--interactive=true reads the lines of one terminal, and there are several processes; use --prompt_file"
+        )
+    writer, streams = Writer(load(request), power_of_two), request.config.generate.num_samples == 1
+    typed = sys.stdin.isatty() and sys.stdout.isatty()
+
+    def write(number: int, line: str, watch: Watch) -> None:
+        if not streams:
+            (samples,) = writer.write([line], watch=watch, first=number)
+            show(describe_samples(number + 1, line, samples))
+            return
+        pieces = iter([line if typed else f"--- {number + 1}\n{line}"])
+        writer.write([line], lambda row, text: show(next(pieces, "") + text, end=""), watch, number)
+        show("")
+
+    converse(write)
     return 0
 
 
@@ -77,22 +116,24 @@ class Writer:
     Raises UserError where the task of the run reads two texts.
     """
 
-    def __init__(self, loaded: Loaded):
+    def __init__(self, loaded: Loaded, width_of: Callable[[int], int] = round_up):
         check_one_stream(loaded.program)
         self._loaded = loaded
         self._config = loaded.program.config.generate
-        self._generate = generator(loaded.program, loaded.tokenizer, self._config)
+        self._generate = generator(loaded.program, loaded.tokenizer, self._config, width_of)
 
     def write(
         self,
         prompts: Sequence[str],
         on_text: Callable[[int, str], None] = lambda row, text: None,
         watch: Watch = iter,
+        first: int = 0,
     ) -> list[list[str]]:
         """What the model writes after each of the prompts: generate.num_samples texts for each.
 
         on_text  called with the row of a text, counted over all samples of all prompts, and each piece as it comes
         watch    sees each token go by, and may end all texts early
+        first    the number of the first prompt, on which the samples depend
         """
         loaded, num_samples = self._loaded, self._config.num_samples
         tokenizer = loaded.tokenizer
@@ -107,7 +148,7 @@ class Writer:
             texts[row] += text
             on_text(row, text)
 
-        for new in watch(self._generate(loaded.params, ids)):
+        for new in watch(self._generate(loaded.params, ids, first)):
             for row, token in enumerate(new):
                 if token is not None:
                     add(row, decoders[row].push(token))
@@ -154,8 +195,11 @@ def sample_texts(
 
 
 def generator(
-    program: Program, tokenizer: Tokenizer, config: GenerateConfig
-) -> Callable[[Params, Sequence[Sequence[int]]], Iterator[list]]:
+    program: Program,
+    tokenizer: Tokenizer,
+    config: GenerateConfig,
+    width_of: Callable[[int], int] = round_up,
+) -> Generate:
     """Sampling with the settings in `config`; ids that stand for no text, other than the end, are never drawn."""
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
     return make_generator(
@@ -163,4 +207,5 @@ def generator(
         config,
         eos_id=tokenizer.eos_id,
         banned_ids=sorted(special - {tokenizer.eos_id}),
+        width_of=width_of,
     )

@@ -23,6 +23,7 @@ class Request:
     prompts        the texts to continue
     checkpoint     `latest`, `best` or the number of an update
     started        `time.perf_counter()` when the process began
+    interactive    whether the texts to continue are lines of standard input, one after the other
     """
 
     config: Config
@@ -32,3 +33,4 @@ class Request:
     prompts: tuple[str, ...]
     checkpoint: str
     started: float
+    interactive: bool = False

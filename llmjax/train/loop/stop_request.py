@@ -128,3 +128,16 @@ def end_on_second_interrupt() -> None:
         os._exit(INTERRUPTED)
 
     threading.Thread(target=listen, daemon=True).start()
+
+
+@contextlib.contextmanager
+def uncounted_interrupts() -> Iterator[None]:
+    """Within it, `end_on_second_interrupt` does not notice Ctrl-C. It is for work that Ctrl-C does not end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before, warn_on_full_buffer=False)

@@ -1,0 +1,101 @@
+"""`--mode=generate --interactive`: continues prompts line by line, with a checkpoint that is loaded once.
+
+On a terminal, the standard module readline gives the line that is typed its editing and its history. Elsewhere the
+lines come from a pipe or a file, and the output is what `--prompt_file` prints for the same lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+
+from llmjax.errors import UserError
+from llmjax.escapes import complain, show
+from llmjax.train.loop.stop_request import Watch, uncounted_interrupts
+
+# What stands before a line that is typed.
+MARK = "> "
+HINT = "an empty line or Ctrl-D ends, Ctrl-C stops a text"
+
+
+def converse(write: Callable[[int, str, Watch], None]) -> None:
+    """Reads lines from standard input and has each continued, until an empty line or the end of the input.
+
+    write  called with the number of a line, counted from 0, the line, and a watch that ends its text where Ctrl-C asks
+           for it; prints the text
+    """
+    typed = sys.stdin.isatty() and sys.stdout.isatty()
+    if typed:
+        # Importing it is enough: from then on it edits what `input` reads. Some systems lack it.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+        show(HINT)
+    with uncounted_interrupts():
+        for number in itertools.count():
+            line = _typed_line() if typed else _piped_line(number)
+            if not line:
+                return
+            try:
+                with _Interruptible() as text:
+                    write(number, line, text.watch)
+            except UserError as error:
+                # A prompt that is too long is no reason to load the checkpoint again.
+                complain(str(error))
+
+
+def _typed_line() -> str:
+    """The next line that is typed; "" at the end."""
+    while True:
+        try:
+            return input(MARK)
+        except EOFError:
+            show("")
+            return ""
+        except KeyboardInterrupt:
+            # It came between two texts, perhaps a moment late. The line that was begun is dropped, as a shell does it.
+            show(f"\n{HINT}")
+        except UnicodeDecodeError:
+            complain("the line is not text in the encoding of this terminal; type it again")
+
+
+def _piped_line(number: int) -> str:
+    """The next line of standard input, without its end; "" where there is none."""
+    try:
+        text = sys.stdin.buffer.readline().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"line {number + 1} of standard input is not UTF-8 at byte {error.start}; correct it"
+        ) from None
+    text = text.removesuffix("\n").removesuffix("\r")
+    return text if number else text.removeprefix("\ufeff")
+
+
+class _Interruptible:
+    """A context manager within which a first Ctrl-C ends a text, and a second one interrupts the program."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __enter__(self) -> _Interruptible:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def watch(self, items: Iterable) -> Iterator:
+        """Passes `items` on until Ctrl-C."""
+        return itertools.takewhile(lambda _: not self._asked, items)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
