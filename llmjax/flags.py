@@ -37,6 +37,12 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_boolean(
         "interactive", False, "generate: continue each line that is typed", flag_values=values
     )
+    flags.DEFINE_string(
+        "profile",
+        None,
+        "train: trace the updates FIRST:END, without END, in WORKDIR/profile",
+        flag_values=values,
+    )
     flags.DEFINE_string("checkpoint", "latest", "latest, best or an update number", flag_values=values)
     return values
 
@@ -224,3 +230,24 @@ def read_prompts(values: flags.FlagValues) -> list[str]:
             raise UserError(f"--prompt_file={path} is not UTF-8 at byte {error.start}; correct it") from None
         prompts += [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line]
     return prompts
+
+
+def read_profile(values: flags.FlagValues) -> range:
+    """The updates that --profile=FIRST:END names, the last of them END - 1; none where it is not given."""
+    text = values.profile
+    if text is None:
+        return range(0)
+    match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text, re.ASCII)
+    if match is None:
+        raise UserError(
+            f"--profile={text} is not FIRST:END; give the first update and the one after the last, such as 100:110"
+        )
+    first, end = int(match[1]), int(match[2])
+    if first < 1:
+        raise UserError(f"--profile={text} begins at update {first}; updates are counted from 1")
+    if end <= first:
+        raise UserError(
+            f"--profile={text} names no update, because END is the one after the last; --profile={first}:{first + 10} "
+            "has ten"
+        )
+    return range(first, end)

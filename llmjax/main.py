@@ -34,7 +34,7 @@ import absl.logging
 
 from llmjax.escapes import complain, show
 from llmjax.failures import FAILED, describe_failure
-from llmjax.flags import describe_help, name_of, parse, read_prompts
+from llmjax.flags import describe_help, name_of, parse, read_profile, read_prompts
 from llmjax.workdir.contents import check_place
 
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
             show(text)
             return 0
         values, config = parse(argv)
-        prompts = read_prompts(values)
+        prompts, profile = read_prompts(values), read_profile(values)
         workdir = pathlib.Path(values.workdir or f"runs/{name_of(values.config)}")
         check_place(workdir)
         # Imported late: jax takes seconds to import, and mistakes in flags are reported before.
@@ -66,6 +66,7 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
                 prompts=prompts,
                 checkpoint=values.checkpoint,
                 interactive=values.interactive,
+                profile=profile,
             )
     except BrokenPipeError:
         from llmjax.terminal.progress import silence

@@ -35,10 +35,11 @@ def run(
     prompts: Sequence[str],
     checkpoint: str,
     interactive: bool = False,
+    profile: range = range(0),
 ) -> int:
     """Runs the mode `name`, a key of `MODES`, and returns the exit code. See `make_request` for what can be wrong."""
     request = make_request(
-        name, raw, workdir, prompts=prompts, checkpoint=checkpoint, interactive=interactive
+        name, raw, workdir, prompts=prompts, checkpoint=checkpoint, interactive=interactive, profile=profile
     )
     return importlib.import_module(f"llmjax.modes.{name}").run(request)
 
@@ -51,6 +52,7 @@ def make_request(
     prompts: Sequence[str] = (),
     checkpoint: str = "latest",
     interactive: bool = False,
+    profile: range = range(0),
 ) -> Request:
     """Reads and checks everything that the user asks for, before anything expensive starts.
 
@@ -82,7 +84,9 @@ def make_request(
         seen = {"the config": f"one of digest {standing.digest_of(config.to_dict())}"}
         seen |= standing.describe(workdir, folders=name == "train")
         check_same(seen, "give every process the same command, and a --workdir on a disk that they share")
-    return Request(config, derived, workdir, devices, tuple(prompts), checkpoint, started, interactive)
+    return Request(
+        config, derived, workdir, devices, tuple(prompts), checkpoint, started, interactive, profile
+    )
 
 
 def check_workdir(mode: Mode, config: Config, workdir: pathlib.Path) -> None:

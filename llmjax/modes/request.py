@@ -24,6 +24,7 @@ class Request:
     checkpoint     `latest`, `best` or the number of an update
     started        `time.perf_counter()` when the process began
     interactive    whether the texts to continue are lines of standard input, one after the other
+    profile        the updates to trace, an empty range for none
     """
 
     config: Config
@@ -34,3 +35,4 @@ class Request:
     checkpoint: str
     started: float
     interactive: bool = False
+    profile: range = range(0)

@@ -26,7 +26,7 @@ class Mode:
 
 
 MODES = {
-    "train": Mode(needs="nothing"),
+    "train": Mode(needs="nothing", flags=("profile",)),
     "evaluate": Mode(needs="parameters", flags=("checkpoint",)),
     "generate": Mode(needs="run", flags=("checkpoint", "prompt", "prompt_file", "interactive")),
     "plan": Mode(needs="nothing", for_topology=True),

@@ -9,6 +9,7 @@ A workdir holds
     scores.json       what its scores are            probes.json     where evaluate.probes asks for them
     summary.json      results and commands           documents/      texts behind spikes and dropped micro-steps
     report.html       all of it as one page          partial_update/ an update stopped between its micro-steps
+    profile/          traces that --profile asked for
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
+
+import jax
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import (
@@ -31,6 +34,7 @@ from llmjax.build.restore import (
     resume_or_init,
 )
 from llmjax.config.schema import Config
+from llmjax.errors import UserError
 from llmjax.escapes import complain
 from llmjax.files import write_atomically
 from llmjax.modes.corpus import read_corpus
@@ -50,6 +54,7 @@ from llmjax.tasks.table import TASKS
 from llmjax.terminal.lines import format_table, indent, say
 from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.loop import train
+from llmjax.train.loop.profiler import Profiler
 from llmjax.train.loop.run import Result
 from llmjax.train.loop.run_position import Position
 from llmjax.train.loop.stop_request import OUTPUT_CLOSED, Stopped, StopRequest
@@ -81,6 +86,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     after training, when there is nothing to save.
     """
     config, workdir = request.config, request.workdir
+    check_profile(request.profile, config)
     corpus = read_corpus(config, request.derived, workdir)
     asked = make_probes(corpus, config)
     # A stopped update has sums in its state, even if updates now have one micro-step and need none.
@@ -91,6 +97,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     with open_checkpoints(workdir, standing.CHECKPOINTS, config.checkpoint, check_lock) as checkpoints:
         state, position = resume_or_init(program, corpus, checkpoints, workdir)
         finished = position.tokens >= program.steering.num_tokens
+        check_profile(request.profile, config, position)
         if hosts.is_primary():
             write_beginning(program, corpus, workdir, position, finished)
         plan = describe(corpus, program, workdir, position.update)
@@ -110,6 +117,9 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
             on_closed=lambda: stop.ask(OUTPUT_CLOSED),
         )
         run = make_run(program, corpus, workdir, checkpoints, stop, check_lock, recorder.samples)
+        if request.profile:
+            profiler = Profiler(request.profile, profile_folder(workdir), recorder.say)
+            run = dataclasses.replace(run, profiler=profiler)
         try:
             with recorder:
                 result = train(run, state, position, recorder, checkpoints, stop)
@@ -138,6 +148,34 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         complain(describe_failure(saved, what, error))
         return 1
     return stop.exit_code if result.stopped else 0
+
+
+def check_profile(window: range, config: Config, position: Position | None = None) -> None:
+    """UserError where the run, which stands at `position`, will not make all updates of `window`."""
+    if not window:
+        return
+    given, last = f"--profile={window.start}:{window.stop}", window[-1]
+    # With batches that change, the number of updates is not known before the end.
+    fixed = config.train.batch_schedule == "constant" and config.controller.name == "none"
+    if fixed and last > config.train.num_updates:
+        raise UserError(
+            f"{given} asks for update {last}, and train.num_updates={config.train.num_updates}; name updates of the run"
+        )
+    if position is None:
+        return
+    # An update that was stopped between its micro-steps would not be whole.
+    done = position.update + (position.partial_update is not None)
+    if window.start <= done:
+        raise UserError(
+            f"{given} begins with update {window.start}, and the run goes on after update {done}; begin with "
+            f"{done + 1} or a later one"
+        )
+
+
+def profile_folder(workdir: pathlib.Path) -> pathlib.Path:
+    """Where this process writes its profile: jax cannot read what several processes wrote into one folder."""
+    folder = workdir / "profile"
+    return folder if jax.process_count() == 1 else folder / f"process-{jax.process_index()}"
 
 
 def write_beginning(

@@ -9,7 +9,8 @@ One JSON object a line. `{"kind": "train", "update": n, ...}` once per update, w
     seq_len               of the rows trained on
     packing_efficiency    summed target weights / positions
     data_wait             seconds of this update spent waiting for the next batch
-    tokens_per_second     absent where the step was compiled: at a start, and where seq_len changes
+    tokens_per_second     absent where the step was compiled: at a start, and where seq_len changes; and where a profile
+                          begins or ends
     mfu                   model FLOPs per second / peak; absent where the device's peak is unknown
     noise_scale           of the gradient, in target tokens; absent before it was measured
     reason                why a controller chose this accumulation_steps; absent without one

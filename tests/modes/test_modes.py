@@ -177,6 +177,17 @@ def test_more_updates_go_on_where_the_run_ended_and_need_only_the_workdir(folder
     assert tiny_run.read_lines(workdir) == lines
 
 
+def test_a_profile_of_a_run_that_goes_on_is_of_updates_to_come(folder, workdir, capsys):
+    going_on = ["llmjax", f"--workdir={workdir}", "--config.train.num_updates=9"]
+    sentence = refuse(capsys, [*going_on, "--profile=6:8"])
+    assert (
+        "--profile=6:8 begins with update 6, and the run goes on after update 6; begin with 7 or" in sentence
+    )
+    out = run(capsys, [*going_on, "--profile=8:10"])
+    assert f"profile: updates 8 to 9 are in {workdir / 'profile'}; open it by xprof" in out
+    assert len([*(workdir / "profile").rglob("perfetto_trace.json.gz")]) == 1
+
+
 @pytest.mark.slow
 def test_another_cut_of_the_work_gives_the_same_losses(folder, workdir, capsys, tmp_path):
     run(capsys, command(folder, f"--workdir={workdir}", train__num_updates=9))

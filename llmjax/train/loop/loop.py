@@ -126,7 +126,9 @@ class _Loop:
         """Makes updates until the run ends or is asked to stop; returns whether it was asked to stop."""
         stopped = False
         while not self.upkeep.ends(self.position) and not stopped:
-            dispatched = self.dispatch()
+            update = self.position.update + 1
+            with self.run.profiler.around(update, lambda: self.state, self.clock.forget):
+                dispatched = self.dispatch()
             # Only now the host waits for the update before, while the device works on the new one. After a rewind the
             # new one is worth nothing.
             if self.settle():
@@ -148,7 +150,11 @@ class _Loop:
         return stopped
 
     def close(self) -> None:
-        """Ends the thread that makes batches."""
+        """Ends the profile that is under way, and the thread that makes batches."""
+        self.run.profiler.close()
+        self._close_batches()
+
+    def _close_batches(self) -> None:
         if self.batches is not None:
             self.batches.close()
             self.batches = None
@@ -165,7 +171,7 @@ class _Loop:
         history = self.histories[0 if self.pending is None else 1]
         decision = run.steering.decide(history, position.tokens, 0 if partial is None else partial.steps)
         if self.length != decision.length:
-            self.close()
+            self._close_batches()
             # The step compiles for the new length.
             self.clock.forget()
         if self.batches is None:
@@ -279,7 +285,7 @@ class _Loop:
         self.state, position = self.run.restore()
         self.position = dataclasses.replace(position, cursor=done.position.cursor)
         self.histories = position.histories or (self.run.steering.start(),) * 2
-        self.close()
+        self._close_batches()
         self.upkeep.went_back()
         self.recorder.rewind(position.update)
         skipped = done.position.cursor - position.cursor

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 
 from llmjax.scores import Score
+from llmjax.train.loop.profiler import Profiler
 from llmjax.train.loop.run_position import Position
 from llmjax.train.steering.steering import Steering
 from llmjax.train.update.engine import Engine, Feed
@@ -82,6 +83,7 @@ class Run:
     meta                what each checkpoint holds besides the position: config, versions, data fingerprint
     flops_per_token     of the model, forward and backward, for each length of rows; only with `peak_flops`
     peak_flops          per second, of all devices together; 0: unknown
+    profiler            traces some updates
     """
 
     steering: Steering
@@ -107,6 +109,7 @@ class Run:
     meta: dict = dataclasses.field(default_factory=dict)
     flops_per_token: Mapping[int, float] = dataclasses.field(default_factory=dict)
     peak_flops: float = 0.0
+    profiler: Profiler = dataclasses.field(default_factory=Profiler)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Clock:
         return None if last is None else now - last
 
     def forget(self) -> None:
-        """Makes the next `lap` None, because its time goes into compilation."""
+        """Makes the next `lap` None, because its time goes into compilation or a profile."""
         self._lap = None
 
     def restart(self) -> None:
