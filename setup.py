@@ -38,6 +38,7 @@ setup(
         "data": DATA,
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
+        "wandb": ["wandb>=0.19.10"],
         "test": TEST,
         "interop": ["torch==2.13.0"],
     },

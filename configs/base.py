@@ -167,6 +167,11 @@ def get_config() -> ConfigDict:
     checkpoint.init_from = ""  # workdir of a run whose parameters and tokenizer a new run begins with
     checkpoint.init_checkpoint = "latest"  # which of its checkpoints: latest | best | the number of an update
 
+    # Where a run shows its metrics, besides its workdir.
+    c.metrics = metrics = ConfigDict()
+    metrics.wandb = ""  # "" = nowhere | online: Weights & Biases | offline: files for it, without a network
+    metrics.wandb_project = "llmjax"  # the project there
+
     c.generate = generate = ConfigDict()
     generate.max_tokens = 200  # the most new tokens per prompt
     generate.temperature = 0.8  # 0 = always the likeliest token

@@ -74,6 +74,7 @@ ALONE = {  # library, or what it is asked for -> the files or rooms that alone k
     "sentencepiece": ["data/tokenizer/"],
     "flax": ["nn/", "models/"],
     "tensorboardX": ["workdir/sinks/tensorboard.py"],
+    "wandb": ["workdir/sinks/weights_and_biases.py"],
     "ml_collections": ["config/file.py"],
     "tqdm": ["terminal/bar.py"],
     "torch": [],

@@ -79,6 +79,7 @@ MISTAKES = {
     "prompts": (["--mode=generate", "--prompt_file=/nowhere.txt"],
                "--prompt_file=/nowhere.txt does not exist", "one prompt a line"),
     "prompt": (["--prompt=hello"], "--prompt is not heeded by --mode=train", "or give --mode=generate"),
+    "wandb": (["--config.metrics.wandb=yes"], "metrics.wandb='yes' is not known", "online, offline"),
     "profile": (["--profile=2"], "--profile=2 is not FIRST:END", "such as 100:110"),
     "profile of 0": (["--profile=0:2"], "--profile=0:2 begins at update 0", "counted from 1"),
     "profile of none": (["--profile=5:5"], "--profile=5:5 names no update", "--profile=5:15 has ten"),

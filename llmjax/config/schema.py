@@ -25,6 +25,7 @@ from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.train.steering.controller import ControllerConfig
 from llmjax.train.steering.spikes import StabilityConfig
+from llmjax.workdir.sinks.contract import MetricsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Config(OptimizerSections):
     stability: StabilityConfig
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
+    metrics: MetricsConfig
     generate: GenerateConfig
     plan: PlanConfig
 

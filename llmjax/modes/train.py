@@ -10,6 +10,7 @@ A workdir holds
     summary.json      results and commands           documents/      texts behind spikes and dropped micro-steps
     report.html       all of it as one page          partial_update/ an update stopped between its micro-steps
     profile/          traces that --profile asked for
+    wandb.json        the id of its W&B run, and wandb/ with the files of W&B, where metrics.wandb asks for it
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ from llmjax.workdir import standing
 from llmjax.workdir.contents import commands, saved_config, write_json
 from llmjax.workdir.recorder import Recorder
 from llmjax.workdir.samples import read_samples
+from llmjax.workdir.sinks.table import check_sinks
 
 
 def run(request: Request) -> int:
@@ -87,6 +89,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     """
     config, workdir = request.config, request.workdir
     check_profile(request.profile, config)
+    on_primary(lambda: check_sinks(config.metrics))
     corpus = read_corpus(config, request.derived, workdir)
     asked = make_probes(corpus, config)
     # A stopped update has sums in its state, even if updates now have one micro-step and need none.
@@ -108,13 +111,18 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         done = f"finished: {position.update:,} updates are done, and train.num_updates="
         done += f"{config.train.num_updates} asks for no more"
         say(done if finished else f"{ready}; the first update compiles")
-        recorder = Recorder(
-            workdir,
-            resume_update=position.update,
-            num_tokens=program.steering.num_tokens,
-            scores=program.task.scores,
-            tokens_per_update=program.steering.tokens_per_update,
-            on_closed=lambda: stop.ask(OUTPUT_CLOSED),
+        # Where a sink cannot be had on the first process, none may go on to wait for it.
+        recorder = together(
+            lambda: Recorder(
+                workdir,
+                resume_update=position.update,
+                num_tokens=program.steering.num_tokens,
+                scores=program.task.scores,
+                tokens_per_update=program.steering.tokens_per_update,
+                on_closed=lambda: stop.ask(OUTPUT_CLOSED),
+                metrics=config.metrics,
+                config=config.to_dict(),
+            )
         )
         run = make_run(program, corpus, workdir, checkpoints, stop, check_lock, recorder.samples)
         if request.profile:
@@ -123,6 +131,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         try:
             with recorder:
                 result = train(run, state, position, recorder, checkpoints, stop)
+                recorder.summarize(summary_numbers(result))
         except (TrainingFailed, FollowUpFailed) as error:
             if hosts.is_primary():
                 complain(str(error))
@@ -148,6 +157,13 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         complain(describe_failure(saved, what, error))
         return 1
     return stop.exit_code if result.stopped else 0
+
+
+def summary_numbers(result: Result) -> dict[str, float]:
+    """What a run has come to, as numbers: how far it went, and its last scores on held-out text."""
+    position = result.position
+    ran = {"updates": position.update, "tokens": position.tokens, "seconds": position.seconds}
+    return ran | {f"held_out/{name}": value for name, value in (position.evaluation or {}).items()}
 
 
 def check_profile(window: range, config: Config, position: Position | None = None) -> None:

@@ -32,7 +32,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,6 +43,7 @@ from llmjax.scores import Score
 from llmjax.terminal.progress import Progress
 from llmjax.workdir.metrics import read_line
 from llmjax.workdir.samples import Sample
+from llmjax.workdir.sinks.contract import NOWHERE, MetricsConfig, Opening, Sink
 from llmjax.workdir.sinks.table import SINKS
 
 # Beside metrics.jsonl.
@@ -60,6 +62,10 @@ class Recorder:
     tokens_per_update  the tokens of an update of the usual size, for the progress display
     scores             the scores of an evaluation that are shown
     on_closed          called when whoever read standard output has closed it
+    metrics            which sinks there are, see `sinks/table.py`
+    config             the whole config, for the sinks
+
+    Raises UserError where a sink cannot be had.
     """
 
     def __init__(
@@ -71,6 +77,8 @@ class Recorder:
         tokens_per_update: int,
         scores: Sequence[Score] = (),
         on_closed: Callable[[], None] = lambda: None,
+        metrics: MetricsConfig = NOWHERE,
+        config: Mapping[str, Any] = types.MappingProxyType({}),
     ):
         self._primary = hosts.is_primary()
         if not self._primary:
@@ -79,8 +87,16 @@ class Recorder:
         self._workdir.mkdir(parents=True, exist_ok=True)
         unreadable = truncate(self._workdir / "metrics.jsonl", resume_update)
         self._file = self._open()
-        self._sinks = [make(self._workdir, resume_update) for make in SINKS.values()]
         self._progress = Progress(num_tokens, tokens_per_update, on_closed, scores)
+        opening = Opening(self._workdir, resume_update, metrics, config, self._progress.say)
+        self._sinks: list[Sink] = []
+        try:
+            for kind in SINKS.values():
+                sink = kind.open(opening)
+                self._sinks += [] if sink is None else [sink]
+        except BaseException:
+            self.close(failed=True)
+            raise
         if unreadable:
             self._progress.say(
                 f"metrics.jsonl: lines that cannot be read ({unreadable:,}) were moved to {UNREADABLE}; the record "
@@ -93,8 +109,8 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
     def train(self, update: int, values: dict[str, float | str]) -> None:
         """Records one update."""
@@ -157,13 +173,19 @@ class Recorder:
             for sink in self._sinks:
                 sink.flush()
 
-    def close(self) -> None:
-        """Ends the progress display and closes the files."""
+    def summarize(self, results: Mapping[str, float]) -> None:
+        """Tells the sinks what the run has come to, once training has ended."""
+        if self._primary:
+            for sink in self._sinks:
+                sink.summarize(results)
+
+    def close(self, failed: bool = False) -> None:
+        """Ends the progress display and closes the files. `failed` says whether training failed."""
         if self._primary:
             self._progress.close()
             self._file.close()
             for sink in self._sinks:
-                sink.close()
+                sink.close(failed)
 
     def _write(self, kind: str, update: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, "update": update} | _plain(values)) + "\n")

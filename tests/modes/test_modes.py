@@ -2,16 +2,19 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import math
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import tiny_run
 from event_files import read_texts
+from fake_wandb import Wandb
 from sections import section
 from tiny_run import CHINESE, command
 
@@ -175,6 +178,39 @@ def test_more_updates_go_on_where_the_run_ended_and_need_only_the_workdir(folder
     assert "9 of them done" in run(capsys, ["llmjax", f"--workdir={workdir}"])
     assert "9 of them done" in run(capsys, command(folder, f"--workdir={workdir}"))  # of 6: nothing is undone
     assert tiny_run.read_lines(workdir) == lines
+
+
+def test_a_run_is_told_to_wandb_and_has_the_losses_that_it_has_without(
+    folder, trained, tmp_path, capsys, monkeypatch
+):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    workdir = tmp_path / "run"
+    run(capsys, command(folder, f"--workdir={workdir}", metrics__wandb="offline"))
+    assert tiny_run.losses(workdir) == tiny_run.losses(trained)
+    (told,) = wandb.runs
+    assert told.settings["config"] == json.loads((workdir / "config.json").read_text())
+    samples, _ = read_samples(workdir)
+    assert [line["samples"][0]["text"] for line in told.logged if "samples" in line] == [
+        sample.text.encode("utf-8", "backslashreplace").decode() for sample in samples
+    ]
+    assert told.results["updates"] == 6
+    assert told.results["held_out/loss"] == tiny_run.read_lines(workdir)[-1]["loss"]
+    run(capsys, ["llmjax", f"--workdir={workdir}", "--config.train.num_updates=8"])
+    assert wandb.runs[1].settings["id"] == told.settings["id"]
+    run(capsys, ["llmjax", f"--workdir={workdir}", "--config.metrics.wandb=", "--config.train.num_updates=9"])
+    assert len(wandb.runs) == 2
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_read(folder, tmp_path, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
+    )
+    tiny_run.replace_in_modes(monkeypatch, "read_corpus", lambda *args: pytest.fail("it went on"))
+    words = command(folder, f"--workdir={tmp_path / 'run'}", metrics__wandb="online")
+    assert "metrics.wandb='online' needs the package wandb, which is not installed" in refuse(capsys, words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_profile_of_a_run_that_goes_on_is_of_updates_to_come(folder, workdir, capsys):

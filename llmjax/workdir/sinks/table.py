@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-from llmjax.workdir.sinks.contract import Sink
+from llmjax.workdir.sinks import weights_and_biases
+from llmjax.workdir.sinks.contract import MetricsConfig, SinkKind
 from llmjax.workdir.sinks.tensorboard import TensorBoard
 
-# Name -> (workdir, the update after which the run goes on) -> the sink.
-SINKS: dict[str, Callable[[Path, int], Sink]] = {
-    "tensorboard": TensorBoard,
+SINKS: dict[str, SinkKind] = {
+    "tensorboard": SinkKind(TensorBoard),
+    "wandb": SinkKind(weights_and_biases.open_wandb, weights_and_biases.check),
 }
+
+
+def check_sinks(metrics: MetricsConfig) -> None:
+    """UserError for a sink that the config asks for and that cannot be had."""
+    for kind in SINKS.values():
+        kind.check(metrics)

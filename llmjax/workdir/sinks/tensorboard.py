@@ -5,26 +5,26 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
 from llmjax.workdir.samples import Sample
+from llmjax.workdir.sinks.contract import Opening
 
 FOLDER = "tensorboard"
 
 
 class TensorBoard:
-    """Writes event files, see `contract.Sink`. `update` is the one after which the run goes on."""
+    """Writes event files, see `contract.Sink`."""
 
-    def __init__(self, workdir: Path, update: int):
-        self._workdir, self._opened = workdir, 0
-        self._open(update)
+    def __init__(self, opening: Opening):
+        self._folder, self._opened = opening.workdir / FOLDER, 0
+        self._open(opening.update)
 
     def _open(self, update: int) -> None:
         self._opened += 1
         self._writer = SummaryWriter(
-            str(self._workdir / FOLDER),
+            str(self._folder),
             # TensorBoard drops what it read before at this step and later ones.
             purge_step=update + 1,
             flush_secs=10,
@@ -55,7 +55,10 @@ class TensorBoard:
     def flush(self) -> None:
         self._writer.flush()
 
-    def close(self) -> None:
+    def summarize(self, results: Mapping[str, float]) -> None:
+        """The curves end with the results."""
+
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 

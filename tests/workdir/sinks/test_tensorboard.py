@@ -4,6 +4,7 @@ import pytest
 from event_files import read_texts
 
 from llmjax.workdir.samples import Sample
+from llmjax.workdir.sinks.contract import NOWHERE, Opening
 from llmjax.workdir.sinks.tensorboard import FOLDER, TensorBoard
 
 # Texts that are something else in Markdown, that end a fence of it, or that are not UTF-8.
@@ -18,9 +19,9 @@ HARD = [
 
 
 def write(workdir, update, *samples):
-    sink = TensorBoard(workdir, update)
+    sink = TensorBoard(Opening(workdir, update, NOWHERE, {}, print))
     sink.samples(update, samples)
-    sink.close()
+    sink.close(failed=False)
 
 
 @pytest.mark.parametrize("text", HARD)
