@@ -76,13 +76,13 @@ def run(root, *arguments, code=0, stderr=""):
 
 
 def test_the_page_adds_at_most_a_file_and_two_lines_to_a_table_each():
-    assert len(FILES) == 4
+    assert len(FILES) == 5
     for name, lines in EDITS:
         added = [line for line in lines.split("\n") if line.startswith("+")]
         assert len(added) <= (3 if name.startswith("configs/") else 2), name
 
 
-def test_a_new_family_task_and_optimizer_train_together_and_a_new_mode_reads_the_run(copy):
+def test_a_new_family_task_and_optimizer_train_together_and_a_new_sink_and_mode_see_the_run(copy):
     settings = {
         **tiny_run.SETTINGS, "data.sources": copy / "pairs.jsonl", "data.cache_dir": copy / "cache", "data.seq_len": 96,
         "train.tokens_per_update": 768, "task.name": "pairs", "model.family": "leaky_averages",
@@ -93,6 +93,7 @@ def test_a_new_family_task_and_optimizer_train_together_and_a_new_mode_reads_the
     losses = tiny_run.losses(copy / "work")
     assert losses[-1] < losses[0] - 0.3
     assert "leaky_averages" in out and "signum" in out
+    assert (copy / "work" / "newest_loss.txt").read_text() == f"12 {losses[-1]}\n"
     assert run(copy, f"--workdir={copy / 'work'}", "--mode=vocabulary") == "277 ids\n"
     sentence = "llmjax: task.name='pairs' reads two texts, and a prompt is one; use --mode=evaluate\n"
     run(copy, f"--workdir={copy / 'work'}", "--mode=generate", "--prompt=a", code=2, stderr=sentence)
