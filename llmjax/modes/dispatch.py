@@ -63,6 +63,7 @@ def make_request(
       prompts: texts to continue.
       checkpoint: `latest`, `best`, or the number of an update.
       interactive: whether the texts to continue are lines of standard input.
+      profile: the updates to trace, an empty range for none.
 
     Raises `UserError` for a mistake in the config or on the command line, for a workdir that the mode cannot use, and
     if the processes of a run were asked for different things.
