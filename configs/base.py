@@ -91,6 +91,7 @@ def get_config() -> ConfigDict:
     compute.offload_optimizer = False  # keeps the optimizer's state in the hosts' memory between updates
     compute.tile = 0  # tokens per device that the token-wise parts of a layer take at a time; 0 = all
     compute.kernel = "auto"  # attention on a device: auto | full | blockwise | pallas (for a GPU or TPU)
+    compute.compilation_cache_mb = 512  # of disk beside data.cache_dir for compiled programs; 0 = none
 
     c.train = train = ConfigDict()
     train.num_updates = 400  # optimizer updates in the whole run

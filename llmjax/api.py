@@ -19,11 +19,13 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
+from llmjax.build.compiled_programs import reuse_programs
+from llmjax.build.corpus import cache_directory
 from llmjax.build.corpus_record import describe_difference, trained_on
 from llmjax.config.file import load_config_file, plain_dict
 from llmjax.config.reading import complete_config
@@ -40,6 +42,7 @@ from llmjax.workdir.contents import check_place
 from llmjax.workdir.metrics import Metrics, read_metrics
 
 PathLike = str | os.PathLike
+Value = TypeVar("Value")
 
 
 def train(
@@ -83,6 +86,18 @@ def load(workdir: PathLike, checkpoint: str | int = "latest") -> Run:
     return Run(place, str(checkpoint))
 
 
+def _reusing_programs(method: Callable[..., Value]) -> Callable[..., Value]:
+    """Makes a method of `Run` look compiled programs up on disk, as the modes of the command line do."""
+
+    @functools.wraps(method)
+    def reusing(run: Run, *args: Any, **settings: Any) -> Value:
+        config = run._loaded.program.config
+        with reuse_programs(cache_directory(config), config.compute.compilation_cache_mb):
+            return method(run, *args, **settings)
+
+    return reusing
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A trained run. Its checkpoint is read when it is first used.
@@ -115,6 +130,7 @@ class Run:
     @overload
     def generate(self, prompt: str = "", *, num_samples: int, **settings: Any) -> list[str]: ...
 
+    @_reusing_programs
     def generate(
         self, prompt: str = "", *, num_samples: int | None = None, **settings: Any
     ) -> str | list[str]:
@@ -132,6 +148,7 @@ class Run:
         (texts,) = Writer(dataclasses.replace(loaded, program=program)).write([prompt])
         return texts[0] if num_samples is None else texts
 
+    @_reusing_programs
     def score(self, text: str) -> dict[str, float]:
         """How well the model predicts `text` and its end, read in pieces of at most data.seq_len tokens.
 
@@ -149,6 +166,7 @@ class Run:
         loss, count = float(sums.loss[0]), int(sums.count[0])
         return {"loss": loss / count, "tokens": count, "bits_per_byte": loss / math.log(2) / size}
 
+    @_reusing_programs
     def evaluate(self) -> dict[str, float]:
         """The scores of the task on the held-out documents, which it says where they are not those of the run."""
         loaded, request = self._loaded, self._request()

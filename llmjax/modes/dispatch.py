@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from llmjax.build.compiled_programs import reuse_programs
+from llmjax.build.corpus import cache_directory
 from llmjax.config.init_from import check_initial
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
@@ -41,7 +43,11 @@ def run(
     request = make_request(
         name, raw, workdir, prompts=prompts, checkpoint=checkpoint, interactive=interactive, profile=profile
     )
-    return importlib.import_module(f"llmjax.modes.{name}").run(request)
+    config = request.config
+    # The mode plan reads from a program what one that comes from a cache does not always tell.
+    megabytes = 0 if MODES[name].for_topology else config.compute.compilation_cache_mb
+    with reuse_programs(cache_directory(config), megabytes):
+        return importlib.import_module(f"llmjax.modes.{name}").run(request)
 
 
 def make_request(

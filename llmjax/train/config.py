@@ -49,6 +49,7 @@ class ComputeConfig(LayerCompute):
     gather              when the engine fused gathers weights over mesh.fsdp: in each micro_step, or once an update,
                         which holds them and their gradients whole
     offload_optimizer   the optimizer's state lies in the memory of the hosts between updates
+    compilation_cache_mb  megabytes of disk for compiled programs, see `build/compiled_programs.py`; 0 = none
 
     The others are those of `LayerCompute`.
     """
@@ -58,6 +59,7 @@ class ComputeConfig(LayerCompute):
     engine: Annotated[str, Unset("in_place")]
     gather: Annotated[str, Unset("micro_step")]
     offload_optimizer: Annotated[bool, Unset(False)]
+    compilation_cache_mb: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
 
     def __post_init__(self) -> None:
         check_ranges("compute", self)

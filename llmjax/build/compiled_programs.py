@@ -1,0 +1,130 @@
+"""A cache of compiled programs on disk: a run that compiles what an earlier one compiled begins in seconds.
+
+jax finds a program in its cache by everything that the program depends on, the versions of the libraries included. This
+file adds what jax leaves to its users: a folder for each kind of processor, because machine code of one may not run on
+another, a bound on the size, and digests. jax writes its files in place, so that a killed process may leave half of
+one. An entry therefore counts only with its digest beside it, which is written when the entry is complete. Entries
+without one, and those that a disk has damaged, are deleted before anything is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pathlib
+import platform
+import time
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from llmjax.escapes import complain
+from llmjax.files import write_atomically
+
+# How jax names its files, and what is added to the name for the digest.
+_ENTRIES, _DIGEST = "*-cache", ".digest"
+# A choice: programs that compile faster are not kept. jax's own choice is a second, in which a small model compiles.
+_MIN_SECONDS = 0.3
+# A choice: an entry that was not written to for so many seconds is complete.
+_SETTLED_SECONDS = 1.0
+# The settings of jax that are changed, and the event by which it says that a program is compiled.
+_FOLDER, _SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def reuse_programs(cache: pathlib.Path, megabytes: int) -> Iterator[None]:
+    """A context manager in which compiled programs are looked up in the folder `cache`, and kept there.
+
+    The newest entries are kept, of together at most `megabytes`; with 0 nothing is looked up or kept. A cache that the
+    user has set up in jax itself, for example by JAX_COMPILATION_CACHE_DIR, is left as it is.
+    """
+    if not megabytes or getattr(jax.config, _FOLDER) is not None:
+        yield
+        return
+    folder = cache / "compiled" / _processor()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        complain(f"compiled programs are not kept, as {folder} cannot be made ({error.strerror})")
+        yield
+        return
+    seconds = getattr(jax.config, _SECONDS)
+    known = _clean(folder, megabytes << 20)
+
+    def seal(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == _COMPILED:
+            _seal(folder, known, _SETTLED_SECONDS)
+
+    jax.config.update(_FOLDER, str(folder))
+    jax.config.update(_SECONDS, _MIN_SECONDS)
+    compilation_cache.reset_cache()
+    jax.monitoring.register_event_duration_secs_listener(seal)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(seal)
+        jax.config.update(_FOLDER, None)
+        jax.config.update(_SECONDS, seconds)
+        compilation_cache.reset_cache()
+        _seal(folder, known, 0.0)
+
+
+def _clean(folder: pathlib.Path, limit: int) -> set[str]:
+    """Deletes entries that are not whole, and the oldest ones above `limit` bytes; the names of those that stay."""
+    whole: set[str] = set()
+    total = 0
+    newest_first = sorted(folder.glob(_ENTRIES), key=lambda path: -_modified(path))
+    for path in newest_first:
+        # Another process may be cleaning the same folder.
+        with contextlib.suppress(OSError):
+            size = path.stat().st_size
+            if total + size <= limit and _digest_file(path).read_text() == _digest(path):
+                whole.add(path.name)
+                total += size
+    for path in newest_first:
+        if path.name not in whole:
+            for each in (path, _digest_file(path)):
+                with contextlib.suppress(OSError):
+                    each.unlink()
+    return whole
+
+
+def _seal(folder: pathlib.Path, known: set[str], settled: float) -> None:
+    """Writes the digests of entries that are new since `known`, which they are added to.
+
+    An entry that was written to in the last `settled` seconds may not be complete and waits for the next time.
+    """
+    for path in folder.glob(_ENTRIES):
+        # A full disk or a folder that may not be written to costs the cache, not the run.
+        with contextlib.suppress(OSError):
+            if path.name not in known and time.time() - _modified(path) >= settled:
+                write_atomically(_digest_file(path), _digest(path))
+                known.add(path.name)
+
+
+def _digest_file(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + _DIGEST)
+
+
+def _digest(path: pathlib.Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _modified(path: pathlib.Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def _processor() -> str:
+    """A name for this kind of processor: its architecture and a hash of its instruction sets."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        # x86 calls them flags, ARM Features. All cores have the same line.
+        kinds = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        kinds = platform.processor()
+    return f"{platform.machine()}-{hashlib.blake2b(kinds.encode(), digest_size=6).hexdigest()}"
