@@ -22,6 +22,16 @@ EDITS = [
 ]
 
 
+# Names from the page, and the files of tests that loop over the tables they are added to.
+ADDED = ("whole_rows", "signum", "pairs")
+REACHED = (
+    "ops/attention/test_isolation.py",
+    "ops/attention/test_sequence_attention.py",
+    "train/update/test_state.py",
+    "tasks/test_tasks.py",
+)
+
+
 def edited(text: str, lines: list[str]) -> str:
     """`text` after the lines of a diff: ` ` is looked for, `-` is replaced by the `+` behind it, `+` is put there."""
     at = 0
@@ -73,6 +83,19 @@ def run(root, *arguments, code=0, stderr=""):
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, stderr), done.stderr
     return done.stdout
+
+
+def test_the_tests_of_the_tables_reach_what_was_added(copy):
+    """The copy of the tests is as it is: what was added is in their tables."""
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    files = [f"tests/{name}" for name in REACHED]
+    command = [sys.executable, "-m", "pytest", "-vv", "-n", "0", "-k", " or ".join(ADDED), *files]
+    environment = {"PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu", "PATH": ""}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    passed = [line for line in done.stdout.splitlines() if " PASSED" in line]
+    assert all(any(name in line for line in passed) for name in ADDED), passed
 
 
 def test_the_page_adds_at_most_a_file_and_two_lines_to_a_table_each():

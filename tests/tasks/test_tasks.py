@@ -1,6 +1,7 @@
 """Every task has the same loss however its work is divided, and a complete run of it works."""
 
 import json
+import random
 import types
 
 import jax
@@ -13,15 +14,29 @@ from llmjax.build.corpus import make_corpus
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
+from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.packing.make_plan import plan_packing
 from llmjax.main import main
 from llmjax.tasks.table import TASKS
 
 
+def write_rows(folder, task):
+    """A corpus of JSON lines with random words in every field that the task reads."""
+    rng = random.Random(0)
+    fields = EXAMPLES[task]("text").fields
+    rows = [
+        {name: " ".join(rng.choices(tiny_run.WORDS, k=rng.randint(2, 6))) for name in fields}
+        for _ in range(200)
+    ]
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
 def program_for(folder, task, devices, **changes):
     raw = base.get_config()
     settings = tiny_run.SETTINGS | {"task.name": task, "data.sources": (str(folder / "corpus"),),
-                                    "data.cache_dir": str(folder / "cache"), "model.num_heads": 2}  # fmt: skip
+                                    "data.cache_dir": str(folder / "cache"), "model.num_heads": 2,
+                                    "data.seq_len": 64}  # fmt: skip
     raw.update_from_flattened_dict(
         settings | {key.replace("__", "."): value for key, value in changes.items()}
     )
@@ -44,7 +59,7 @@ def one_update(program, corpus):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_gives_the_same_update_however_its_work_is_divided(task, tmp_path):
-    tiny_run.write_corpus(tmp_path / "corpus", 60, words=6)
+    write_rows(tmp_path, task)
     whole, params = one_update(*program_for(tmp_path, task, jax.devices()[:1], compute__accumulation_steps=1))
     cut, others = one_update(
         *program_for(tmp_path, task, jax.devices()[:4], mesh__seq=2, compute__accumulation_steps=4)
@@ -56,9 +71,10 @@ def test_every_task_gives_the_same_update_however_its_work_is_divided(task, tmp_
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_of_every_task_reports_its_scores_and_keeps_the_best(task, tmp_path):
-    tiny_run.write_corpus(tmp_path / "corpus", 60, words=6)
+    write_rows(tmp_path, task)
     workdir = tmp_path / "work"
-    main(tiny_run.command(tmp_path, f"--workdir={workdir}", task__name=task))
+    settings = {"task__name": task, "data__seq_len": 64, "compute__accumulation_steps": 1}
+    main(tiny_run.command(tmp_path, f"--workdir={workdir}", **settings))
     scores = TASKS[task].scores
     assert [score["name"] for score in json.loads((workdir / "scores.json").read_text())] == [
         s.name for s in scores

@@ -33,11 +33,11 @@ KERNELS: dict[str, Callable[[float], Kernel]] = {
 }
 # The kernel that compute.kernel=auto chooses on each platform.
 BEST_KERNEL = {"cpu": "blockwise", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
-# The kernel on each platform, by the value of compute.kernel. "" stands for all platforms that are not listed.
+# The kernel on each platform, by the value of compute.kernel. "" stands for all platforms that are not listed. A kernel
+# runs everywhere unless it is written in Pallas.
 ATTENTION: dict[str, dict[str, str]] = {
     "auto": BEST_KERNEL,
-    "full": {"": "full"},
-    "blockwise": {"": "blockwise"},
+    **{name: {"": name} for name in ("full", *KERNELS) if not name.startswith("pallas")},
     "pallas": {platform: name for platform, name in BEST_KERNEL.items() if name.startswith("pallas")},
 }
 

@@ -23,6 +23,7 @@ MASKS = {
     "bidirectional": self_mask(*packed([[9, 1, 14], [32]], T), causal=False),
 }
 KERNELS = {
+    **{name: sequence_attention.make_attend(name) for name in sequence_attention.KERNELS},
     "full": full.attend,
     "blockwise": functools.partial(blockwise.attend, block=8),
     "pallas_gpu": functools.partial(pallas_gpu.attend, block=16, interpret=True),

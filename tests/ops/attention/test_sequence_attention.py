@@ -82,6 +82,19 @@ def test_four_devices_equal_one(algorithm, degree, kind, K):
     check(kind, K, algorithm, 4, degree, softcap=2.0 if kind == "packed" else 0.0)
 
 
+# Those that run on any device.
+PORTABLE = [name for name in sequence_attention.KERNELS if name in sequence_attention.ATTENTION]
+
+
+@pytest.mark.parametrize("kernel", PORTABLE)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_every_kernel_equals_the_reference_on_one_device_and_in_a_ring(kernel, softcap):
+    inputs, mask = make_inputs(2), MASKS["packed"]
+    expected = run(full.attend, inputs, mask, softcap)
+    assert_equal(run(sequence_attention.make_attend(kernel), inputs, mask, softcap), expected)
+    check("packed", 2, "ring", 4, 1, softcap, kernel)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(  # every pair of two of them
     "n, kind, K",

@@ -162,7 +162,7 @@ STEPS_OF_THEORY = {  # of a constant gradient, in learning rates and in the dire
 
 
 @pytest.mark.parametrize("letters", ["DF", "VD"])  # a matrix of the inside, and an embedding
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STEPS_OF_THEORY)
 def test_a_constant_gradient_gives_the_step_of_theory_also_where_betas_change(name, letters):
     optimizer, grads = optimizer_of(config(name, constant_in="tokens"), 100, BY_NAME), hadamard(letters)
     params, hypers = jax.tree.map(jnp.zeros_like, grads), []
