@@ -116,7 +116,7 @@ def test_a_run_asked_to_stop_saves_exits_well_and_resumes_bit_for_bit(number, fo
 
 OURS = (
     r"plan", r"next", r"sample: after", r"the model continued", r"  \| .*", r"done after [\d.]+ s",
-    r"  (corpus|tokenizer|packing|model|attention|optimizer|mesh|batch|memory|updates|output) .*",
+    r"  (corpus|files|tokenizer|packing|model|attention|optimizer|mesh|batch|memory|updates|output) .*",
     r"  (held-out loss|perplexity|bits per byte|gzip|xz|report|resume|train on|evaluate|generate) .*",
     r"ready after [\d.]+ s; the first update compiles", r"update \d+/6  (held-out )?loss .*",
 )  # fmt: skip
