@@ -50,11 +50,12 @@ def run(request: Request) -> int:
         raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
     asked = make_probes(corpus, config)
     program = make_program(config, derived, corpus.tokenizer.vocab_size)
-    if untrained:
-        workdir = pathlib.Path(config.checkpoint.init_from)
-        update, params = initial_params(program)
-    else:
-        update, params = load_params(program, workdir, checkpoint)
+    with working("reading the checkpoint"):
+        if untrained:
+            workdir = pathlib.Path(config.checkpoint.init_from)
+            update, params = initial_params(program)
+        else:
+            update, params = load_params(program, workdir, checkpoint)
     if different := describe_difference(workdir, trained_on(workdir, update), corpus):
         say(f"{different}; what follows is of those here\n")
     if hosts.is_primary():
