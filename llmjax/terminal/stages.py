@@ -23,6 +23,8 @@ QUIET_SECONDS = 3.0
 PLAIN_SECONDS = 10.0
 # Seconds between two drawings of a stage on a terminal.
 TICK = 1.0
+# The least seconds between two drawings of a stage that reports often.
+REDRAW = 0.1
 
 
 class StageProgress:
@@ -37,7 +39,7 @@ class StageProgress:
     def __init__(self, amount: Callable[[int], str] = format_bytes, speaks: Callable[[], bool] | None = None):
         self._amount, self._speaks = amount, speaks or _is_primary
         self._stage, self._done, self._total = "", 0, 0
-        self._began = self._due = 0.0
+        self._began = self._due = self._drawn = 0.0
         self._bar: Bar | None = None
         self._lock = threading.RLock()
         self._ended = threading.Event()
@@ -62,7 +64,9 @@ class StageProgress:
                 self._close()
                 self._stage, self._began = stage, time.monotonic()
                 self._due = self._began + QUIET_SECONDS
-            if sys.stderr.isatty():
+            # A stage may report each of a million files, and formatting takes longer than the question for the time.
+            is_due = self._bar is None or done >= total or time.monotonic() - self._drawn >= REDRAW
+            if is_due and sys.stderr.isatty():
                 self._draw()
         if self._thread is None:
             self._thread = threading.Thread(target=self._keep_talking, daemon=True)
@@ -85,6 +89,7 @@ class StageProgress:
         if self._bar is None:
             self._bar = Bar(self._total, before, after, stays=False)
         self._bar.show(self._done, before, after)
+        self._drawn = time.monotonic()
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -125,7 +125,7 @@ GLOO = r"\[Gloo\] Rank \d is connected .*"  # of several processes on CPUs, prin
 STAGES = (
     r"(importing jax|looking through data\.sources|preparing the (tokenizer|parameters)|packing|compiling the update"
     r"|training the tokenizer|sampling|compressing held-out text|writing the report)  \d+ s",
-    r"(reading the text|tokenizing|evaluating) +\d+%  ?.* of .*",
+    r"(looking for changes|reading the text|tokenizing|evaluating) +\d+%  ?.* of .*",
 )
 BAR = r"\d+/6 \|.*\| (loss .*)?"
 

@@ -39,9 +39,9 @@ def test_a_stage_shows_its_remaining_time_whatever_the_width(columns, amount, mo
         monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
         progress = StageProgress()
         progress("reading the text", 0, 1000)
+        # tqdm itself draws at most ten times a second.
+        time.sleep(0.2)
         monkeypatch.setattr(time, "monotonic", lambda: 1060.0)
-        # The thread draws once a second.
-        time.sleep(1.2)
         progress("reading the text", 400, 1000)
         progress.__exit__()
     assert any("40%" in text and "ETA 1 min 30 s" in text for text in seen.drawings)
@@ -86,6 +86,15 @@ def test_plain_output_has_no_control_characters(impatient, capsys):
     out, err = capsys.readouterr()
     assert "compiling the update  0 s" in out and "update 1/20  loss 8.3000" in out and err == ""
     assert re.fullmatch(r"[\n -~]*", out)
+
+
+def test_a_stage_that_reports_often_is_drawn_now_and_then(monkeypatch):
+    began = time.monotonic()
+    with screen(monkeypatch, 80) as seen, StageProgress() as progress:
+        for done in range(2001):
+            progress("looking for changes", done, 2000)
+    assert len(seen.drawings) <= 5 + 2 * (time.monotonic() - began) / stages.REDRAW
+    assert any("100%" in text for text in seen.drawings)
 
 
 def test_other_processes_say_nothing(impatient, monkeypatch):
