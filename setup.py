@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 DATA = ["pyarrow>=15", "zstandard>=0.22", "charset-normalizer>=3"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.14", *DATA]
+NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "matplotlib>=3.9"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.14", *DATA, *NOTEBOOK]
 
 setup(
     name="llmjax",
@@ -36,6 +37,7 @@ setup(
     package_data={"llmjax.report": ["report.css", "report.js"]},
     extras_require={
         "data": DATA,
+        "notebook": NOTEBOOK,
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         "wandb": ["wandb>=0.19.10"],

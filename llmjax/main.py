@@ -20,6 +20,7 @@ exit code  0    everything is done
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pathlib
 import signal
@@ -35,6 +36,7 @@ import absl.logging
 from llmjax.escapes import complain, show
 from llmjax.failures import FAILED, describe_failure
 from llmjax.flags import describe_help, name_of, parse, read_profile, read_prompts
+from llmjax.terminal.stages import StageProgress
 from llmjax.workdir.contents import check_place
 
 
@@ -56,7 +58,11 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
         workdir = pathlib.Path(values.workdir or f"runs/{name_of(values.config)}")
         check_place(workdir)
         # Imported late: jax takes seconds to import, and mistakes in flags are reported before.
-        from llmjax.modes import dispatch
+        with StageProgress(speaks=sys.stderr.isatty) as progress:
+            progress("importing jax")
+            from llmjax.modes import dispatch
+
+            importlib.import_module(f"llmjax.modes.{values.mode}")
 
         with _terminable(alone):
             return dispatch.run(

@@ -47,7 +47,7 @@ WITHIN = {
     "plan": ["hlo", "topology", "summary", "communication", "compile", "memory", "advice"],
     "data": ["checksums", "sources", "tokenizer", "examples", "store", "layout", "packing", "pipeline"],
     "config": ["file", "help", "schema", "reading", "resolve", "resume", "init_from"],
-    "terminal": ["bar", "lines", "progress"],
+    "terminal": ["bar", "lines", "stages", "progress"],
     "evaluate": ["held_out", "scoring", "not_finite", "probes"],
 }
 # (room, a room below it that it does without)

@@ -24,7 +24,8 @@ from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.names import at_home, plain_name
 
-Progress = Callable[[str, int, int], None]  # what is being made, how much of it is done, how much there is
+# What is being made, how much of it is done, and how much there is; both 0 where that is not known.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,16 @@ def make_corpus(
 ) -> Corpus:
     """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
     data, cache = config.data, cache_directory(config)
+
+    def tokenizer_progress(done: int, total: int) -> None:
+        # The tokenizer is trained on the first bytes only, and its trainer does not say how much it has done.
+        needed = min(total, config.tokenizer.train_bytes)
+        if done < needed:
+            progress("reading the text", done, needed)
+        else:
+            progress("training the tokenizer", 0, 0)
+
+    progress("looking through data.sources", 0, 0)
     digests = Digests(cache / "digests.json")
     listing = search_sources(
         data.sources,
@@ -94,12 +105,13 @@ def make_corpus(
     )
     digests.save()
     files = listing.files
+    progress("preparing the tokenizer", 0, 0)
     tokenizer = cached_tokenizer(
         cache,
         config.tokenizer,
         files,
         reading=data.reading,
-        progress=functools.partial(progress, "training the tokenizer"),
+        progress=tokenizer_progress,
     )
     store = cached_store(
         cache,
@@ -110,6 +122,7 @@ def make_corpus(
         num_workers=data.num_workers or os.cpu_count() or 1,
         progress=functools.partial(progress, "tokenizing"),
     )
+    progress("packing", 0, 0)
     train_ids, held_out_ids = store.split(data.held_out_fraction)
     source = None if store.source_lengths is None else SourceStream(store.source_lengths, derived.source_len)
     train_plan, held_out_plan = (

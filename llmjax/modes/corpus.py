@@ -9,7 +9,7 @@ from llmjax.config.init_from import with_tokenizer
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
 from llmjax.parallel.agreement import check_same, together
-from llmjax.terminal.lines import StageProgress
+from llmjax.terminal.stages import StageProgress
 
 
 def read_corpus(config: Config, derived: Derived, workdir: pathlib.Path) -> Corpus:

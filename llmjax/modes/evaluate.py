@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable, Iterable, Iterator
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import (
@@ -25,8 +26,9 @@ from llmjax.report.report import write_report
 from llmjax.scores import describe_scores
 from llmjax.tasks.contract import Task
 from llmjax.terminal.lines import format_table, say
+from llmjax.terminal.stages import StageProgress, working
 from llmjax.train.loop.stop_request import Watch
-from llmjax.types import Params
+from llmjax.types import Batch, Params
 from llmjax.workdir import standing
 from llmjax.workdir.contents import saved_config
 
@@ -53,11 +55,12 @@ def run(request: Request) -> int:
         raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
     asked = make_probes(corpus, config)
     program = make_program(config, derived, corpus.tokenizer.vocab_size)
-    if untrained:
-        workdir = pathlib.Path(config.checkpoint.init_from)
-        update, params = initial_params(program)
-    else:
-        update, params = load_params(program, workdir, checkpoint)
+    with working("reading the checkpoint"):
+        if untrained:
+            workdir = pathlib.Path(config.checkpoint.init_from)
+            update, params = initial_params(program)
+        else:
+            update, params = load_params(program, workdir, checkpoint)
     if different := describe_difference(workdir, trained_on(workdir, update), corpus):
         say(f"{different}; what follows is of those here\n")
     if hosts.is_primary():
@@ -88,20 +91,29 @@ def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watc
     # The callers have found out that there is a held-out part.
     assert corpus.held_out is not None
     size = program.config.evaluate.batch_size or program.batch.micro_batch_size
-    with program.placement.batches(
-        corpus.held_out, stop=corpus.held_out_plan.num_rows, batch_size=size
-    ) as feed:
-        totals = evaluate(program.eval_step, params, watch(feed), corpus.held_out_bytes)
+    rows = corpus.held_out_plan.num_rows
+    with (
+        StageProgress(amount="{:,}".format) as progress,
+        program.placement.batches(corpus.held_out, stop=rows, batch_size=size) as feed,
+    ):
+        batches = _counted(feed, lambda count: progress("evaluating", min(count * size, rows), rows))
+        totals = evaluate(program.eval_step, params, watch(batches), corpus.held_out_bytes)
     return program.task.evaluate(totals)
+
+
+def _counted(batches: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Batch]:
+    """Passes `batches` on, and reports before each of them how many have been passed on."""
+    for count, batch in enumerate(batches):
+        report(count)
+        yield batch
 
 
 def describe_compression(task: Task, corpus: Corpus) -> dict[str, str]:
     """How well gzip and xz compress the held-out text, {name: sentence}. Empty for a task that models no text."""
     if not task.compresses_text:
         return {}
-    text = corpus.held_out_text(COMPRESSED)
+    with working("compressing held-out text"):
+        text = corpus.held_out_text(COMPRESSED)
+        rivals = compressed_bits_per_byte(text)
     part = "" if len(text) >= corpus.held_out_bytes else f", on the first {len(text):,} bytes"
-    return {
-        name: f"{bits:.3f} bits per byte of the same text{part}"
-        for name, bits in compressed_bits_per_byte(text).items()
-    }
+    return {name: f"{bits:.3f} bits per byte of the same text{part}" for name, bits in rivals.items()}

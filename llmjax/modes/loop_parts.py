@@ -31,10 +31,13 @@ from llmjax.modes.evaluate import score_held_out
 from llmjax.modes.generate import sample_texts
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
+from llmjax.terminal.stages import working
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run import Run
 from llmjax.train.loop.stop_request import StopRequest
+from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.state import TrainState
+from llmjax.train.update.step import Metrics, TrainStep
 from llmjax.types import Batch, Params
 from llmjax.workdir import standing
 from llmjax.workdir.samples import Sample, write_samples
@@ -57,7 +60,9 @@ def make_run(
     check_lock  raises UserError where another run has taken the workdir
     on_samples  called with an update and the texts sampled after it, once they are written, on the first process
     """
-    config, parts = program.config, _Parts(program, corpus, workdir, stop, check_lock, on_samples)
+    config = program.config
+    step = _Step(program.train_step)
+    parts = _Parts(step, program, corpus, workdir, stop, check_lock, on_samples)
     return Run(
         steering=program.steering,
         micro_batch_size=program.batch.micro_batch_size,
@@ -65,7 +70,7 @@ def make_run(
         evaluate_every=config.evaluate.every,
         statistics_every=config.train.statistics_every,
         engine=program.engine,
-        step=program.train_step,
+        step=parts.step,
         make_batches=parts.make_batches,
         evaluate=None if corpus.held_out is None else parts.evaluate,
         score=program.task.scores[0],
@@ -73,7 +78,7 @@ def make_run(
         loss=parts.loss,
         begin=parts.begin,
         restore=lambda: restore(program, checkpoints),
-        statistics=lambda state, batch: layer_statistics(program, state, batch),
+        statistics=parts.statistics,
         describe_batch=parts.describe_batch,
         name_guilty=parts.name_guilty,
         write_documents=parts.write_documents,
@@ -98,10 +103,29 @@ def versions() -> dict[str, str]:
     return ours | {name: metadata.version(name) for name in PACKAGES}
 
 
+@dataclasses.dataclass
+class _Step:
+    """The compiled step, which says that it compiles.
+
+    compiles  whether its next call may compile: the first one does, and the first one for rows of another length
+    """
+
+    compiled: TrainStep
+    compiles: bool = True
+
+    def __call__(self, state: TrainState, batch: Batch, inputs: UpdateInputs) -> tuple[TrainState, Metrics]:
+        if not self.compiles:
+            return self.compiled(state, batch, inputs)
+        self.compiles = False
+        with working("compiling the update"):
+            return self.compiled(state, batch, inputs)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Parts:
     """The functions of a `Run`, which says what each gets and returns."""
 
+    step: _Step
     program: Program
     corpus: Corpus
     workdir: pathlib.Path
@@ -110,6 +134,7 @@ class _Parts:
     on_samples: Callable[[int, Sequence[Sample]], None]
 
     def make_batches(self, cursor: int, length: int) -> Feed:
+        self.step.compiles = True
         return self.program.placement.batches(self.corpus.train, start=cursor, length=length)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -118,11 +143,17 @@ class _Parts:
 
     def sample(self, state: TrainState, update: int) -> None:
         # Every process takes part in the sampling, and the first one writes.
-        texts = sample_texts(self.program, self.corpus, self.program.eval_params(state), self.stop.watch)
+        with working("sampling"):
+            params = self.program.eval_params(state)
+            texts = sample_texts(self.program, self.corpus, params, self.stop.watch)
         if hosts.is_primary():
             samples = [Sample(update, *text) for text in texts]
             write_samples(self.workdir, samples)
             self.on_samples(update, samples)
+
+    def statistics(self, state: TrainState, batch: Batch) -> dict[str, Any]:
+        with working("looking at the layers"):
+            return layer_statistics(self.program, state, batch)
 
     def loss(self, state: TrainState, batch: Batch) -> float:
         # With the parameters for evaluation, which some optimizers keep apart from those that they train.

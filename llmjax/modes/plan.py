@@ -18,7 +18,8 @@ from llmjax.modes.request import Request
 from llmjax.plan.advice import remarks
 from llmjax.plan.compile import compile_step
 from llmjax.plan.summary import describe, describe_program
-from llmjax.terminal.lines import StageProgress, format_table, say
+from llmjax.terminal.lines import format_table, say
+from llmjax.terminal.stages import StageProgress, working
 from llmjax.workdir import standing
 
 
@@ -43,7 +44,9 @@ def run(request: Request) -> int:
     say(f"plan\n{format_table(rows)}")
     for remark in remarks(program):
         say(f"note: {remark}")
-    say(format_table(compile_step(program, say)))
+    with working("compiling the step"):
+        compiled = compile_step(program, say)
+    say(format_table(compiled))
     return 0
 
 

@@ -13,6 +13,7 @@ from llmjax.evaluate.probes import suite
 from llmjax.evaluate.scoring import Arrays, Probe, Text
 from llmjax.parallel import hosts
 from llmjax.terminal.lines import format_table, say
+from llmjax.terminal.stages import working
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 from llmjax.workdir.contents import write_json
@@ -53,7 +54,8 @@ def probe(
         (arrays,) = watch([arrays])
         return program.token_losses(params, program.placement.place(arrays))
 
-    results = suite.run_probes(asked, losses, params, program.probe_shape)
+    with working("probing"):
+        results = suite.run_probes(asked, losses, params, program.probe_shape)
     if hosts.is_primary():
         write_json(workdir / "probes.json", {"update": update, **results})
     say(format_table(suite.describe(results)))

@@ -53,6 +53,7 @@ from llmjax.report.report import write_report
 from llmjax.scores import FILE, Score, describe_scores, scores_as_json
 from llmjax.tasks.table import TASKS
 from llmjax.terminal.lines import format_table, indent, say
+from llmjax.terminal.stages import working
 from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.loop import train
 from llmjax.train.loop.profiler import Profiler
@@ -98,7 +99,8 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     program = make_program(config, request.derived, corpus.tokenizer.vocab_size, accumulates=under_way)
     check_state_fits(program)
     with open_checkpoints(workdir, standing.CHECKPOINTS, config.checkpoint, check_lock) as checkpoints:
-        state, position = resume_or_init(program, corpus, checkpoints, workdir)
+        with working("preparing the parameters"):
+            state, position = resume_or_init(program, corpus, checkpoints, workdir)
         finished = position.tokens >= program.steering.num_tokens
         check_profile(request.profile, config, position)
         if hosts.is_primary():
@@ -245,7 +247,8 @@ def finish(
         workdir / "summary.json",
         {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},
     )
-    report = write_report(workdir)
+    with working("writing the report"):
+        report = write_report(workdir)
     if result.stopped:
         partial = result.position.partial_update
         where = f"after update {result.position.update}"
@@ -257,5 +260,5 @@ def finish(
         say(f"\nsample: after\n{indent(samples[-1].prompt)}\nthe model continued\n{indent(samples[-1].text)}")
     rows = format_table(results | {"report": str(report)})
     seconds = format_duration(result.position.seconds)
-    say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before, after {seconds}\n{rows}")
+    say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before; that took {seconds}\n{rows}")
     say(f"\nnext\n{format_table(following)}")

@@ -16,7 +16,7 @@ from typing import Any
 from llmjax.escapes import show
 from llmjax.quantities import format_duration, format_number
 from llmjax.scores import Score
-from llmjax.terminal.bar import Bar
+from llmjax.terminal.bar import Bar, above_bars
 
 # The least seconds between two plain lines. A choice.
 PLAIN_SECONDS = 10.0
@@ -60,7 +60,7 @@ class Progress:
             done = values["tokens"] // self._unit
             self._bar.show(done, f"{done}/{self._num_tokens // self._unit}", text)
         elif self._is_due(values["tokens"]):
-            self.say(f"{self._where(update, values)}  {text}")
+            self.say("  ".join([self._where(update, values), *text]))
 
     def evaluate(self, update: int, values: Mapping[str, float]) -> None:
         """Shows the result of an evaluation on a line of its own."""
@@ -77,10 +77,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Prints `text` above the bar."""
         try:
-            if self._bar is not None:
-                with self._bar.lifted():
-                    show(text)
-            else:
+            with above_bars():
                 show(text)
         except BrokenPipeError:
             silence()
@@ -98,12 +95,14 @@ class Progress:
         self._printed, self._shown = now, True
         return True
 
-    def _describe(self, values: Mapping[str, float]) -> str:
-        text = f"loss {values['loss']:.4f}"
+    def _describe(self, values: Mapping[str, float]) -> list[str]:
+        parts = [f"loss {values['loss']:.4f}"]
         if self._speed:
             left = (self._num_tokens - values["tokens"]) / self._speed
-            text += f"  {format_number(self._speed)} tokens/s  ETA {format_duration(max(left, 0))}"
-        return text
+            speed = f"{format_number(self._speed)} tokens/s"
+            # Speed next to last: on a narrow terminal it is the first to be left out, and the ETA stays.
+            parts += [speed, f"ETA {format_duration(max(left, 0))}"]
+        return parts
 
 
 def silence() -> None:
