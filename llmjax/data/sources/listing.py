@@ -42,7 +42,8 @@ class SourceFile:
     path    where the file lies on this machine
     size    bytes on disk
     digest  a hash of the content, see `file_digest`
-    origin  the first entry of data.sources that names the file, counted from 0
+    origin  the first entry of data.sources that names the file, counted from 0; those of data.held_out_sources follow
+    held_out  whether data.held_out_sources name the file
     """
 
     name: str
@@ -50,6 +51,7 @@ class SourceFile:
     size: int
     digest: str
     origin: int = 0
+    held_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
