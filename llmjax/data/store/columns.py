@@ -53,7 +53,7 @@ class Columns:
         """The type of each fixed column, by the name of the column."""
         # A ragged column needs an index of two fixed columns: how many values a document has, and where they start.
         index = {f"{name}_{part}": np.dtype("<i8") for name in self.ragged for part in ("lengths", "starts")}
-        optional = {"label": LABEL, HELD_OUT: np.dtype("u1")}
+        optional: dict[str, np.dtype] = {"label": LABEL, HELD_OUT: np.dtype("u1")}
         return FIXED | index | {name: kind for name, kind in optional.items() if name in self.optional}
 
 
