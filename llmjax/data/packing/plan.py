@@ -157,7 +157,8 @@ def check_corpus(
     if not train.num_rows:
         raise UserError(
             f"data.held_out_fraction={held_out_fraction} holds out all {held_out.num_documents} documents of "
-            "data.sources and leaves none to train on; lower it or add documents"
+            "data.sources and leaves none to train on; lower it, add documents, or hold out the end of each with "
+            "data.hold_out=tails"
         )
     if held_out_fraction > 0 and not held_out.num_rows:
         raise UserError(
