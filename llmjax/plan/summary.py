@@ -136,11 +136,12 @@ def _describe_held_out(corpus: Corpus, data: DataConfig) -> str:
             text += "; whole documents (data.hold_out=documents) would be too few, or one of them too large"
     else:
         files = len(corpus.held_out_files)
-        text = (
-            f"data.held_out_sources, {files:,} file{'s' if files != 1 else ''}, {number:,} documents: {share}"
-        )
+        text = f"data.held_out_sources, {files:,} file{'s'[: files != 1]}, {number:,} document{'s'[: number != 1]}: "
+        text += share
         if data.held_out_fraction:
             text += f"; data.held_out_fraction={data.held_out_fraction:g} is not used"
+        if data.hold_out != "auto":
+            text += f"; data.hold_out={data.hold_out} is not used"
     same = corpus.held_out_duplicates
     return f"{text}; {same:,} of {number:,} are trained on too, word for word" if same else text
 

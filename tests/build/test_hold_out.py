@@ -1,6 +1,7 @@
 """What is held out is never trained on, is what the plan says, and is the same on every machine and in old runs."""
 
 import json
+import os
 import pathlib
 
 import jax
@@ -242,7 +243,7 @@ def test_files_of_ones_own_are_the_held_out_set(own):
     assert corpus.held_out_text() == text and corpus.held_out_bytes == len(text)
     line = plan_of(corpus, config, derived)["held out"]
     assert line.startswith("data.held_out_sources, 2 files, 2 documents: ")
-    assert "data.held_out_fraction=0.1 is not used" in line
+    assert "; data.held_out_fraction=0.1 is not used; " in line
     assert line.endswith("1 of 2 are trained on too, word for word")
 
 
@@ -346,3 +347,23 @@ def test_probes_do_with_held_out_sources_alone(own):
     with pytest.raises(UserError, match="need held-out documents"):
         config_of(own, **settings)
     config_of(own, data__held_out_sources=(str(own / "own"),), **settings)
+
+
+SHARED = pathlib.Path(os.environ.get("LLMJAX_SHARED", tiny_run.ROOT.parent / "shared")) / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real texts in {SHARED}")
+def test_real_books_are_cut_where_their_readers_would(tmp_path):
+    path = SHARED / "lm_en" / "tinyshakespeare.txt"
+    corpus = make_corpus(*config_of(tmp_path, data__sources=(str(path),)))
+    text = path.read_text(encoding="utf-8")
+    # The validation set of nanoGPT.
+    assert corpus.held_out_text().decode() == text[int(len(text) * 0.9) :]
+    novels = (str(SHARED / "lm_zh" / "novels"),)
+    corpus = make_corpus(*config_of(tmp_path, data__sources=novels, data__split_on="第.{1,9}回"))
+    names = [corpus.store.name(i).split("#")[0] for i in range(len(corpus.store))]
+    # Dream of the Red Chamber has 120 chapters, Journey to the West 100.
+    assert names.count("hongloumeng.txt") > 120 and names.count("xiyouji.txt") > 100
+    assert text_of(corpus, range(len(corpus.store))) == "".join(
+        path.read_text(encoding="utf-8") for path in sorted(SHARED.glob("lm_zh/novels/*.txt"))
+    )
