@@ -145,7 +145,7 @@ def test_parts_of_cut_documents_are_stored_alike_however_they_were_read(
     # The same in this process, from whole files and whole documents.
     monkeypatch.setattr(text_module, "CHUNK_BYTES", 1 << 20)
     monkeypatch.setattr(build, "PIECE_CHARS", 1 << 20)
-    monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 1 << 20)
+    monkeypatch.setattr(cuts, "PIECE_CHARS", 1 << 20)
     together = build_store(tmp_path / "whole", corpus, bpe, cutting=cutting)
     assert parts.header == together.header and len(parts) == 2 * (1 + 200 + 3 + 400 + 2 + 100 + 1)
     files = {path.name: path.read_bytes() for path in parts.directory.iterdir()}
