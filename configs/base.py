@@ -65,7 +65,10 @@ def get_config() -> ConfigDict:
     data.seq_len = 512  # T, the tokens of a packed sequence
     data.source_len = 0  # S, tokens of its second stream, if the task has one; 0 = seq_len
     data.length_points = ()  # shortens rows as tokens are seen: TOKENS_SEEN:LENGTH, ...; first 0:...
-    data.held_out_fraction = 0.03  # share of the documents held out, chosen by a hash of their text
+    data.split_on = ""  # cuts documents where this regular expression matches: CHAPTER, 第.*回, \n\s*\n
+    data.held_out_fraction = 0.03  # share of the text held out, and never trained on; 0 = none
+    data.hold_out = "auto"  # documents, by their hash | tails of each | auto: tails where documents are few
+    data.held_out_sources = ()  # files, directories, globs to hold out instead of a share of the sources
     data.cache_dir = ""  # for tokenizers and token stores; "" = $XDG_CACHE_HOME/llmjax or ~/.cache/llmjax
     data.num_workers = 0  # processes that tokenize; 0 = one per core
     data.prefetch = 2  # micro-batches made ahead of the devices

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from llmjax.build.hold_out import make_store, search_files
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
 from llmjax.data.packing.make_plan import cached_plan
@@ -17,8 +18,7 @@ from llmjax.data.packing.plan import PackingPlan, check_corpus
 from llmjax.data.packing.two_streams import SourceStream
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.sources.fingerprint import Digests
-from llmjax.data.sources.listing import Listing, search_sources
-from llmjax.data.sources.records import has_text
+from llmjax.data.sources.listing import Listing, SourceFile
 from llmjax.data.store.cache import cached_store, cached_tokenizer
 from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.tokenizer import Tokenizer
@@ -30,7 +30,19 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text, from documents to packed sequences. `held_out` is None where nothing is held out."""
+    """Text, from documents to packed sequences.
+
+    tokenizer         turns text into tokens
+    store             the documents, tokenized
+    train_plan        which documents that are trained on share a sequence
+    held_out_plan     the same for the documents that are held out
+    train             the sequences that are trained on
+    held_out          the sequences that are held out; None where nothing is held out
+    held_out_ids      int64 [n], the numbers of the held-out documents in the store
+    listing           the files of data.sources
+    hold_out          what is held out, a name of `build/hold_out.py`
+    held_out_files    the files of data.held_out_sources
+    """
 
     tokenizer: Tokenizer
     store: Store
@@ -40,6 +52,8 @@ class Corpus:
     held_out: PackedSequences | None
     held_out_ids: np.ndarray
     listing: Listing
+    hold_out: str
+    held_out_files: tuple[SourceFile, ...]
 
     @property
     def fingerprint(self) -> str:
@@ -50,6 +64,14 @@ class Corpus:
     def held_out_bytes(self) -> int:
         """UTF-8 bytes of the held-out text."""
         return int(self.store.num_bytes[self.held_out_ids].sum())
+
+    @property
+    def held_out_duplicates(self) -> int:
+        """The number of held-out documents that are also trained on, word for word."""
+        is_held_out = np.zeros(len(self.store), bool)
+        is_held_out[self.held_out_ids] = True
+        hashes = np.asarray(self.store.hashes)
+        return int(np.isin(hashes[is_held_out], hashes[~is_held_out]).sum())
 
     def train_text(self, first: int, count: int) -> str:
         """What `count` packed sequences from number `first` on hold, document by document, as Markdown."""
@@ -96,24 +118,22 @@ def make_corpus(
 
     progress("looking through data.sources", 0, 0)
     digests = Digests(cache / "digests.json")
-    listing = search_sources(
-        data.sources,
-        follow_links=data.follow_links,
-        has_text=functools.partial(has_text, reading=data.reading),
-        digest_of=digests.of,
-        progress=functools.partial(progress, "looking for changes"),
+    listing, held_out_files = search_files(
+        data, digest_of=digests.of, progress=functools.partial(progress, "looking for changes")
     )
     digests.save()
-    files = listing.files
+    files = (*listing.files, *held_out_files)
     progress("preparing the tokenizer", 0, 0)
     tokenizer = cached_tokenizer(
         cache,
         config.tokenizer,
-        files,
+        # The held-out files have no say in what a token is.
+        listing.files,
         reading=data.reading,
         progress=tokenizer_progress,
     )
-    store = cached_store(
+    make = functools.partial(
+        cached_store,
         cache,
         files,
         tokenizer,
@@ -122,6 +142,7 @@ def make_corpus(
         num_workers=data.num_workers or os.cpu_count() or 1,
         progress=functools.partial(progress, "tokenizing"),
     )
+    store, hold_out = make_store(data, derived.examples, files, make)
     progress("packing", 0, 0)
     train_ids, held_out_ids = store.split(data.held_out_fraction)
     source = None if store.source_lengths is None else SourceStream(store.source_lengths, derived.source_len)
@@ -134,6 +155,7 @@ def make_corpus(
         held_out_plan,
         sequences_per_update=derived.batch.sequences_per_update,
         held_out_fraction=data.held_out_fraction,
+        held_out_sources=data.held_out_sources,
     )
     sequences = functools.partial(PackedSequences, store, seed=config.seed, columns=derived.examples.columns)
     held_out = sequences(held_out_plan, repeat=False) if held_out_plan.num_rows else None
@@ -146,4 +168,6 @@ def make_corpus(
         held_out,
         held_out_ids,
         listing,
+        hold_out,
+        held_out_files,
     )

@@ -46,6 +46,8 @@ SYNONYMS = {
     "sources": "path dataset data_path dataset_path data_dir train_file files input corpus dataset_name",
     "text_field": "text_column column text_key",
     "held_out_fraction": "val_fraction validation_split eval_split test_size val_split",
+    "held_out_sources": "validation_file validation_files eval_file val_file val_data valid_path",
+    "split_on": "separator delimiter",
     "num_workers": "workers num_proc",
     "every": "eval_interval eval_every eval_steps save_interval save_every save_steps checkpoint_period eval_iters",
     "init_from": "resume_from pretrained load_from load_parameters_path finetune_from",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from llmjax.config.resume import check_init, check_resume
+from llmjax.config.resume import check_init, check_resume, keep_hold_out
 from llmjax.config.schema import Config
 from llmjax.data.checksums import DamagedError
 from llmjax.data.tokenizer.loading import load_tokenizer
@@ -87,6 +87,16 @@ def resumes(config: Config, workdir: pathlib.Path) -> bool:
     except UserError:
         return False
     return saved is not None
+
+
+def as_begun(config: Config, workdir: pathlib.Path) -> Config:
+    """`config` as training would go on with the run in `workdir`; unchanged if training would not go on with it."""
+    try:
+        saved = saved_config(workdir)
+        kept = config if saved is None else keep_hold_out(saved, config, str(workdir))
+        return kept if resumes(kept, workdir) else config
+    except UserError:
+        return config
 
 
 def _holds_tokenizer(workdir: pathlib.Path) -> bool:

@@ -153,7 +153,7 @@ def _split_at_commas(text: str) -> tuple[str, ...]:
 
 
 # Lists whose parts may hold commas -> what tells them apart.
-SPLIT = {"data.sources": split_sources}
+SPLIT = {"data.sources": split_sources, "data.held_out_sources": split_sources}
 
 
 def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:

@@ -126,10 +126,22 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
             "change one of them"
         )
     examples = EXAMPLES[config.task.name](config.data.text_field)
+    _check_cutting(config, examples)
     source_len = _source_len(config, examples)
     return config, Derived(
         batch, batch_schedule, length_schedule, sharing, reason, layout, examples, source_len
     )
+
+
+def _check_cutting(config: Config, examples: Examples) -> None:
+    """UserError for keys that cut documents if those of the task have more than a text, such as a translation."""
+    data, number = config.data, len(examples.fields)
+    for key, value, whole in (("split_on", data.split_on, ""), ("hold_out", data.hold_out, "documents")):
+        if number > 1 and value not in (whole, "auto"):
+            raise UserError(
+                f"data.{key}={value!r} cuts documents of one text, and those of task.name={config.task.name!r} have "
+                f"{number} fields that belong together; set it to {whole!r}"
+            )
 
 
 def _source_len(config: Config, examples: Examples) -> int:
@@ -171,7 +183,7 @@ def _check_probes(config: Config) -> None:
         if name not in PROBES:
             hint = did_you_mean(name, PROBES) or f"; use some of {', '.join(PROBES)}"
             raise UserError(f"evaluate.probes has {name!r}, which is not known{hint}")
-    if probes and not config.data.held_out_fraction:
+    if probes and not (config.data.held_out_fraction or config.data.held_out_sources):
         raise UserError(
             f"evaluate.probes={probes} need held-out documents but data.held_out_fraction=0 leaves none; "
             "raise it, or set evaluate.probes to ()"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ FREE_ON_RESUME = (
     "mesh", "compute", "controller", "stability", "evaluate", "metrics", "generate", "plan",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.statistics_every",
-    "data.sources", "data.follow_links", "data.max_expansion",
+    "data.sources", "data.held_out_sources", "data.follow_links", "data.max_expansion",
     "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
     "optimizer.learning_rate", "optimizer.schedule_updates",
 )  # fmt: skip
@@ -72,6 +73,19 @@ SAME_CONTENT: dict[str, Callable[[str, pathlib.Path], bool]] = {
     "tokenizer.path": _is_tokenizer,
     "checkpoint.init_from": _has_tokenizer,
 }
+
+
+def keep_hold_out(saved: Mapping[str, Any], config: Config, workdir: str) -> Config:
+    """`config` with the `data.hold_out` of the run saved in `workdir`, if `config` leaves it to be chosen.
+
+    A run goes on with the text that it began to hold out. The config of a run that is older than the key says
+    "documents", and the command that began it now says "auto".
+    """
+    if config.data.hold_out != "auto":
+        return config
+    hold_out = complete_config(saved, workdir)["data"]["hold_out"]
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, hold_out=hold_out))
+
 
 # The keys of `model` that do not shape the parameters.
 FREE_ON_INIT = (

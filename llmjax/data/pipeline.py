@@ -23,6 +23,7 @@ from llmjax.data.layout.layout import Arrays, RowLayout, lay_out
 from llmjax.data.packing.order import permute
 from llmjax.data.packing.plan import PackingPlan
 from llmjax.data.packing.shorten_rows import cut_rows
+from llmjax.data.sources.cutting import compile_split_on
 from llmjax.data.sources.reading import BAD_TEXT, ENCODING, MAX_EXPANSION, Reading, check_encoding
 from llmjax.errors import UserError
 from llmjax.names import plain_name
@@ -30,6 +31,8 @@ from llmjax.ranges import Range, Unset, check_ranges
 
 # The number of micro-batches of a stream without an end: grain needs a length, and no run reaches this one.
 FOREVER = 2**48
+# The values of data.hold_out.
+HOLD_OUT = ("auto", "documents", "tails")
 # The layout that moves no token.
 AS_PACKED = RowLayout()
 
@@ -49,7 +52,13 @@ class DataConfig:
     source_len         S, the positions of the second stream in a sequence, for tasks that have one; 0 means seq_len
     length_points      the lengths of the rows into which sequences are cut as training goes on
                        (`train/steering/length_schedule.py`)
-    held_out_fraction  the fraction of the documents that is held out, chosen by a hash of each record; 0 holds out none
+    held_out_fraction  the fraction of the text that is held out; 0 holds out none
+    hold_out           what is held out: "documents", whole ones, chosen by a hash of each record; "tails", the last
+                       characters of each document; or "auto", documents if they are a fair sample, otherwise tails
+                       (`build/hold_out.py`)
+    held_out_sources   files, directories and globs that are the held-out text instead of a fraction of the sources
+    split_on           a regular expression at whose matches documents are cut into several (`sources/cutting.py`); ""
+                       cuts none
     cache_dir          the folder of cached tokenizers and token stores; "" means $XDG_CACHE_HOME/llmjax or
                        ~/.cache/llmjax
     num_workers        the number of processes that tokenize; 0 means one per core
@@ -69,6 +78,9 @@ class DataConfig:
     encoding: Annotated[str, Unset(ENCODING)]
     follow_links: Annotated[bool, Unset(False)]
     max_expansion: Annotated[int, Range(1, 2**30), Unset(MAX_EXPANSION)]
+    hold_out: Annotated[str, Unset("documents")]
+    held_out_sources: Annotated[tuple[str, ...], Unset(())]
+    split_on: Annotated[str, Unset("")]
 
     def __post_init__(self):
         check_ranges("data", self)
@@ -76,6 +88,8 @@ class DataConfig:
         _require(self.text_field, self, "text_field", "must name a field of the JSON lines or Parquet rows")
         _require(self.on_bad_text in BAD_TEXT, self, "on_bad_text", f"must be one of {', '.join(BAD_TEXT)}")
         check_encoding(self.encoding)
+        _require(self.hold_out in HOLD_OUT, self, "hold_out", f"must be one of {', '.join(HOLD_OUT)}")
+        compile_split_on(self.split_on)
 
     @property
     def reading(self) -> Reading:

@@ -12,10 +12,10 @@ import jax
 
 from llmjax.build.compiled_programs import reuse_programs
 from llmjax.build.corpus import cache_directory
-from llmjax.config.init_from import check_initial
+from llmjax.config.init_from import as_begun, check_initial
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.config.resume import check_resume
+from llmjax.config.resume import check_resume, keep_hold_out
 from llmjax.config.schema import Config
 from llmjax.errors import UserError, choose
 from llmjax.modes.request import Request
@@ -87,7 +87,7 @@ def make_request(
     config, derived = resolve_config(config, len(devices))
     # For a named topology there is one process, and no workdir is looked at.
     if not on_topology:
-        together(lambda: check_workdir(mode, config, workdir))
+        config = together(lambda: check_workdir(mode, config, workdir))
         seen = {"the config": f"one of digest {standing.digest_of(config.to_dict())}"}
         seen |= standing.describe(workdir, folders=name == "train")
         check_same(seen, "give every process the same command, and a --workdir on a disk that they share")
@@ -96,17 +96,19 @@ def make_request(
     )
 
 
-def check_workdir(mode: Mode, config: Config, workdir: pathlib.Path) -> None:
-    """Raises `UserError` if the mode cannot work with what lies in `workdir` and with this config.
+def check_workdir(mode: Mode, config: Config, workdir: pathlib.Path) -> Config:
+    """Returns `config` as the mode goes on with it from what lies in `workdir`.
 
-    A run that is there must have the same config in all that must not change, and a mode that needs a run or its
-    parameters must find one.
+    Raises `UserError` if the mode cannot work with what lies there and with this config. A run that is there must have
+    the same config in all that must not change, and a mode that needs a run or its parameters must find one.
     """
     check_initial(config, workdir)
     if mode.for_topology:
-        return
+        return as_begun(config, workdir)
     saved = standing.config_of(workdir, warn)
     if saved is not None:
+        config = keep_hold_out(saved, config, str(workdir))
         check_resume(saved, config, str(workdir))
     elif mode.needs == "run" or (mode.needs == "parameters" and not config.checkpoint.init_from):
         raise UserError(f"--workdir={workdir} holds no run; train there first, or give another --workdir")
+    return config

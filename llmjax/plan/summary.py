@@ -9,7 +9,10 @@ import jax
 import numpy as np
 
 from llmjax.build.corpus import Corpus
+from llmjax.build.hold_out import DOCUMENTS, NOTHING, TAILS
 from llmjax.build.program import Program
+from llmjax.data.pipeline import DataConfig
+from llmjax.data.sources.cutting import TAIL
 from llmjax.data.sources.listing import Listing
 from llmjax.data.store.columns import StoreHeader
 from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
@@ -34,10 +37,14 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
     """Label -> one line of text, in reading order."""
     store, train, held_out = corpus.store, corpus.train_plan, corpus.held_out_plan
     documents, size, tokens = len(store), int(store.num_bytes.sum()), int(store.lengths.sum())
+    things, rest = (
+        ("parts of documents", "of them") if corpus.hold_out == TAILS else ("documents", "documents")
+    )
     rows = {
-        "corpus": f"{documents:,} documents, {format_bytes(size)}, {tokens:,} tokens "
-        f"({size / tokens:.2f} bytes per token); {held_out.num_documents:,} documents held out"
-        f"{_describe_left_out(store.header)}",
+        "corpus": f"{documents:,} {things}, {format_bytes(size)}, {tokens:,} tokens "
+        f"({size / tokens:.2f} bytes per token); {held_out.num_documents:,} {rest} held out"
+        f"{_describe_cuts(corpus, program.config.data)}{_describe_left_out(store.header)}",
+        "held out": _describe_held_out(corpus, program.config.data),
         "files": _describe_files(corpus.listing),
         "tokenizer": _describe_tokenizer(program.config.tokenizer, corpus.tokenizer.vocab_size),
         "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
@@ -101,6 +108,42 @@ def _describe_batch(program: Program) -> str:
     if RULES[c.name].decides:
         text += f"; then {c.k_min} to {c.k_max} micro-steps by {c.name}"
     return text
+
+
+def _describe_cuts(corpus: Corpus, data: DataConfig) -> str:
+    """Whether `data.split_on` cut anything."""
+    if not data.split_on:
+        return ""
+    # Pieces are numbered from 1, so the second piece of any document shows that there was a match.
+    names = (corpus.store.name(i).removesuffix(TAIL) for i in range(len(corpus.store)))
+    if all(name.endswith("#1") for name in names):
+        return f"; data.split_on={data.split_on!r} matches nowhere"
+    return f"; cut at {data.split_on!r}"
+
+
+def _describe_held_out(corpus: Corpus, data: DataConfig) -> str:
+    """What is held out and how it was chosen."""
+    if corpus.hold_out == NOTHING:
+        return "nothing, as data.held_out_fraction=0 says"
+    number, documents = len(corpus.held_out_ids), len(corpus.store)
+    size, total = corpus.held_out_bytes, int(corpus.store.num_bytes.sum())
+    share = f"{format_bytes(size)}, {size / total:.1%} of the text"
+    if corpus.hold_out == DOCUMENTS:
+        return f"{number:,} of {documents:,} documents, whole, by a hash of each: {share}"
+    if corpus.hold_out == TAILS:
+        text = f"the last {100 * data.held_out_fraction:g}% of the characters of each document: {share}"
+        if data.hold_out == "auto":
+            text += "; whole documents (data.hold_out=documents) would be too few, or one of them too large"
+    else:
+        files = len(corpus.held_out_files)
+        text = f"data.held_out_sources, {files:,} file{'s'[: files != 1]}, {number:,} document{'s'[: number != 1]}: "
+        text += share
+        if data.held_out_fraction:
+            text += f"; data.held_out_fraction={data.held_out_fraction:g} is not used"
+        if data.hold_out != "auto":
+            text += f"; data.hold_out={data.hold_out} is not used"
+    same = corpus.held_out_duplicates
+    return f"{text}; {same:,} of {number:,} are trained on too, word for word" if same else text
 
 
 def _describe_files(listing: Listing) -> str:

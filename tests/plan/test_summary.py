@@ -67,8 +67,8 @@ def test_activations_shrink_with_devices_and_recomputation():
 def test_the_plan_is_that_of_corpus_and_program(corpus):
     program = program_for(jax.devices(), corpus.tokenizer.vocab_size, mesh__fsdp=2)
     rows = describe(corpus, program, pathlib.Path("runs/x"), start=2)
-    assert list(rows) == ["corpus", "files", "tokenizer", "packing", "model", "attention", "optimizer", "mesh", "batch",
-                          "memory", "updates", "output"]  # fmt: skip
+    assert list(rows) == ["corpus", "held out", "files", "tokenizer", "packing", "model", "attention", "optimizer",
+                          "mesh", "batch", "memory", "updates", "output"]  # fmt: skip
     assert rows["corpus"].startswith(f"{len(corpus.store)} documents, ")
     assert f"{corpus.store.header.num_tokens:,} tokens" in rows["corpus"]
     assert rows["corpus"].endswith(f"{len(corpus.held_out_ids)} documents held out")

@@ -137,23 +137,34 @@ def load_plan(folder: str | os.PathLike) -> PackingPlan:
 
 
 def check_corpus(
-    train: PackingPlan, held_out: PackingPlan, *, sequences_per_update: int, held_out_fraction: float
+    train: PackingPlan,
+    held_out: PackingPlan,
+    *,
+    sequences_per_update: int,
+    held_out_fraction: float,
+    held_out_sources: tuple[str, ...] = (),
 ) -> None:
     """Checks that the training rows fill one update and that the held-out split leaves no side empty.
 
     Raises UserError, which names the config key to change. The held-out side may be empty if `held_out_fraction` is 0.
+    If there are `held_out_sources`, they are the held-out side, and the fraction is not looked at.
     """
     if not train.num_rows and not held_out.num_rows:
         raise UserError("data.sources has no document of more than one token; add documents")
+    if held_out_sources and not (train.num_rows and held_out.num_rows):
+        key = "data.held_out_sources" if train.num_rows else "data.sources"
+        raise UserError(f"{key} has no document of more than one token; name sources with text")
     if not train.num_rows:
         raise UserError(
             f"data.held_out_fraction={held_out_fraction} holds out all {held_out.num_documents} documents of "
-            "data.sources and leaves none to train on; lower it or add documents"
+            "data.sources and leaves none to train on; lower it, add documents, or hold out the end of each with "
+            "data.hold_out=tails"
         )
     if held_out_fraction > 0 and not held_out.num_rows:
         raise UserError(
             f"data.held_out_fraction={held_out_fraction} holds out none of the {train.num_documents} "
-            "documents of data.sources; raise it, add documents, or set it to 0 to train without evaluation"
+            "documents of data.sources; raise it, add documents, hold out the end of each with data.hold_out=tails, or "
+            "set it to 0 to train without evaluation"
         )
     if train.num_rows < sequences_per_update:
         raise UserError(

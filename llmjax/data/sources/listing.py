@@ -38,11 +38,12 @@ NO_FIELD = "JSON without the text field"
 class SourceFile:
     """One file of the corpus.
 
-    name    its path relative to the source that it was found in, which is the same on every machine
-    path    where the file lies on this machine
-    size    bytes on disk
-    digest  a hash of the content, see `file_digest`
-    origin  the first entry of data.sources that names the file, counted from 0
+    name      its path relative to the source that it was found in, which is the same on every machine
+    path      where the file lies on this machine
+    size      bytes on disk
+    digest    a hash of the content, see `file_digest`
+    origin    the first entry of data.sources that names the file, counted from 0; those of data.held_out_sources follow
+    held_out  whether data.held_out_sources name the file
     """
 
     name: str
@@ -50,6 +51,7 @@ class SourceFile:
     size: int
     digest: str
     origin: int = 0
+    held_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ def search_sources(
     has_text: Callable[[str], bool] = lambda path: True,
     digest_of: Callable[[str], str] = file_digest,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    key: str = "data.sources",
 ) -> Listing:
     """Lists the files that the sources name, each once.
 
@@ -91,16 +94,17 @@ def search_sources(
       has_text: says of the path of a .json file in a folder whether it is a corpus. Many are settings or the like.
       digest_of: returns the digest of the content of the file at a path.
       progress: called as progress(done, total), in bytes, while files are read for their digests.
+      key: the key of the config that names the sources, for messages.
 
     Raises `UserError` if a source does not exist or has no files, or if a folder cannot be read.
     """
     if isinstance(sources, str):
-        raise UserError(f"data.sources = {sources!r} is one string: give a list of sources.")
+        raise UserError(f"{key} = {sources!r} is one string: give a list of sources.")
     # Real path -> (name, path, size, origin) of a file.
     found: dict[str, tuple[str, str, int, int]] = {}
     left_out: collections.Counter[str] = collections.Counter()
     for origin, source in enumerate(sources):
-        search = _Search(follow_links, has_text)
+        search = _Search(follow_links, has_text, key)
         for name, path in search.expand(source):
             # Files are told apart by where they really lie, whatever links lead there.
             real = os.path.realpath(path)
@@ -108,7 +112,7 @@ def search_sources(
                 found[real] = name, path, os.stat(path).st_size, origin
         left_out.update(search.left_out)
     if not found:
-        raise UserError("data.sources is empty: name files, directories or globs, or stdlib.")
+        raise UserError(f"{key} is empty: name files, directories or globs, or stdlib.")
     # Only now is it known how much there is to read for the digests.
     files, done, total = [], 0, sum(size for _, _, size, _ in found.values())
     for name, path, size, origin in sorted(found.values()):
@@ -133,8 +137,8 @@ def split_sources(text: str) -> tuple[str, ...]:
 class _Search:
     """The search for the files of one source. `left_out` counts by the reason what was left out."""
 
-    def __init__(self, follow_links: bool, has_text: Callable[[str], bool]):
-        self._follow_links, self._has_text = follow_links, has_text
+    def __init__(self, follow_links: bool, has_text: Callable[[str], bool], key: str):
+        self._follow_links, self._has_text, self._key = follow_links, has_text, key
         self.left_out: collections.Counter[str] = collections.Counter()
 
     def expand(self, source: str) -> list[tuple[str, str]]:
@@ -148,12 +152,12 @@ class _Search:
             files = self._corpus_in(path)
             if not files:
                 raise UserError(
-                    f"data.sources names {source!r}, a directory without text, JSON or .parquet "
+                    f"{self._key} names {source!r}, a directory without text, JSON or .parquet "
                     f"files{self._said()}: name the files themselves if their suffix is unusual."
                 )
             return files
         if not glob.has_magic(path):
-            raise UserError(f"data.sources names {source!r}, which does not exist: check the path.")
+            raise UserError(f"{self._key} names {source!r}, which does not exist: check the path.")
         root, segments = _fixed_part(path)
         files = []
         for match in sorted(self._match(root, segments, os.path.realpath(root))):
@@ -165,7 +169,7 @@ class _Search:
                 files.append((os.path.relpath(found, root).replace(os.sep, "/"), found))
         if not files:
             raise UserError(
-                f"data.sources names {source!r}, which matches no file{self._said()}: check the pattern."
+                f"{self._key} names {source!r}, which matches no file{self._said()}: check the pattern."
             )
         return files
 
@@ -216,7 +220,7 @@ class _Search:
                 visit(path, os.path.realpath(path), name, os.path.isdir(path))
                 continue
             folder, real_folder, prefix = folders.popleft()
-            for entry in sorted(_scan(folder), key=lambda entry: entry.name):
+            for entry in sorted(_scan(folder, self._key), key=lambda entry: entry.name):
                 name = prefix + entry.name
                 if entry.name.startswith("."):
                     self.left_out[HIDDEN] += 1
@@ -264,7 +268,7 @@ class _Search:
             if os.path.lexists(path) and (not rest or os.path.isdir(path)):
                 yield from self._match(path, rest, top)
             return
-        for entry in sorted(_scan(folder), key=lambda entry: entry.name):
+        for entry in sorted(_scan(folder, self._key), key=lambda entry: entry.name):
             if not fnmatch.fnmatchcase(entry.name, segment):
                 continue
             if entry.name.startswith(".") and not segment.startswith("."):
@@ -285,14 +289,14 @@ def _matches(parts: Sequence[str], segments: Sequence[str]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], segment) and _matches(parts[1:], rest)
 
 
-def _scan(folder: str) -> list[os.DirEntry]:
+def _scan(folder: str, key: str) -> list[os.DirEntry]:
     """What lies in a folder. Raises `UserError` if the folder cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
         raise UserError(
-            f"data.sources: the folder {folder!r} cannot be read ({error.strerror}): change its permissions, or name "
+            f"{key}: the folder {folder!r} cannot be read ({error.strerror}): change its permissions, or name "
             "the other files and folders beside it one by one."
         ) from None
 

@@ -61,14 +61,16 @@ class Record:
 class RecordPart(NamedTuple):
     """A record, or a part of a long one.
 
-    record  the part, with the name of the document
-    first   whether the document begins with this part
-    last    whether the document ends with this part
+    record    the part, with the name of the document
+    first     whether the document begins with this part
+    last      whether the document ends with this part
+    held_out  whether the document is marked as held out (`data/sources/cutting.py`)
     """
 
     record: Record
     first: bool
     last: bool
+    held_out: bool = False
 
 
 def read_parts(
@@ -98,14 +100,21 @@ def read_records(
     file: SourceFile, reading: Reading = _READING, stats: ReadStats | None = None
 ) -> Iterator[Record]:
     """Streams the documents of one file, each in one piece. Otherwise the same as `read_parts`."""
+    for part in whole(read_parts(file, reading, stats)):
+        yield part.record
+
+
+def whole(parts: Iterator[RecordPart]) -> Iterator[RecordPart]:
+    """The documents of `parts`, each in one piece."""
     held: list[str] = []
-    for part in read_parts(file, reading, stats):
+    for part in parts:
         if part.first and part.last:
-            yield part.record
+            yield part
             continue
         held.append(part.record.text)
         if part.last:
-            yield Record(part.record.name, {reading.fields[0]: "".join(held)})
+            field = next(iter(part.record.fields))
+            yield part._replace(record=Record(part.record.name, {field: "".join(held)}), first=True)
             held = []
 
 

@@ -16,11 +16,13 @@ import numpy as np
 from llmjax.data.checksums import block_checksums, write_checksums
 from llmjax.data.examples.contract import Examples, InParts
 from llmjax.data.examples.documents import Documents
+from llmjax.data.sources.cutting import WHOLE, Cutting, cut_parts
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import Reading, ReadStats
-from llmjax.data.sources.records import Record, chunks_of, read_parts, read_records
+from llmjax.data.sources.records import Record, RecordPart, chunks_of, whole
 from llmjax.data.store.columns import (
     FORMAT_VERSION,
+    HELD_OUT,
     Columns,
     StoreHeader,
     shard_name,
@@ -54,6 +56,7 @@ def build_store(
     *,
     examples: Examples = DOCUMENTS,
     reading: Reading = READING,
+    cutting: Cutting = WHOLE,
     num_workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -69,6 +72,7 @@ def build_store(
       tokenizer: encodes the text.
       examples: the host half of the task, which makes an example of each record and names the fields it needs.
       reading: how the files are read; its fields are replaced by those of `examples`.
+      cutting: how documents are cut into several, each of which is a document of the store.
       num_workers: the number of processes that encode.
       progress: called as progress(done, total) after each batch, in bytes of the files.
       shard_bytes: the largest size of a shard.
@@ -81,14 +85,15 @@ def build_store(
     # The header is known only at the end of the block, when new_folder asks whether an existing store is the same.
     header: list[StoreHeader] = []
     with new_folder(directory, lambda there: _is_whole(there, header[0])) as partial:
-        columns = Columns(token_dtype(tokenizer.vocab_size).str, tuple(examples.columns))
+        marks = (HELD_OUT,) if cutting.tail or any(file.held_out for file in files) else ()
+        columns = Columns(token_dtype(tokenizer.vocab_size).str, (*examples.columns, *marks))
         with _Writer(partial, columns, shard_bytes) as writer:
             reading = dataclasses.replace(reading, fields=tuple(examples.fields))
-            batches = _read_batches(files, reading, tokenizer, examples, stats)
+            batches = _read_batches(files, reading, cutting, tokenizer, examples, stats)
             workers = num_workers if total >= _INLINE_BYTES else 1
             for tag, encoded in encode_batches(tokenizer, examples, batches, workers):
                 if tag.first and tag.last:
-                    writer.add(tag.names, tag.origins, encoded)
+                    writer.add(tag, encoded)
                 else:
                     writer.add_part(tag, encoded)
                 if progress is not None:
@@ -109,6 +114,7 @@ class _Tag(NamedTuple):
     """What goes with a batch of records.
 
     names, origins  of the records
+    held_out        whether each record is marked as held out
     done            bytes of the files that are read so far
     first, last     whether a document begins and ends with the batch: false of a part of a long one
     hash            of the text of a long document up to here
@@ -116,6 +122,7 @@ class _Tag(NamedTuple):
 
     names: list[str]
     origins: list[int]
+    held_out: list[bool]
     done: int
     first: bool = True
     last: bool = True
@@ -158,20 +165,25 @@ class _Writer:
         self._files.callback(file.close)
         return file
 
-    def add(self, names: Sequence[str], origins: Sequence[int], encoded: Encoded) -> None:
+    def add(self, tag: _Tag, encoded: Encoded) -> None:
         """Appends encoded documents with their names and the numbers of their entries in data.sources."""
         # surrogateescape, because the name of a file may contain bytes that are not UTF-8.
-        data = [name.encode("utf-8", "surrogateescape") for name in names]
+        data = [name.encode("utf-8", "surrogateescape") for name in tag.names]
         name_lengths = np.array([len(one) for one in data], "<i8")
         ragged = {"names": (np.frombuffer(b"".join(data), "u1"), name_lengths), **encoded.ragged}
         for column, (values, lengths) in ragged.items():
             self._add_ragged(column, values, lengths)
-        for column, values in {"origins": np.array(origins, "<u2"), **encoded.fixed}.items():
+        fixed = {"origins": np.array(tag.origins, "<u2"), **encoded.fixed, **self._marks(tag)}
+        for column, values in fixed.items():
             self._write(column, values)
             if column in self._digests:
                 self._digests[column].update(values.tobytes())
         self._num_bytes += int(encoded.fixed["num_bytes"].sum())
-        self.num_documents += len(names)
+        self.num_documents += len(tag.names)
+
+    def _marks(self, tag: _Tag) -> dict[str, np.ndarray]:
+        """The column of held-out marks for the records of a batch, if the store has one."""
+        return {HELD_OUT: np.array(tag.held_out, "u1")} if HELD_OUT in self._columns.optional else {}
 
     def add_part(self, tag: _Tag, encoded: Encoded) -> None:
         """Appends to the document under way.
@@ -210,6 +222,9 @@ class _Writer:
             ("hashes", tag.hash),
         ):
             self._write(fixed, np.array([value], self._columns.fixed[fixed]))
+        for mark, marks in self._marks(tag).items():
+            self._write(mark, marks)
+            self._digests[mark].update(marks.tobytes())
         self._num_bytes += self._long_bytes
         self.num_documents += 1
 
@@ -270,34 +285,40 @@ class _Writer:
 
 
 def _read_batches(
-    files: Sequence[SourceFile], reading: Reading, tokenizer: Tokenizer, examples: Examples, stats: ReadStats
+    files: Sequence[SourceFile],
+    reading: Reading,
+    cutting: Cutting,
+    tokenizer: Tokenizer,
+    examples: Examples,
+    stats: ReadStats,
 ) -> Iterator[tuple[_Tag, Batch]]:
     """Reads the records of the files in batches of about `_BATCH_CHARS` characters, and long documents in pieces.
 
     Yields each batch with its tag.
     """
-    batch: list[tuple[Record, int]] = []
+    batch: list[tuple[Record, int, bool]] = []
     size = 0
 
     def finished() -> tuple[_Tag, Batch]:
-        names, origins = [record.name for record, _ in batch], [origin for _, origin in batch]
-        return _Tag(names, origins, stats.bytes_read), [record.fields for record, _ in batch]
+        records, origins, held_out = (list(values) for values in zip(*batch))
+        names = [record.name for record in records]
+        return _Tag(names, origins, held_out, stats.bytes_read), [record.fields for record in records]
 
-    for document, origin in _documents(files, reading, examples, stats):
-        if not isinstance(document, Record):
+    for part, chunks, origin in _documents(files, reading, cutting, examples, stats):
+        record = part.record
+        if chunks is not None:
             if batch:
                 yield finished()
                 batch, size = [], 0
-            name, field = document[0].name, reading.fields[0]
             digest = hashlib.blake2b(digest_size=8)
-            for text, first, last in _with_ends(tokenizer.pieces(document[1])):
+            for text, first, last in _with_ends(tokenizer.pieces(chunks)):
                 digest.update(text.encode())
                 number = int.from_bytes(digest.digest(), "big")
-                tag = _Tag([name], [origin], stats.bytes_read, first, last, number)
-                yield tag, Piece({field: text}, first, last)
+                tag = _Tag([record.name], [origin], [part.held_out], stats.bytes_read, first, last, number)
+                yield tag, Piece({reading.fields[0]: text}, first, last)
             continue
-        batch.append((document, origin))
-        size += sum(len(value) for value in document.fields.values() if isinstance(value, str))
+        batch.append((record, origin, part.held_out))
+        size += sum(len(value) for value in record.fields.values() if isinstance(value, str))
         if size >= _BATCH_CHARS:
             yield finished()
             batch, size = [], 0
@@ -306,18 +327,18 @@ def _read_batches(
 
 
 def _documents(
-    files: Sequence[SourceFile], reading: Reading, examples: Examples, stats: ReadStats
-) -> Iterator[tuple[Record | tuple[Record, Iterator[str]], int]]:
+    files: Sequence[SourceFile], reading: Reading, cutting: Cutting, examples: Examples, stats: ReadStats
+) -> Iterator[tuple[RecordPart, Iterator[str] | None, int]]:
     """Every document with its origin: a record, or a long one's first part and its text in chunks."""
     in_parts = isinstance(examples, InParts) and not examples.columns and len(reading.fields) == 1
     for file in files:
+        parts = cut_parts(file, reading, stats, cutting)
         if not in_parts:
-            yield from ((record, file.origin) for record in read_records(file, reading, stats))
+            yield from ((part, None, file.origin) for part in whole(parts))
             continue
-        parts = read_parts(file, reading, stats)
         for part in parts:
             is_long = not part.last or len(part.record.text) > PIECE_CHARS
-            yield ((part.record, chunks_of(part, parts)) if is_long else part.record), file.origin
+            yield part, chunks_of(part, parts) if is_long else None, file.origin
 
 
 def _with_ends(texts: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:

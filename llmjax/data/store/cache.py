@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llmjax.data.checksums import DamagedError
 from llmjax.data.examples.contract import Examples
+from llmjax.data.sources.cutting import WHOLE, Cutting
 from llmjax.data.sources.fingerprint import corpus_fingerprint, file_digest
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import Reading
@@ -113,6 +114,7 @@ def cached_store(
     *,
     examples: Examples = DOCUMENTS,
     reading: Reading = READING,
+    cutting: Cutting = WHOLE,
     num_workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = complain,
@@ -127,6 +129,7 @@ def cached_store(
       tokenizer: encodes the text.
       examples: the host half of the task, which makes an example of each record.
       reading: how the files are read.
+      cutting: how documents are cut into several.
       num_workers: the number of processes that encode.
       progress: called as progress(done, total) while the store is built, in bytes of the files.
       report: called with one sentence if a store is damaged and is built again.
@@ -134,6 +137,11 @@ def cached_store(
     origins = [file.origin for file in files]
     how = [reading.on_bad_text, reading.encoding]
     settings = [tokenizer.fingerprint, repr(examples), examples.version, *how, origins, FORMAT_VERSION]
+    # Added only where documents are cut or marked, so that the stores of whole documents keep their keys.
+    if cutting != WHOLE:
+        settings += ["cutting", cutting.split_on, cutting.tail]
+    if any(file.held_out for file in files):
+        settings += ["held out", [file.held_out for file in files]]
     directory = Path(cache_dir) / f"store-{_key(corpus_fingerprint(files), settings)}"
 
     def build(progress: Callable[[int, int], None] | None) -> Store:
@@ -143,6 +151,7 @@ def cached_store(
             tokenizer,
             examples=examples,
             reading=reading,
+            cutting=cutting,
             num_workers=num_workers,
             progress=progress,
         )

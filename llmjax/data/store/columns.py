@@ -21,6 +21,8 @@ RAGGED: dict[str, np.dtype | None] = {"tokens": None, "names": np.dtype("u1"), "
 # Fixed columns have one value for each document.
 FIXED = {name: np.dtype(kind) for name, kind in (("num_bytes", "<i8"), ("hashes", "<u8"), ("origins", "<u2"))}
 LABEL = np.dtype("<i4")
+# The optional column, one byte for each document, that marks the held-out documents of a store which says so itself.
+HELD_OUT = "held_out"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -33,7 +35,8 @@ class Columns:
     """The columns of a store. They decide which files the store has, and the type of each file.
 
     dtype     the numpy type of token ids, such as "<u2"
-    optional  the columns out of `OPTIONAL_COLUMNS` in `data/examples/contract.py` that the task fills
+    optional  the columns out of `OPTIONAL_COLUMNS` in `data/examples/contract.py` that the task fills, and `HELD_OUT`
+              if documents are marked as held out
     """
 
     dtype: str
@@ -50,7 +53,8 @@ class Columns:
         """The type of each fixed column, by the name of the column."""
         # A ragged column needs an index of two fixed columns: how many values a document has, and where they start.
         index = {f"{name}_{part}": np.dtype("<i8") for name in self.ragged for part in ("lengths", "starts")}
-        return FIXED | index | ({"label": LABEL} if "label" in self.optional else {})
+        optional: dict[str, np.dtype] = {"label": LABEL, HELD_OUT: np.dtype("u1")}
+        return FIXED | index | {name: kind for name, kind in optional.items() if name in self.optional}
 
 
 @dataclasses.dataclass(frozen=True)

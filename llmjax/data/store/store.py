@@ -13,6 +13,7 @@
 
 The examples of a task may fill further columns (`data/examples/contract.py`): `source`, a second stream of tokens;
 `weights`, the loss weights of the tokens as runs of (uint32 length, float32 weight); and `label`, int32 [documents].
+Where documents are marked as held out, not chosen by their hashes, `held_out`, uint8 [documents], is 1 for them.
 
 A store is built in a temporary folder, which is renamed when every byte is on disk, so an unfinished store is never
 seen. The small files are checked each time the store is opened, each block of a shard when it is first read.
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from llmjax.data.checksums import BLOCK_BYTES, CheckedArray, DamagedError, map_file
-from llmjax.data.store.columns import StoreHeader, read_header, shard_name
+from llmjax.data.store.columns import HELD_OUT, StoreHeader, read_header, shard_name
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 
@@ -75,6 +76,7 @@ class Store:
     hashes          uint64 [documents], the hash of each document's record
     origins         uint16 [documents], the entry of data.sources from which each document comes
     labels          int32 [documents], the class of each document; None if the store has none
+    held_out        uint8 [documents], 1 for documents that are marked as held out; None if the hashes decide
     remake          a function that builds the store again, in the same folder, when a damaged block is read; None if
                     damage raises `DamagedError` instead
 
@@ -98,6 +100,7 @@ class Store:
         self.source_lengths = fixed.get("source_lengths")
         self.num_bytes, self.hashes, self.origins = fixed["num_bytes"], fixed["hashes"], fixed["origins"]
         self.labels = fixed.get("label")
+        self.held_out = fixed.get(HELD_OUT)
 
     def _open_ragged(self, fixed: Mapping[str, np.ndarray]) -> dict[str, RaggedColumn]:
         """Opens the ragged columns; `fixed` has the columns that are their indices."""
@@ -192,10 +195,13 @@ class Store:
         """Whether each document is held out: bool [documents].
 
         A document is held out if hash / 2**64 < held_out_fraction. Equal records are therefore on the same side of the
-        split, and adding documents to the corpus moves no other document to the other side.
+        split, and adding documents to the corpus moves no other document to the other side. In a store that marks its
+        held-out documents the marks decide, whatever the fraction is.
         """
         if not 0 <= held_out_fraction <= 1:
             raise UserError(f"data.held_out_fraction = {held_out_fraction} must lie in [0, 1].")
+        if self.held_out is not None:
+            return self.held_out.astype(bool)
         threshold = int(held_out_fraction * 2**64)
         # 2**64 does not fit into uint64.
         if threshold == 2**64:

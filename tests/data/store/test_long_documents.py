@@ -14,7 +14,9 @@ from sections import section
 import llmjax
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.documents import Documents
+from llmjax.data.sources import cutting as cutting_module
 from llmjax.data.sources import text as text_module
+from llmjax.data.sources.cutting import Cutting
 from llmjax.data.sources.listing import list_sources
 from llmjax.data.store import build
 from llmjax.data.store.build import build_store
@@ -104,6 +106,7 @@ def test_a_corpus_that_moved_finds_its_store_and_another_text_of_the_same_size_d
 
 PEAK = """
     import re, sys
+    from llmjax.data.sources.cutting import Cutting
     from llmjax.data.sources.listing import list_sources
     from llmjax.data.store.build import build_store
     from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
@@ -112,19 +115,38 @@ PEAK = """
         return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
     before = peak()
-    build_store(sys.argv[2], list_sources([sys.argv[1]]), ByteTokenizer())
+    build_store(sys.argv[2], list_sources([sys.argv[1]]), ByteTokenizer(), cutting=eval(sys.argv[3]))
     print(peak() - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-def test_memory_does_not_grow_with_the_length_of_a_document(tmp_path):
+@pytest.mark.parametrize("cutting", ["Cutting()", "Cutting('nowhere', 0.1)"], ids=["whole", "cut"])
+def test_memory_does_not_grow_with_the_length_of_a_document(cutting, tmp_path):
     peaks = []
     for megabytes in (10, 60):
-        path = tmp_path / f"{megabytes}.txt"
+        path, store = tmp_path / f"{megabytes}.txt", tmp_path / f"s{megabytes}"
         path.write_text(LINE * (megabytes * 1_000_000 // len(LINE.encode())))
-        command = [sys.executable, "-c", textwrap.dedent(PEAK), str(path), str(tmp_path / f"s{megabytes}")]
+        command = [sys.executable, "-c", textwrap.dedent(PEAK), str(path), str(store), cutting]
         environment = {**os.environ, "PYTHONPATH": str(Path(llmjax.__file__).parents[1])}
         result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         peaks.append(int(result.stdout) / 1024)
     assert peaks[1] < peaks[0] + 20 and peaks[1] < 150
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_parts_of_cut_documents_are_stored_alike_however_they_were_read(
+    corpus, num_workers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cutting_module, "WINDOW", 200)
+    bpe = train_tokenizer(section("tokenizer", vocab_size=400), [LINE * 9])
+    cutting = Cutting(split_on="Call(?= me)", tail=0.3)
+    parts = build_store(tmp_path / "parts", corpus, bpe, cutting=cutting, num_workers=num_workers)
+    # The same in this process, from whole files and whole documents.
+    monkeypatch.setattr(text_module, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(build, "PIECE_CHARS", 1 << 20)
+    monkeypatch.setattr(cuts, "PIECE_CHARS", 1 << 20)
+    together = build_store(tmp_path / "whole", corpus, bpe, cutting=cutting)
+    assert parts.header == together.header and len(parts) == 2 * (1 + 200 + 3 + 400 + 2 + 100 + 1)
+    files = {path.name: path.read_bytes() for path in parts.directory.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in together.directory.iterdir()}
