@@ -1,5 +1,6 @@
 """docs/extending.md does what it says: its files and lines, put into a copy of the code, train and answer."""
 
+import gzip
 import json
 import pathlib
 import random
@@ -99,7 +100,7 @@ def test_the_tests_of_the_tables_reach_what_was_added(copy):
 
 
 def test_the_page_adds_at_most_a_file_and_two_lines_to_a_table_each():
-    assert len(FILES) == 6
+    assert len(FILES) == 7
     for name, lines in EDITS:
         added = [line for line in lines.split("\n") if line.startswith("+")]
         assert len(added) <= (3 if name.startswith("configs/") else 2), name
@@ -120,6 +121,19 @@ def test_a_new_family_task_and_optimizer_train_together_and_a_new_sink_and_mode_
     assert run(copy, f"--workdir={copy / 'work'}", "--mode=vocabulary") == "277 ids\n"
     sentence = "llmjax: task.name='pairs' reads two texts, and a prompt is one; use --mode=evaluate\n"
     run(copy, f"--workdir={copy / 'work'}", "--mode=generate", "--prompt=a", code=2, stderr=sentence)
+
+
+def test_files_of_a_new_format_are_read_like_any_other(copy):
+    folder = copy / "tables"
+    folder.mkdir()
+    rows = "\n".join(f'{i},"石,云 {i}"' for i in range(50))
+    (folder / "a.csv.gz").write_bytes(gzip.compress(f"number,text\n{rows}".encode("gb18030")))
+    settings = {
+        **tiny_run.SETTINGS, "data.sources": folder, "data.cache_dir": copy / "cache", "data.encoding": "gb18030",
+    }  # fmt: skip
+    words = [f"--config.{key}={value}" for key, value in settings.items()]
+    out = run(copy, "--config=base", f"--workdir={copy / 'csv'}", "--mode=plan", *words)
+    assert "50 documents, " in out and "1 file" in out
 
 
 def test_a_new_activation_is_chosen_by_its_name(copy):

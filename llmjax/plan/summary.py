@@ -37,12 +37,13 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
     """Label -> one line of text, in reading order."""
     store, train, held_out = corpus.store, corpus.train_plan, corpus.held_out_plan
     documents, size, tokens = len(store), int(store.num_bytes.sum()), int(store.lengths.sum())
-    things, rest = (
-        ("parts of documents", "of them") if corpus.hold_out == TAILS else ("documents", "documents")
-    )
+    held = f"; {held_out.num_documents:,} documents held out"
+    if corpus.hold_out == TAILS:
+        # The store has two parts of each document. The row "held out" says more.
+        documents, held = documents - held_out.num_documents, ""
     rows = {
-        "corpus": f"{documents:,} {things}, {format_bytes(size)}, {tokens:,} tokens "
-        f"({size / tokens:.2f} bytes per token); {held_out.num_documents:,} {rest} held out"
+        "corpus": f"{documents:,} document{'s'[: documents != 1]}, {format_bytes(size)}, {tokens:,} tokens "
+        f"({size / tokens:.2f} bytes per token){held}"
         f"{_describe_cuts(corpus, program.config.data)}{_describe_left_out(store.header)}",
         "held out": _describe_held_out(corpus, program.config.data),
         "files": _describe_files(corpus.listing),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 # Suffixes of compressed files. A second suffix before one of these says what is compressed, as in `a.json.gz`.
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
@@ -20,6 +21,12 @@ TEXT_SUFFIXES = {
     ".erl", ".f90", ".toml", ".yaml", ".yml", ".ini", ".cfg",
 }
 # fmt: on
+# Format, a key of `records.READERS` -> the suffixes of its files.
+SUFFIXES: dict[str, Collection[str]] = {
+    "parquet": (PARQUET_SUFFIX,),
+    "rows": (*LINE_SUFFIXES, *JSON_SUFFIXES),
+    "text": TEXT_SUFFIXES,
+}
 
 
 def uncompressed_name(name: str) -> str:
@@ -34,7 +41,7 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(uncompressed_name(name))[1].lower()
 
 
-def is_known_suffix(name: str) -> bool:
-    """Whether a folder that is searched has text in a file of this name, as far as its suffix tells."""
+def format_of(name: str) -> str | None:
+    """The format of a file of this name, as far as its suffix tells; None if the suffix is unknown."""
     suffix = suffix_of(name)
-    return suffix in TEXT_SUFFIXES or suffix in (*LINE_SUFFIXES, *JSON_SUFFIXES, PARQUET_SUFFIX)
+    return next((format for format, suffixes in SUFFIXES.items() if suffix in suffixes), None)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llmjax.data.sources.fingerprint import file_digest
-from llmjax.data.sources.formats import JSON_SUFFIXES, is_known_suffix, suffix_of
+from llmjax.data.sources.formats import JSON_SUFFIXES, format_of, suffix_of
 from llmjax.errors import UserError
 
 # The source that stands for the standard library, a corpus of code that is on every machine.
@@ -183,7 +183,7 @@ class _Search:
         """(name, path) of the files in a folder that are part of the corpus."""
         kept = []
         for name, path in self._walk(root):
-            if not is_known_suffix(name):
+            if format_of(name) is None:
                 self.left_out[UNKNOWN_SUFFIX] += 1
             elif suffix_of(name) in JSON_SUFFIXES and not self._has_text(path):
                 self.left_out[NO_FIELD] += 1

@@ -13,13 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from llmjax.data.sources.encoding import open_text
-from llmjax.data.sources.formats import (
-    JSON_SUFFIXES,
-    LINE_SUFFIXES,
-    PARQUET_SUFFIX,
-    TEXT_SUFFIXES,
-    suffix_of,
-)
+from llmjax.data.sources.formats import format_of
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.parquet import read_parquet
 from llmjax.data.sources.reading import Parts, Reading, ReadStats
@@ -27,7 +21,7 @@ from llmjax.data.sources.rows import has_field, read_rows
 from llmjax.data.sources.text import read_text
 from llmjax.errors import UserError
 
-# Format -> the function that reads it.
+# Format, a key of `formats.SUFFIXES` -> the function that reads it.
 READERS: dict[str, Callable[[SourceFile, Reading, ReadStats], Parts]] = {
     "parquet": read_parquet,
     "rows": read_rows,
@@ -143,13 +137,8 @@ def _reader(file: SourceFile, reading: Reading) -> Callable[[SourceFile, Reading
 
 def detect_format(file: SourceFile, reading: Reading = _READING) -> str:
     """The format of a file, a key of `READERS`. A suffix that is known decides, and otherwise the content."""
-    suffix = suffix_of(file.path)
-    if suffix == PARQUET_SUFFIX:
-        return "parquet"
-    if suffix in (*LINE_SUFFIXES, *JSON_SUFFIXES):
-        return "rows"
-    if suffix in TEXT_SUFFIXES:
-        return "text"
+    if (known := format_of(file.path)) is not None:
+        return known
     with open(file.path, "rb") as stream:
         # Every Parquet file begins with these bytes.
         if stream.read(4) == b"PAR1":
