@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,9 +12,7 @@ import numpy as np
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program, make_program
-from llmjax.build.restore import (
-    load_params,
-)
+from llmjax.build.restore import load_params
 from llmjax.config.init_from import own_tokenizer
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llmjax.errors import UserError
@@ -29,11 +28,13 @@ from llmjax.modes.interactive import converse
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.terminal.lines import say
+from llmjax.terminal.stages import working
 from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 
-SAMPLE_PROMPT = 64  # tokens of a held-out document that the samples of a run continue
+# Tokens of a held-out document that the samples of a run continue. A choice.
+SAMPLE_PROMPT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,8 @@ def load(request: Request) -> Loaded:
     """The checkpoint that `request` names, with the tokenizer of its run."""
     tokenizer = own_tokenizer(request.workdir)
     program = make_program(request.config, request.derived, tokenizer.vocab_size)
-    update, params = load_params(program, request.workdir, request.checkpoint)
+    with working("reading the checkpoint"):
+        update, params = load_params(program, request.workdir, request.checkpoint)
     return Loaded(program, params, tokenizer, update)
 
 
@@ -63,11 +65,12 @@ def run(request: Request) -> int:
     streams = len(prompts) * num_samples == 1 and hosts.is_primary()
     writer = Writer(load(request))
     if streams:
-        show(prompts[0], end="")
-    texts = writer.write(prompts, on_text=lambda row, text: show(text, end="") if streams else None)
-    if streams:
-        show("")
+        # The prompt comes with the first token: until then its line tells what goes on.
+        pieces = iter(prompts)
+        writer.write(prompts, lambda row, text: show(next(pieces, "") + text, end=""))
+        show(next(pieces, ""))
         return 0
+    texts = writer.write(prompts)
     for number, (prompt, samples) in enumerate(zip(prompts, texts), 1):
         say(describe_samples(number, prompt, samples))
     return 0
@@ -148,7 +151,10 @@ class Writer:
             texts[row] += text
             on_text(row, text)
 
-        for new in watch(self._generate(loaded.params, ids, first)):
+        tokens = iter(watch(self._generate(loaded.params, ids, first)))
+        with working("reading the prompt"):
+            first_tokens = list(itertools.islice(tokens, 1))
+        for new in itertools.chain(first_tokens, tokens):
             for row, token in enumerate(new):
                 if token is not None:
                     add(row, decoders[row].push(token))

@@ -31,6 +31,7 @@ from llmjax.escapes import complain
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, on_primary, together
 from llmjax.ranges import COUNT, Range, Unset, check_ranges
+from llmjax.terminal.stages import working
 from llmjax.train.checkpoint import orbax_files, shelf
 from llmjax.train.checkpoint.digests import Damaged
 from llmjax.train.checkpoint.retention import Facts, best_of, kept, read_amended, write_amended
@@ -269,6 +270,10 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when nothing is being written any more. Raises whatever went wrong in the writing."""
         if self._manager is not None:
+            if self._manager.is_saving_in_progress():
+                with working("writing the checkpoint"):
+                    self._manager.wait_until_finished()
+            # Also where nothing is in progress, for it raises what went wrong.
             self._manager.wait_until_finished()
             self._write_amended()
             # Only now: a checkpoint is not deleted while its successor may still fail to be written.
