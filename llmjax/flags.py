@@ -21,6 +21,7 @@ from llmjax.config.help import describe_keys, key_comments, meant_keys
 from llmjax.config.moved import MOVED, new_name
 from llmjax.errors import UserError
 from llmjax.modes.table import MODES
+from llmjax.names import check_local
 from llmjax.workdir.contents import saved_config
 
 
@@ -215,6 +216,7 @@ def read_prompts(values: flags.FlagValues) -> list[str]:
     """The prompts of --prompt and of --prompt_file, in this order; `--prompt_file=-` is standard input."""
     prompts = list(values.prompt)
     if values.prompt_file is not None:
+        check_local(values.prompt_file, f"--prompt_file={values.prompt_file}")
         path = pathlib.Path(values.prompt_file)
         if values.prompt_file == "-":
             data = sys.stdin.buffer.read()

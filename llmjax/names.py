@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shlex
 import unicodedata
 
@@ -31,9 +32,23 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def check_local(path: str | os.PathLike, asked: str) -> None:
+    """Raises UserError, which begins with `asked`, if `path` is an address such as gs://bucket/run.
+
+    Files are locked, renamed in one step and mapped into memory, which the stores behind such addresses do not offer.
+    """
+    # pathlib makes one slash of two.
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
+        raise UserError(
+            f"{asked} is an address and no path of this machine; mount the bucket (gcsfuse, mountpoint-s3) and give "
+            "the path there"
+        )
+
+
 def at_home(path: str | os.PathLike, key: str) -> pathlib.Path:
     """`path` with a leading `~` or `~user` replaced by the home folder. Raises UserError, which names `key`, if the
-    home folder is unknown."""
+    home folder is unknown, or if `path` is the address of a bucket."""
+    check_local(path, f"{key}={str(path)!r}")
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError:

@@ -144,3 +144,27 @@ def test_a_micro_step_of_such_names_that_is_left_out_is_told_and_ends_no_run(fol
     assert err.count("\n") == 1 and "skipped or dropped" in err
     assert "was not finite and left out; by itself each document has a finite loss now; documents " in out
     assert is_unicode((workdir / "metrics.jsonl").read_text(encoding="utf-8"))
+
+
+ADDRESSES = ("gs://bucket/run", "s3://bucket/run", "https://host/run", "gs:/bucket/run")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize(
+    "flag",
+    ["--workdir", "--prompt_file", "--config.data.sources", "--config.data.held_out_sources", "--config.data.cache_dir",
+     "--config.tokenizer.path", "--config.checkpoint.init_from"],
+)  # fmt: skip
+def test_an_address_in_place_of_a_path_is_refused_and_nothing_is_written(
+    flag, address, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    tiny_run.write_corpus(tmp_path / "corpus", 8)
+    words = tiny_run.command(tmp_path, f"--workdir={tmp_path / 'work'}", f"{flag}={address}")
+    if flag == "--prompt_file":
+        words.append("--mode=generate")
+    assert main.main(words) == 2
+    err = capsys.readouterr().err
+    assert flag.split(".", 1)[-1].removeprefix("config.") in err and err.count("\n") == 1
+    assert "is an address and no path of this machine; mount the bucket" in err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["corpus"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmjax.errors import UserError
 from llmjax.files import write_atomically
-from llmjax.names import is_unicode, quote
+from llmjax.names import check_local, is_unicode, quote
 
 
 def check_place(workdir: pathlib.Path) -> None:
@@ -26,6 +26,7 @@ def check_place(workdir: pathlib.Path) -> None:
 
 def check_name(asked: str, workdir: pathlib.Path, remedy: str) -> None:
     """Raises UserError where orbax cannot read or write checkpoints below `workdir`. The error begins with `asked`."""
+    check_local(workdir, asked)
     if not is_unicode(workdir.absolute()):
         raise UserError(f"{asked} is not UTF-8, as checkpoints need; {remedy}")
     if "**" in str(workdir.absolute()):

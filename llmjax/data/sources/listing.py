@@ -19,6 +19,7 @@ from pathlib import Path
 from llmjax.data.sources.fingerprint import file_digest
 from llmjax.data.sources.formats import JSON_SUFFIXES, format_of, suffix_of
 from llmjax.errors import UserError
+from llmjax.names import check_local
 
 # The source that stands for the standard library, a corpus of code that is on every machine.
 STDLIB = "stdlib"
@@ -145,6 +146,7 @@ class _Search:
         """(name, path) of each file that `source` names. Raises `UserError` if there are none."""
         if source == STDLIB:
             return _stdlib_files()
+        check_local(source, f"{self._key} names {source!r}, which")
         path = os.path.expanduser(source)
         if os.path.isfile(path):
             return [(os.path.basename(path), path)]
