@@ -116,7 +116,7 @@ def test_a_run_asked_to_stop_saves_exits_well_and_resumes_bit_for_bit(number, fo
 
 OURS = (
     r"plan", r"next", r"sample: after", r"the model continued", r"  \| .*", r"done after [\d.]+ s",
-    r"  (corpus|files|tokenizer|packing|model|attention|optimizer|mesh|batch|memory|updates|output) .*",
+    r"  (corpus|held out|files|tokenizer|packing|model|attention|optimizer|mesh|batch|memory|updates|output) .*",
     r"  (held-out loss|perplexity|bits per byte|gzip|xz|report|resume|train on|evaluate|generate) .*",
     r"ready after [\d.]+ s; the first update compiles", r"update \d+/6  (held-out )?loss .*",
 )  # fmt: skip
@@ -124,7 +124,7 @@ GLOO = r"\[Gloo\] Rank \d is connected .*"  # of several processes on CPUs, prin
 # What a run says of work that takes seconds: on a terminal always, elsewhere only where it takes more than three.
 STAGES = (
     r"(importing jax|looking through data\.sources|preparing the (tokenizer|parameters)|packing|compiling the update"
-    r"|training the tokenizer|sampling|compressing held-out text|writing the report)  \d+ s",
+    r"|training the tokenizer|sampling|compressing held-out text|writing the (report|checkpoint))  \d+ s",
     r"(looking for changes|reading the text|tokenizing|evaluating) +\d+%  ?.* of .*",
 )
 BAR = r"\d+/6 \|.*\| (loss .*)?"
