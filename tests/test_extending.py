@@ -86,6 +86,7 @@ def run(root, *arguments, code=0, stderr=""):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_tables_reach_what_was_added(copy):
     """The copy of the tests is as it is: what was added is in their tables."""
     shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))

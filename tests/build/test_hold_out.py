@@ -352,6 +352,7 @@ SHARED = pathlib.Path(os.environ.get("LLMJAX_SHARED", tiny_run.ROOT.parent / "sh
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real texts in {SHARED}")
+@pytest.mark.slow
 def test_real_books_are_cut_where_their_readers_would(tmp_path):
     path = SHARED / "lm_en" / "tinyshakespeare.txt"
     corpus = make_corpus(*config_of(tmp_path, data__sources=(str(path),)))

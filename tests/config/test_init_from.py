@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from some_slow import often
 from tiny_run import command
 
 from llmjax import main
@@ -119,6 +120,7 @@ def test_once_it_has_a_checkpoint_it_goes_on_without_the_other(folder, source, t
     ))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(folder, source, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(capsys, extended(folder, whole, source))
@@ -132,12 +134,15 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(folder, source
     assert tiny_run.read_lines(parts) == tiny_run.read_lines(whole)
 
 
-@pytest.mark.parametrize("which, update", [("latest", 6), ("best", 6), ("4", 4)])
+@pytest.mark.parametrize(
+    "which, update", often([("latest", 6), ("best", 6), ("4", 4)], lambda case: case[1] == 4)
+)
 def test_the_checkpoint_can_be_chosen(which, update, folder, source, tmp_path, capsys):
     words = extended(folder, tmp_path, source, "--mode=evaluate", checkpoint__init_checkpoint=which)
     assert f"update {update} of {source}" in run(capsys, words)
 
 
+@pytest.mark.slow
 def test_what_does_not_shape_parameters_may_differ(folder, source, tmp_path, capsys):
     settings = {"model__window": 24, "model__rope_theta": 5e4, "model__dropout": 0.1, "compute__scan_layers": True,
                 "compute__remat": "full", "model__logit_softcap": 30.0, "compute__kernel": "full",
@@ -146,7 +151,7 @@ def test_what_does_not_shape_parameters_may_differ(folder, source, tmp_path, cap
     assert "update 1/1" in out
 
 
-@pytest.mark.parametrize("name", ["schedule_free_adamw", "adamw"])
+@pytest.mark.parametrize("name", often(["schedule_free_adamw", "adamw"], lambda name: name != "adamw"))
 def test_averaged_parameters_are_what_it_begins_with(name, folder, tmp_path, capsys):
     averaged = {"optimizer__name": "schedule_free_adamw", "optimizer__schedule": "constant"}
     run(capsys, command(folder, f"--workdir={tmp_path / 'source'}", **averaged))
@@ -157,6 +162,7 @@ def test_averaged_parameters_are_what_it_begins_with(name, folder, tmp_path, cap
     assert held_out_loss(run(capsys, words)) == f"{last['loss']:.4f}"
 
 
+@pytest.mark.slow
 def test_the_tokenizer_comes_along_whatever_the_documents_are(tmp_path, capsys):
     for name, text in (("a", ""), ("b", " quite other words, zigzag and quartz")):
         tiny_run.write_corpus(tmp_path / name / "corpus", text=text)

@@ -17,6 +17,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_around_a_ring_with_all_that_saves_memory_is_that_of_one_device(folder, capsys):
     plain, long = folder / "plain", folder / "long"
     tiny_run.finish(tiny_run.start(command(folder, f"--workdir={plain}")))  # on one device

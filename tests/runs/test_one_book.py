@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import tiny_run
+from some_slow import often
 from tiny_run import command, losses, read_lines
 
 from llmjax import main
@@ -39,7 +40,11 @@ def run(folder, name, *words, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"data__hold_out": "tails"}, {"data__split_on": "river\\d+0 "}], ids=str
+    "settings",
+    often(
+        [{}, {"data__hold_out": "tails"}, {"data__split_on": "river\\d+0 "}], lambda settings: not settings
+    ),
+    ids=str,
 )
 def test_a_run_on_one_book_holds_out_a_part_says_so_and_goes_on_bit_for_bit(folder, settings, capsys):
     settings = {"data__sources": folder / "book.txt", **settings}
@@ -57,7 +62,9 @@ def test_a_run_on_one_book_holds_out_a_part_says_so_and_goes_on_bit_for_bit(fold
     assert run(folder, "whole", "--mode=evaluate", **settings) == 0
 
 
-@pytest.mark.parametrize("with_config", [True, False], ids=["same command", "workdir alone"])
+@pytest.mark.parametrize(
+    "with_config", often([True, False], lambda given: given), ids=["same command", "workdir alone"]
+)
 def test_a_run_from_before_data_could_be_cut_goes_on_bit_for_bit(folder, with_config, capsys):
     """Its config lacks the keys, and whole documents are held out, few as they are."""
     assert run(folder, "whole", **OLD, data__hold_out="documents") == 0
