@@ -48,8 +48,11 @@ def open_unpacked(file: SourceFile, reading: Reading, stats: ReadStats) -> Itera
     also later while the stream is read, if the file is damaged, is an archive, needs a package that is not installed,
     or unpacks to more than `reading.max_expansion` allows.
     """
-    with open(file.path, "rb") as start:
-        head = start.read(16)
+    try:
+        with open(file.path, "rb") as start:
+            head = start.read(16)
+    except OSError as error:
+        raise _unreadable(file, error) from None
     suffix = os.path.splitext(file.path)[1].lower()
     known = [name for name, (magic, _) in COMPRESSIONS.items() if re.match(magic, head)]
     # The content decides; the suffix counts only for a file whose first bytes say nothing.
@@ -78,10 +81,13 @@ def open_unpacked(file: SourceFile, reading: Reading, stats: ReadStats) -> Itera
     except UserError:
         raise
     except errors as error:
-        text = " ".join(str(error).split())
-        raise UserError(
-            f"data.sources names {file.path!r}, which cannot be read ({text}): repair or remove it."
-        ) from None
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: SourceFile, error: Exception) -> UserError:
+    """The error for a file that is damaged or that the system refuses to read."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return UserError(f"data.sources names {file.path!r}, which cannot be read ({text}): repair or remove it.")
 
 
 def refuse_archives(head: bytes, file: SourceFile) -> None:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator
 
 from llmjax.data.sources.compression import open_unpacked
+from llmjax.data.sources.formats import PARQUET_MAGIC
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import BAD_TEXT, Reading, ReadStats
 from llmjax.errors import UserError
@@ -148,7 +149,11 @@ def advice(file: SourceFile, reading: Reading) -> str:
     If the encoding can be guessed, the advice is to set it.
     """
     with contextlib.suppress(UserError, OSError), open_unpacked(file, reading, ReadStats()) as stream:
-        guess = guess_encoding(stream.read(_SAMPLE))
+        sample = stream.read(_SAMPLE)
+        # The strings of Parquet are UTF-8, whatever data.encoding says.
+        if sample.startswith(PARQUET_MAGIC):
+            return "correct it, or set skip or replace."
+        guess = guess_encoding(sample)
         if guess and codecs.lookup(guess) != codecs.lookup(reading.encoding):
             return f"it looks like {guess}, which --config.data.encoding={guess} reads."
     return "correct it, name its encoding in data.encoding, or set skip or replace."

@@ -61,6 +61,22 @@ def test_lines_of_json_in_a_file_of_unknown_suffix_are_rows_and_text_stays_text(
     assert texts(tmp_path / "part-00000", fields=("body",)) == [lines]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_every_layout_of_json_is_read_under_an_unknown_suffix(layout, encoding, tmp_path):
+    path = tmp_path / "part-00000"
+    path.write_bytes(LAYOUTS[layout](POEMS).encode(encoding))
+    assert texts(path) == [poem["text"] for poem in POEMS]
+
+
+@pytest.mark.parametrize(
+    "text", ["[Illustration] a tale", "[1] a note, [2] another", "{", "[", '["text"]', '{"a": 1}']
+)
+def test_text_that_begins_with_a_bracket_stays_text_under_an_unknown_suffix(text, tmp_path):
+    (tmp_path / "book.v1").write_text(text)
+    assert texts(tmp_path / "book.v1") == [text]
+
+
 def test_json_in_a_folder_that_has_no_text_is_left_out_and_counted(tmp_path):
     (tmp_path / "package.json").write_text('{"name": "x"}')
     (tmp_path / "c4.json.gz").write_bytes(gzip.compress(LAYOUTS["lines"](POEMS).encode()))
@@ -102,6 +118,18 @@ def test_null_is_an_error_or_left_out_and_counted(suffix, tmp_path):
         assert (stats.skipped, stats.replaced) == (2, 0)
 
 
+@pytest.mark.parametrize("null", ["null", '{"text": null}', '{"text": ["a", null]}'])
+@pytest.mark.parametrize("layout", ["%s\n{}\n", "[%s, {}]"])
+def test_a_null_row_and_a_null_line_are_null_text(null, layout, tmp_path):
+    (tmp_path / "a.json").write_text((layout % null).replace("{}", '{"text": "x"}'))
+    with pytest.raises(UserError, match=r"data\.on_bad_text = 'error' .* is null in .*set skip"):
+        texts(tmp_path / "a.json")
+    for choice in ("skip", "replace"):
+        stats = ReadStats()
+        assert texts(tmp_path, stats, on_bad_text=choice) == ["x"]
+        assert stats.skipped == 1
+
+
 @pytest.mark.parametrize(
     "other", ["[" * 2000 + "]" * 2000, '{"a":' * 2000 + "1" + "}" * 2000, "9" * 5000, "[-" + "7" * 5000 + "]"]
 )
@@ -117,6 +145,10 @@ def test_another_field_that_python_cannot_read_at_once_does_no_harm(other, layou
     [
         ('[{"text": "a"}, {"text": "b"', r"object 2 of .*a\.json.*is cut short"),
         ('[{"text": "a"}, {"text": "b', r"object 2 of .*a\.json.*is cut short"),
+        ('[{"text": "a"},\n', r"object 2 of .*a\.json.*is cut short: repair"),
+        ('[{"text": "a"}', r"object 1 of .*a\.json.*is cut short"),
+        ("[", r"object 1 of .*a\.json.*is cut short"),
+        ('[{"text": "a"}]]', r"object 2 of .*a\.json.*no JSON object"),
         ('[{"text": "a"}] and more', r"object 2 of .*a\.json.*no JSON object"),
         ('[{"text": "a"}, {"text" "b"}]', r"object 2 of .*a\.json' is not JSON"),
         ('["a"]', r"object 1 of .*a\.json' is no JSON object but a str"),
@@ -230,6 +262,28 @@ def test_a_damaged_parquet_file_is_one_sentence_wherever_it_is_damaged(tmp_path)
         path.write_bytes(whole[:cut])
         with pytest.raises(UserError, match=r"a\.parquet"):
             texts(path)
+
+
+def test_parquet_with_two_columns_of_the_name_or_compressed_as_a_whole_is_one_sentence(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"'text' is the name of several columns of .*a\.parquet"):
+        texts(path)
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(UserError, match=r"b\.parquet\.gz', which is a compressed Parquet file: unpack it"):
+        texts(tmp_path / "b.parquet.gz")
+
+
+def test_bad_text_in_parquet_is_not_advised_to_name_an_encoding(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "a.parquet", pa.array(["道可道，非常道。".encode("gb18030")] * 99, pa.binary()))
+    with pytest.raises(
+        UserError, match=r"row 1 of .* is not UTF-8 at byte 0: correct it, or set skip or replace"
+    ):
+        texts(tmp_path / "a.parquet")
 
 
 def test_parquet_without_its_suffix_is_read(tmp_path):
