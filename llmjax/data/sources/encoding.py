@@ -43,6 +43,10 @@ _ENOUGH = 8
 # UTF-8 with a few damaged places has at least this many good characters beyond ASCII for each bad one. Text of another
 # encoding that is read as UTF-8 is mostly bad. A choice.
 _GOOD_PER_BAD = 10
+# Another encoding must have this many times more frequent characters than the one of the config. A choice.
+_MORE_SENSE = 4
+# The encodings, by Python's names, whose texts are compared with `_CANDIDATES`: those that share the same bytes.
+_NAMED = frozenset({*_CANDIDATES, "gbk", "gb2312", "cp949", "cp932", "big5hkscs"})
 # The longest character of any encoding, in bytes.
 _LONGEST_CHARACTER = 4
 
@@ -52,13 +56,60 @@ def open_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Iterator[
     """Opens a file as a stream of its text in UTF-8, without its compression.
 
     If `reading.encoding` is UTF-8, these are the bytes of the file, unchecked. Raises `UserError` for damage, see
-    `open_unpacked`, and, while reading, for bytes that do not belong to another encoding.
+    `open_unpacked`, and, while reading, for bytes that do not belong to another encoding. Raises `WrongEncodingError`
+    if the first bytes show that the whole file is in another encoding, even if it could be decoded.
     """
     with open_unpacked(file, reading, stats) as stream:
+        if found := other_encoding(stream.peek(_SAMPLE)[:_SAMPLE], reading.encoding):
+            raise WrongEncodingError(
+                f"data.encoding={reading.encoding!r} and file {file.path!r} looks like {found}: set "
+                f"--config.data.encoding={found} if all files are, or else convert it (iconv)."
+            )
         if reading.is_utf8:
             yield stream
         else:
             yield io.BufferedReader(_AsUTF8(stream, file, reading), _CHUNK)
+
+
+class WrongEncodingError(UserError):
+    """A file is in another encoding than the config says."""
+
+
+def other_encoding(data: bytes, encoding: str) -> str | None:
+    """The encoding of a file if its first bytes, `data`, show that it is not the one of the config.
+
+    Some texts can be decoded in a wrong encoding, and a model would learn to write the nonsense that comes out. Returns
+    None if nothing is wrong, or if decoding will fail anyway.
+    """
+    name = codecs.lookup(encoding).name
+    if name in ("utf-8", "utf-8-sig"):
+        # UTF-16 without a byte order mark. In most scripts every other byte is often 0, which is valid UTF-8.
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return None
+        for parity, found in ((1, "utf-16-le"), (0, "utf-16-be")):
+            zeros, others = (data[i::2].count(0) for i in (parity, 1 - parity))
+            if len(data) >= _ENOUGH and 2 * zeros >= len(data[parity::2]) and zeros > _GOOD_PER_BAD * others:
+                return found
+        return None
+    if _is_utf8(data):
+        return "utf-8"
+    if name not in _NAMED:
+        return None
+    shares = {other: _common_share(data, other, common) for other, common in _CANDIDATES.items()}
+    best = max(shares, key=lambda other: shares[other])
+    # What is common in one language may also be in another, so the text must make no sense in the named encoding.
+    sense = max(_common_share(data, name, common) for common in _CANDIDATES.values())
+    return best if shares[best] >= max(_COMMON, _MORE_SENSE * sense) else None
+
+
+def _is_utf8(data: bytes) -> bool:
+    """Whether the beginning of a file is UTF-8 with enough characters beyond ASCII to be no accident."""
+    try:
+        # An incremental decoder accepts a character that is cut at the end.
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return sum(ord(c) > 127 for c in text) >= _ENOUGH
 
 
 class _AsUTF8(io.RawIOBase):

@@ -70,7 +70,7 @@ def begins_with_row(stream: io.BufferedReader, file: SourceFile, reading: Readin
     """Whether a stream is JSON whose first object has the text field, judged by at most its first `_HEAD` bytes."""
     if not _trimmed(stream.peek(_BLOCK)).startswith((b"{", b"[")):
         return False
-    head = io.BufferedReader(io.BytesIO(stream.read(_HEAD)))  # type: ignore[arg-type]
+    head: Any = io.BufferedReader(io.BytesIO(stream.read(_HEAD)))
     with contextlib.suppress(UserError):
         rows = _lines(head) if _layout(head, file) == "lines" else _objects(head, file)
         return _first_has_field(rows, file, reading)
