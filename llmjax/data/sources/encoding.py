@@ -60,10 +60,17 @@ def open_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Iterator[
     if the first bytes show that the whole file is in another encoding, even if it could be decoded.
     """
     with open_unpacked(file, reading, stats) as stream:
-        if found := other_encoding(stream.peek(_SAMPLE)[:_SAMPLE], reading.encoding):
+        head = stream.peek(_SAMPLE)[:_SAMPLE]
+        if found := other_encoding(head, reading.encoding):
             raise WrongEncodingError(
                 f"data.encoding={reading.encoding!r} and file {file.path!r} looks like {found}: set "
                 f"--config.data.encoding={found} if all files are, or else convert it (iconv)."
+            )
+        # A download or a disk that failed can leave a file of zeros, which are valid UTF-8.
+        zeros = len(head) >= _ENOUGH and 2 * head.count(0) > len(head)
+        if reading.is_utf8 and zeros and not _marked_encoding(head):
+            raise WrongEncodingError(
+                f"data.sources names {file.path!r}, which is no text (most of its bytes are 0): repair or remove it."
             )
         if reading.is_utf8:
             yield stream
@@ -72,7 +79,7 @@ def open_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Iterator[
 
 
 class WrongEncodingError(UserError):
-    """A file is in another encoding than the config says."""
+    """A file is in another encoding than the config says, or in none."""
 
 
 def other_encoding(data: bytes, encoding: str) -> str | None:
@@ -83,14 +90,7 @@ def other_encoding(data: bytes, encoding: str) -> str | None:
     """
     name = codecs.lookup(encoding).name
     if name in ("utf-8", "utf-8-sig"):
-        # UTF-16 without a byte order mark. In most scripts every other byte is often 0, which is valid UTF-8.
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return None
-        for parity, found in ((1, "utf-16-le"), (0, "utf-16-be")):
-            zeros, others = (data[i::2].count(0) for i in (parity, 1 - parity))
-            if len(data) >= _ENOUGH and 2 * zeros >= len(data[parity::2]) and zeros > _GOOD_PER_BAD * others:
-                return found
-        return None
+        return _wide_encoding(data)
     if _is_utf8(data):
         return "utf-8"
     if name not in _NAMED:
@@ -100,6 +100,33 @@ def other_encoding(data: bytes, encoding: str) -> str | None:
     # What is common in one language may also be in another, so the text must make no sense in the named encoding.
     sense = max(_common_share(data, name, common) for common in _CANDIDATES.values())
     return best if shares[best] >= max(_COMMON, _MORE_SENSE * sense) else None
+
+
+def _wide_encoding(data: bytes) -> str | None:
+    """The encoding of a text in UTF-32 or UTF-16 without a byte order mark, or None if `data` is no such text.
+
+    Its characters have bytes of 0 at the same places, and bytes of 0 are valid UTF-8.
+    """
+    if len(data) < _ENOUGH or _marked_encoding(data):
+        return None
+    # The share of zeros in the first, second, third and fourth byte of every four.
+    zeros = [data[i::4].count(0) / len(data[i::4]) for i in range(4)]
+    for order, found in ((zeros, "utf-32-le"), (zeros[::-1], "utf-32-be")):
+        if order[3] == 1 and order[2] > 0.5 and order[0] * _GOOD_PER_BAD < 1:
+            return found
+    for low, high, found in ((0, 1, "utf-16-le"), (1, 0, "utf-16-be")):
+        if zeros[high] + zeros[high + 2] > 1 and (zeros[low] + zeros[low + 2]) * _GOOD_PER_BAD < 1:
+            return found
+    return None
+
+
+def _marked_encoding(data: bytes) -> str | None:
+    """The encoding of a text that begins with the byte order mark of UTF-32 or UTF-16, or None if it does not."""
+    for mark, name in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+                       (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
+        if data.startswith(mark):
+            return name
+    return None
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -216,10 +243,8 @@ def guess_encoding(data: bytes) -> str | None:
     Looks for a byte order mark, then for frequent characters of Chinese, Japanese, Korean and western Europe, and then
     asks charset-normalizer if it is installed. Returns a name that Python knows, or None if there is no likely one.
     """
-    for mark, name in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-                       (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
-        if data.startswith(mark):
-            return name
+    if marked := _marked_encoding(data):
+        return marked
     mended = data.decode("utf-8", "replace")
     bad, foreign = mended.count("\ufffd"), sum(ord(c) > 127 for c in mended)
     # This is UTF-8 that is damaged here and there.

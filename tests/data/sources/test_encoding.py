@@ -155,9 +155,9 @@ def test_a_text_that_only_seems_to_be_of_the_named_encoding_is_refused(real, nam
             texts(tmp_path, encoding=named, on_bad_text=on_bad_text)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.py"])
-def test_utf16_without_a_byte_order_mark_is_not_taken_for_utf8(encoding, name, tmp_path):
+def test_utf16_and_utf32_without_a_byte_order_mark_are_not_taken_for_utf8(encoding, name, tmp_path):
     text = json.dumps({"text": "plain text\n" * 9})
     (tmp_path / name).write_bytes(text.encode(encoding))
     with pytest.raises(UserError, match=rf"data\.encoding='utf-8' and file .* looks like {encoding}: set "):
@@ -179,3 +179,14 @@ def test_a_text_in_the_named_encoding_is_never_taken_for_another(encoding, text)
 def test_text_with_a_few_zeros_is_utf8():
     for text in ("a\0b" * 50, "\0" * 50, "\0", "a\0", ""):
         assert other_encoding(text.encode(), "utf-8") is None
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.py", "part-0"])
+def test_a_file_of_zeros_is_no_text(name, tmp_path):
+    (tmp_path / name).write_bytes(b"text" + bytes(5000))
+    with pytest.raises(
+        UserError, match=rf"{name}', which is no text \(most of its bytes are 0\): repair or remove it"
+    ):
+        texts(tmp_path / name)
+    (tmp_path / name).write_text(json.dumps({"text": "a\0" * 9}))
+    assert len(texts(tmp_path / name)) == 1
