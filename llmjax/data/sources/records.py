@@ -136,7 +136,8 @@ def detect_format(file: SourceFile, reading: Reading = _READING) -> str:
     """The format of a file, a key of `READERS`. A suffix that is known decides, and otherwise the content."""
     if (known := format_of(file.path)) is not None:
         return known
-    with open(file.path, "rb") as stream:
+    # A file that cannot be opened is named by whoever reads it.
+    with contextlib.suppress(OSError), open(file.path, "rb") as stream:
         if stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC:
             return "parquet"
     # A file whose first object has the text field is JSON. One without this field is taken for text.

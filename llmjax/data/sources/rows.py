@@ -70,11 +70,15 @@ def begins_with_row(stream: io.BufferedReader, file: SourceFile, reading: Readin
     """Whether a stream is JSON whose first object has the text field, judged by at most its first `_HEAD` bytes."""
     if not _trimmed(stream.peek(_BLOCK)).startswith((b"{", b"[")):
         return False
-    head: Any = io.BufferedReader(io.BytesIO(stream.read(_HEAD)))
+    data = stream.read(_HEAD)
+    head: Any = io.BufferedReader(io.BytesIO(data))
     with contextlib.suppress(UserError):
         rows = _lines(head) if _layout(head, file) == "lines" else _objects(head, file)
         return _first_has_field(rows, file, reading)
-    return False
+    # The first object may be longer. Then it is enough that it looks like one and names the field.
+    name = re.escape(json.dumps(reading.fields[0], ensure_ascii=False).encode("utf-8", "replace"))
+    is_cut = len(data) == _HEAD and re.match(rb'[\[\s]*\{\s*"', _trimmed(data))
+    return bool(is_cut and re.search(name + rb"\s*:", data))
 
 
 def _first_has_field(rows: Iterator[tuple[int, bytes, int]], file: SourceFile, reading: Reading) -> bool:

@@ -6,6 +6,7 @@ import tracemalloc
 
 import pytest
 
+from llmjax.data.sources import rows as rows_module
 from llmjax.data.sources.listing import list_sources, search_sources
 from llmjax.data.sources.reading import Reading, ReadStats
 from llmjax.data.sources.records import has_text, read_records
@@ -67,6 +68,17 @@ def test_every_layout_of_json_is_read_under_an_unknown_suffix(layout, encoding, 
     path = tmp_path / "part-00000"
     path.write_bytes(LAYOUTS[layout](POEMS).encode(encoding))
     assert texts(path) == [poem["text"] for poem in POEMS]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_long_first_row_under_an_unknown_suffix_is_a_row(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "_HEAD", 1000)
+    rows = [{"title": "一", "text": "long " * 1000}, *POEMS]
+    (tmp_path / "part-0").write_text(LAYOUTS[layout](rows))
+    assert texts(tmp_path / "part-0") == [row["text"] for row in rows]
+    for text in ("[note] " + "text: " * 900, '{"other": 1} ' + "long " * 900):
+        (tmp_path / "part-0").write_text(text)
+        assert texts(tmp_path / "part-0") == [text]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +296,17 @@ def test_bad_text_in_parquet_is_not_advised_to_name_an_encoding(tmp_path):
         UserError, match=r"row 1 of .* is not UTF-8 at byte 0: correct it, or set skip or replace"
     ):
         texts(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet", "part-0", "a.py"])
+def test_a_file_that_is_gone_after_it_was_listed_is_one_sentence(name, tmp_path):
+    if name == "a.parquet":
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_text("x")
+    (file,) = list_sources([str(tmp_path / name)])
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=rf"data\.sources names .*{name}', which "):
+        list(read_records(file))
 
 
 def test_parquet_without_its_suffix_is_read(tmp_path):
