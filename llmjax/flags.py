@@ -218,14 +218,15 @@ def read_prompts(values: flags.FlagValues) -> list[str]:
     if values.prompt_file is not None:
         check_local(values.prompt_file, f"--prompt_file={values.prompt_file}")
         path = pathlib.Path(values.prompt_file)
-        if values.prompt_file == "-":
-            data = sys.stdin.buffer.read()
-        elif path.is_file():
-            data = path.read_bytes()
-        else:
+        try:
+            # Any path that can be read will do, such as the pipe that a shell makes of <(...).
+            data = sys.stdin.buffer.read() if values.prompt_file == "-" else path.read_bytes()
+        except (OSError, ValueError) as error:
+            absent = isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError))
+            reason = "does not exist" if absent else f"cannot be read ({getattr(error, 'strerror', error)})"
             raise UserError(
-                f"--prompt_file={path} does not exist; give a text file with one prompt a line, or - for standard input"
-            )
+                f"--prompt_file={path} {reason}; give a text file with one prompt a line, or - for standard input"
+            ) from None
         try:
             text = data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:

@@ -3,6 +3,8 @@ nothing compiled."""
 
 import io
 import json
+import os
+import pathlib
 
 import pytest
 import tiny_run
@@ -10,6 +12,7 @@ from tiny_run import BASE, command
 
 from configs import base
 from llmjax import main
+from llmjax.errors import UserError
 
 REFUSED = 2
 
@@ -290,6 +293,25 @@ def test_prompts_come_from_standard_input_and_from_files_with_a_byte_order_mark(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
     values, _ = parsed("--mode=generate", "--prompt_file=-")
     assert main.read_prompts(values) == ["one", "第二"]
+
+
+def test_prompts_come_through_a_pipe_and_what_cannot_be_read_is_a_sentence(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.write(write, b"one\ntwo\n")
+    os.close(write)
+    values, _ = parsed("--mode=generate", f"--prompt_file=/dev/fd/{read}")
+    assert main.read_prompts(values) == ["one", "two"]
+    os.close(read)
+    values, _ = parsed("--mode=generate", f"--prompt_file={tmp_path}")
+    with pytest.raises(
+        UserError, match=r"--prompt_file=.* cannot be read \(Is a directory\); give a text file"
+    ):
+        main.read_prompts(values)
+    monkeypatch.setattr(
+        pathlib.Path, "read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "No"))
+    )
+    with pytest.raises(UserError, match=r"--prompt_file=.* cannot be read \(No\); give a text file"):
+        main.read_prompts(values)
 
 
 def test_prompts_come_from_flags_and_from_a_file(tmp_path):

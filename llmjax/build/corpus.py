@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llmjax.build.hold_out import make_store, search_files
+from llmjax.build.hold_out import TAILS, make_store, search_files
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
 from llmjax.data.packing.make_plan import cached_plan
@@ -156,6 +156,7 @@ def make_corpus(
         sequences_per_update=derived.batch.sequences_per_update,
         held_out_fraction=data.held_out_fraction,
         held_out_sources=data.held_out_sources,
+        tails=hold_out == TAILS,
     )
     sequences = functools.partial(PackedSequences, store, seed=config.seed, columns=derived.examples.columns)
     held_out = sequences(held_out_plan, repeat=False) if held_out_plan.num_rows else None

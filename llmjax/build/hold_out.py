@@ -87,18 +87,24 @@ def make_store(
         store = make(cutting=Cutting(data.split_on))
         if kind != "auto":
             return store, kind
-        if is_fair(store.num_bytes, data.held_out_fraction):
+        fair = is_fair(store.num_bytes, data.held_out_fraction, store.hashes)
+        # Chance may still put every document on one side.
+        if fair and all(len(ids) for ids in store.split(data.held_out_fraction)):
             return store, DOCUMENTS
     return make(cutting=Cutting(data.split_on, data.held_out_fraction)), TAILS
 
 
-def is_fair(num_bytes: np.ndarray, fraction: float) -> bool:
+def is_fair(num_bytes: np.ndarray, fraction: float, hashes: np.ndarray) -> bool:
     """Whether holding out whole documents of these sizes, int64 [documents], at random gives about `fraction` of them.
 
-    It does if at least `LEAST_DOCUMENTS` are held out on average and none has more than a tenth of the text.
+    It does if at least `LEAST_DOCUMENTS` are held out on average and none has more than a tenth of the text. Documents
+    of the same text, which have the same hash, uint64 [documents], are held out together and count as one.
     """
-    enough = len(num_bytes) * fraction >= LEAST_DOCUMENTS
-    return bool(enough and int(num_bytes.max()) * LARGEST_PART <= int(num_bytes.sum()))
+    _, number = np.unique(np.asarray(hashes), return_inverse=True)
+    # Sums in float64 are exact up to 2^53 bytes.
+    sizes = np.bincount(number, weights=num_bytes)
+    enough = len(sizes) * fraction >= LEAST_DOCUMENTS
+    return bool(enough and sizes.max() * LARGEST_PART <= sizes.sum())
 
 
 def _choose(data: DataConfig, files: Sequence[SourceFile]) -> str:

@@ -17,6 +17,7 @@ from llmjax.config.reading import complete_config, read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.table import EXAMPLES
+from llmjax.data.store.store import Store
 from llmjax.errors import UserError
 from llmjax.plan.summary import describe
 
@@ -189,7 +190,37 @@ def test_the_split_does_not_depend_on_the_number_of_workers_or_the_time(books, s
     ],
 )
 def test_whole_documents_are_fair_where_four_are_expected_and_none_is_a_tenth(sizes, fraction, fair):
-    assert is_fair(np.array(sizes, np.int64), fraction) is fair
+    sizes, hashes = np.array(sizes, np.int64), np.arange(len(sizes), dtype=np.uint64)
+    assert is_fair(sizes, fraction, hashes) is fair
+    # Documents of the same text go to the same side, so a copy of each makes no difference.
+    assert is_fair(np.repeat(sizes, 2), fraction, np.repeat(hashes, 2)) is fair
+
+
+@pytest.mark.parametrize("texts", [1, 3, 30])
+def test_the_same_texts_again_and_again_are_held_out_at_their_ends(texts, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    rows = [json.dumps({"text": f"row {i % texts} " + "of words " * 20}) for i in range(600)]
+    (tmp_path / "corpus" / "rows.jsonl").write_text("\n".join(rows))
+    assert make_corpus(*config_of(tmp_path)).hold_out == "tails"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_auto_holds_out_ends_where_chance_puts_all_documents_on_one_side(number, many, monkeypatch):
+    ids = (np.arange(40), np.arange(0))
+    real = Store.split
+    monkeypatch.setattr(
+        Store, "split", lambda self, f: real(self, f) if len(self) != 40 else (ids[number], ids[1 - number])
+    )
+    assert make_corpus(*config_of(many)).hold_out == "tails"
+
+
+def test_documents_too_short_to_be_cut_are_one_sentence_that_does_not_advise_to_cut_them(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "rows.jsonl").write_text('{"text": "a"}\n' * 300)
+    with pytest.raises(
+        UserError, match="at the end of each of the 300 documents .* leaves none .* longer documents$"
+    ):
+        make_corpus(*config_of(tmp_path))
 
 
 def test_rows_are_counted_as_documents_before_auto_decides(tmp_path):

@@ -143,17 +143,25 @@ def check_corpus(
     sequences_per_update: int,
     held_out_fraction: float,
     held_out_sources: tuple[str, ...] = (),
+    tails: bool = False,
 ) -> None:
     """Checks that the training rows fill one update and that the held-out split leaves no side empty.
 
     Raises UserError, which names the config key to change. The held-out side may be empty if `held_out_fraction` is 0.
-    If there are `held_out_sources`, they are the held-out side, and the fraction is not looked at.
+    If there are `held_out_sources`, they are the held-out side, and the fraction is not looked at. `tails` says whether
+    the end of each document is held out, and not whole documents.
     """
     if not train.num_rows and not held_out.num_rows:
         raise UserError("data.sources has no document of more than one token; add documents")
     if held_out_sources and not (train.num_rows and held_out.num_rows):
         key = "data.held_out_sources" if train.num_rows else "data.sources"
         raise UserError(f"{key} has no document of more than one token; name sources with text")
+    if not train.num_rows and tails:
+        raise UserError(
+            f"data.held_out_fraction={held_out_fraction} of the characters at the end of each of the "
+            f"{held_out.num_documents} documents of data.sources leaves none to train on; lower it, or give longer "
+            "documents"
+        )
     if not train.num_rows:
         raise UserError(
             f"data.held_out_fraction={held_out_fraction} holds out all {held_out.num_documents} documents of "

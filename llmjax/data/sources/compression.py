@@ -36,8 +36,10 @@ _WINDOW = 1 << 31
 # last four bits are free.
 _FRAME, _SKIPPABLE_FRAME = 0xFD2FB528, 0x184D2A50
 # First bytes -> the kind of a file that is not text and that cannot be unpacked here.
-_ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!": "a rar archive",
-             b"\x04\x22\x4d\x18": "an lz4 file", b"%PDF-": "a PDF"}  # fmt: skip
+_ARCHIVES = {b"PK\x03\x04": "a zip archive", b"PK\x05\x06": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+             b"Rar!\x1a\x07": "a rar archive", b"\x04\x22\x4d\x18": "an lz4 file", b"%PDF-": "a PDF"}  # fmt: skip
+# What a tar archive has at byte 257, after a file name: the magic of POSIX and the magic of GNU.
+_TAR = (b"ustar\0", b"ustar  \0")
 
 
 @contextlib.contextmanager
@@ -48,8 +50,11 @@ def open_unpacked(file: SourceFile, reading: Reading, stats: ReadStats) -> Itera
     also later while the stream is read, if the file is damaged, is an archive, needs a package that is not installed,
     or unpacks to more than `reading.max_expansion` allows.
     """
-    with open(file.path, "rb") as start:
-        head = start.read(16)
+    try:
+        with open(file.path, "rb") as start:
+            head = start.read(16)
+    except OSError as error:
+        raise _unreadable(file, error) from None
     suffix = os.path.splitext(file.path)[1].lower()
     known = [name for name, (magic, _) in COMPRESSIONS.items() if re.match(magic, head)]
     # The content decides; the suffix counts only for a file whose first bytes say nothing.
@@ -72,23 +77,30 @@ def open_unpacked(file: SourceFile, reading: Reading, stats: ReadStats) -> Itera
                 raw = stack.enter_context(_Limited(unpack(raw), file, reading, limit))
             stream = stack.enter_context(io.BufferedReader(raw, _BUFFER))
             # An archive may be compressed, so this looks at the unpacked bytes.
-            refuse_archives(stream.peek(512), file)
+            refuse_archives(stream.peek(512), file, unpacked=bool(name))
             yield stream
     # What the caller does with the stream may raise here, too, and a `UserError` has its sentence already.
     except UserError:
         raise
     except errors as error:
-        text = " ".join(str(error).split())
-        raise UserError(
-            f"data.sources names {file.path!r}, which cannot be read ({text}): repair or remove it."
-        ) from None
+        raise _unreadable(file, error) from None
 
 
-def refuse_archives(head: bytes, file: SourceFile) -> None:
-    """Raises `UserError` if the first bytes of a file show that it is an archive, or another file that is not text."""
+def _unreadable(file: SourceFile, error: Exception) -> UserError:
+    """The error for a file that is damaged or that the system refuses to read."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return UserError(f"data.sources names {file.path!r}, which cannot be read ({text}): repair or remove it.")
+
+
+def refuse_archives(head: bytes, file: SourceFile, unpacked: bool = False) -> None:
+    """Raises `UserError` if the first bytes of a file show that it is an archive, or another file that is not text.
+
+    `unpacked` says that the bytes come out of a compressed file, which must not be compressed once more.
+    """
     kinds = [kind for magic, kind in _ARCHIVES.items() if head.startswith(magic)]
-    # The first bytes of a tar archive are a file name.
-    kinds += ["a tar archive"] if head[257:262] == b"ustar" else []
+    kinds += ["a tar archive"] if head[257:].startswith(_TAR) else []
+    if unpacked and any(re.match(magic, head) for magic, _ in COMPRESSIONS.values()):
+        kinds.append("compressed twice")
     if kinds:
         raise UserError(
             f"data.sources names {file.path!r}, which is {kinds[0]}: unpack it and name the text in it."

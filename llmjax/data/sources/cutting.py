@@ -9,6 +9,8 @@ from __future__ import annotations
 import array
 import dataclasses
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 
@@ -20,6 +22,9 @@ from llmjax.errors import UserError
 # In a document that comes in chunks, a match may be cut by the end of what has been read. It counts once this many
 # characters after it are known, and as many before it are kept for what looks back.
 WINDOW = 1 << 16
+# The longest time in seconds that one search for a match may take. A choice: a search in the text that is held at once,
+# which is about a million characters, usually takes milliseconds.
+SEARCH_SECONDS = 30.0
 # What the name of a document's held-out tail ends with.
 TAIL = " (tail)"
 
@@ -98,7 +103,7 @@ def split_text(chunks: Iterable[str], pattern: re.Pattern[str]) -> Iterator[tupl
     for chunk, ended in _with_end(chunks):
         held += chunk
         limit = len(held) if ended else len(held) - WINDOW
-        while (match := pattern.search(held, search)) and match.end() <= limit:
+        while (match := _search(pattern, held, search)) and match.end() <= limit:
             # After an empty match the search goes on behind the next character.
             search = match.end() + (match.end() == match.start())
             cut = _cut_of(match)
@@ -120,6 +125,31 @@ def split_text(chunks: Iterable[str], pattern: re.Pattern[str]) -> Iterator[tupl
         start, yielded, search = start - dropped, yielded - dropped, search - dropped
     if yielded < len(held):
         yield held[yielded:], begins
+
+
+def _search(pattern: re.Pattern[str], text: str, start: int) -> re.Match[str] | None:
+    """The first match from `start` on. Raises UserError if it is not found within `SEARCH_SECONDS`.
+
+    With some patterns, such as `(a+)+$`, the time grows exponentially with the length of the text. Only an alarm of the
+    system can interrupt a search, and only in the main thread, so in other threads there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        return pattern.search(text, start)
+
+    def give_up(*_: object) -> None:
+        raise UserError(
+            f"data.split_on={pattern.pattern!r} was searched for in {len(text) - start:,} characters for more than "
+            f"{SEARCH_SECONDS:g} s: bound what it repeats, as in .{{1,80}}, and repeat nothing that repeats itself"
+        )
+
+    handler = signal.signal(signal.SIGALRM, give_up)
+    # Whoever set an alarm before gets it back, later by the time of this search.
+    left, interval = signal.setitimer(signal.ITIMER_REAL, SEARCH_SECONDS)
+    try:
+        return pattern.search(text, start)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _cut_of(match: re.Match[str]) -> int:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator
 
 from llmjax.data.sources.compression import open_unpacked
+from llmjax.data.sources.formats import PARQUET_MAGIC
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import BAD_TEXT, Reading, ReadStats
 from llmjax.errors import UserError
@@ -42,6 +43,10 @@ _ENOUGH = 8
 # UTF-8 with a few damaged places has at least this many good characters beyond ASCII for each bad one. Text of another
 # encoding that is read as UTF-8 is mostly bad. A choice.
 _GOOD_PER_BAD = 10
+# Another encoding must have this many times more frequent characters than the one of the config. A choice.
+_MORE_SENSE = 4
+# The encodings, by Python's names, whose texts are compared with `_CANDIDATES`: those that share the same bytes.
+_NAMED = frozenset({*_CANDIDATES, "gbk", "gb2312", "cp949", "cp932", "big5hkscs"})
 # The longest character of any encoding, in bytes.
 _LONGEST_CHARACTER = 4
 
@@ -51,13 +56,87 @@ def open_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Iterator[
     """Opens a file as a stream of its text in UTF-8, without its compression.
 
     If `reading.encoding` is UTF-8, these are the bytes of the file, unchecked. Raises `UserError` for damage, see
-    `open_unpacked`, and, while reading, for bytes that do not belong to another encoding.
+    `open_unpacked`, and, while reading, for bytes that do not belong to another encoding. Raises `WrongEncodingError`
+    if the first bytes show that the whole file is in another encoding, even if it could be decoded.
     """
     with open_unpacked(file, reading, stats) as stream:
+        head = stream.peek(_SAMPLE)[:_SAMPLE]
+        if found := other_encoding(head, reading.encoding):
+            raise WrongEncodingError(
+                f"data.encoding={reading.encoding!r} and file {file.path!r} looks like {found}: set "
+                f"--config.data.encoding={found} if all files are, or else convert it (iconv)."
+            )
+        # A download or a disk that failed can leave a file of zeros, which are valid UTF-8.
+        zeros = len(head) >= _ENOUGH and 2 * head.count(0) > len(head)
+        if reading.is_utf8 and zeros and not _marked_encoding(head):
+            raise WrongEncodingError(
+                f"data.sources names {file.path!r}, which is no text (most of its bytes are 0): repair or remove it."
+            )
         if reading.is_utf8:
             yield stream
         else:
             yield io.BufferedReader(_AsUTF8(stream, file, reading), _CHUNK)
+
+
+class WrongEncodingError(UserError):
+    """A file is in another encoding than the config says, or in none."""
+
+
+def other_encoding(data: bytes, encoding: str) -> str | None:
+    """The encoding of a file if its first bytes, `data`, show that it is not the one of the config.
+
+    Some texts can be decoded in a wrong encoding, and a model would learn to write the nonsense that comes out. Returns
+    None if nothing is wrong, or if decoding will fail anyway.
+    """
+    name = codecs.lookup(encoding).name
+    if name in ("utf-8", "utf-8-sig"):
+        return _wide_encoding(data)
+    if _is_utf8(data):
+        return "utf-8"
+    if name not in _NAMED:
+        return None
+    shares = {other: _common_share(data, other, common) for other, common in _CANDIDATES.items()}
+    best = max(shares, key=lambda other: shares[other])
+    # What is common in one language may also be in another, so the text must make no sense in the named encoding.
+    sense = max(_common_share(data, name, common) for common in _CANDIDATES.values())
+    return best if shares[best] >= max(_COMMON, _MORE_SENSE * sense) else None
+
+
+def _wide_encoding(data: bytes) -> str | None:
+    """The encoding of a text in UTF-32 or UTF-16 without a byte order mark, or None if `data` is no such text.
+
+    Its characters have bytes of 0 at the same places, and bytes of 0 are valid UTF-8.
+    """
+    if len(data) < _ENOUGH or _marked_encoding(data):
+        return None
+    # The share of zeros in the first, second, third and fourth byte of every four.
+    zeros = [data[i::4].count(0) / len(data[i::4]) for i in range(4)]
+    for order, found in ((zeros, "utf-32-le"), (zeros[::-1], "utf-32-be")):
+        if order[3] == 1 and order[2] > 0.5 and order[0] * _GOOD_PER_BAD < 1:
+            return found
+    for low, high, found in ((0, 1, "utf-16-le"), (1, 0, "utf-16-be")):
+        if zeros[high] + zeros[high + 2] > 1 and (zeros[low] + zeros[low + 2]) * _GOOD_PER_BAD < 1:
+            return found
+    return None
+
+
+def _marked_encoding(data: bytes) -> str | None:
+    """The encoding of a text that begins with the byte order mark of UTF-32 or UTF-16, or None if it does not."""
+    for mark, name in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+                       (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
+        if data.startswith(mark):
+            return name
+    return None
+
+
+def _is_utf8(data: bytes) -> bool:
+    """Whether the beginning of a file is UTF-8 with enough characters beyond ASCII to be no accident."""
+    try:
+        # An incremental decoder accepts a character that is cut at the end.
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return sum(ord(c) > 127 for c in text) >= _ENOUGH
 
 
 class _AsUTF8(io.RawIOBase):
@@ -148,7 +227,11 @@ def advice(file: SourceFile, reading: Reading) -> str:
     If the encoding can be guessed, the advice is to set it.
     """
     with contextlib.suppress(UserError, OSError), open_unpacked(file, reading, ReadStats()) as stream:
-        guess = guess_encoding(stream.read(_SAMPLE))
+        sample = stream.read(_SAMPLE)
+        # The strings of Parquet are UTF-8, whatever data.encoding says.
+        if sample.startswith(PARQUET_MAGIC):
+            return "correct it, or set skip or replace."
+        guess = guess_encoding(sample)
         if guess and codecs.lookup(guess) != codecs.lookup(reading.encoding):
             return f"it looks like {guess}, which --config.data.encoding={guess} reads."
     return "correct it, name its encoding in data.encoding, or set skip or replace."
@@ -160,10 +243,8 @@ def guess_encoding(data: bytes) -> str | None:
     Looks for a byte order mark, then for frequent characters of Chinese, Japanese, Korean and western Europe, and then
     asks charset-normalizer if it is installed. Returns a name that Python knows, or None if there is no likely one.
     """
-    for mark, name in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-                       (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
-        if data.startswith(mark):
-            return name
+    if marked := _marked_encoding(data):
+        return marked
     mended = data.decode("utf-8", "replace")
     bad, foreign = mended.count("\ufffd"), sum(ord(c) > 127 for c in mended)
     # This is UTF-8 that is damaged here and there.

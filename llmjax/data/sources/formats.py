@@ -12,6 +12,8 @@ LINE_SUFFIXES = (".jsonl", ".ndjson")
 # JSON in any layout. Many such files are settings and not a corpus, so folders are searched with more care for them.
 JSON_SUFFIXES = (".json",)
 PARQUET_SUFFIX = ".parquet"
+# The bytes that every Parquet file begins with.
+PARQUET_MAGIC = b"PAR1"
 # A choice: texts, markup and program code that people train on. A file of another suffix can still be named itself.
 # fmt: off
 TEXT_SUFFIXES = {

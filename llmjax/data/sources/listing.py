@@ -8,6 +8,7 @@ file is listed once, even if several names lead to it. What is left out is count
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import fnmatch
 import glob
@@ -103,14 +104,16 @@ def search_sources(
         raise UserError(f"{key} = {sources!r} is one string: give a list of sources.")
     # Real path -> (name, path, size, origin) of a file.
     found: dict[str, tuple[str, str, int, int]] = {}
-    left_out: collections.Counter[str] = collections.Counter()
+    # Path -> the reason for leaving it out. Links in a folder can lead to the same path twice, and so can two sources.
+    left_out: dict[str, str] = {}
     for origin, source in enumerate(sources):
         search = _Search(follow_links, has_text, key)
         for name, path in search.expand(source):
             # Files are told apart by where they really lie, whatever links lead there.
             real = os.path.realpath(path)
             if real not in found:
-                found[real] = name, path, os.stat(path).st_size, origin
+                with _said_if_unreadable(path, key):
+                    found[real] = name, path, os.stat(path).st_size, origin
         left_out.update(search.left_out)
     if not found:
         raise UserError(f"{key} is empty: name files, directories or globs, or stdlib.")
@@ -118,9 +121,12 @@ def search_sources(
     files, done, total = [], 0, sum(size for _, _, size, _ in found.values())
     for name, path, size, origin in sorted(found.values()):
         progress(done, total)
-        files.append(SourceFile(name, path, size, digest_of(path), origin))
+        with _said_if_unreadable(path, key):
+            files.append(SourceFile(name, path, size, digest_of(path), origin))
         done += size
-    return Listing(tuple(files), dict(left_out))
+    # What one source leaves out, another may name.
+    reasons = collections.Counter(reason for path, reason in left_out.items() if path not in found)
+    return Listing(tuple(files), dict(reasons))
 
 
 def split_sources(text: str) -> tuple[str, ...]:
@@ -136,11 +142,15 @@ def split_sources(text: str) -> tuple[str, ...]:
 
 
 class _Search:
-    """The search for the files of one source. `left_out` counts by the reason what was left out."""
+    """The search for the files of one source. `left_out` has the path and the reason of what was left out."""
 
     def __init__(self, follow_links: bool, has_text: Callable[[str], bool], key: str):
         self._follow_links, self._has_text, self._key = follow_links, has_text, key
-        self.left_out: collections.Counter[str] = collections.Counter()
+        self.left_out: dict[str, str] = {}
+
+    def _leave_out(self, path: str, reason: str) -> None:
+        folder, name = os.path.split(path)
+        self.left_out[os.path.join(os.path.realpath(folder), name)] = reason
 
     def expand(self, source: str) -> list[tuple[str, str]]:
         """(name, path) of each file that `source` names. Raises `UserError` if there are none."""
@@ -159,7 +169,7 @@ class _Search:
                 )
             return files
         if not glob.has_magic(path):
-            raise UserError(f"{self._key} names {source!r}, which does not exist: check the path.")
+            raise _no_source(self._key, source, path)
         root, segments = _fixed_part(path)
         files = []
         for match in sorted(self._match(root, segments, os.path.realpath(root))):
@@ -177,18 +187,20 @@ class _Search:
 
     def _said(self) -> str:
         """What was left out, for an error about a source without files, or nothing."""
-        said = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        advice = "; --config.data.follow_links=true follows links" if LEADS_OUT in self.left_out else ""
-        return f" (left out: {said}{advice})" if said else ""
+        reasons = collections.Counter(self.left_out.values())
+        said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        said += "; --config.data.follow_links=true follows links" if LEADS_OUT in reasons else ""
+        said += "; --config.data.text_field=NAME names the field" if NO_FIELD in reasons else ""
+        return f" (left out: {said})" if said else ""
 
     def _corpus_in(self, root: str) -> list[tuple[str, str]]:
         """(name, path) of the files in a folder that are part of the corpus."""
         kept = []
         for name, path in self._walk(root):
             if format_of(name) is None:
-                self.left_out[UNKNOWN_SUFFIX] += 1
+                self._leave_out(path, UNKNOWN_SUFFIX)
             elif suffix_of(name) in JSON_SUFFIXES and not self._has_text(path):
-                self.left_out[NO_FIELD] += 1
+                self._leave_out(path, NO_FIELD)
             else:
                 kept.append((name, path))
         return kept
@@ -225,25 +237,25 @@ class _Search:
             for entry in sorted(_scan(folder, self._key), key=lambda entry: entry.name):
                 name = prefix + entry.name
                 if entry.name.startswith("."):
-                    self.left_out[HIDDEN] += 1
+                    self._leave_out(entry.path, HIDDEN)
                 elif entry.is_symlink():
                     if self._may_follow(entry.path, top):
                         links.append((entry.path, name))
                 elif entry.is_dir() or entry.is_file():
                     visit(entry.path, os.path.join(real_folder, entry.name), name, entry.is_dir())
                 else:
-                    self.left_out[NO_FILE] += 1
+                    self._leave_out(entry.path, NO_FILE)
         return found
 
     def _may_follow(self, link: str, top: str) -> bool:
         """Whether a link that was found below the real path `top` is followed. If it is not, it is counted."""
         if not os.path.exists(link):
-            self.left_out[BROKEN] += 1
+            self._leave_out(link, BROKEN)
             return False
         real = os.path.realpath(link)
         if self._follow_links or real == top or real.startswith(top.rstrip(os.sep) + os.sep):
             return True
-        self.left_out[LEADS_OUT] += 1
+        self._leave_out(link, LEADS_OUT)
         return False
 
     def _match(self, folder: str, segments: Sequence[str], top: str) -> Iterator[str]:
@@ -274,7 +286,7 @@ class _Search:
             if not fnmatch.fnmatchcase(entry.name, segment):
                 continue
             if entry.name.startswith(".") and not segment.startswith("."):
-                self.left_out[HIDDEN] += 1
+                self._leave_out(entry.path, HIDDEN)
             elif (not entry.is_symlink() or self._may_follow(entry.path, top)) and (
                 not rest or entry.is_dir()
             ):
@@ -301,6 +313,32 @@ def _scan(folder: str, key: str) -> list[os.DirEntry]:
             f"{key}: the folder {folder!r} cannot be read ({error.strerror}): change its permissions, or name "
             "the other files and folders beside it one by one."
         ) from None
+
+
+@contextlib.contextmanager
+def _said_if_unreadable(path: str, key: str) -> Iterator[None]:
+    """Turns an error of the system about a file into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{key}: the file {path!r} cannot be read ({error.strerror}): change its permissions, or take it out of "
+            f"what {key} names."
+        ) from None
+
+
+def _no_source(key: str, source: str, path: str) -> UserError:
+    """The error for a source that is neither a file nor a folder at `path`, nor a glob."""
+    try:
+        os.stat(path)
+        problem, remedy = "is neither a file nor a folder", "write its text to a file and name that"
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        is_link = os.path.islink(path)
+        problem, remedy = ("is a link that leads nowhere" if is_link else "does not exist"), "check the path"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        remedy = "check the path, its links, and the permissions of the folders in it"
+    return UserError(f"{key} names {source!r}, which {problem}: {remedy}.")
 
 
 def _stdlib_files() -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmjax.data.sources.compression import missing_package
 from llmjax.data.sources.encoding import decode
+from llmjax.data.sources.formats import uncompressed_name
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import Part, Parts, Reading, ReadStats, all_or_none, name_of_field
 from llmjax.data.sources.rows import refuse_null
@@ -35,8 +36,11 @@ def read_parquet(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
             table = stack.enter_context(parquet.ParquetFile(path, page_checksum_verification=True))
             schema, num_rows = table.schema_arrow, table.metadata.num_rows
         except _errors():
+            # Parquet compresses its own pages, and Arrow cannot read it through another compression.
+            is_packed = uncompressed_name(file.path) != file.path
+            kind, remedy = ("a compressed", "unpack") if is_packed else ("no", "remove")
             raise UserError(
-                f"data.sources names {file.path!r}, which is no Parquet file: remove it."
+                f"data.sources names {file.path!r}, which is {kind} Parquet file: {remedy} it."
             ) from None
         kinds = [_kind(schema, i, field, file) for i, field in enumerate(reading.fields)]
         before, number = stats.bytes_read, 0
@@ -65,6 +69,10 @@ def _kind(schema: Any, i: int, field: str, file: SourceFile) -> Callable[[Any], 
         raise UserError(
             f"{name_of_field(i)} = {field!r} is not a column of {file.path!r}, which has "
             f"{', '.join(schema.names)}: name one of these."
+        )
+    if schema.names.count(field) > 1:
+        raise UserError(
+            f"{name_of_field(i)} = {field!r} is the name of several columns of {file.path!r}: give each its own name."
         )
     kind = schema.field(field).type
     # Columns of a few repeated values may be stored as indices into a dictionary of the values.

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from llmjax.data.sources.encoding import open_text
-from llmjax.data.sources.formats import format_of
+from llmjax.data.sources.formats import PARQUET_MAGIC, format_of
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.parquet import read_parquet
 from llmjax.data.sources.reading import Parts, Reading, ReadStats
-from llmjax.data.sources.rows import has_field, read_rows
+from llmjax.data.sources.rows import begins_with_row, has_field, read_rows
 from llmjax.data.sources.text import read_text
 from llmjax.errors import UserError
 
@@ -29,8 +28,6 @@ READERS: dict[str, Callable[[SourceFile, Reading, ReadStats], Parts]] = {
 }
 # How files are read if a caller does not say: UTF-8, the field "text", an error for text that cannot be read.
 _READING = Reading()
-# The longest first line, in bytes, that is looked at to find out whether a file is JSON. A choice: rows are shorter.
-_LINE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,18 +136,13 @@ def detect_format(file: SourceFile, reading: Reading = _READING) -> str:
     """The format of a file, a key of `READERS`. A suffix that is known decides, and otherwise the content."""
     if (known := format_of(file.path)) is not None:
         return known
-    with open(file.path, "rb") as stream:
-        # Every Parquet file begins with these bytes.
-        if stream.read(4) == b"PAR1":
+    # A file that cannot be opened is named by whoever reads it.
+    with contextlib.suppress(OSError), open(file.path, "rb") as stream:
+        if stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC:
             return "parquet"
-    # A file whose first line is an object with the text field is JSON. An object without this field is taken for text.
-    with (
-        contextlib.suppress(UserError, ValueError, RecursionError),
-        open_text(file, reading, ReadStats()) as text,
-    ):
-        line = text.readline(_LINE_BYTES)
-        row = json.loads(line) if line.startswith(b"{") else None
-        if isinstance(row, dict) and reading.fields[0] in row:
+    # A file whose first object has the text field is JSON. One without this field is taken for text.
+    with contextlib.suppress(UserError), open_text(file, reading, ReadStats()) as text:
+        if begins_with_row(text, file, reading):
             return "rows"
     return "text"
 

@@ -24,6 +24,8 @@ from llmjax.names import plain_name
 
 # Bytes that are read at once. A choice.
 _BLOCK = 1 << 18
+# The most bytes that are looked at to find out whether a file is JSON. A choice: rows are shorter.
+_HEAD = 1 << 20
 # The most digits of an integer that are read. Python refuses to read more than 4300 (sys.get_int_max_str_digits).
 _DIGITS = 4000
 # The deepest nesting that is read where Python's parser runs out of its stack. A choice: fields that can be used are
@@ -60,16 +62,42 @@ def has_field(file: SourceFile, reading: Reading) -> bool:
     """
     with contextlib.suppress(UserError), open_text(file, reading, ReadStats()) as stream:
         lines = _layout(stream, file) == "lines"
-        for _, data, _ in _lines(stream) if lines else _objects(stream, file):
-            found = parse(data.decode("utf-8", "replace"), file.path)
-            return isinstance(found, dict) and reading.fields[0] in found
-        return False
+        return _first_has_field(_lines(stream) if lines else _objects(stream, file), file, reading)
     return True
+
+
+def begins_with_row(stream: io.BufferedReader, file: SourceFile, reading: Reading) -> bool:
+    """Whether a stream is JSON whose first object has the text field, judged by at most its first `_HEAD` bytes."""
+    if not _trimmed(stream.peek(_BLOCK)).startswith((b"{", b"[")):
+        return False
+    data = stream.read(_HEAD)
+    head: Any = io.BufferedReader(io.BytesIO(data))
+    with contextlib.suppress(UserError):
+        rows = _lines(head) if _layout(head, file) == "lines" else _objects(head, file)
+        return _first_has_field(rows, file, reading)
+    # The first object may be longer. Then it is enough that it looks like one and names the field.
+    name = re.escape(json.dumps(reading.fields[0], ensure_ascii=False).encode("utf-8", "replace"))
+    is_cut = len(data) == _HEAD and re.match(rb'[\[\s]*\{\s*"', _trimmed(data))
+    return bool(is_cut and re.search(name + rb"\s*:", data))
+
+
+def _first_has_field(rows: Iterator[tuple[int, bytes, int]], file: SourceFile, reading: Reading) -> bool:
+    """Whether the first row that is not null is an object with the text field. Raises `UserError` if it is no JSON."""
+    for _, data, _ in rows:
+        found = parse(data.decode("utf-8", "replace"), file.path)
+        if found is not None:
+            return isinstance(found, dict) and reading.fields[0] in found
+    return False
+
+
+def _trimmed(start: bytes) -> bytes:
+    """The beginning of a file without byte order mark and white space."""
+    return start.removeprefix(codecs.BOM_UTF8).lstrip()
 
 
 def _layout(stream: io.BufferedReader, file: SourceFile) -> str:
     """How a file of JSON is laid out, judged by its first block: "lines", or "objects" for both other layouts."""
-    start = stream.peek(_BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
+    start = _trimmed(stream.peek(_BLOCK))
     line, end, _ = start.partition(b"\n")
     if start.startswith(b"["):
         with contextlib.suppress(ValueError, RecursionError):
@@ -155,16 +183,18 @@ def _objects(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int,
         held.append(block[start:])
         offset += len(block)
     number += 1
-    if rest := element(b"")[1]:
-        raise _unfinished(number, rest, bool(depth or quoted), file)
+    # An array that ends after a comma has no rest, but it is cut short all the same.
+    is_open = depth > 0 or quoted
+    if (rest := element(b"")[1]) or is_open:
+        raise _unfinished(number, rest, is_open, file)
 
 
 def _unfinished(number: int, rest: bytes, is_open: bool, file: SourceFile) -> UserError:
     """The error for bytes after the last element. `is_open` says whether a bracket or a quote was not closed."""
     kind = "is cut short" if is_open else "is no JSON object"
-    shown = plain_name(rest[:20].decode("utf-8", "replace"))
+    shown = f" ({plain_name(rest[:20].decode('utf-8', 'replace'))})" if rest else ""
     return UserError(
-        f"data.sources: object {number} of {file.path!r} {kind} ({shown}): repair or remove the file."
+        f"data.sources: object {number} of {file.path!r} {kind}{shown}: repair or remove the file."
     )
 
 
@@ -233,9 +263,13 @@ def read_fields(
 def _field(row: object, i: int, reading: Reading, at: str) -> str | int | None:
     """Field number `i` of one row: text, an integer if it is not the first field, or None for null.
 
-    A list of strings becomes a text with a line for each.
+    A list of strings becomes a text with a line for each. If the row itself or a line of the list is null, so is the
+    field.
     """
     field = reading.fields[i]
+    if row is None:
+        refuse_null(i, reading, at)
+        return None
     if not isinstance(row, dict):
         raise UserError(
             f'data.sources: {at} is no JSON object but a {type(row).__name__}: write {{"{field}": "..."}}.'
@@ -250,7 +284,7 @@ def _field(row: object, i: int, reading: Reading, at: str) -> str | int | None:
         return value
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
-    if value is None:
+    if value is None or (isinstance(value, list) and all(isinstance(v, str | None) for v in value)):
         refuse_null(i, reading, at)
         return None
     raise UserError(

@@ -8,7 +8,7 @@ import io
 import tokenize
 from collections.abc import Iterator
 
-from llmjax.data.sources.encoding import decode, not_utf8, open_text
+from llmjax.data.sources.encoding import WrongEncodingError, decode, not_utf8, open_text
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import BAD_TEXT, Part, Parts, Reading, ReadStats
 from llmjax.errors import UserError
@@ -79,13 +79,13 @@ def _is_readable(file: SourceFile, reading: Reading) -> bool:
     yielded.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with open_text(file, reading, ReadStats()) as stream:
-        try:
+    try:
+        with open_text(file, reading, ReadStats()) as stream:
             while data := stream.read(CHUNK_BYTES):
                 decoder.decode(data)
             decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
+    except (UnicodeDecodeError, WrongEncodingError):
+        return False
     return True
 
 
@@ -94,8 +94,13 @@ def _read_python(file: SourceFile, reading: Reading, stats: ReadStats) -> tuple[
 
     A source that is not UTF-8 is read in the encoding that it declares.
     """
-    with open_text(file, reading, stats) as stream:
-        data = stream.read()
+    try:
+        with open_text(file, reading, stats) as stream:
+            data = stream.read()
+    except WrongEncodingError:
+        if reading.on_bad_text == "skip":
+            return None
+        raise
     try:
         return (data.removeprefix(codecs.BOM_UTF8).decode(),)
     except UnicodeDecodeError:
@@ -110,7 +115,7 @@ def _declared_encoding(data: bytes) -> str | None:
     """The encoding that a Python source declares (PEP 263), if the source can be read with it."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        data.decode(encoding)
-        return encoding
+        # The declaration must still be there in the encoding that it names, as it would not be in UTF-16.
+        return encoding if "coding" in data.decode(encoding) else None
     except (SyntaxError, UnicodeDecodeError, LookupError):
         return None

@@ -129,3 +129,20 @@ def test_archives_are_named_for_what_they_are(tmp_path):
     for name, kind in (("a.tar.gz", "tar archive"), ("b.txt", "zip archive")):
         with pytest.raises(UserError, match=rf"{name}.*{kind}.*unpack it"):
             texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("outer", PACK)
+@pytest.mark.parametrize("inner", PACK)
+def test_a_file_that_is_compressed_twice_is_named_for_it(inner, outer, tmp_path):
+    path = tmp_path / f"a.txt{inner}{outer}"
+    path.write_bytes(PACK[outer](PACK[inner](b"text")))
+    with pytest.raises(UserError, match="which is compressed twice: unpack it"):
+        texts(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["Rar! he cried.", "x" * 257 + "ustar is a word", "PK 4", "BZh9 begins it", "PAR1"]
+)
+def test_text_with_the_words_of_archives_stays_text(text, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    assert texts(tmp_path / "a.txt") == [text]

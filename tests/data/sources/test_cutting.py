@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import re
+import signal
+import time
 
 import pytest
 
@@ -172,3 +174,26 @@ def test_a_file_that_grows_between_its_two_readings_is_refused(files, monkeypatc
     monkeypatch.setattr(cutting_module, "_lengths", then_write)
     with pytest.raises(UserError, match=r"book.txt' changed while it was read; start again"):
         read([book], Cutting(tail=0.1))
+
+
+@pytest.mark.parametrize("pattern, text", [("(a+)+$", "a" * 60 + "b"), (r"a[\s\S]*?z", "a" * 200_000)])
+def test_a_pattern_that_takes_for_ever_is_one_sentence(pattern, text, monkeypatch):
+    monkeypatch.setattr(cutting_module, "SEARCH_SECONDS", 0.2)
+    with pytest.raises(
+        UserError, match=r"data\.split_on=.* was searched for in .* for more than 0\.2 s: bound "
+    ):
+        list(split_text([text], compile_split_on(pattern)))
+
+
+def test_a_search_leaves_alarms_as_they_were():
+    rings = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rings.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        list(split_text(["a b " * 1000], compile_split_on("b")))
+        assert not rings
+        time.sleep(0.4)
+        assert rings == [1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)

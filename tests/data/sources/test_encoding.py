@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from llmjax.data.sources.encoding import guess_encoding
+from llmjax.data.sources.encoding import guess_encoding, other_encoding
 from llmjax.data.sources.listing import list_sources
 from llmjax.data.sources.reading import Reading, ReadStats
 from llmjax.data.sources.records import read_records
@@ -133,3 +133,60 @@ def test_a_text_left_out_for_its_last_byte_is_left_out_whole(tmp_path, monkeypat
     with pytest.raises(UserError, match="not UTF-8 at byte 250:"):
         texts(tmp_path)
     assert texts(tmp_path, on_bad_text="replace")[0] == "text " * 50 + "\ufffd"
+
+
+# Pairs of (the encoding of a file, the encoding of the config) in which the text decodes to nonsense, or might.
+MISTAKEN = [
+    *(("utf-8", named) for named in ("gb18030", "big5", "shift_jis", "latin-1", "utf-16-le")),
+    ("big5", "gb18030"), ("gb18030", "big5"), ("shift_jis", "gb18030"), ("euc_kr", "gbk"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("real, named", MISTAKEN)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.py"])
+def test_a_text_that_only_seems_to_be_of_the_named_encoding_is_refused(real, named, name, tmp_path):
+    text = TEXTS.get(real, TEXTS["gb18030"]) * 40
+    text = json.dumps({"text": text}, ensure_ascii=False) if name.endswith("jsonl") else text
+    (tmp_path / name).write_bytes(text.encode(real))
+    for on_bad_text in ("error", "replace"):
+        with pytest.raises(
+            UserError, match=rf"data\.encoding='{named}' and file .*{name}' looks like {real}: set "
+        ):
+            texts(tmp_path, encoding=named, on_bad_text=on_bad_text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.py"])
+def test_utf16_and_utf32_without_a_byte_order_mark_are_not_taken_for_utf8(encoding, name, tmp_path):
+    text = json.dumps({"text": "plain text\n" * 9})
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=rf"data\.encoding='utf-8' and file .* looks like {encoding}: set "):
+        texts(tmp_path)
+    if name != "a.jsonl":
+        stats = ReadStats()
+        assert texts(tmp_path, stats, on_bad_text="skip") == []
+        assert stats.skipped == 1
+    assert texts(tmp_path, encoding=encoding) == [text if name != "a.jsonl" else "plain text\n" * 9]
+
+
+@pytest.mark.parametrize("encoding", TEXTS)
+@pytest.mark.parametrize("text", TEXTS.values())
+def test_a_text_in_the_named_encoding_is_never_taken_for_another(encoding, text):
+    data = (text * 40).encode(encoding, "ignore")
+    assert other_encoding(data, encoding) is None
+
+
+def test_text_with_a_few_zeros_is_utf8():
+    for text in ("a\0b" * 50, "\0" * 50, "\0", "a\0", ""):
+        assert other_encoding(text.encode(), "utf-8") is None
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.py", "part-0"])
+def test_a_file_of_zeros_is_no_text(name, tmp_path):
+    (tmp_path / name).write_bytes(b"text" + bytes(5000))
+    with pytest.raises(
+        UserError, match=rf"{name}', which is no text \(most of its bytes are 0\): repair or remove it"
+    ):
+        texts(tmp_path / name)
+    (tmp_path / name).write_text(json.dumps({"text": "a\0" * 9}))
+    assert len(texts(tmp_path / name)) == 1

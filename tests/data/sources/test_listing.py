@@ -8,6 +8,7 @@ import pytest
 from llmjax.data.sources import fingerprint, listing
 from llmjax.data.sources.fingerprint import REMEMBERED_BYTES, Digests, corpus_fingerprint, file_digest
 from llmjax.data.sources.listing import list_sources, search_sources, split_sources
+from llmjax.data.sources.records import has_text
 from llmjax.errors import UserError
 
 
@@ -66,6 +67,16 @@ def test_what_is_left_out_is_counted_by_reason(linked):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("search", SEARCHES)
+def test_what_is_left_out_is_counted_once_whatever_leads_to_it(search, linked):
+    source = str(linked.joinpath(*SEARCHES[search]))
+    once = search_sources([source]).left_out
+    assert once[listing.HIDDEN] == once[listing.BROKEN] == 1
+    assert search_sources([source, source, str(linked)]).left_out == once
+    (linked / "notes.xyz").write_text("x")
+    assert search_sources([source, str(linked / "notes.xyz")]).left_out == once
+
+
 def test_a_source_that_is_a_link_itself_is_read(linked, tmp_path):
     (tmp_path / "file.txt").symlink_to(linked / "a.txt")
     (tmp_path / "folder").symlink_to(linked)
@@ -95,6 +106,55 @@ def test_a_folder_that_cannot_be_read_is_a_sentence(search, linked, monkeypatch)
         UserError, match=r"the folder .*deep' cannot be read \(Permission denied\): change its perm"
     ):
         list_sources([str(linked.joinpath(*SEARCHES[search]))])
+
+
+@pytest.mark.parametrize("digest_of", [file_digest, lambda path: Digests(Path(path + ".json")).of(path)])
+@pytest.mark.parametrize("source", ["", "**", "a.txt"])
+def test_a_file_that_cannot_be_read_is_a_sentence(source, digest_of, linked, monkeypatch):
+    def refuse(path, *mode, **options):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(
+        UserError, match=r"data.sources: the file .*a\.txt' cannot be read \(Permission denied\)"
+    ):
+        search_sources([str(linked / source)], digest_of=digest_of)
+
+
+def test_json_that_cannot_be_read_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("[]")
+    real = open
+
+    def refuse(path, *mode, **options):
+        if os.path.basename(path) == "a.json":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *mode, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match=r"the file .*a\.json' cannot be read \(Permission denied\)"):
+        search_sources([str(tmp_path)], has_text=has_text)
+
+
+def test_a_source_that_is_no_file_is_told_why(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "lost").symlink_to("nowhere")
+    for name, reason in {
+        "pipe": "is neither a file nor a folder",
+        "loop": r"cannot be read \(.*\)",
+        "lost": "is a link that leads nowhere",
+        "absent": "does not exist",
+        "absent\0": "does not exist",
+        "a" * 300: r"cannot be read \(File name too long\)",
+    }.items():
+        with pytest.raises(UserError, match=rf"data\.sources names .*, which {reason}: "):
+            list_sources([str(tmp_path / name)])
+    monkeypatch.setattr(os.path, "isfile", lambda path: False)
+    monkeypatch.setattr(
+        os, "stat", lambda path, **o: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    with pytest.raises(UserError, match=r"which cannot be read \(Permission denied\): check .* permissions"):
+        list_sources([str(tmp_path / "locked" / "a.txt")])
 
 
 def test_globs_match_as_a_shell_does(tmp_path):

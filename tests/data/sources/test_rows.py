@@ -6,6 +6,7 @@ import tracemalloc
 
 import pytest
 
+from llmjax.data.sources import rows as rows_module
 from llmjax.data.sources.listing import list_sources, search_sources
 from llmjax.data.sources.reading import Reading, ReadStats
 from llmjax.data.sources.records import has_text, read_records
@@ -61,6 +62,33 @@ def test_lines_of_json_in_a_file_of_unknown_suffix_are_rows_and_text_stays_text(
     assert texts(tmp_path / "part-00000", fields=("body",)) == [lines]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_every_layout_of_json_is_read_under_an_unknown_suffix(layout, encoding, tmp_path):
+    path = tmp_path / "part-00000"
+    path.write_bytes(LAYOUTS[layout](POEMS).encode(encoding))
+    assert texts(path) == [poem["text"] for poem in POEMS]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_long_first_row_under_an_unknown_suffix_is_a_row(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "_HEAD", 1000)
+    rows = [{"title": "一", "text": "long " * 1000}, *POEMS]
+    (tmp_path / "part-0").write_text(LAYOUTS[layout](rows))
+    assert texts(tmp_path / "part-0") == [row["text"] for row in rows]
+    for text in ("[note] " + "text: " * 900, '{"other": 1} ' + "long " * 900):
+        (tmp_path / "part-0").write_text(text)
+        assert texts(tmp_path / "part-0") == [text]
+
+
+@pytest.mark.parametrize(
+    "text", ["[Illustration] a tale", "[1] a note, [2] another", "{", "[", '["text"]', '{"a": 1}']
+)
+def test_text_that_begins_with_a_bracket_stays_text_under_an_unknown_suffix(text, tmp_path):
+    (tmp_path / "book.v1").write_text(text)
+    assert texts(tmp_path / "book.v1") == [text]
+
+
 def test_json_in_a_folder_that_has_no_text_is_left_out_and_counted(tmp_path):
     (tmp_path / "package.json").write_text('{"name": "x"}')
     (tmp_path / "c4.json.gz").write_bytes(gzip.compress(LAYOUTS["lines"](POEMS).encode()))
@@ -102,6 +130,18 @@ def test_null_is_an_error_or_left_out_and_counted(suffix, tmp_path):
         assert (stats.skipped, stats.replaced) == (2, 0)
 
 
+@pytest.mark.parametrize("null", ["null", '{"text": null}', '{"text": ["a", null]}'])
+@pytest.mark.parametrize("layout", ["%s\n{}\n", "[%s, {}]"])
+def test_a_null_row_and_a_null_line_are_null_text(null, layout, tmp_path):
+    (tmp_path / "a.json").write_text((layout % null).replace("{}", '{"text": "x"}'))
+    with pytest.raises(UserError, match=r"data\.on_bad_text = 'error' .* is null in .*set skip"):
+        texts(tmp_path / "a.json")
+    for choice in ("skip", "replace"):
+        stats = ReadStats()
+        assert texts(tmp_path, stats, on_bad_text=choice) == ["x"]
+        assert stats.skipped == 1
+
+
 @pytest.mark.parametrize(
     "other", ["[" * 2000 + "]" * 2000, '{"a":' * 2000 + "1" + "}" * 2000, "9" * 5000, "[-" + "7" * 5000 + "]"]
 )
@@ -117,6 +157,10 @@ def test_another_field_that_python_cannot_read_at_once_does_no_harm(other, layou
     [
         ('[{"text": "a"}, {"text": "b"', r"object 2 of .*a\.json.*is cut short"),
         ('[{"text": "a"}, {"text": "b', r"object 2 of .*a\.json.*is cut short"),
+        ('[{"text": "a"},\n', r"object 2 of .*a\.json.*is cut short: repair"),
+        ('[{"text": "a"}', r"object 1 of .*a\.json.*is cut short"),
+        ("[", r"object 1 of .*a\.json.*is cut short"),
+        ('[{"text": "a"}]]', r"object 2 of .*a\.json.*no JSON object"),
         ('[{"text": "a"}] and more', r"object 2 of .*a\.json.*no JSON object"),
         ('[{"text": "a"}, {"text" "b"}]', r"object 2 of .*a\.json' is not JSON"),
         ('["a"]', r"object 1 of .*a\.json' is no JSON object but a str"),
@@ -230,6 +274,39 @@ def test_a_damaged_parquet_file_is_one_sentence_wherever_it_is_damaged(tmp_path)
         path.write_bytes(whole[:cut])
         with pytest.raises(UserError, match=r"a\.parquet"):
             texts(path)
+
+
+def test_parquet_with_two_columns_of_the_name_or_compressed_as_a_whole_is_one_sentence(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"'text' is the name of several columns of .*a\.parquet"):
+        texts(path)
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(UserError, match=r"b\.parquet\.gz', which is a compressed Parquet file: unpack it"):
+        texts(tmp_path / "b.parquet.gz")
+
+
+def test_bad_text_in_parquet_is_not_advised_to_name_an_encoding(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "a.parquet", pa.array(["道可道，非常道。".encode("gb18030")] * 99, pa.binary()))
+    with pytest.raises(
+        UserError, match=r"row 1 of .* is not UTF-8 at byte 0: correct it, or set skip or replace"
+    ):
+        texts(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet", "part-0", "a.py"])
+def test_a_file_that_is_gone_after_it_was_listed_is_one_sentence(name, tmp_path):
+    if name == "a.parquet":
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_text("x")
+    (file,) = list_sources([str(tmp_path / name)])
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=rf"data\.sources names .*{name}', which "):
+        list(read_records(file))
 
 
 def test_parquet_without_its_suffix_is_read(tmp_path):
