@@ -23,6 +23,8 @@ TEXT_SUFFIXES = {
     ".erl", ".f90", ".toml", ".yaml", ".yml", ".ini", ".cfg",
 }
 # fmt: on
+# Suffixes that say little: people keep rows of JSON under them, too, so that the content decides.
+VAGUE_SUFFIXES = (".txt", ".text")
 # Format, a key of `records.READERS` -> the suffixes of its files.
 SUFFIXES: dict[str, Collection[str]] = {
     "parquet": (PARQUET_SUFFIX,),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from llmjax.data.sources.encoding import open_text
-from llmjax.data.sources.formats import PARQUET_MAGIC, format_of
+from llmjax.data.sources.formats import PARQUET_MAGIC, VAGUE_SUFFIXES, format_of, suffix_of
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.parquet import read_parquet
 from llmjax.data.sources.reading import Parts, Reading, ReadStats
@@ -133,8 +133,9 @@ def _reader(file: SourceFile, reading: Reading) -> Callable[[SourceFile, Reading
 
 
 def detect_format(file: SourceFile, reading: Reading = _READING) -> str:
-    """The format of a file, a key of `READERS`. A suffix that is known decides, and otherwise the content."""
-    if (known := format_of(file.path)) is not None:
+    """The format of a file, a key of `READERS`. A suffix that says something decides, and otherwise the content."""
+    known = format_of(file.path)
+    if known is not None and suffix_of(file.path) not in VAGUE_SUFFIXES:
         return known
     # A file that cannot be opened is named by whoever reads it.
     with contextlib.suppress(OSError), open(file.path, "rb") as stream:

@@ -57,8 +57,8 @@ def test_lines_of_json_in_a_file_of_unknown_suffix_are_rows_and_text_stays_text(
     for name in ("part-00000", "shard.v1"):
         (tmp_path / name).write_text(lines)
         assert len(texts(tmp_path / name)) == 2
-    (tmp_path / "a.txt").write_text(lines)
-    assert texts(tmp_path / "a.txt") == [lines]
+    (tmp_path / "a.md").write_text(lines)
+    assert texts(tmp_path / "a.md") == [lines]
     assert texts(tmp_path / "part-00000", fields=("body",)) == [lines]
 
 
@@ -313,3 +313,13 @@ def test_parquet_without_its_suffix_is_read(tmp_path):
     pa = pytest.importorskip("pyarrow")
     write_parquet(tmp_path / "part-0", pa.array(["x"]))
     assert texts(tmp_path / "part-0") == ["x"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".text", ".txt.gz"])
+@pytest.mark.parametrize("layout", ["lines", "array"])
+def test_rows_of_json_in_a_text_file_are_rows(suffix, layout, tmp_path):
+    rows = [json.dumps({"text": f"row {i}"}) for i in range(3)]
+    data = ("\n".join(rows) if layout == "lines" else f"[{','.join(rows)}]").encode()
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    (file,) = search_sources([str(tmp_path)]).files
+    assert [record.text for record in read_records(file)] == ["row 0", "row 1", "row 2"]
