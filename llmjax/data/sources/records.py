@@ -139,7 +139,7 @@ def detect_format(file: SourceFile, reading: Reading = _READING) -> str:
         return known
     # A file that cannot be opened is named by whoever reads it.
     with contextlib.suppress(OSError), open(file.path, "rb") as stream:
-        if stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC:
+        if known is None and stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC:
             return "parquet"
     # A file whose first object has the text field is JSON. One without this field is taken for text.
     with contextlib.suppress(UserError), open_text(file, reading, ReadStats()) as text:

@@ -156,7 +156,7 @@ def test_a_text_that_only_seems_to_be_of_the_named_encoding_is_refused(real, nam
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.py"])
+@pytest.mark.parametrize("name", ["a.md", "a.jsonl", "a.py"])
 def test_utf16_and_utf32_without_a_byte_order_mark_are_not_taken_for_utf8(encoding, name, tmp_path):
     text = json.dumps({"text": "plain text\n" * 9})
     (tmp_path / name).write_bytes(text.encode(encoding))
