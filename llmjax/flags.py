@@ -33,7 +33,9 @@ def make_flags() -> flags.FlagValues:
     )
     flags.DEFINE_string("workdir", None, "where everything of a run is written and found", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(MODES), "what to do", flag_values=values)
-    flags.DEFINE_multi_string("prompt", [], "generate: a text to continue", flag_values=values)
+    flags.DEFINE_multi_string(
+        "prompt", [], "generate: a text to continue; may be given several times", flag_values=values
+    )
     flags.DEFINE_string("prompt_file", None, "generate: a file with one prompt a line", flag_values=values)
     flags.DEFINE_boolean(
         "interactive", False, "generate: continue each line that is typed", flag_values=values
@@ -50,14 +52,16 @@ def make_flags() -> flags.FlagValues:
 
 def describe_help(argv: Sequence[str], opening: str) -> str | None:
     """The answer to `--help` (`opening`, flags, keys) or to `--help=SECTION`; None where neither is in `argv`."""
-    for word in argv:
-        match = re.fullmatch(r"-h|--?help(?:=(\w+))?", word)
+    for word, following in zip(argv, [*argv[1:], ""]):
+        match = re.fullmatch(r"-h|--?help(?:=(.*))?", word, re.S)
         if match is None:
             continue
-        if match[1]:
-            return describe_keys(match[1])
+        # `--help optimizer` is `--help=optimizer`.
+        if asked := match[1] or ("" if following.startswith("-") else following):
+            return describe_keys(asked)
         values = make_flags()
-        rows = [f"  --{name:<12} {values[name].help}" for name in values]
+        # absl adds a line to what a flag is for if it may be given several times.
+        rows = [f"  --{name:<12} {(values[name].help or '').splitlines()[0].rstrip(';')}" for name in values]
         return f"{opening}\n\nflags\n" + "\n".join(rows) + f"\n\nkeys, by section\n\n{describe_keys()}"
     return None
 
@@ -76,6 +80,10 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
         close = [f"--{flag[0]}"] if flag else [f"--config.{key}" for key in meant_keys(name, known)]
         hint = f"; did you mean {' or '.join(close[:3])}?" if close else "; --help lists the flags and keys"
         raise UserError(f"--{name} is no flag{hint}") from None
+    except flags.IllegalFlagValueError as error:
+        if wrong := re.fullmatch(r"flag (--\w+=.*?): \('Non-boolean.*", str(error), re.S):
+            raise UserError(f"{wrong[1]} is not true or false; give one, such as true") from None
+        raise UserError(" ".join(str(error).split())) from None
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
@@ -124,6 +132,19 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
 
     If a key is given several times, the last value counts; a list takes all of them.
     """
+    values, name = _place(config, key)
+    values[name] = _value(values[name], key, texts)
+
+
+def takes_list(config: dict[str, Any], key: str) -> bool:
+    """Whether the value of `key`, section.name, is a list. Raises UserError for a key that is not known."""
+    values, name = _place(config, key)
+    return isinstance(values[name], list | tuple)
+
+
+def _place(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The dict that holds the value of `key`, section.name, and its name there. Raises UserError for anything that is
+    no key."""
     keys = _keys(config)
     if key not in keys:
         if key in MOVED:
@@ -138,7 +159,7 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
         raise UserError(
             f"--config.{key} is a section; set its keys, such as --config.{key}.{next(iter(values[name]))}"
         )
-    values[name] = _value(values[name], key, texts)
+    return values, name
 
 
 def _whole_names(section: str, keys: Sequence[tuple[str, str, str]]) -> list[str]:

@@ -88,6 +88,7 @@ MISTAKES = {
     "profile elsewhere": (["--mode=plan", "--profile=1:2"], "--profile is not heeded by --mode=plan",
                           "or give --mode=train"),
     "interactive": (["--interactive"], "--interactive is not heeded by --mode=train", "or give --mode=generate"),
+    "boolean flag": (["--interactive=maybe"], "--interactive=maybe is not true or false", "such as true"),
     "checkpoint": (["--mode=plan", "--checkpoint=latest"], "--checkpoint is not heeded by --mode=plan",
                    "or give --mode=evaluate or --mode=generate"),
     "topology": (["--mode=plan", "--config.plan.topology=v5p:4x4x5x6"],

@@ -80,7 +80,8 @@ def _clean(folder: pathlib.Path, limit: int) -> set[str]:
         # Another process may be cleaning the same folder.
         with contextlib.suppress(OSError):
             size = path.stat().st_size
-            if total + size <= limit and _digest_file(path).read_text() == _digest(path):
+            # Bytes, because a damaged digest need not be text.
+            if total + size <= limit and _digest_file(path).read_bytes() == _digest(path).encode():
                 whole.add(path.name)
                 total += size
     for path in newest_first:

@@ -68,7 +68,11 @@ def emptied(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("harm", [half, flipped, never_finished, emptied])
+def with_a_digest_that_is_no_text(path):
+    path.with_name(path.name + ".digest").write_bytes(b"\xff\xfe")
+
+
+@pytest.mark.parametrize("harm", [half, flipped, never_finished, emptied, with_a_digest_that_is_no_text])
 def test_an_entry_that_is_not_whole_is_compiled_again(harm, tmp_path):
     first, _, misses = run(tmp_path)
     for path in entries(tmp_path):
