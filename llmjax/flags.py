@@ -239,19 +239,26 @@ def read_prompts(values: flags.FlagValues) -> list[str]:
     if values.prompt_file is not None:
         check_local(values.prompt_file, f"--prompt_file={values.prompt_file}")
         path = pathlib.Path(values.prompt_file)
-        if values.prompt_file == "-":
-            data = sys.stdin.buffer.read()
-        elif path.is_file():
-            data = path.read_bytes()
-        else:
+        try:
+            data = sys.stdin.buffer.read() if values.prompt_file == "-" else path.read_bytes()
+        except FileNotFoundError:
             raise UserError(
                 f"--prompt_file={path} does not exist; give a text file with one prompt a line, or - for standard input"
-            )
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"--prompt_file={path} cannot be read ({error.strerror}); give a text file with one prompt a line"
+            ) from None
         try:
             text = data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt_file={path} is not UTF-8 at byte {error.start}; correct it") from None
-        prompts += [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line]
+        lines = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line]
+        if not lines:
+            raise UserError(
+                f"--prompt_file={path} has no line with text; write one prompt a line, or leave it out"
+            )
+        prompts += lines
     return prompts
 
 

@@ -3,6 +3,10 @@ nothing compiled."""
 
 import io
 import json
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
 import tiny_run
@@ -10,6 +14,7 @@ from tiny_run import BASE, command
 
 from configs import base
 from llmjax import main
+from llmjax.errors import UserError
 
 REFUSED = 2
 
@@ -300,6 +305,36 @@ def test_prompts_come_from_flags_and_from_a_file(tmp_path):
         "--mode=generate", "--prompt=first", "--prompt=second, with a comma", f"--prompt_file={path}"
     )
     assert main.read_prompts(values) == ["first", "second, with a comma", "第三", "fourth = 'x'"]
+
+
+def test_prompts_come_from_a_pipe_that_has_a_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("one\ntwo",))
+    writer.start()
+    values, _ = parsed("--mode=generate", f"--prompt_file={tmp_path / 'pipe'}")
+    assert main.read_prompts(values) == ["one", "two"]
+    writer.join()
+
+
+@pytest.mark.parametrize("what, sentence", [("folder", "cannot be read .Is a directory.; give a text file"),
+                                            ("nothing", "does not exist; give a text file"),
+                                            ("empty", "has no line with text; write one prompt a line")])  # fmt: skip
+def test_a_file_of_prompts_that_will_not_do_is_named(what, sentence, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").write_text("\n\r\n")
+    values, _ = parsed("--mode=generate", f"--prompt_file={tmp_path / what}")
+    with pytest.raises(UserError, match=f"--prompt_file={tmp_path / what} {sentence}"):
+        main.read_prompts(values)
+
+
+@pytest.mark.parametrize("words, code", [("--mode=generate --prompt_file=-", 2), ("--help", 0)])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_as_one_to_nowhere(closed, words, code):
+    line = f"{sys.executable} -m llmjax {words} {closed}"
+    done = subprocess.run(
+        line, shell=True, capture_output=True, stdin=subprocess.DEVNULL, cwd=tiny_run.ROOT, check=False
+    )
+    assert done.returncode == code and b"Traceback" not in done.stderr
 
 
 def test_a_workdir_alone_brings_its_config(tmp_path):
