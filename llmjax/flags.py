@@ -21,7 +21,7 @@ from llmjax.config.help import describe_keys, key_comments, meant_keys
 from llmjax.config.moved import MOVED, new_name
 from llmjax.errors import UserError
 from llmjax.modes.table import MODES
-from llmjax.names import check_local
+from llmjax.names import check_local, plain_name
 from llmjax.workdir.contents import saved_config
 
 
@@ -97,6 +97,10 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
         given = "--prompt" if values.prompt else "--prompt_file"
         raise UserError(
             f"--interactive reads its prompts from standard input, but {given} is given; leave one out"
+        )
+    if values.workdir == "":
+        raise UserError(
+            "--workdir= is empty; give a folder, or leave it out for runs/NAME of configs/NAME.py"
         )
     config = load_config(values.config, values.workdir)
     # A run of an older version may lack the key that is set: then its config is completed first.
@@ -235,7 +239,7 @@ def name_of(config_path: str) -> str:
 
 def read_prompts(values: flags.FlagValues) -> list[str]:
     """The prompts of --prompt and of --prompt_file, in this order; `--prompt_file=-` is standard input."""
-    prompts = list(values.prompt)
+    prompts = [_as_utf8(prompt) for prompt in values.prompt]
     if values.prompt_file is not None:
         check_local(values.prompt_file, f"--prompt_file={values.prompt_file}")
         path = pathlib.Path(values.prompt_file)
@@ -260,6 +264,21 @@ def read_prompts(values: flags.FlagValues) -> list[str]:
             )
         prompts += lines
     return prompts
+
+
+def _as_utf8(prompt: str) -> str:
+    """`prompt` as the UTF-8 that was typed, also where Python reads command lines in another encoding (LC_ALL=C)."""
+    try:
+        prompt.encode()
+        return prompt
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(prompt).decode("utf-8")
+    except UnicodeError:
+        raise UserError(
+            f"--prompt={plain_name(prompt)} is not UTF-8; give text in UTF-8, or a --prompt_file"
+        ) from None
 
 
 def read_profile(values: flags.FlagValues) -> range:

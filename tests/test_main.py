@@ -93,6 +93,8 @@ MISTAKES = {
     "profile elsewhere": (["--mode=plan", "--profile=1:2"], "--profile is not heeded by --mode=plan",
                           "or give --mode=train"),
     "interactive": (["--interactive"], "--interactive is not heeded by --mode=train", "or give --mode=generate"),
+    "empty workdir": (["--workdir="], "--workdir= is empty", "leave it out for runs/NAME"),
+    "prompt that is no text": (["--mode=generate", "--prompt=a\udcff"], "--prompt=a\\xff is not UTF-8", "give text in"),
     "boolean flag": (["--interactive=maybe"], "--interactive=maybe is not true or false", "such as true"),
     "checkpoint": (["--mode=plan", "--checkpoint=latest"], "--checkpoint is not heeded by --mode=plan",
                    "or give --mode=evaluate or --mode=generate"),
@@ -305,6 +307,12 @@ def test_prompts_come_from_flags_and_from_a_file(tmp_path):
         "--mode=generate", "--prompt=first", "--prompt=second, with a comma", f"--prompt_file={path}"
     )
     assert main.read_prompts(values) == ["first", "second, with a comma", "第三", "fourth = 'x'"]
+
+
+def test_a_prompt_is_utf_8_whatever_the_locale():
+    typed = "春江".encode().decode("ascii", "surrogateescape")
+    values, _ = parsed("--mode=generate", f"--prompt={typed}")
+    assert main.read_prompts(values) == ["春江"]
 
 
 def test_prompts_come_from_a_pipe_that_has_a_name(tmp_path):
