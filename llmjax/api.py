@@ -31,7 +31,7 @@ from llmjax.config.file import load_config_file, plain_dict
 from llmjax.config.reading import complete_config
 from llmjax.errors import UserError
 from llmjax.evaluate.scoring import Piece, score_pieces
-from llmjax.flags import load_config, name_of, set_key
+from llmjax.flags import load_config, name_of, set_key, takes_list
 from llmjax.modes import dispatch
 from llmjax.modes.corpus import read_corpus
 from llmjax.modes.evaluate import score_held_out
@@ -64,14 +64,14 @@ def train(
     """
     if isinstance(config, str | os.PathLike):
         raw = load_config_file(os.fspath(config))
-        place = pathlib.Path(workdir or f"runs/{name_of(os.fspath(config))}")
+        place = _path("workdir", workdir or f"runs/{name_of(os.fspath(config))}")
     else:
         raw = plain_dict(config)
         if workdir is None:
             raise UserError(
                 "workdir is not given, and a config without a file has no name for one; give workdir"
             )
-        place = pathlib.Path(workdir)
+        place = _path("workdir", workdir)
     check_place(place)
     code = dispatch.run("train", _changed(raw, changes), place, prompts=(), checkpoint="latest")
     if code == 1:
@@ -81,7 +81,7 @@ def train(
 
 def load(workdir: PathLike, checkpoint: str | int = "latest") -> Run:
     """The run in `workdir`; `checkpoint` is latest, best or the number of an update. Its parameters are read later."""
-    place = pathlib.Path(workdir)
+    place = _path("workdir", workdir)
     load_config(None, str(place))
     return Run(place, str(checkpoint))
 
@@ -138,6 +138,7 @@ class Run:
 
         `settings` are keys of the section `generate`: temperature=0.
         """
+        _check_text("prompt", prompt)
         loaded = self._loaded
         settings["num_samples"] = 1 if num_samples is None else num_samples
         changed = self._request({f"generate.{key}": value for key, value in settings.items()})
@@ -154,12 +155,15 @@ class Run:
 
         Returns `loss` in nats per token, `tokens`, and `bits_per_byte` of the text's UTF-8 bytes.
         """
-        loaded, size = self._loaded, len(text.encode())
-        check_one_stream(loaded.program)
-        if not size:
+        _check_text("text", text)
+        if not text:
             raise UserError("text='' has nothing to score; give some text")
+        loaded = self._loaded
+        check_one_stream(loaded.program)
         program, tokenizer = loaded.program, loaded.tokenizer
+        # The tokenizer names what is no text, so that it comes before the text is encoded in any other way.
         tokens = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        size = len(text.encode())
         losses = lambda params, arrays: program.token_losses(params, program.placement.place(arrays))  # noqa: E731
         pieces = _pieces(tokens, program.batch.seq_len)
         sums = score_pieces(losses, loaded.params, pieces, 1, program.probe_shape)
@@ -197,7 +201,37 @@ def _pieces(tokens: list[int], seq_len: int) -> Iterator[Piece]:
 
 def _changed(raw: dict[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
     """`raw` with values of keys set, as the command line sets them."""
+    if changes is not None and not isinstance(changes, Mapping):
+        raise UserError(
+            f"changes={_short(changes)} is no dict; give keys with their values, such as {{'train.num_updates': 40}}"
+        )
     for key, value in (changes or {}).items():
-        texts = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
-        set_key(raw, key, texts)
+        if not isinstance(key, str):
+            raise UserError(
+                f"changes has the key {_short(key)}; give the name of one, such as 'train.num_updates'"
+            )
+        several = takes_list(raw, key)
+        if value is None or (isinstance(value, list | tuple) and not several):
+            rule = "a list of values" if several else "one value"
+            raise UserError(f"{key}={_short(value)} is not {rule}; give {rule}, or leave the key out")
+        set_key(raw, key, list(map(str, value)) if isinstance(value, list | tuple) else [str(value)])
     return raw
+
+
+def _path(name: str, value: object) -> pathlib.Path:
+    """The path `value`. Raises UserError, which names the argument `name`, for something else than a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name}={_short(value)} is no path; give one, such as 'runs/mine'")
+    return pathlib.Path(value)
+
+
+def _check_text(name: str, value: object) -> None:
+    """Raises UserError, which names the argument `name`, if `value` is no text."""
+    if not isinstance(value, str):
+        raise UserError(f"{name}={_short(value)} is no text; give one str, and call again for the next text")
+
+
+def _short(value: object) -> str:
+    """`value` as an error shows it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -21,7 +21,7 @@ from llmjax.config.help import describe_keys, key_comments, meant_keys
 from llmjax.config.moved import MOVED, new_name
 from llmjax.errors import UserError
 from llmjax.modes.table import MODES
-from llmjax.names import check_local
+from llmjax.names import check_local, plain_name
 from llmjax.workdir.contents import saved_config
 
 
@@ -33,7 +33,9 @@ def make_flags() -> flags.FlagValues:
     )
     flags.DEFINE_string("workdir", None, "where everything of a run is written and found", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(MODES), "what to do", flag_values=values)
-    flags.DEFINE_multi_string("prompt", [], "generate: a text to continue", flag_values=values)
+    flags.DEFINE_multi_string(
+        "prompt", [], "generate: a text to continue; may be given several times", flag_values=values
+    )
     flags.DEFINE_string("prompt_file", None, "generate: a file with one prompt a line", flag_values=values)
     flags.DEFINE_boolean(
         "interactive", False, "generate: continue each line that is typed", flag_values=values
@@ -50,14 +52,16 @@ def make_flags() -> flags.FlagValues:
 
 def describe_help(argv: Sequence[str], opening: str) -> str | None:
     """The answer to `--help` (`opening`, flags, keys) or to `--help=SECTION`; None where neither is in `argv`."""
-    for word in argv:
-        match = re.fullmatch(r"-h|--?help(?:=(\w+))?", word)
+    for word, following in zip(argv, [*argv[1:], ""]):
+        match = re.fullmatch(r"-h|--?help(?:=(.*))?", word, re.S)
         if match is None:
             continue
-        if match[1]:
-            return describe_keys(match[1])
+        # `--help optimizer` is `--help=optimizer`.
+        if asked := match[1] or ("" if following.startswith("-") else following):
+            return describe_keys(asked)
         values = make_flags()
-        rows = [f"  --{name:<12} {values[name].help}" for name in values]
+        # absl adds a line to what a flag is for if it may be given several times.
+        rows = [f"  --{name:<12} {(values[name].help or '').splitlines()[0].rstrip(';')}" for name in values]
         return f"{opening}\n\nflags\n" + "\n".join(rows) + f"\n\nkeys, by section\n\n{describe_keys()}"
     return None
 
@@ -76,6 +80,10 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
         close = [f"--{flag[0]}"] if flag else [f"--config.{key}" for key in meant_keys(name, known)]
         hint = f"; did you mean {' or '.join(close[:3])}?" if close else "; --help lists the flags and keys"
         raise UserError(f"--{name} is no flag{hint}") from None
+    except flags.IllegalFlagValueError as error:
+        if wrong := re.fullmatch(r"flag (--\w+=.*?): \('Non-boolean.*", str(error), re.S):
+            raise UserError(f"{wrong[1]} is not true or false; give one, such as true") from None
+        raise UserError(" ".join(str(error).split())) from None
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
@@ -89,6 +97,10 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
         given = "--prompt" if values.prompt else "--prompt_file"
         raise UserError(
             f"--interactive reads its prompts from standard input, but {given} is given; leave one out"
+        )
+    if values.workdir == "":
+        raise UserError(
+            "--workdir= is empty; give a folder, or leave it out for runs/NAME of configs/NAME.py"
         )
     config = load_config(values.config, values.workdir)
     # A run of an older version may lack the key that is set: then its config is completed first.
@@ -124,6 +136,19 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
 
     If a key is given several times, the last value counts; a list takes all of them.
     """
+    values, name = _place(config, key)
+    values[name] = _value(values[name], key, texts)
+
+
+def takes_list(config: dict[str, Any], key: str) -> bool:
+    """Whether the value of `key`, section.name, is a list. Raises UserError for a key that is not known."""
+    values, name = _place(config, key)
+    return isinstance(values[name], list | tuple)
+
+
+def _place(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The dict that holds the value of `key`, section.name, and its name there. Raises UserError for anything that is
+    no key."""
     keys = _keys(config)
     if key not in keys:
         if key in MOVED:
@@ -138,7 +163,7 @@ def set_key(config: dict[str, Any], key: str, texts: Sequence[str]) -> None:
         raise UserError(
             f"--config.{key} is a section; set its keys, such as --config.{key}.{next(iter(values[name]))}"
         )
-    values[name] = _value(values[name], key, texts)
+    return values, name
 
 
 def _whole_names(section: str, keys: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -214,7 +239,7 @@ def name_of(config_path: str) -> str:
 
 def read_prompts(values: flags.FlagValues) -> list[str]:
     """The prompts of --prompt and of --prompt_file, in this order; `--prompt_file=-` is standard input."""
-    prompts = list(values.prompt)
+    prompts = [_as_utf8(prompt) for prompt in values.prompt]
     if values.prompt_file is not None:
         check_local(values.prompt_file, f"--prompt_file={values.prompt_file}")
         path = pathlib.Path(values.prompt_file)
@@ -231,8 +256,28 @@ def read_prompts(values: flags.FlagValues) -> list[str]:
             text = data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt_file={path} is not UTF-8 at byte {error.start}; correct it") from None
-        prompts += [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line]
+        lines = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line]
+        if not lines:
+            raise UserError(
+                f"--prompt_file={path} has no line with text; write one prompt a line, or leave it out"
+            )
+        prompts += lines
     return prompts
+
+
+def _as_utf8(prompt: str) -> str:
+    """`prompt` as the UTF-8 that was typed, also where Python reads command lines in another encoding (LC_ALL=C)."""
+    try:
+        prompt.encode()
+        return prompt
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(prompt).decode("utf-8")
+    except UnicodeError:
+        raise UserError(
+            f"--prompt={plain_name(prompt)} is not UTF-8; give text in UTF-8, or a --prompt_file"
+        ) from None
 
 
 def read_profile(values: flags.FlagValues) -> range:

@@ -118,8 +118,21 @@ def _terminable(alone: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _open_closed_streams() -> None:
+    """Opens os.devnull for each standard stream that the caller has closed, as `<&-` and `2>&-` do.
+
+    Python sets such a stream to None. Its descriptor would go to the next file that is opened, and what a library
+    prints would be written into that file.
+    """
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            # It gets the lowest descriptor that is free, which is the closed one.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+
+
 def console() -> None:
     """The command `llmjax`."""
+    _open_closed_streams()
     sys.exit(main(sys.argv, alone=True))
 
 

@@ -129,6 +129,38 @@ def test_mistakes_are_one_sentence(folder, tmp_path, run):
         llmjax.trian  # noqa: B018
 
 
+WRONG = {
+    "text to score": (lambda run: run.score(5), "text=5 is no text", "give one str"),
+    "several texts": (lambda run: run.score(["a"]), r"text=\['a'\] is no text", "call again"),
+    "half a character": (lambda run: run.score("a\ud800"), "surrogate U\\+D800 at character 1", "remove or replace"),
+    "prompt": (lambda run: run.generate(None), "prompt=None is no text", "give one str"),
+    "several prompts": (lambda run: run.generate(["a", "b"]), r"prompt=\['a', 'b'\] is no text", "call again"),
+    "setting": (lambda run: run.generate(temperature=None), "generate.temperature=None is not one", "give one value"),
+    "workdir": (lambda run: llmjax.load(None), "workdir=None is no path", "such as 'runs/mine'"),
+    "workdir of a new run": (lambda run: llmjax.train("base", workdir=5), "workdir=5 is no path", "such as"),
+    "config": (lambda run: llmjax.train(None), "config=None is no config", "such as 'base'"),
+    "changes": (lambda run: llmjax.train("base", "a=3"), "changes='a=3' is no dict", "give keys with their values"),
+    "key": (lambda run: llmjax.train("base", {3: 3}), "changes has the key 3", "such as 'train.num_updates'"),
+    "several values": (lambda run: llmjax.train("base", {"train.num_updates": [3, 4]}), r"num_updates=\[3, 4\] is not",
+                       "give one value"),
+    "no values": (lambda run: llmjax.train("base", {"train.num_updates": []}), r"num_updates=\[\] is not one value",
+                  "leave the key out"),
+    "None": (lambda run: llmjax.train("base", {"checkpoint.init_from": None}), "init_from=None is not one value",
+             "leave the key out"),
+    "None for a list": (lambda run: llmjax.train("base", {"data.sources": None}), "sources=None is not a list",
+                        "leave the key out"),
+    "typo with a list": (lambda run: llmjax.train("base", {"data.source": ["a"]}), "data.source is not known",
+                         "did you mean --config.data.source"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_an_argument_of_the_wrong_kind_is_named_with_its_remedy(kind, run):
+    call, what, remedy = WRONG[kind]
+    with pytest.raises(UserError, match=f"{what}.*{remedy}"):
+        call(run)
+
+
 @pytest.mark.parametrize("first", ["import llmjax.train.config", "import llmjax.api", "import llmjax"])
 def test_train_is_called_whatever_was_imported_before(first):
     code = f"{first}; import llmjax; assert callable(llmjax.train); llmjax.load"

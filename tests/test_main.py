@@ -5,6 +5,9 @@ import io
 import json
 import os
 import pathlib
+import subprocess
+import sys
+import threading
 
 import pytest
 import tiny_run
@@ -91,6 +94,9 @@ MISTAKES = {
     "profile elsewhere": (["--mode=plan", "--profile=1:2"], "--profile is not heeded by --mode=plan",
                           "or give --mode=train"),
     "interactive": (["--interactive"], "--interactive is not heeded by --mode=train", "or give --mode=generate"),
+    "empty workdir": (["--workdir="], "--workdir= is empty", "leave it out for runs/NAME"),
+    "prompt that is no text": (["--mode=generate", "--prompt=a\udcff"], "--prompt=a\\xff is not UTF-8", "give text in"),
+    "boolean flag": (["--interactive=maybe"], "--interactive=maybe is not true or false", "such as true"),
     "checkpoint": (["--mode=plan", "--checkpoint=latest"], "--checkpoint is not heeded by --mode=plan",
                    "or give --mode=evaluate or --mode=generate"),
     "topology": (["--mode=plan", "--config.plan.topology=v5p:4x4x5x6"],
@@ -321,6 +327,42 @@ def test_prompts_come_from_flags_and_from_a_file(tmp_path):
         "--mode=generate", "--prompt=first", "--prompt=second, with a comma", f"--prompt_file={path}"
     )
     assert main.read_prompts(values) == ["first", "second, with a comma", "第三", "fourth = 'x'"]
+
+
+def test_a_prompt_is_utf_8_whatever_the_locale():
+    typed = "春江".encode().decode("ascii", "surrogateescape")
+    values, _ = parsed("--mode=generate", f"--prompt={typed}")
+    assert main.read_prompts(values) == ["春江"]
+
+
+def test_prompts_come_from_a_pipe_that_has_a_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("one\ntwo",))
+    writer.start()
+    values, _ = parsed("--mode=generate", f"--prompt_file={tmp_path / 'pipe'}")
+    assert main.read_prompts(values) == ["one", "two"]
+    writer.join()
+
+
+@pytest.mark.parametrize("what, sentence", [("folder", "cannot be read .Is a directory.; give a text file"),
+                                            ("nothing", "does not exist; give a text file"),
+                                            ("empty", "has no line with text; write one prompt a line")])  # fmt: skip
+def test_a_file_of_prompts_that_will_not_do_is_named(what, sentence, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").write_text("\n\r\n")
+    values, _ = parsed("--mode=generate", f"--prompt_file={tmp_path / what}")
+    with pytest.raises(UserError, match=f"--prompt_file={tmp_path / what} {sentence}"):
+        main.read_prompts(values)
+
+
+@pytest.mark.parametrize("words, code", [("--mode=generate --prompt_file=-", 2), ("--help", 0)])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_as_one_to_nowhere(closed, words, code):
+    line = f"{sys.executable} -m llmjax {words} {closed}"
+    done = subprocess.run(
+        line, shell=True, capture_output=True, stdin=subprocess.DEVNULL, cwd=tiny_run.ROOT, check=False
+    )
+    assert done.returncode == code and b"Traceback" not in done.stderr
 
 
 def test_a_workdir_alone_brings_its_config(tmp_path):

@@ -13,8 +13,11 @@ import contextlib
 import hashlib
 import pathlib
 import platform
+import re
 import time
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -50,6 +53,12 @@ def reuse_programs(cache: pathlib.Path, megabytes: int) -> Iterator[None]:
         complain(f"compiled programs are not kept, as {folder} cannot be made ({error.strerror})")
         yield
         return
+    with _one_sentence(folder):
+        yield from _reuse(folder, megabytes)
+
+
+def _reuse(folder: pathlib.Path, megabytes: int) -> Iterator[None]:
+    """Yields once; until it goes on, jax looks compiled programs up in `folder`."""
     seconds = getattr(jax.config, _SECONDS)
     known = _clean(folder, megabytes << 20)
 
@@ -71,6 +80,35 @@ def reuse_programs(cache: pathlib.Path, megabytes: int) -> Iterator[None]:
         _seal(folder, known, 0.0)
 
 
+@contextlib.contextmanager
+def _one_sentence(folder: pathlib.Path) -> Iterator[None]:
+    """A context manager in which jax's warnings of entries that it cannot write or read, one for each program, become
+    one sentence. A folder that cannot be written to, or a full disk, costs the cache and not the run."""
+    before, told = warnings.showwarning, set()
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        match = re.match(
+            r"Error (writ|read)ing persistent compilation cache entry for .+?: (.*)", str(message), re.S
+        )
+        if match is None:
+            before(message, *where, **more)
+        elif match[1] not in told:
+            told.add(match[1])
+            fault = {"writ": "kept, as files cannot be written", "read": "used, as files cannot be read"}[
+                match[1]
+            ]
+            complain(
+                f"compiled programs are not {fault} in {folder} ({' '.join(match[2].split())}); correct that, or set "
+                "compute.compilation_cache_mb=0"
+            )
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 def _clean(folder: pathlib.Path, limit: int) -> set[str]:
     """Deletes entries that are not whole, and the oldest ones above `limit` bytes; the names of those that stay."""
     whole: set[str] = set()
@@ -80,7 +118,8 @@ def _clean(folder: pathlib.Path, limit: int) -> set[str]:
         # Another process may be cleaning the same folder.
         with contextlib.suppress(OSError):
             size = path.stat().st_size
-            if total + size <= limit and _digest_file(path).read_text() == _digest(path):
+            # Bytes, because a damaged digest need not be text.
+            if total + size <= limit and _digest_file(path).read_bytes() == _digest(path).encode():
                 whole.add(path.name)
                 total += size
     for path in newest_first:

@@ -78,9 +78,16 @@ def load_config_file(name: str) -> dict[str, Any]:
 
 
 def plain_dict(config: Any) -> dict[str, Any]:
-    """A config that was made in Python, a ConfigDict or nested dicts, as nested dicts of its own."""
+    """A config that was made in Python, a ConfigDict or nested dicts, as nested dicts of its own.
+
+    Raises UserError for anything else.
+    """
     if isinstance(config, ConfigDict):
         return config.to_dict()
+    if not isinstance(config, Mapping):
+        raise UserError(
+            f"config={repr(config)[:60]} is no config; give a config file, or the name of one, such as 'base'"
+        )
     return {
         name: dict(section) if isinstance(section, Mapping) else section for name, section in config.items()
     }

@@ -21,7 +21,7 @@ SYNONYMS = {
     "beta2": "b2 adam_b2 adam_beta2",
     "eps": "epsilon adam_eps adam_epsilon",
     "num_updates": "steps num_steps max_steps train_steps max_iters iterations training_steps total_steps "
-    "num_train_steps num_iterations",
+    "num_train_steps num_iterations epochs num_epochs max_epochs num_train_epochs",
     "tokens_per_update": "batch_size global_batch_size total_batch_size tokens_per_batch train_batch_size",
     "micro_batch_size": "batch_size per_device_batch_size per_device_train_batch_size device_batch_size "
     "microbatch_size local_batch_size",
@@ -72,17 +72,12 @@ def key_comments() -> dict[str, list[tuple[str, str, str]]]:
     return sections
 
 
-def describe_keys(section: str | None = None) -> str:
-    """All keys with their defaults and comments, or the keys of one section; UserError for an unknown section."""
+def describe_keys(asked: str | None = None) -> str:
+    """All keys with their defaults and comments, or those that `asked` names: a section, a key or, as other codebases
+    call it, the synonym of a key. Raises UserError where it names nothing."""
     sections = key_comments()
-    if section is not None:
-        if section not in sections:
-            close = difflib.get_close_matches(section, sections, n=1)
-            hint = (
-                f"did you mean {close[0]!r}?" if close else f"there are {', '.join(filter(None, sections))}"
-            )
-            raise UserError(f"--help={section} names no section of the config; {hint}")
-        sections = {section: sections[section]}
+    if asked is not None:
+        sections = {asked: sections[asked]} if asked and asked in sections else _sections_of(asked, sections)
     blocks = []
     for name, keys in sections.items():
         lines = [
@@ -95,6 +90,30 @@ def describe_keys(section: str | None = None) -> str:
     return "\n\n".join(blocks)
 
 
+def _sections_of(
+    asked: str, sections: dict[str, list[tuple[str, str, str]]]
+) -> dict[str, list[tuple[str, str, str]]]:
+    """Of `sections`, the keys that `asked` is the name or a synonym of."""
+    section, _, name = asked.removeprefix("--").removeprefix("config.").rpartition(".")
+    wanted = _names_of(name)
+    found = {
+        other: [row for row in rows if row[0] in wanted]
+        for other, rows in sections.items()
+        if section in ("", other)
+    }
+    if found := {other: rows for other, rows in found.items() if rows}:
+        return found
+    close = difflib.get_close_matches(asked, [*filter(None, sections)], n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(filter(None, sections))}"
+    raise UserError(f"--help={asked} names no section or key of the config; {hint}")
+
+
+def _names_of(name: str) -> set[str]:
+    """The names of keys that `name` is, or is a synonym of."""
+    plain = name.lower().replace("-", "_")
+    return {plain, *(key for key, names in SYNONYMS.items() if plain in names.split())}
+
+
 def meant_keys(asked: str, keys: Sequence[str]) -> list[str]:
     """The keys that somebody who wrote `asked` may have meant, the likeliest first; none where nothing is near.
 
@@ -103,12 +122,15 @@ def meant_keys(asked: str, keys: Sequence[str]) -> list[str]:
       keys: every key there is, with its section.
     """
     section, _, name = asked.rpartition(".")
-    plain = name.lower().replace("-", "_")
-    wanted = {plain, *(key for key, names in SYNONYMS.items() if plain in names.split())}
+    wanted = _names_of(name)
     found = [key for key in keys if key.split(".")[-1] in wanted]
     # A key of the section that was named comes first.
     found.sort(key=lambda key: key.rpartition(".")[0] != section)
-    return found or _closest(asked, keys) or _closest(plain, [key for key in keys if "." in key], last=True)
+    return (
+        found
+        or _closest(asked, keys)
+        or _closest(name.lower().replace("-", "_"), [key for key in keys if "." in key], last=True)
+    )
 
 
 def _closest(asked: str, keys: Iterable[str], last: bool = False) -> list[str]:

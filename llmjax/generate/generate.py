@@ -41,7 +41,7 @@ class GenerateConfig:
     top_k: Annotated[int, Range(1, 2**24, "off")]
     top_p: Annotated[float, Range(0, 1, above=True)]
     seed: Annotated[int, Range(0, FOLD)]
-    num_samples: Annotated[int, Range(1, 2**16), Unset(1)]
+    num_samples: Annotated[int, Range(1, 1024), Unset(1)]
 
     def __post_init__(self):
         check_ranges("generate", self)

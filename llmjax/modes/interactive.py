@@ -1,7 +1,8 @@
 """`--mode=generate --interactive`: continues prompts line by line, with a checkpoint that is loaded once.
 
 On a terminal, the standard module readline gives the line that is typed its editing and its history. Elsewhere the
-lines come from a pipe or a file, and the output is what `--prompt_file` prints for the same lines.
+lines come from a pipe or a file, empty ones are skipped, and the output is what `--prompt_file` prints for the same
+lines.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HINT = "an empty line or Ctrl-D ends, Ctrl-C stops a text"
 
 
 def converse(write: Callable[[int, str, Watch], None]) -> None:
-    """Reads lines from standard input and has each continued, until an empty line or the end of the input.
+    """Reads lines from standard input and has each continued, until the end of the input or a typed empty line.
 
     write  called with the number of a line, counted from 0, the line, and a watch that ends its text where Ctrl-C asks
            for it; prints the text
@@ -64,15 +65,18 @@ def _typed_line() -> str:
 
 
 def _piped_line(number: int) -> str:
-    """The next line of standard input, without its end; "" where there is none."""
-    try:
-        text = sys.stdin.buffer.readline().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"line {number + 1} of standard input is not UTF-8 at byte {error.start}; correct it"
-        ) from None
-    text = text.removesuffix("\n").removesuffix("\r")
-    return text if number else text.removeprefix("\ufeff")
+    """The next line of standard input that is not empty, without its end; "" where there is none."""
+    while data := sys.stdin.buffer.readline():
+        try:
+            text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"prompt {number + 1} of standard input is not UTF-8 at byte {error.start}; correct it"
+            ) from None
+        text = text if number else text.removeprefix("\ufeff")
+        if text:
+            return text
+    return ""
 
 
 class _Interruptible:

@@ -28,13 +28,13 @@ class Bar:
 
     def __init__(self, total: int, before: str, after: Sequence[str] = (), *, stays: bool):
         # With a size of 0, tqdm would draw nothing at all.
-        width, height = (None, None) if (has_size := _has_size()) else UNKNOWN_SIZE
+        width, height = _fixed_size()
         self._total = total
         self._tqdm = tqdm(
             total=total,
             ncols=width,
             nrows=height,
-            dynamic_ncols=has_size,
+            dynamic_ncols=width is None,
             leave=stays,
             bar_format=_look(before, after, total, width or _columns()),
         )
@@ -78,9 +78,15 @@ def _columns() -> int:
         return 1000
 
 
-def _has_size() -> bool:
-    """Whether the terminal knows how large it is. Some pseudo-terminals say 0 columns and 0 lines."""
+def _fixed_size() -> tuple[int, int] | tuple[None, None]:
+    """Columns and lines where the terminal does not know both of them; Nones where it does, and may change them.
+
+    Some pseudo-terminals say 0 columns or 0 lines, or both. The other number then still counts.
+    """
     try:
-        return min(os.get_terminal_size(sys.stderr.fileno())) > 0
+        size = os.get_terminal_size(sys.stderr.fileno())
     except (OSError, AttributeError):
-        return True
+        return None, None
+    if min(size) > 0:
+        return None, None
+    return size.columns or UNKNOWN_SIZE[0], size.lines or UNKNOWN_SIZE[1]

@@ -1,6 +1,7 @@
 """The cache of compiled programs: what it holds is used again, what is not whole is thrown away, and it can be off."""
 
 import os
+import shutil
 import warnings
 
 import jax
@@ -68,7 +69,11 @@ def emptied(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("harm", [half, flipped, never_finished, emptied])
+def with_a_digest_that_is_no_text(path):
+    path.with_name(path.name + ".digest").write_bytes(b"\xff\xfe")
+
+
+@pytest.mark.parametrize("harm", [half, flipped, never_finished, emptied, with_a_digest_that_is_no_text])
 def test_an_entry_that_is_not_whole_is_compiled_again(harm, tmp_path):
     first, _, misses = run(tmp_path)
     for path in entries(tmp_path):
@@ -108,3 +113,32 @@ def test_without_a_place_to_write_there_is_a_sentence_and_no_cache(tmp_path, cap
     value, hits, _ = run(tmp_path)
     assert hits == 0 and value[0] == 0
     assert "compiled programs are not kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", ["write", "read"])
+def test_what_jax_warns_of_for_each_program_is_one_sentence(fails, tmp_path, capsys, monkeypatch):
+    def compile_both():
+        jax.clear_caches()
+        for n in (3, 4):
+            jax.jit(lambda x: jnp.sin(x) * n)(np.arange(7.0, dtype=np.float32))  # noqa: B023
+
+    others = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda message, *_: others.append(str(message)))
+        with reuse_programs(tmp_path, 1):
+            compile_both()
+            for path in entries(tmp_path):
+                path.unlink()
+                if fails == "read":
+                    path.mkdir()
+            if fails == "write":
+                shutil.rmtree(tmp_path)
+            compile_both()
+            warnings.warn("another warning", stacklevel=1)
+    err = capsys.readouterr().err
+    what = {"write": "not kept, as files cannot be written", "read": "not used, as files cannot be read"}[
+        fails
+    ]
+    assert err.count(what) == 1 and err.count("compilation_cache_mb=0") == len(err.splitlines())
+    assert others == ["another warning"]

@@ -25,11 +25,28 @@ def test_help_lists_every_key_with_its_comment():
 def test_help_of_one_section_and_of_none():
     assert "--config.data.seq_len=512" in describe_keys("data") and "optimizer" not in describe_keys("data")
     with pytest.raises(
-        UserError, match="--help=optimiser names no section of the config; did you mean 'optimizer'"
+        UserError, match="--help=optimiser names no section or key of the config; did you mean 'optimizer'"
     ):
         describe_keys("optimiser")
     with pytest.raises(UserError, match="there are model, "):
         describe_keys("qqqqqq")
+
+
+@pytest.mark.parametrize("asked", ["learning_rate", "lr", "optimizer.lr", "optimizer.learning_rate"])
+def test_help_of_a_key_by_any_of_its_names(asked):
+    text = describe_keys(asked)
+    assert "--config.optimizer.learning_rate=" in text and len(text.splitlines()) == 2
+
+
+def test_help_may_have_its_section_behind_a_space_or_none():
+    assert describe_help(["llmjax", "--help", "mesh"], "") == describe_keys("mesh")
+    for words in ["--help=", "--mode=plan"], ["--help", "--mode=plan"]:
+        assert describe_help(["llmjax", *words], "opening").startswith("opening")
+
+
+def test_help_gives_each_flag_one_line():
+    flags = describe_help(["llmjax", "--help"], "").split("flags\n")[1].split("\n\n")[0]
+    assert all(line.startswith("  --") for line in flags.splitlines())
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "-help", "--help=mesh"])
@@ -56,6 +73,7 @@ def test_synonyms_are_of_keys_that_there_are():
     ("gradient_accumulation_steps", "compute.accumulation_steps"), ("num_layers", "model.num_layers"),
     ("train.batch_size", "train.tokens_per_update"), ("evaluate.eval_interval", "evaluate.every"),
     ("checkpoint.save_every", "checkpoint.every"), ("learning_rat", "optimizer.learning_rate"),
+    ("num_epochs", "train.num_updates"),
 ])  # fmt: skip
 def test_the_words_of_other_codebases_are_understood(asked, meant):
     assert meant_keys(asked, KEYS)[0] == meant

@@ -12,9 +12,9 @@ import threading
 class Screen:
     """Everything that was written to a pseudo-terminal, which stands for standard error."""
 
-    def __init__(self, columns):
+    def __init__(self, columns, lines=24):
         self._ours, theirs = os.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.stream = os.fdopen(theirs, "w", buffering=1)
         self._written = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -46,9 +46,9 @@ class Screen:
 
 
 @contextlib.contextmanager
-def screen(monkeypatch, columns):
-    """A screen of `columns` in place of standard error; it can be read after the `with` block."""
-    shown = Screen(columns)
+def screen(monkeypatch, columns, lines=24):
+    """A screen of `columns` and `lines` in place of standard error; it can be read after the `with` block."""
+    shown = Screen(columns, lines)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", shown.stream)
         try:

@@ -32,6 +32,15 @@ def test_a_run_shows_its_remaining_time_whatever_the_width(columns, monkeypatch)
     assert "ETA 4 h" in seen.drawings[-1] and all(len(text) <= columns for text in seen.drawings)
 
 
+@pytest.mark.parametrize("columns, lines, width", [(40, 0, 40), (0, 24, 80), (0, 0, 80)])
+def test_a_terminal_that_knows_half_of_its_size_is_believed_in_that(columns, lines, width, monkeypatch):
+    with screen(monkeypatch, columns, lines) as seen:
+        bar = Bar(60, "0/60", stays=True)
+        bar.show(60, "60/60", PARTS[:2])
+        bar.close()
+    assert len(seen.drawings[-1]) == width
+
+
 def test_braces_stand_for_themselves(monkeypatch):
     with screen(monkeypatch, 80) as seen:
         bar = Bar(1, "{a}", ["{b} {bar}"], stays=True)
