@@ -33,6 +33,7 @@ _MIN_SECONDS = 0.3
 _SETTLED_SECONDS = 1.0
 # The settings of jax that are changed, and the event by which it says that a program is compiled.
 _FOLDER, _SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+_ENABLED = "jax_enable_compilation_cache"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -107,6 +108,24 @@ def _one_sentence(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = before
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """A context manager in which jax looks up and keeps no compiled program, whatever cache the user has set up.
+
+    A program for devices that are not there cannot be read back, and one that was read back does not tell all that
+    compiling it tells.
+    """
+    before = getattr(jax.config, _ENABLED)
+    jax.config.update(_ENABLED, False)
+    # jax asks only once whether there is a cache, and this makes it ask again.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update(_ENABLED, before)
+        compilation_cache.reset_cache()
 
 
 def _clean(folder: pathlib.Path, limit: int) -> set[str]:

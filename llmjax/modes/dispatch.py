@@ -44,9 +44,7 @@ def run(
         name, raw, workdir, prompts=prompts, checkpoint=checkpoint, interactive=interactive, profile=profile
     )
     config = request.config
-    # The mode plan reads from a program what one that comes from a cache does not always tell.
-    megabytes = 0 if MODES[name].for_topology else config.compute.compilation_cache_mb
-    with reuse_programs(cache_directory(config), megabytes):
+    with reuse_programs(cache_directory(config), config.compute.compilation_cache_mb):
         return importlib.import_module(f"llmjax.modes.{name}").run(request)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from llmjax.build.compiled_programs import without_cache
 from llmjax.build.program import Program, make_program
 from llmjax.errors import UserError
 from llmjax.plan.communication import describe_communication
@@ -102,7 +103,8 @@ def measure(program: Program) -> Need:
     lowered = program.lower()
     device = program.mesh.devices.flat[0]
     try:
-        compiled = lowered.compile()
+        with without_cache():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         sizes = _sizes(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmjax.build import compiled_programs
-from llmjax.build.compiled_programs import reuse_programs
+from llmjax.build.compiled_programs import reuse_programs, without_cache
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 
@@ -142,3 +142,10 @@ def test_what_jax_warns_of_for_each_program_is_one_sentence(fails, tmp_path, cap
     ]
     assert err.count(what) == 1 and err.count("compilation_cache_mb=0") == len(err.splitlines())
     assert others == ["another warning"]
+
+
+def test_where_a_program_must_be_compiled_no_cache_is_asked(tmp_path):
+    run(tmp_path)
+    with without_cache():
+        assert run(tmp_path)[1:] == (0, 0)
+    assert run(tmp_path)[1] > 0
