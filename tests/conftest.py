@@ -27,18 +27,16 @@ gc.set_threshold(100_000, 50, 50)
 
 ROOT = pathlib.Path(__file__).parents[1]
 TESTS = itertools.count(1)
-MAPPINGS = pathlib.Path("/proc/self/maps")
 
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """Clears all compiled programs when they hold half of the memory mappings that a process may have.
+    """Clears all compiled programs after every 50 tests.
 
-    Linux lets a process have 65530 of them, and every compiled program keeps some. Counting them takes milliseconds, so
-    that it is not done after every test.
+    Linux lets a process have 65530 memory mappings, and every compiled program keeps some of them.
     """
     yield
-    if next(TESTS) % 20 == 0 and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 32_000:
+    if next(TESTS) % 50 == 0:
         jax.clear_caches()
 
 

@@ -51,8 +51,9 @@ def reuse_programs(cache: pathlib.Path, megabytes: int) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        complain(f"compiled programs are not kept, as {folder} cannot be made ({error.strerror})")
         yield
+        # Only now: where the whole cache cannot be written to, a mode that needs it has said so.
+        complain(f"compiled programs were not kept, as {folder} cannot be made ({error.strerror})")
         return
     with _one_sentence(folder):
         yield from _reuse(folder, megabytes)

@@ -112,7 +112,7 @@ def test_without_a_place_to_write_there_is_a_sentence_and_no_cache(tmp_path, cap
     (tmp_path / "compiled").write_text("a file in its place")
     value, hits, _ = run(tmp_path)
     assert hits == 0 and value[0] == 0
-    assert "compiled programs are not kept" in capsys.readouterr().err
+    assert "compiled programs were not kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fails", ["write", "read"])
