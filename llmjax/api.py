@@ -14,13 +14,14 @@ The command line runs the same modes. Mistakes raise `llmjax.errors.UserError` w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, overload
+from collections.abc import Iterator, Mapping
+from typing import Any, overload
 
 import numpy as np
 
@@ -42,7 +43,6 @@ from llmjax.workdir.contents import check_place
 from llmjax.workdir.metrics import Metrics, read_metrics
 
 PathLike = str | os.PathLike
-Value = TypeVar("Value")
 
 
 def train(
@@ -86,18 +86,6 @@ def load(workdir: PathLike, checkpoint: str | int = "latest") -> Run:
     return Run(place, str(checkpoint))
 
 
-def _reusing_programs(method: Callable[..., Value]) -> Callable[..., Value]:
-    """Makes a method of `Run` look compiled programs up on disk, as the modes of the command line do."""
-
-    @functools.wraps(method)
-    def reusing(run: Run, *args: Any, **settings: Any) -> Value:
-        config = run._loaded.program.config
-        with reuse_programs(cache_directory(config), config.compute.compilation_cache_mb):
-            return method(run, *args, **settings)
-
-    return reusing
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A trained run. Its checkpoint is read when it is first used.
@@ -130,7 +118,6 @@ class Run:
     @overload
     def generate(self, prompt: str = "", *, num_samples: int, **settings: Any) -> list[str]: ...
 
-    @_reusing_programs
     def generate(
         self, prompt: str = "", *, num_samples: int | None = None, **settings: Any
     ) -> str | list[str]:
@@ -139,17 +126,17 @@ class Run:
         `settings` are keys of the section `generate`: temperature=0.
         """
         _check_text("prompt", prompt)
-        loaded = self._loaded
         settings["num_samples"] = 1 if num_samples is None else num_samples
         changed = self._request({f"generate.{key}": value for key, value in settings.items()})
+        loaded = self._loaded
         program = dataclasses.replace(
             loaded.program,
             config=dataclasses.replace(loaded.program.config, generate=changed.config.generate),
         )
-        (texts,) = Writer(dataclasses.replace(loaded, program=program)).write([prompt])
+        with self._reusing_programs():
+            (texts,) = Writer(dataclasses.replace(loaded, program=program)).write([prompt])
         return texts[0] if num_samples is None else texts
 
-    @_reusing_programs
     def score(self, text: str) -> dict[str, float]:
         """How well the model predicts `text` and its end, read in pieces of at most data.seq_len tokens.
 
@@ -166,11 +153,11 @@ class Run:
         size = len(text.encode())
         losses = lambda params, arrays: program.token_losses(params, program.placement.place(arrays))  # noqa: E731
         pieces = _pieces(tokens, program.batch.seq_len)
-        sums = score_pieces(losses, loaded.params, pieces, 1, program.probe_shape)
+        with self._reusing_programs():
+            sums = score_pieces(losses, loaded.params, pieces, 1, program.probe_shape)
         loss, count = float(sums.loss[0]), int(sums.count[0])
         return {"loss": loss / count, "tokens": count, "bits_per_byte": loss / math.log(2) / size}
 
-    @_reusing_programs
     def evaluate(self) -> dict[str, float]:
         """The scores of the task on the held-out documents, which it says where they are not those of the run."""
         loaded, request = self._loaded, self._request()
@@ -181,7 +168,13 @@ class Run:
             )
         if different := describe_difference(self.workdir, trained_on(self.workdir, loaded.update), corpus):
             say(f"{different}; these scores are of the documents here")
-        return score_held_out(loaded.program, corpus, loaded.params)
+        with self._reusing_programs():
+            return score_held_out(loaded.program, corpus, loaded.params)
+
+    def _reusing_programs(self) -> contextlib.AbstractContextManager[None]:
+        """A context manager in which compiled programs are looked up on disk, as the modes of the command line do."""
+        config = self._loaded.program.config
+        return reuse_programs(cache_directory(config), config.compute.compilation_cache_mb)
 
     @functools.cached_property
     def _loaded(self) -> Loaded:

@@ -19,3 +19,8 @@ def choose(table: Mapping[str, Entry], key: str, name: str) -> Entry:
     if name not in table:
         raise UserError(f"{key}={name!r} is not known; use one of {', '.join(table)}")
     return table[name]
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line; the name of its class if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     return CONTROL_CHARACTERS.sub(lambda found: _escape(found[0]), text)
 
 
+def escape_surrogates(text: str) -> str:
+    """`text` with escapes for lone surrogates, which stand for bytes that are not UTF-8 and which no file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def one_line(text: str) -> str:
     """`text` on a single line, with very long words shortened, for error messages that quote a value."""
     text = LONG_WORD.sub(lambda word: f"{word[0][:200]}...{word[0][-100:]}", text)

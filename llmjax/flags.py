@@ -19,7 +19,7 @@ from absl import flags
 from llmjax.config.file import load_config_file
 from llmjax.config.help import describe_keys, key_comments, meant_keys
 from llmjax.config.moved import MOVED, new_name
-from llmjax.errors import UserError
+from llmjax.errors import UserError, reason_of
 from llmjax.modes.table import MODES
 from llmjax.names import check_local, plain_name
 from llmjax.workdir.contents import saved_config
@@ -83,9 +83,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
     except flags.IllegalFlagValueError as error:
         if wrong := re.fullmatch(r"flag (--\w+=.*?): \('Non-boolean.*", str(error), re.S):
             raise UserError(f"{wrong[1]} is not true or false; give one, such as true") from None
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(reason_of(error)) from None
     except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(reason_of(error)) from None
     if len(rest) > 1:
         raise UserError(f"the argument {rest[1]!r} is not a flag; write --name=value")
     for name in sorted({flag for mode in MODES.values() for flag in mode.flags}):

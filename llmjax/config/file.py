@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import llmjax
 from llmjax.config.moved import new_names
-from llmjax.errors import UserError
+from llmjax.errors import UserError, reason_of
 
 PACKAGE = pathlib.Path(llmjax.__file__).parent
 # Where the configs that come with llmjax lie: beside the package in a checkout, inside of it when it is installed.
@@ -65,9 +65,8 @@ def load_config_file(name: str) -> dict[str, Any]:
             if moved := new_names(key):
                 hint = f"; it has moved to {' or '.join(moved)}"
             raise UserError(f"--config={name} sets the key {key!r}, which is not known{hint}") from None
-        text = " ".join(str(error).split())
         raise UserError(
-            f"--config={name} fails with {type(error).__name__} ({text}); correct the file"
+            f"--config={name} fails with {type(error).__name__} ({reason_of(error)}); correct the file"
         ) from None
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__

@@ -119,16 +119,7 @@ def make_generator(
         index, number = np.divmod(np.arange(len(prompts) * config.num_samples), config.num_samples)
         prompts = [prompts[i] for i in index]
         lengths = np.array([len(p) for p in prompts], np.int32)
-        if not lengths.all():
-            raise UserError("an empty prompt has nothing to continue; begin it with the bos token")
-        limits = np.full(len(prompts), config.max_tokens)
-        if model.position_limit:
-            limits = np.minimum(limits, model.position_limit - lengths + 1)
-            if limits.min() < 1:
-                raise UserError(
-                    f"the longest prompt has {lengths.max()} tokens but the model holds {model.position_limit} "
-                    "positions; shorten it"
-                )
+        limits = _room(lengths, config.max_tokens, model.position_limit)
         width = width_of(int(lengths.max()))
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
@@ -150,6 +141,24 @@ def make_generator(
             next_B, cache = extend(params, next_B, cache, rngs_B, np.int32(step))
 
     return generate
+
+
+def _room(lengths: np.ndarray, max_tokens: int, position_limit: int) -> np.ndarray:
+    """How many tokens each prompt, of `lengths` tokens, is continued by at most: int [prompts].
+
+    Raises UserError for an empty prompt, and for one that has more tokens than the model has positions.
+    """
+    if not lengths.all():
+        raise UserError("an empty prompt has nothing to continue; begin it with the bos token")
+    limits = np.full(len(lengths), max_tokens)
+    if position_limit:
+        limits = np.minimum(limits, position_limit - lengths + 1)
+        if limits.min() < 1:
+            raise UserError(
+                f"the longest prompt has {lengths.max()} tokens but the model holds {position_limit} positions; "
+                "shorten it"
+            )
+    return limits
 
 
 def _key(seed: int, index: jax.Array, number: jax.Array) -> jax.Array:

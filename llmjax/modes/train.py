@@ -114,18 +114,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         done += f"{config.train.num_updates} asks for no more"
         say(done if finished else f"{ready}; the first update compiles")
         # Where a sink cannot be had on the first process, none may go on to wait for it.
-        recorder = together(
-            lambda: Recorder(
-                workdir,
-                resume_update=position.update,
-                num_tokens=program.steering.num_tokens,
-                scores=program.task.scores,
-                tokens_per_update=program.steering.tokens_per_update,
-                on_closed=lambda: stop.ask(OUTPUT_CLOSED),
-                metrics=config.metrics,
-                config=config.to_dict(),
-            )
-        )
+        recorder = together(lambda: open_recorder(program, workdir, position, stop))
         run = make_run(program, corpus, workdir, checkpoints, stop, check_lock, recorder.samples)
         if request.profile:
             profiler = Profiler(request.profile, profile_folder(workdir), recorder.say)
@@ -159,6 +148,20 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         complain(describe_failure(saved, what, error))
         return 1
     return stop.exit_code if result.stopped else 0
+
+
+def open_recorder(program: Program, workdir: pathlib.Path, position: Position, stop: StopRequest) -> Recorder:
+    """The recorder of a run that goes on from `position`. It asks to stop where nobody reads the output any more."""
+    return Recorder(
+        workdir,
+        resume_update=position.update,
+        num_tokens=program.steering.num_tokens,
+        scores=program.task.scores,
+        tokens_per_update=program.steering.tokens_per_update,
+        on_closed=lambda: stop.ask(OUTPUT_CLOSED),
+        metrics=program.config.metrics,
+        config=program.config.to_dict(),
+    )
 
 
 def summary_numbers(result: Result) -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from llmjax.errors import UserError
+from llmjax.errors import UserError, reason_of
 
 # Without a TPU, libtpu would ask the metadata server of a TPU machine; these variables make it use given answers. The
 # last one lets several processes load libtpu.
@@ -129,7 +129,7 @@ def topology_devices(name: str) -> list[jax.Device]:
             topology_name=f"{topology.generation}:{shape}", platform="tpu", **settings
         )
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
+        text = reason_of(error)[:200]
         raise _refused(name, text, "use", generation.example) from None
     return list(found.devices)
 

@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 from llmjax.data.sources.listing import SourceFile
-from llmjax.data.sources.reading import Reading, ReadStats
-from llmjax.data.sources.records import Record, RecordPart, read_parts
+from llmjax.data.sources.reading import Reading, ReadStats, with_ends
+from llmjax.data.sources.records import Record, RecordPart, chunks_of, read_parts
 from llmjax.errors import UserError
 
 # In a document that comes in chunks, a match may be cut by the end of what has been read. It counts once this many
@@ -100,7 +100,7 @@ def split_text(chunks: Iterable[str], pattern: re.Pattern[str]) -> Iterator[tupl
     held, begins = "", True
     # Positions in `held`: where the piece begins, what has been yielded, and where to search for the next match.
     start = yielded = search = 0
-    for chunk, ended in _with_end(chunks):
+    for chunk, _, ended in with_ends(chunks):
         held += chunk
         limit = len(held) if ended else len(held) - WINDOW
         while (match := _search(pattern, held, search)) and match.end() <= limit:
@@ -158,17 +158,6 @@ def _cut_of(match: re.Match[str]) -> int:
     return match.end() - len(text.lstrip())
 
 
-def _with_end(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Each chunk, and whether it is the last."""
-    held = None
-    for chunk in chunks:
-        if held is not None:
-            yield held, False
-        held = chunk
-    if held is not None:
-        yield held, True
-
-
 def _split(parts: Iterator[RecordPart], cutting: Cutting) -> Iterator[RecordPart]:
     """Cuts every document at the matches of `split_on`; `a.txt` becomes `a.txt#1`, `a.txt#2` and so on."""
     if not cutting.split_on:
@@ -178,21 +167,13 @@ def _split(parts: Iterator[RecordPart], cutting: Cutting) -> Iterator[RecordPart
     for part in parts:
         name, field = part.record.name, next(iter(part.record.fields))
         number, held = 0, None
-        for text, begins in split_text(_texts_of(part, parts), pattern):
+        for text, begins in split_text(chunks_of(part, parts), pattern):
             if held is not None:
                 yield held._replace(last=begins)
             number += begins
             held = RecordPart(Record(f"{name}#{number}", {field: text}), begins, True)
         if held is not None:
             yield held
-
-
-def _texts_of(part: RecordPart, parts: Iterator[RecordPart]) -> Iterator[str]:
-    """The text of the document that begins with `part`; the rest of it is taken from `parts`."""
-    yield part.record.text
-    while not part.last:
-        part = next(parts)
-        yield part.record.text
 
 
 def _lengths(parts: Iterator[RecordPart]) -> array.array[int]:

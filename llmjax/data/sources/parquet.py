@@ -12,7 +12,7 @@ from llmjax.data.sources.formats import uncompressed_name
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import Part, Parts, Reading, ReadStats, all_or_none, name_of_field
 from llmjax.data.sources.rows import refuse_null
-from llmjax.errors import UserError
+from llmjax.errors import UserError, reason_of
 from llmjax.names import is_unicode
 
 # Rows that are read at once. A choice: rows of a corpus can be long, and all of a batch are in memory.
@@ -132,9 +132,8 @@ def _batches(
     except UserError:
         raise
     except _errors() as error:
-        text = " ".join(str(error).split())
         raise UserError(
-            f"data.sources names {file.path!r}, which cannot be read ({text}): repair or remove it."
+            f"data.sources names {file.path!r}, which cannot be read ({reason_of(error)}): repair or remove it."
         ) from None
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from llmjax.errors import UserError, choose
 
+Item = TypeVar("Item")
+# Stands for no item.
+_NOTHING: Any = object()
 # data.on_bad_text -> whether a document with text that cannot be read is kept, with U+FFFD in place of what cannot be
 # read. With "error" the reader raises, and the question does not arise.
 BAD_TEXT = {"error": None, "skip": False, "replace": True}
@@ -97,6 +100,19 @@ class Part(NamedTuple):
 
 # What a reader returns.
 Parts = Iterator[Part]
+
+
+def with_ends(items: Iterable[Item]) -> Iterator[tuple[Item, bool, bool]]:
+    """Yields each item, whether it is the first and whether it is the last. An item is held back until the next one is
+    there."""
+    first, held = True, _NOTHING
+    for item in items:
+        if held is not _NOTHING:
+            yield held, first, False
+            first = False
+        held = item
+    if held is not _NOTHING:
+        yield held, first, True
 
 
 def name_of_field(i: int) -> str:

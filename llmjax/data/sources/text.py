@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from llmjax.data.sources.encoding import WrongEncodingError, decode, not_utf8, open_text
 from llmjax.data.sources.listing import SourceFile
-from llmjax.data.sources.reading import BAD_TEXT, Part, Parts, Reading, ReadStats
+from llmjax.data.sources.reading import BAD_TEXT, Part, Parts, Reading, ReadStats, with_ends
 from llmjax.errors import UserError
 
 # The most bytes of a file that are decoded at once, which is the size of a part. A choice: large enough to be fast.
@@ -34,14 +34,12 @@ def read_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
     if reading.on_bad_text == "skip" and not _is_readable(file, reading):
         yield Part(file.name, None)
         return
-    # Each part is held back until the next one arrives, because only then is it known whether it is the last.
-    first, held = True, ""
-    for text in _decoded(file, reading, stats):
-        if held:
-            yield Part(file.name, (held,), first, last=False)
-            first = False
-        held = text
-    yield Part(file.name, (held,), first, last=True)
+    is_empty = True
+    for text, first, last in with_ends(_decoded(file, reading, stats)):
+        is_empty = False
+        yield Part(file.name, (text,), first, last)
+    if is_empty:
+        yield Part(file.name, ("",))
 
 
 def _decoded(file: SourceFile, reading: Reading, stats: ReadStats) -> Iterator[str]:

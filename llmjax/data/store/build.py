@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -18,7 +18,7 @@ from llmjax.data.examples.contract import Examples, InParts
 from llmjax.data.examples.documents import Documents
 from llmjax.data.sources.cutting import WHOLE, Cutting, cut_parts
 from llmjax.data.sources.listing import SourceFile
-from llmjax.data.sources.reading import Reading, ReadStats
+from llmjax.data.sources.reading import Reading, ReadStats, with_ends
 from llmjax.data.sources.records import Record, RecordPart, chunks_of, whole
 from llmjax.data.store.columns import (
     FORMAT_VERSION,
@@ -311,7 +311,7 @@ def _read_batches(
                 yield finished()
                 batch, size = [], 0
             digest = hashlib.blake2b(digest_size=8)
-            for text, first, last in _with_ends(tokenizer.pieces(chunks)):
+            for text, first, last in with_ends(tokenizer.pieces(chunks)):
                 digest.update(text.encode())
                 number = int.from_bytes(digest.digest(), "big")
                 tag = _Tag([record.name], [origin], [part.held_out], stats.bytes_read, first, last, number)
@@ -339,18 +339,6 @@ def _documents(
         for part in parts:
             is_long = not part.last or len(part.record.text) > PIECE_CHARS
             yield part, chunks_of(part, parts) if is_long else None, file.origin
-
-
-def _with_ends(texts: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
-    """Each text, whether it is the first and whether it is the last."""
-    first, held = True, None
-    for text in texts:
-        if held is not None:
-            yield held, first, False
-            first = False
-        held = text
-    if held is not None:
-        yield held, first, True
 
 
 def _finish(directory: Path, header: StoreHeader) -> None:

@@ -26,7 +26,7 @@ from typing import Annotated, Any, TypeVar
 
 import jax
 
-from llmjax.errors import UserError
+from llmjax.errors import UserError, reason_of
 from llmjax.escapes import complain
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, on_primary, together
@@ -412,8 +412,7 @@ class Checkpoints:
                 # Its digests are right, so the files are as they were written: the fault lies elsewhere.
                 if path.exists() and has_digests:
                     raise
-                text = " ".join(str(error).split())
-                self._give_up(update, f"{type(error).__name__}: {text[:200]}", asked)
+                self._give_up(update, f"{type(error).__name__}: {reason_of(error)[:200]}", asked)
 
     def _read_state(self, update: int, abstract: Any, only: tuple[str, ...] = ()) -> Any:
         folder = self._folder / str(update) / shelf.STATE

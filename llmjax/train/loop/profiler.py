@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from llmjax.errors import reason_of
+
 # The name of an update in the trace, where the number of the update follows it.
 NAME = "update"
 
@@ -73,7 +75,7 @@ class Profiler:
         try:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
         except Exception as error:
-            self._say(f"profile: none was made ({_reason(error)})")
+            self._say(f"profile: none was made ({reason_of(error)})")
             return
         self._is_active = True
 
@@ -82,14 +84,10 @@ class Profiler:
         try:
             jax.profiler.stop_trace()
         except Exception as error:
-            self._say(f"profile: it was not written whole ({_reason(error)})")
+            self._say(f"profile: it was not written whole ({reason_of(error)})")
             return
         first, cut = self._window.start, "" if self._last == self._window[-1] else ", where the run ended,"
         self._say(
             f"profile: updates {first} to {self._last}{cut} are in {self._folder}; open it by xprof or tensorboard "
             f"--logdir={self._folder}, or its perfetto_trace.json.gz at ui.perfetto.dev"
         )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from llmjax.errors import reason_of
 from llmjax.workdir.samples import Sample
 from llmjax.workdir.sinks.contract import Sink
 
@@ -44,8 +45,3 @@ class Guarded:
         except Exception as error:
             self._sink = None
             self._say(f"{self._name} failed and is told nothing more ({reason_of(error)}); the run goes on")
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from tensorboardX import SummaryWriter
 
+from llmjax.escapes import escape_surrogates
 from llmjax.workdir.samples import Sample
 from llmjax.workdir.sinks.contract import Opening
 
@@ -44,9 +45,7 @@ class TensorBoard:
                 else "**without a prompt**"
             )
             text = f"{prompt}\n\n**the model wrote**\n\n{_verbatim(sample.text)}"
-            # A lone surrogate, which stands for a byte that is not UTF-8, has no place in an event file.
-            text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-            self._writer.add_text(f"sample/{number}", text, update)
+            self._writer.add_text(f"sample/{number}", escape_surrogates(text), update)
 
     def rewind(self, update: int) -> None:
         self._writer.close()

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmjax.errors import UserError
+from llmjax.errors import UserError, reason_of
+from llmjax.escapes import escape_surrogates
 from llmjax.files import write_atomically
 from llmjax.workdir.samples import Sample
 from llmjax.workdir.sinks.contract import WANDB_MODES, MetricsConfig, Opening, Sink
-from llmjax.workdir.sinks.guarded import Guarded, reason_of
+from llmjax.workdir.sinks.guarded import Guarded
 
 NAME = "W&B"
 # The file in a workdir that has the id of its W&B run, so that a resumed run goes on in the same one.
@@ -94,7 +95,9 @@ class WeightsAndBiases:
             self._run.log({"update": update} | {f"{kind}/{name}": value for name, value in values.items()})
 
     def samples(self, update: int, samples: Sequence[Sample]) -> None:
-        rows = [[update, _utf8(sample.prompt), _utf8(sample.text)] for sample in samples]
+        rows = [
+            [update, escape_surrogates(sample.prompt), escape_surrogates(sample.text)] for sample in samples
+        ]
         table = self._wandb.Table(columns=["update", "prompt", "text"], data=rows)
         self._run.log({"update": update, "samples": table})
 
@@ -124,8 +127,3 @@ def run_id(workdir: Path) -> str:
     new = secrets.token_hex(4)
     write_atomically(path, json.dumps({"id": new}) + "\n")
     return new
-
-
-def _utf8(text: str) -> str:
-    """`text`, with lone surrogates, which stand for bytes that are not UTF-8, as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
