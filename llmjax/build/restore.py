@@ -14,8 +14,9 @@ from llmjax.config.reading import read_optimizer
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, together
-from llmjax.terminal.lines import say
-from llmjax.train.checkpoint.checkpoint import CheckpointConfig, Checkpoints, warn
+from llmjax.terminal.lines import say, warn
+from llmjax.train.checkpoint.checkpoint import Checkpoints
+from llmjax.train.checkpoint.config import CheckpointConfig
 from llmjax.train.checkpoint.which import named_update
 from llmjax.train.loop.run_position import Position
 from llmjax.train.update.state import TrainState

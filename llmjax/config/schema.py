@@ -19,7 +19,7 @@ from llmjax.nn.config import ModelConfig
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.ranges import FOLD, Range, check_ranges
 from llmjax.tasks.table import TaskConfig
-from llmjax.train.checkpoint.checkpoint import CheckpointConfig
+from llmjax.train.checkpoint.config import CheckpointConfig
 from llmjax.train.config import ComputeConfig, TrainConfig
 from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.optimizers.table import OPTIMIZERS

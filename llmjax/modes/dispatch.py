@@ -24,7 +24,7 @@ from llmjax.parallel import hosts
 from llmjax.parallel.agreement import check_same, together
 from llmjax.parallel.host_memory import has_accelerator, keep_freed_memory
 from llmjax.plan.topology import topology_devices
-from llmjax.train.checkpoint.checkpoint import warn
+from llmjax.terminal.lines import warn
 from llmjax.train.checkpoint.which import check_name
 from llmjax.workdir import standing
 

@@ -27,9 +27,8 @@ from llmjax.generate.generate import (
 from llmjax.modes.interactive import converse
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
-from llmjax.terminal.lines import say
+from llmjax.terminal.lines import say, warn
 from llmjax.terminal.stages import working
-from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 

@@ -52,9 +52,8 @@ from llmjax.quantities import format_duration
 from llmjax.report.report import write_report
 from llmjax.scores import FILE, Score, describe_scores, scores_as_json
 from llmjax.tasks.table import TASKS
-from llmjax.terminal.lines import format_table, indent, say
+from llmjax.terminal.lines import format_table, indent, say, warn
 from llmjax.terminal.stages import working
-from llmjax.train.checkpoint.checkpoint import warn
 from llmjax.train.loop.loop import train
 from llmjax.train.loop.profiler import Profiler
 from llmjax.train.loop.run import Result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmjax.escapes import show
+from llmjax.escapes import complain, show
 from llmjax.parallel import hosts
 from llmjax.terminal.bar import above_bars
 
@@ -12,6 +12,13 @@ def say(text: str = "") -> None:
     if hosts.is_primary():
         with above_bars():
             show(text)
+
+
+def warn(text: str) -> None:
+    """Writes a warning to standard error, on the first process only: something is wrong, but the run goes on."""
+    if hosts.is_primary():
+        with above_bars():
+            complain(text)
 
 
 def format_table(rows: dict[str, str]) -> str:

@@ -16,63 +16,28 @@ What is found out about a checkpoint after its save, such as its held-out loss, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
 from llmjax.errors import UserError, reason_of
-from llmjax.escapes import complain
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, on_primary, together
-from llmjax.ranges import COUNT, Range, Unset, check_ranges
+from llmjax.terminal.lines import warn
 from llmjax.terminal.stages import working
 from llmjax.train.checkpoint import orbax_files, shelf
+from llmjax.train.checkpoint.config import CheckpointConfig
 from llmjax.train.checkpoint.digests import Damaged
 from llmjax.train.checkpoint.retention import Facts, best_of, kept, read_amended, write_amended
 from llmjax.train.checkpoint.verification import find_damage, sort_checkpoints
-from llmjax.train.checkpoint.which import check_name
 from llmjax.types import Params
 
 Value = TypeVar("Value")
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """The section `checkpoint` of the config: when to save, what to keep, and which parameters a new run begins with.
-
-    every            updates between checkpoints; 0 = only at the end
-    keep             how many of the newest checkpoints are kept
-    keep_best        whether the best one is kept too
-    init_from        workdir of another run, whose parameters this run begins with; "" = random ones
-    init_checkpoint  the checkpoint of that run: latest, best or the number of an update
-    """
-
-    every: Annotated[int, Range(1, COUNT, "only at the end")] = 100
-    keep: Annotated[int, Range(1, COUNT)] = 2
-    keep_best: bool = True
-    init_from: Annotated[str, Unset("")] = ""
-    init_checkpoint: Annotated[str, Unset("latest")] = "latest"
-
-    def __post_init__(self):
-        check_ranges("checkpoint", self)
-        check_name("checkpoint.init_checkpoint", self.init_checkpoint)
-        if self.init_checkpoint != "latest" and not self.init_from:
-            raise UserError(
-                f"checkpoint.init_checkpoint={self.init_checkpoint!r} has no meaning without checkpoint.init_from; "
-                "name a workdir there, or leave it at latest"
-            )
-
-
-def warn(text: str) -> None:
-    """Writes a warning to standard error, once for all processes: something is wrong, but the run goes on."""
-    if hosts.is_primary():
-        complain(text)
 
 
 class Checkpoints:

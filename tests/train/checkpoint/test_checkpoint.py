@@ -14,7 +14,8 @@ from sections import mesh_section
 
 from llmjax.errors import UserError
 from llmjax.parallel.mesh import make_mesh
-from llmjax.train.checkpoint.checkpoint import CheckpointConfig, Checkpoints
+from llmjax.train.checkpoint.checkpoint import Checkpoints
+from llmjax.train.checkpoint.config import CheckpointConfig
 
 Moments = collections.namedtuple("Moments", ["count", "mu"])
 

@@ -10,7 +10,8 @@ from test_checkpoint import abstract, assert_same, make_state
 
 from llmjax.errors import UserError
 from llmjax.train.checkpoint import digests
-from llmjax.train.checkpoint.checkpoint import CheckpointConfig, Checkpoints
+from llmjax.train.checkpoint.checkpoint import Checkpoints
+from llmjax.train.checkpoint.config import CheckpointConfig
 
 
 def check_meta(meta):

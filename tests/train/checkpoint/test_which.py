@@ -3,7 +3,7 @@
 import pytest
 
 from llmjax.errors import UserError
-from llmjax.train.checkpoint.checkpoint import CheckpointConfig
+from llmjax.train.checkpoint.config import CheckpointConfig
 from llmjax.train.checkpoint.which import check_name, named_update
 
 

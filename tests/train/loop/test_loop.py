@@ -26,7 +26,8 @@ from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.parallel.mesh import make_mesh
 from llmjax.scores import Score
-from llmjax.train.checkpoint.checkpoint import CheckpointConfig, Checkpoints
+from llmjax.train.checkpoint.checkpoint import Checkpoints
+from llmjax.train.checkpoint.config import CheckpointConfig
 from llmjax.train.loop.loop import TrainingFailed, train
 from llmjax.train.loop.run import Run
 from llmjax.train.loop.run_position import PartialUpdateRecord, Position
