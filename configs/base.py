@@ -17,32 +17,50 @@ def get_config() -> ConfigDict:
     c.seed = 0  # decides the initial parameters, the order of the data and the dropout
 
     c.model = model = ConfigDict()
-    model.family = "gpt"  # gpt: a decoder-only Transformer
+    model.family = "gpt"  # gpt: a decoder-only Transformer | lstm: a recurrent network
     model.num_layers = 4  # L
-    model.model_dim = 128  # D, width of the residual stream
-    model.num_heads = 4  # N, the query heads
-    model.num_kv_heads = 0  # K, key/value heads: 0 = num_heads, 1 = multi-query, between = grouped-query
-    model.head_dim = 0  # H, the width of a head; 0 = model_dim / num_heads
-    model.mlp_dim = 0  # F; 0 = 4 x model_dim, or for swiglu 8/3 x model_dim rounded up to a multiple of 64
-    model.activation = "swiglu"  # swiglu | gelu | relu2
-    model.norm = "rmsnorm"  # rmsnorm | layernorm
-    model.norm_eps = 1e-6  # added to the variance
-    model.position = "rope"  # rope | learned | sinusoidal
-    model.rope_theta = 10000.0  # base of the wavelengths of rope
-    model.rope_scaling = "none"  # for texts longer than those of before: none | linear | ntk | yarn | llama3
-    model.rope_factor = 1.0  # new length / old length, for rope_scaling
-    model.rope_original_len = 0  # the T trained at before, for rope_scaling yarn and llama3
-    model.qk_norm = True  # RMSNorm of queries and keys, per head
-    model.use_bias = False  # gives linear layers and LayerNorm a bias
+    model.model_dim = 128  # D, width of the embeddings and of the residual stream
     model.tie_embeddings = True  # uses the embedding as the output matrix
     model.logit_softcap = 0.0  # c * tanh(logits / c); 0 = off
-    model.window = 0  # positions that a token attends to, itself included; 0 = all before it
-    model.global_every = 0  # every n-th layer has no window; 0 = all layers have it
-    model.attention_softcap = 0.0  # c * tanh(scores / c); 0 = off
-    model.attention_sinks = False  # adds a learned score per head to the softmax, for attending to nothing
-    model.dropout = 0.0  # share dropped from embeddings and residual branches; 0 = off
-    model.init_std = 0.02  # standard deviation of matrices; of residual outputs / sqrt(2 x num_layers)
+    model.dropout = 0.0  # share dropped from embeddings and from what layers put out; 0 = off
+    model.init_std = 0.02  # standard deviation of matrices; gpt: of residual outputs / sqrt(2 x num_layers)
     model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax, loss: float32
+
+    # The layers of a Transformer, for the family gpt. As for the optimizers below: a key of a family that the run does
+    # not use may not be changed.
+    c.transformer = transformer = ConfigDict()
+    transformer.num_heads = 4  # N, the query heads
+    transformer.num_kv_heads = (
+        0  # K, key/value heads: 0 = num_heads, 1 = multi-query, between = grouped-query
+    )
+    transformer.head_dim = 0  # H, the width of a head; 0 = model_dim / num_heads
+    transformer.mlp_dim = (
+        0  # F; 0 = 4 x model_dim, or for swiglu 8/3 x model_dim rounded up to a multiple of 64
+    )
+    transformer.activation = "swiglu"  # swiglu | gelu | relu2
+    transformer.norm = "rmsnorm"  # rmsnorm | layernorm
+    transformer.norm_eps = 1e-6  # added to the variance
+    transformer.position = "rope"  # rope | learned | sinusoidal
+    transformer.rope_theta = 10000.0  # base of the wavelengths of rope
+    transformer.rope_scaling = (
+        "none"  # for texts longer than those of before: none | linear | ntk | yarn | llama3
+    )
+    transformer.rope_factor = 1.0  # new length / old length, for rope_scaling
+    transformer.rope_original_len = 0  # the T trained at before, for rope_scaling yarn and llama3
+    transformer.qk_norm = True  # RMSNorm of queries and keys, per head
+    transformer.use_bias = False  # gives linear layers and LayerNorm a bias
+    transformer.window = 0  # positions that a token attends to, itself included; 0 = all before it
+    transformer.global_every = 0  # every n-th layer has no window; 0 = all layers have it
+    transformer.attention_softcap = 0.0  # c * tanh(scores / c); 0 = off
+    transformer.attention_sinks = (
+        False  # adds a learned score per head to the softmax, for attending to nothing
+    )
+
+    c.lstm = lstm = ConfigDict()
+    lstm.hidden_dim = 0  # M, width of the hidden and the cell state of each layer; 0 = model_dim
+    lstm.truncation = (
+        0  # tokens of a row after which gradients flow no further back, the state does; 0 = none
+    )
 
     c.task = task = ConfigDict()
     task.name = "language_model"  # language_model: predict the next token | copy: write the document again

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c = llama_8b.get_config()
     # The published factor is 8, although 131,072 / 8192 is 16. The pairs of dimensions that rotate most slowly so reach
     # angles that they were not trained at.
-    c.model.update(rope_scaling="llama3", rope_factor=8.0, rope_original_len=8192)
+    c.transformer.update(rope_scaling="llama3", rope_factor=8.0, rope_original_len=8192)
     c.data.update(seq_len=131_072)
     c.mesh.update(fsdp=16, tensor=4)
     c.train.update(num_updates=250)

@@ -13,9 +13,10 @@ from configs import base
 
 def get_config() -> ConfigDict:
     c = base.get_config()
-    c.model.update(
-        num_layers=12, model_dim=768, num_heads=12, activation="gelu", norm="layernorm", norm_eps=1e-5,
-        position="learned", qk_norm=False, use_bias=True, dtype="bfloat16",
+    c.model.update(num_layers=12, model_dim=768, dtype="bfloat16")
+    c.transformer.update(
+        num_heads=12, activation="gelu", norm="layernorm", norm_eps=1e-5, position="learned", qk_norm=False,
+        use_bias=True,
     )  # fmt: skip
     c.tokenizer.update(vocab_size=50_304, train_bytes=1_000_000_000)
     c.data.update(seq_len=1024)

@@ -17,7 +17,7 @@ from configs import llama_8b
 
 def get_config() -> ConfigDict:
     c = llama_8b.get_config()
-    c.model.update(rope_theta=5e5)
+    c.transformer.update(rope_theta=5e5)
     c.compute.update(scan_layers=True, remat="full", tile=16_384, micro_batch_size=1, accumulation_steps=0)
     c.mesh.update(data=1, seq=64, seq_attention="ring")
     c.data.update(seq_len=2**24)

@@ -13,10 +13,16 @@ from configs import base
 
 def get_config() -> ConfigDict:
     c = base.get_config()
-    c.model.update(
-        num_layers=16, model_dim=2048, num_heads=32, num_kv_heads=8, head_dim=64, mlp_dim=8192, norm_eps=1e-5,
-        rope_theta=500_000.0, qk_norm=False, dtype="bfloat16",
-    )  # fmt: skip
+    c.model.update(num_layers=16, model_dim=2048, dtype="bfloat16")
+    c.transformer.update(
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        mlp_dim=8192,
+        norm_eps=1e-5,
+        rope_theta=500_000.0,
+        qk_norm=False,
+    )
     c.tokenizer.update(vocab_size=128_256, train_bytes=2_000_000_000)
     c.data.update(seq_len=4096)
     c.mesh.update(data=1, fsdp=-1)

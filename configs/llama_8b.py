@@ -13,7 +13,8 @@ from configs import llama_1b
 
 def get_config() -> ConfigDict:
     c = llama_1b.get_config()
-    c.model.update(num_layers=32, model_dim=4096, head_dim=128, mlp_dim=14_336, tie_embeddings=False)
+    c.model.update(num_layers=32, model_dim=4096, tie_embeddings=False)
+    c.transformer.update(head_dim=128, mlp_dim=14_336)
     c.data.update(seq_len=8192)
     c.train.update(tokens_per_update=4_194_304)
     c.compute.update(micro_batch_size=64)

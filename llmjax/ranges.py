@@ -111,6 +111,22 @@ def unset(cls: type) -> dict[str, Any]:
     return {key: note.value for key, note in _notes(cls) if isinstance(note, Unset)}
 
 
+def check_unread(section: str, keys: Any, chosen: str, reader: str) -> None:
+    """UserError for the first key of a section whose value is not that of its `Unset`, because the run reads none.
+
+    section  the name of the section, of which `keys` is the dataclass
+    chosen   the setting by which the run does not read the section, as `key='value'`
+    reader   the settings by which a run does
+    """
+    cls: type = type(keys)
+    for key, value in unset(cls).items():
+        if getattr(keys, key) != value:
+            raise UserError(
+                f"{section}.{key}={shown(getattr(keys, key))} is without effect for {chosen}; "
+                f"set {reader}, or leave {section}.{key} at {value!r}"
+            )
+
+
 def _notes(cls: type) -> list[tuple[str, Any]]:
     """What is written beside the types of the fields of a dataclass, as pairs of a field and a note."""
     hints = typing.get_type_hints(cls, include_extras=True)

@@ -6,19 +6,26 @@ import typing
 from typing import Any
 
 from configs.base import get_config
-from llmjax.config.schema import Config
+from llmjax.config.schema import OWN_SECTIONS, Config
+from llmjax.nn.config import BlockConfig
 from llmjax.parallel.mesh import AXES, MeshConfig
 from llmjax.train.optim.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.train.optim.param_roles import Roles
 
 # The name of each section -> its dataclass.
-SECTIONS = typing.get_type_hints(Config)
+SECTIONS = typing.get_type_hints(Config) | OWN_SECTIONS
 
 
 def section(name: str, /, **changes: Any) -> Any:
     """The section `name` of configs/base.py with `changes`."""
     return SECTIONS[name](**get_config()[name].to_dict() | changes)
+
+
+def block_section(**changes: Any) -> BlockConfig:
+    """The sections `model` and `transformer` of configs/base.py as one, with `changes`."""
+    raw = get_config()
+    return BlockConfig(**raw.model.to_dict() | raw.transformer.to_dict() | changes)
 
 
 def mesh_section(*sizes: int, **changes: Any) -> MeshConfig:

@@ -61,14 +61,16 @@ MISTAKES = {
     "bare key": (["--config.num_layers=2"], "--config.num_layers", "did you mean --config.model.num_layers?"),
     "nothing like it": (["--config.zzz=2"], "--config.zzz is not known", "configs/base.py"),
     "no value": (["--config.seed"], "--config.seed has no value", "--config.seed=VALUE"),
-    "a section": (["--config.model=4"], "--config.model is a section", "--config.model.activation"),
+    "a section": (["--config.model=4"], "--config.model is a section", "--config.transformer.activation"),
     "int": (["--config.model.num_layers=two"], "--config.model.num_layers=two is not a whole number", "such as 4"),
     "fraction": (["--config.model.num_layers=2.5"], "num_layers=2.5 is not a whole number", "such as 4"),
     "nothing": (["--config.model.num_layers="], "--config.model.num_layers= is not a whole number", "such as 4"),
-    "bool": (["--config.model.qk_norm=maybe"], "--config.model.qk_norm=maybe is not true or false", "such as true"),
+    "bool": (["--config.transformer.qk_norm=maybe"], "--config.transformer.qk_norm=maybe is not true or false",
+    "such as true"),
     "float": (["--config.optimizer.learning_rate=high"], "learning_rate=high is not a number", "give one, such as 0."),
-    "choice": (["--config.model.norm=batch"], "model.norm='batch'", "rmsnorm, layernorm"),
-    "heads": (["--config.model.num_heads=3"], "model.num_heads=3 does not divide model.model_dim=16", "change one"),
+    "choice": (["--config.transformer.norm=batch"], "transformer.norm='batch'", "rmsnorm, layernorm"),
+    "heads": (["--config.transformer.num_heads=3"], "transformer.num_heads=3 does not divide model.model_dim=16",
+    "change one"),
     "seq": (["--config.mesh.data=1", "--config.mesh.seq=8", "--config.data.seq_len=60",
              "--config.train.tokens_per_update=960"], "data.seq_len=60 is not divisible by mesh.seq=8", "change one"),
     "mesh": (["--config.mesh.data=3"], "takes 3 devices but there are 8", "mesh.data=-1"),
@@ -253,9 +255,9 @@ def test_what_is_not_said_is_as_in_the_config_file():
 
 
 def test_every_type_of_value_can_be_set():
-    words = ["--config.seed=3", "--config.compute.scan_layers=True", "--config.model.qk_norm=false",
+    words = ["--config.seed=3", "--config.compute.scan_layers=True", "--config.transformer.qk_norm=false",
              "--config.optimizer.learning_rate=1e-4", "--config.tokenizer.train_bytes=1_000", "-config.mesh.data=-1",
-             "--config.model.norm", "layernorm", "--config.plan.topology="]  # fmt: skip
+             "--config.transformer.norm", "layernorm", "--config.plan.topology="]  # fmt: skip
     _, config = parsed(*words)
     assert config["seed"] == 3 and config["mesh"]["data"] == -1 and config["plan"]["topology"] == ""
     assert config["compute"]["scan_layers"] is True and config["model"]["qk_norm"] is False

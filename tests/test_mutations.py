@@ -85,10 +85,11 @@ def test_a_value_that_was_once_a_traceback_or_nonsense_is_named(name):
 
 
 @pytest.mark.parametrize("changes, key", [
-    ({"rope_scaling": "ntk", "rope_factor": 4.0, "head_dim": 2}, "model.head_dim=2"),
-    ({"rope_scaling": "ntk", "rope_factor": 4.0, "model_dim": 8}, "model.head_dim=2"),
-    ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 64, "rope_theta": 1.0}, "model.rope_theta=1.0"),
-    ({"rope_scaling": "yarn", "rope_factor": float("inf"), "rope_original_len": 64}, "model.rope_factor=inf"),
+    ({"rope_scaling": "ntk", "rope_factor": 4.0, "head_dim": 2}, "transformer.head_dim=2"),
+    ({"rope_scaling": "ntk", "rope_factor": 4.0, "model_dim": 8}, "transformer.head_dim=2"),
+    ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 64, "rope_theta": 1.0},
+    "transformer.rope_theta=1.0"),
+    ({"rope_scaling": "yarn", "rope_factor": float("inf"), "rope_original_len": 64}, "transformer.rope_factor=inf"),
 ])  # fmt: skip
 def test_scalings_of_positions_that_divide_by_nothing_are_named(changes, key):
     raw = get_config().to_dict()

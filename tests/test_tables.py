@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from param_axes import BY_NAME
-from sections import optimizer_section, section
+from sections import block_section, optimizer_section, section
 
 from configs import base
 from configs.base import get_config
@@ -43,7 +43,7 @@ from llmjax.train.update import engines, fused
 BTD = jnp.zeros((1, 2, 8))
 # As they are before a test adds another.
 SECTIONS_OF_OPTIMIZERS = tuple(table.OPTIMIZERS)
-TINY = config.resolve(section("model", num_layers=1, model_dim=8, num_heads=2))
+TINY = config.resolve(block_section(num_layers=1, model_dim=8, num_heads=2))
 
 
 class Reached(Exception):

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
 # The settings of a tiny run, which differ from configs/base.py.
 SETTINGS = {
-    "model.num_layers": 1, "model.model_dim": 16, "model.num_heads": 2, "model.mlp_dim": 32,
+    "model.num_layers": 1, "model.model_dim": 16, "transformer.num_heads": 2, "transformer.mlp_dim": 32,
     "tokenizer.kind": "byte", "data.seq_len": 32, "data.held_out_fraction": 0.1, "data.num_workers": 1,
     "train.num_updates": 6, "train.tokens_per_update": 512, "compute.accumulation_steps": 2,
     "optimizer.name": "adamw", "optimizer.learning_rate": 3e-3, "optimizer.warmup_updates": 2,

@@ -61,13 +61,13 @@ MATRICES = 16
 TIME_GOAL, MEMORY_GOAL, REDUCTION_GOAL, CONTROLLER_GOAL = 0.1, 17.0, 1.9, 0.01
 # A decoder of 470 M parameters, as changes to configs/base.py.
 DECODER = {
-    "model.num_layers": 24, "model.model_dim": 1024, "model.num_heads": 16, "model.mlp_dim": 4096,
+    "model.num_layers": 24, "model.model_dim": 1024, "transformer.num_heads": 16, "transformer.mlp_dim": 4096,
     "model.dtype": "bfloat16", "compute.scan_layers": True, "compute.remat": "full", "tokenizer.vocab_size": 65536,
     "data.seq_len": 1024, "compute.micro_batch_size": 16, "compute.accumulation_steps": 0, "optimizer.name": "adamw",
 }  # fmt: skip
 # What --smoke changes in the decoder, and in configs/base.py for the controller.
 SMOKE_MODEL = {
-    "model.num_layers": 2, "model.model_dim": 128, "model.num_heads": 2, "model.mlp_dim": 128,
+    "model.num_layers": 2, "model.model_dim": 128, "transformer.num_heads": 2, "transformer.mlp_dim": 128,
     "tokenizer.vocab_size": 512, "data.seq_len": 128, "train.tokens_per_update": 2048,
 }  # fmt: skip
 

@@ -61,8 +61,8 @@ CELL = {"tokens": 131_072, "query_heads": 32, "key_heads": 8, "head_dim": 128}
 SMOKE_CELL = {"tokens": 4096, "query_heads": 8, "key_heads": 8, "head_dim": 128}
 # What --smoke changes in configs/llama3_8b_long.py.
 SMOKE_MODEL = {
-    "model.num_layers": 1, "model.model_dim": 256, "model.num_heads": 4, "model.num_kv_heads": 2,
-    "model.head_dim": 128, "model.mlp_dim": 256, "tokenizer.vocab_size": 512,
+    "model.num_layers": 1, "model.model_dim": 256, "transformer.num_heads": 4, "transformer.num_kv_heads": 2,
+    "transformer.head_dim": 128, "transformer.mlp_dim": 256, "tokenizer.vocab_size": 512,
 }  # fmt: skip
 # Peak bfloat16 operations and bytes of main memory per second of a TPU v5p (cloud.google.com/tpu/docs/v5p).
 V5P_FLOPS, V5P_BYTES = 459e12, 2765e9

@@ -49,7 +49,7 @@ SHAPES = {
         "train.tokens_per_update": 4 * 512,
         "model.num_layers": 6,
         "model.model_dim": 384,
-        "model.num_heads": 6,
+        "transformer.num_heads": 6,
         "tokenizer.vocab_size": 8192,
     },
     "smoke": {
@@ -58,7 +58,7 @@ SHAPES = {
         "data.seq_len": 32,
         "model.num_layers": 1,
         "model.model_dim": 32,
-        "model.num_heads": 2,
+        "transformer.num_heads": 2,
         "tokenizer.vocab_size": 512,
     },
 }

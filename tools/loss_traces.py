@@ -40,8 +40,9 @@ from llmjax.main import main  # noqa: E402
 CLOCK = ("seconds", "tokens_per_second", "data_wait", "mfu", "save_seconds", "peak_bytes")
 # What makes any config tiny: a run of a few seconds.
 TINY = {
-    "model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 4, "model.num_kv_heads": 0, "model.head_dim": 0,
-    "model.mlp_dim": 64, "model.window": 0, "tokenizer.kind": "byte", "tokenizer.num_reserved": 15,
+    "model.num_layers": 2, "model.model_dim": 32, "transformer.num_heads": 4, "transformer.num_kv_heads": 0,
+    "transformer.head_dim": 0,
+    "transformer.mlp_dim": 64, "transformer.window": 0, "tokenizer.kind": "byte", "tokenizer.num_reserved": 15,
     "tokenizer.path": "", "data.seq_len": 64, "data.held_out_fraction": 0.1, "data.num_workers": 1,
     "data.length_points": "", "train.num_updates": 5, "train.tokens_per_update": 2048, "compute.micro_batch_size": 0,
     "compute.accumulation_steps": 2, "train.batch_schedule": "constant", "train.batch_points": "",
@@ -52,18 +53,18 @@ TINY = {
 # Key -> the values that it may get in a config that is drawn. A value that stands twice is drawn twice as often. A
 # value of "mesh" is itself a dict of settings.
 CHOICES = {
-    "model.activation": ("swiglu", "gelu", "relu2"),
-    "model.norm": ("rmsnorm", "layernorm"),
-    "model.position": ("rope", "learned", "sinusoidal"),
-    "model.num_kv_heads": (0, 2),
-    "model.qk_norm": (True, False),
-    "model.use_bias": (True, False),
+    "transformer.activation": ("swiglu", "gelu", "relu2"),
+    "transformer.norm": ("rmsnorm", "layernorm"),
+    "transformer.position": ("rope", "learned", "sinusoidal"),
+    "transformer.num_kv_heads": (0, 2),
+    "transformer.qk_norm": (True, False),
+    "transformer.use_bias": (True, False),
     "model.tie_embeddings": (True, False),
     "model.logit_softcap": (0.0, 20.0),
-    "model.window": (0, 16),
-    "model.global_every": (0, 2),
-    "model.attention_softcap": (0.0, 30.0),
-    "model.attention_sinks": (True, False),
+    "transformer.window": (0, 16),
+    "transformer.global_every": (0, 2),
+    "transformer.attention_softcap": (0.0, 30.0),
+    "transformer.attention_sinks": (True, False),
     "model.dropout": (0.0, 0.1),
     "compute.scan_layers": (True, False),
     "compute.remat": ("none", "dots", "attention", "full"),
@@ -110,8 +111,8 @@ def drawn(seed: int) -> dict[str, object]:
     # It is drawn for the other optimizers too, so that the draws after it are the same.
     if settings["optimizer.name"] != "muon":
         del settings["muon.form"]
-    if not settings["model.window"]:
-        settings["model.global_every"] = 0
+    if not settings["transformer.window"]:
+        settings["transformer.global_every"] = 0
     return settings | {"seed": seed}
 
 

@@ -12,7 +12,8 @@ from configs import base
 
 def get_config() -> ConfigDict:
     c = base.get_config()
-    c.model.update(num_layers=2, model_dim=64, num_heads=2)
+    c.model.update(num_layers=2, model_dim=64)
+    c.transformer.update(num_heads=2)
     c.tokenizer.vocab_size = 1024
     c.data.update(seq_len=128, held_out_fraction=0.05)
     # 409,600 tokens; the learning rate is that of an update of 2,048.

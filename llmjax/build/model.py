@@ -40,8 +40,8 @@ def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout
     kernel, _ = choose_kernel(config.compute.kernel, layout.mesh.devices.flat[0].platform)
     family = choose(FAMILIES, "model.family", config.model.family)
     attend = make_attend(kernel, derived.sharing)
-    return family(
-        config.model,
+    return family.model(
+        family.config(config.model, config.families),
         vocab_size,
         config.data.seq_len,
         layout,

@@ -6,12 +6,19 @@ value of `optimizer.name`; an optimizer that the dict lacks never read the key, 
 
 from __future__ import annotations
 
+# The keys that only a Transformer reads. They were keys of the section of all families.
+TRANSFORMER = (
+    "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "activation", "norm", "norm_eps", "position", "rope_theta",
+    "rope_scaling", "rope_factor", "rope_original_len", "qk_norm", "use_bias", "window", "global_every",
+    "attention_softcap", "attention_sinks",
+)  # fmt: skip
 MOVED: dict[str, str | dict[str, str]] = {
     "model.scan_layers": "compute.scan_layers",
     "model.remat": "compute.remat",
     "model.offload": "compute.offload",
     "model.tile": "compute.tile",
     "model.attention": "compute.kernel",
+    **{f"model.{key}": f"transformer.{key}" for key in TRANSFORMER},
     "train.micro_batch_size": "compute.micro_batch_size",
     "train.accumulation_steps": "compute.accumulation_steps",
     "train.accumulation": "compute.engine",

@@ -13,12 +13,11 @@ from llmjax.data.tokenizer.kinds import KINDS
 from llmjax.errors import UserError, choose
 from llmjax.evaluate.probes.suite import PROBES
 from llmjax.models.table import FAMILIES
+from llmjax.models.table import check_all_read as check_family_reads
 from llmjax.nn.attention_choice import choose_sharing
-from llmjax.nn.config import resolve
-from llmjax.nn.position import POSITIONS
 from llmjax.ops.attention.sequence_attention import Sharing
 from llmjax.parallel.mesh import mesh_shape
-from llmjax.train.optim.optimizers.table import check_all_read
+from llmjax.train.optim.optimizers.table import check_all_read as check_optimizer_reads
 from llmjax.train.steering.batch_schedule import (
     BatchArithmetic,
     BatchSchedule,
@@ -64,35 +63,27 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     UserError for a broken rule. All rules that concern more than one section are checked here, before anything is
     read, compiled or written.
     """
-    choose(FAMILIES, "model.family", config.model.family)
-    config = dataclasses.replace(config, model=resolve(config.model))
-    check_all_read(config.optimizer.name, config.optimizers)
+    family = choose(FAMILIES, "model.family", config.model.family)
+    check_family_reads(config.model.family, config.families, config.compute)
+    check_optimizer_reads(config.optimizer.name, config.optimizers)
+    T = config.data.seq_len
+    config = dataclasses.replace(config, **family.resolve(config.model, config.families, T))
     data, fsdp, seq, tensor = mesh_shape(config.mesh, num_devices)
-    model, T = config.model, config.data.seq_len
     if T % seq:
         raise UserError(f"data.seq_len={T} is not divisible by mesh.seq={seq}; change one of them")
-    for key, size in (
-        ("num_heads", model.num_heads),
-        ("num_kv_heads", model.num_kv_heads),
-        ("mlp_dim", model.mlp_dim),
-    ):
+    for key, size in family.split(config.families).items():
         if size % tensor:
-            raise UserError(
-                f"model.{key}={size} is not divisible by mesh.tensor={tensor}; change one of them"
-            )
+            raise UserError(f"{key}={size} is not divisible by mesh.tensor={tensor}; change one of them")
     # The algorithm over mesh.seq decides in how many parts a sequence travels, and so how its tokens may be laid out.
     sizes = {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor}
-    sharing, reason = choose_sharing(model, config.compute.kernel, config.mesh, sizes)
+    heads = family.heads(config.families)
+    sharing, reason = choose_sharing(heads, config.compute.kernel, config.mesh, sizes)
     layout = choose_layout(config, 1 if sharing is None else sharing.chunks)
     layout.check(T)
-    if model.model_dim % (fsdp * seq):
+    if config.model.model_dim % (fsdp * seq):
         raise UserError(
-            f"model.model_dim={model.model_dim} is not divisible by mesh.fsdp x mesh.seq={fsdp * seq}, over which "
-            "parameters are split; change one of them"
-        )
-    if model.window > T:
-        raise UserError(
-            f"model.window={model.window} is longer than data.seq_len={T}; use at most {T}, or 0 for no window"
+            f"model.model_dim={config.model.model_dim} is not divisible by mesh.fsdp x mesh.seq={fsdp * seq}, over "
+            "which parameters are split; change one of them"
         )
     train = config.train
     batch = resolve_batch(
@@ -188,8 +179,9 @@ def _check_probes(config: Config) -> None:
             f"evaluate.probes={probes} need held-out documents but data.held_out_fraction=0 leaves none; "
             "raise it, or set evaluate.probes to ()"
         )
-    if POSITIONS[config.model.position].table and max(lengths, default=0) > T:
+    table = FAMILIES[config.model.family].position_table(config.families)
+    if table and max(lengths, default=0) > T:
         raise UserError(
-            f"evaluate.probe_lengths has {max(lengths)}, but model.position={config.model.position!r} has positions "
-            f"for data.seq_len={T} tokens only; use at most {T}"
+            f"evaluate.probe_lengths has {max(lengths)}, but {table} has positions for data.seq_len={T} tokens only; "
+            f"use at most {T}"
         )

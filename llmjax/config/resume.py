@@ -10,8 +10,8 @@ from typing import Any
 from llmjax.config.reading import complete_config
 from llmjax.config.schema import Config
 from llmjax.data.tokenizer.loading import load_tokenizer
-from llmjax.errors import UserError
-from llmjax.nn.position import POSITIONS
+from llmjax.errors import UserError, choose
+from llmjax.models.table import FAMILIES
 from llmjax.ranges import shown
 from llmjax.workdir.standing import has_begun
 
@@ -87,11 +87,8 @@ def keep_hold_out(saved: Mapping[str, Any], config: Config, workdir: str) -> Con
     return dataclasses.replace(config, data=dataclasses.replace(config.data, hold_out=hold_out))
 
 
-# The keys of `model` that do not shape the parameters.
-FREE_ON_INIT = (
-    "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "logit_softcap", "window", "global_every",
-    "attention_softcap", "dropout", "init_std", "dtype",
-)  # fmt: skip
+# The keys of `model` that do not shape the parameters. Each family has further ones in its sections.
+FREE_ON_INIT = ("model.logit_softcap", "model.dropout", "model.init_std", "model.dtype")
 
 
 def check_init(saved: Mapping[str, Any], config: Config) -> None:
@@ -102,18 +99,20 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
     """
     source = f"the run in checkpoint.init_from={config.checkpoint.init_from!r}"
     saved, new = complete_config(saved, config.checkpoint.init_from), config.to_dict()
-    there, here = saved["model"], new["model"]
-    for key in here:
-        if key not in FREE_ON_INIT and here[key] != there[key]:
-            raise UserError(
-                f"model.{key}={here[key]!r}, but {source} has {there[key]!r}; use that value to begin with its "
-                "parameters"
-            )
+    family = choose(FAMILIES, "model.family", config.model.family)
+    for section in ("model", *family.sections):
+        for key, here in new[section].items():
+            name, there = f"{section}.{key}", saved[section][key]
+            if here != there and name not in (*FREE_ON_INIT, *family.free_on_init):
+                raise UserError(
+                    f"{name}={here!r}, but {source} has {there!r}; use that value to begin with its parameters"
+                )
     length = saved["data"]["seq_len"]
-    if POSITIONS[config.model.position].table and config.data.seq_len != length:
+    table = family.position_table(config.families)
+    if table and config.data.seq_len != length:
         raise UserError(
-            f"model.position={config.model.position!r} knows the {length} positions of {source} and no others, not "
-            f"those of data.seq_len={config.data.seq_len}; keep {length}, or extend a model of model.position=rope"
+            f"{table} knows the {length} positions of {source} and no others, not those of "
+            f"data.seq_len={config.data.seq_len}; keep {length}, or extend a model of transformer.position=rope"
         )
     # A tokenizer given by its path is compared by its contents, in `init_from`.
     there, here = saved["tokenizer"], new["tokenizer"]

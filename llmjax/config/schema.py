@@ -15,6 +15,7 @@ from llmjax.data.pipeline import DataConfig
 from llmjax.data.tokenizer.kinds import TokenizerConfig
 from llmjax.evaluate.held_out import EvaluateConfig
 from llmjax.generate.generate import GenerateConfig
+from llmjax.models.table import SECTIONS as FAMILY_SECTIONS
 from llmjax.nn.config import ModelConfig
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.ranges import FOLD, Range, check_ranges
@@ -38,20 +39,21 @@ class PlanConfig:
     topology: str
 
 
+# Each optimizer and each family has sections of its own, so that a key of one is no key of the others.
+OWN_SECTIONS = {**FAMILY_SECTIONS, **{name: kind.section for name, kind in OPTIMIZERS.items()}}
+
 if TYPE_CHECKING:
 
-    class OptimizerSections:
-        """A field for each entry of `OPTIMIZERS`. Type checkers need not know them: `Config.optimizers` has them."""
+    class OwnSections:
+        """A field for each entry of `OWN_SECTIONS`. Type checkers need not know them: `Config.families` and
+        `Config.optimizers` have them."""
 else:
-    # Each optimizer has a section of its own, so that a key of one is no key of the others.
-    OptimizerSections = dataclasses.make_dataclass(
-        "OptimizerSections", [(name, kind.section) for name, kind in OPTIMIZERS.items()], frozen=True
-    )
+    OwnSections = dataclasses.make_dataclass("OwnSections", OWN_SECTIONS.items(), frozen=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(OptimizerSections):
-    """Everything that decides a run: the sections below, and one section for each optimizer."""
+class Config(OwnSections):
+    """Everything that decides a run: the sections below, those of the model families and those of the optimizers."""
 
     seed: Annotated[int, Range(0, FOLD)]
     model: ModelConfig
@@ -74,6 +76,11 @@ class Config(OptimizerSections):
         check_ranges("", self)
 
     @property
+    def families(self) -> Mapping[str, Any]:
+        """The sections of the model families, by their names."""
+        return {name: getattr(self, name) for name in FAMILY_SECTIONS}
+
+    @property
     def optimizers(self) -> Mapping[str, Any]:
         """The sections of the optimizers, by their names."""
         return {name: getattr(self, name) for name in OPTIMIZERS}
@@ -81,8 +88,8 @@ class Config(OptimizerSections):
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as JSON would give them back."""
         values = dataclasses.asdict(self)
-        # Readers of a config.json look for the sections of the optimizers after all others.
-        values |= {name: values.pop(name) for name in OPTIMIZERS}
+        # Readers of a config.json look for the sections of families and optimizers after all others.
+        values |= {name: values.pop(name) for name in OWN_SECTIONS}
         return {
             name: {key: list(x) if isinstance(x, tuple) else x for key, x in section.items()}
             if isinstance(section, dict)

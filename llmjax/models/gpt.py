@@ -10,12 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llmjax.errors import choose
+from llmjax.errors import UserError, choose
 from llmjax.models.contract import Cost, box_axes, unbox
+from llmjax.models.family import Family, Sections
 from llmjax.nn.cache import Cache, append_tokens, make_cache
-from llmjax.nn.config import ModelConfig, layer_windows
+from llmjax.nn.config import BlockConfig, ModelConfig, TransformerConfig, block_config, layer_windows, resolve
 from llmjax.nn.layer_compute import LayerCompute
-from llmjax.nn.layers import Norm, matrix
+from llmjax.nn.layers import Norm, look_up, matrix
 from llmjax.nn.position import POSITIONS
 from llmjax.nn.remat import Widths, kept_width
 from llmjax.nn.stack import Block, decode_stack, init_stack, measure_stack, run_stack
@@ -32,7 +33,7 @@ from llmjax.types import Batch, Head, Output, Params
 class Embedding(nn.Module):
     """The token embeddings, the position embeddings if they are learned, and the output matrix unless it is tied."""
 
-    config: ModelConfig
+    config: BlockConfig
     vocab_size: int
     max_positions: int
 
@@ -57,7 +58,7 @@ class GPT:
     compute        choices that change time and memory but no result
     """
 
-    config: ModelConfig
+    config: BlockConfig
     vocab_size: int
     max_positions: int
     layout: Layout = Layout()
@@ -110,25 +111,10 @@ class GPT:
         scaling = c.rope_scaling, c.rope_factor, c.rope_original_len
         return rope.rotation(positions_BT, c.head_dim, c.rope_theta, *scaling)
 
-    def _look_up(self, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        """x_BTD, the rows of the table for these tokens."""
-        layout = self.layout
-        if layout.manual and layout.axis_size("tensor") > 1:
-            # Each device looks up all ids in its own columns. If the ids were split over `tensor`, XLA of jax 0.12
-            # would abort where three mesh axes split the table.
-            table_VD = layout.constrain(table_VD, None, "mlp")
-        if layout.manual or layout.axis_size("seq") == 1:
-            return jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
-        # Devices that share sequences look up all tokens of these sequences, each in its own columns of the table,
-        # and then exchange columns for tokens. By default, XLA would gather everything on every device in between.
-        table_VD = layout.constrain(table_VD, "vocab", "length")
-        x_BTD = jnp.take(table_VD, layout.constrain(tokens_BT, "batch", None), axis=0, mode="clip")
-        return layout.constrain(x_BTD, "batch", None, "length")
-
     def _embed(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         c, tables = self.config, params["embedding"]
-        x_BTD = self._look_up(tables["embedding_VD"], tokens_BT)
-        positions = choose(POSITIONS, "model.position", c.position)
+        x_BTD = look_up(tables["embedding_VD"], tokens_BT, self.layout)
+        positions = choose(POSITIONS, "transformer.position", c.position)
         x_BTD = positions.add(x_BTD, positions_BT, tables["positions_TD"] if positions.table else None)
         return self.layout.constrain(x_BTD.astype(c.dtype), "batch", "length", None)
 
@@ -244,3 +230,51 @@ class GPT:
         return int(
             tokens * kept_width(how.remat, how.offload, widths, c.num_layers) * jnp.dtype(c.dtype).itemsize
         )
+
+
+def _resolve(model: ModelConfig, sections: Sections, seq_len: int) -> Sections:
+    config = resolve(block_config(model, sections["transformer"]))
+    names = (field.name for field in dataclasses.fields(TransformerConfig))
+    transformer = TransformerConfig(**{name: getattr(config, name) for name in names})
+    if transformer.window > seq_len:
+        raise UserError(
+            f"transformer.window={transformer.window} is longer than data.seq_len={seq_len}; use at most {seq_len}, "
+            "or 0 for no window"
+        )
+    return {**sections, "transformer": transformer}
+
+
+def _split(sections: Sections) -> dict[str, int]:
+    return {
+        f"transformer.{key}": getattr(sections["transformer"], key)
+        for key in ("num_heads", "num_kv_heads", "mlp_dim")
+    }
+
+
+def _heads(sections: Sections) -> tuple[int, int]:
+    return sections["transformer"].num_heads, sections["transformer"].num_kv_heads
+
+
+def _position_table(sections: Sections) -> str:
+    position = sections["transformer"].position
+    return f"transformer.position={position!r}" if POSITIONS[position].table else ""
+
+
+GPT_FAMILY = Family(
+    GPT,
+    sections={"transformer": TransformerConfig},
+    compute=tuple(field.name for field in dataclasses.fields(LayerCompute)),
+    resolve=_resolve,
+    config=lambda model, sections: block_config(model, sections["transformer"]),
+    split=_split,
+    heads=_heads,
+    position_table=_position_table,
+    # How rotary positions turn, and which keys attention sees.
+    free_on_init=tuple(
+        f"transformer.{key}"
+        for key in (
+            "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "window", "global_every",
+            "attention_softcap",
+        )
+    ),
+)  # fmt: skip

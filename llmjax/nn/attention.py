@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
-from llmjax.nn.config import ModelConfig
+from llmjax.nn.config import BlockConfig
 from llmjax.nn.layers import Norm, add_bias, matrix, product, vector
 from llmjax.ops import rope
 from llmjax.ops.attention.mask import Mask
@@ -23,7 +23,7 @@ KeyValue = tuple[jax.Array, jax.Array]
 class Attention(nn.Module):
     """The parameters of self-attention, and its token-wise parts: the projections before and after the heads."""
 
-    config: ModelConfig
+    config: BlockConfig
     layout: Layout
 
     def setup(self) -> None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 from llmjax.errors import UserError, choose
-from llmjax.nn.config import ModelConfig
 from llmjax.ops.attention.sequence_attention import ATTENTION, Sharing
 from llmjax.parallel.mesh import MeshConfig
 
@@ -33,11 +32,12 @@ def choose_kernel(name: str, platform: str) -> tuple[str, str]:
 
 
 def choose_sharing(
-    model: ModelConfig, kernel: str, mesh: MeshConfig, sizes: Mapping[str, int]
+    heads: tuple[int, int] | None, kernel: str, mesh: MeshConfig, sizes: Mapping[str, int]
 ) -> tuple[Sharing | None, str]:
     """How the devices along mesh.seq share a sequence (None if each device has whole sequences), and the reason, for
     the plan.
 
+    heads   the numbers of query heads and of key/value heads of the model; None if it has no attention
     kernel  the value of compute.kernel
     sizes   the sizes of the mesh axes
 
@@ -47,13 +47,18 @@ def choose_sharing(
     """
     n, name, degree = sizes["seq"], mesh.seq_attention, mesh.ulysses
     others = tuple(axis for axis in ("data", "fsdp") if sizes[axis] > 1)
-    N, K = model.num_heads // sizes["tensor"], model.num_kv_heads // sizes["tensor"]
     if degree and name != "hybrid":
         raise UserError(
             f"mesh.ulysses={degree} is without effect for mesh.seq_attention={name!r}; use hybrid or mesh.ulysses=0"
         )
     if n == 1:
         return None, "whole sequences on each device"
+    if heads is None:
+        raise UserError(
+            f"mesh.seq={n} splits sequences, which this model.family reads from the first token to the last; "
+            "use mesh.data or mesh.fsdp"
+        )
+    N, K = (number // sizes["tensor"] for number in heads)
     why = "as mesh.seq_attention says"
     # The number of devices among which the key/value heads can be divided without repeating any.
     dealt = math.gcd(K, n)
@@ -78,8 +83,8 @@ def _none(degree: int, N: int, dealt: int, n: int) -> int:
 def _all(degree: int, N: int, dealt: int, n: int) -> int:
     if N % n:
         raise UserError(
-            f"mesh.seq_attention='ulysses' cannot deal {N} query heads a device (model.num_heads / mesh.tensor) to "
-            f"mesh.seq={n} devices; use ring or hybrid, or change one of them"
+            f"mesh.seq_attention='ulysses' cannot deal {N} query heads a device (transformer.num_heads / mesh.tensor) "
+            f"to mesh.seq={n} devices; use ring or hybrid, or change one of them"
         )
     return n
 
@@ -91,7 +96,7 @@ def _some(degree: int, N: int, dealt: int, n: int) -> int:
         hint = f"use one of {', '.join(map(str, possible))}" if possible else "use ring or ulysses"
         raise UserError(
             f"mesh.seq_attention='hybrid' with mesh.ulysses={degree} cannot deal {N} query heads a device "
-            f"(model.num_heads / mesh.tensor) in groups of the mesh.seq={n} devices; {hint}"
+            f"(transformer.num_heads / mesh.tensor) in groups of the mesh.seq={n} devices; {hint}"
         )
     # By default the largest group whose members get whole key/value heads.
     return degree or max((u for u in possible if dealt % u == 0), default=possible[-1])

@@ -1,4 +1,8 @@
-"""The `model` section of a config: the shape of a model, its derived sizes, and the rules between its keys."""
+"""The sections `model` and `transformer` of a config: the shape of a model, derived sizes, and the rules between keys.
+
+`model` has the keys of every family, and `transformer` those of the families that are made of Transformer layers. The
+modules of this folder read both sections as one `BlockConfig`.
+"""
 
 from __future__ import annotations
 
@@ -19,110 +23,136 @@ CHOICES: dict[str, Collection[str]] = {
     "norm": NORMS,
     "position": POSITIONS,
     "rope_scaling": SCALINGS,
-    "dtype": ("float32", "bfloat16"),
 }
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The keys of the section `model`, explained in `configs/base.py`. `resolve` replaces sizes of 0 by their
-    defaults."""
+    """The keys of the section `model`, which every family reads. They are explained in `configs/base.py`."""
 
     family: str
     num_layers: Annotated[int, Range(1, 10_000)]
     model_dim: Annotated[int, Range(1, 2**20)]
-    num_heads: Annotated[int, Range(1, 2**16)]
-    num_kv_heads: Annotated[int, Range(1, 2**16, "num_heads")]
-    head_dim: Annotated[int, Range(1, 2**20, "the default")]
-    mlp_dim: Annotated[int, Range(1, 2**24, "the default")]
-    activation: str
-    norm: str
-    norm_eps: Annotated[float, Range(1e-30, 1.0)]
-    position: str
-    rope_theta: Annotated[float, Range(1, 1e15, above=True)]
-    rope_scaling: Annotated[str, Unset("none")]
-    rope_factor: Annotated[float, Range(1, 1e6), Unset(1.0)]
-    rope_original_len: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
-    qk_norm: bool
-    use_bias: bool
     tie_embeddings: bool
     logit_softcap: Annotated[float, Range(1e-3, 1e6, "none")]
-    window: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
-    global_every: Annotated[int, Range(1, 10_000, "none"), Unset(0)]
-    attention_softcap: Annotated[float, Range(1e-3, 1e6, "none"), Unset(0.0)]
-    attention_sinks: Annotated[bool, Unset(False)]
     dropout: Annotated[float, Range(0, 1, below=True)]
     init_std: Annotated[float, Range(1e-10, 1e3)]
     dtype: str
 
     def __post_init__(self) -> None:
         check_ranges("model", self)
+        choose(dict.fromkeys(DTYPES), "model.dtype", self.dtype)
 
 
-def resolve(config: ModelConfig) -> ModelConfig:
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The keys of the section `transformer`, explained in `configs/base.py`. `resolve` replaces sizes of 0 by their
+    defaults."""
+
+    num_heads: Annotated[int, Range(1, 2**16), Unset(4)]
+    num_kv_heads: Annotated[int, Range(1, 2**16, "num_heads"), Unset(0)]
+    head_dim: Annotated[int, Range(1, 2**20, "the default"), Unset(0)]
+    mlp_dim: Annotated[int, Range(1, 2**24, "the default"), Unset(0)]
+    activation: Annotated[str, Unset("swiglu")]
+    norm: Annotated[str, Unset("rmsnorm")]
+    norm_eps: Annotated[float, Range(1e-30, 1.0), Unset(1e-6)]
+    position: Annotated[str, Unset("rope")]
+    rope_theta: Annotated[float, Range(1, 1e15, above=True), Unset(10000.0)]
+    rope_scaling: Annotated[str, Unset("none")]
+    rope_factor: Annotated[float, Range(1, 1e6), Unset(1.0)]
+    rope_original_len: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
+    qk_norm: Annotated[bool, Unset(True)]
+    use_bias: Annotated[bool, Unset(False)]
+    window: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
+    global_every: Annotated[int, Range(1, 10_000, "none"), Unset(0)]
+    attention_softcap: Annotated[float, Range(1e-3, 1e6, "none"), Unset(0.0)]
+    attention_sinks: Annotated[bool, Unset(False)]
+
+    def __post_init__(self) -> None:
+        check_ranges("transformer", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig(TransformerConfig, ModelConfig):
+    """The keys of both sections, as the layers of a Transformer read them."""
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        TransformerConfig.__post_init__(self)
+
+
+def block_config(model: ModelConfig, transformer: TransformerConfig) -> BlockConfig:
+    """The keys of both sections in one object."""
+    return BlockConfig(**vars(model), **vars(transformer))
+
+
+def resolve(config: BlockConfig) -> BlockConfig:
     """`config` with derived sizes filled in. Raises UserError if keys contradict each other."""
     for key, choices in CHOICES.items():
-        choose(dict.fromkeys(choices), f"model.{key}", getattr(config, key))
+        choose(dict.fromkeys(choices), f"transformer.{key}", getattr(config, key))
     if config.global_every and not config.window:
         raise UserError(
-            f"model.global_every={config.global_every} makes layers global that are so without a window; "
-            "set model.window or model.global_every=0"
+            f"transformer.global_every={config.global_every} makes layers global that are so without a window; "
+            "set transformer.window or transformer.global_every=0"
         )
     _check_rope_scaling(config)
     # 0 means multi-head attention: as many key/value heads as query heads.
     kv_heads = config.num_kv_heads or config.num_heads
     if config.num_heads % kv_heads:
         raise UserError(
-            f"model.num_heads={config.num_heads} must be a multiple of model.num_kv_heads={kv_heads}; "
+            f"transformer.num_heads={config.num_heads} must be a multiple of transformer.num_kv_heads={kv_heads}; "
             f"change one of them"
         )
     if not config.head_dim and config.model_dim % config.num_heads:
         raise UserError(
-            f"model.num_heads={config.num_heads} does not divide model.model_dim={config.model_dim}; "
-            "change one of them or set model.head_dim"
+            f"transformer.num_heads={config.num_heads} does not divide model.model_dim={config.model_dim}; "
+            "change one of them or set transformer.head_dim"
         )
     head_dim = config.head_dim or config.model_dim // config.num_heads
     mlp_dim = config.mlp_dim or ACTIVATIONS[config.activation].width(config.model_dim)
     config = dataclasses.replace(config, num_kv_heads=kv_heads, head_dim=head_dim, mlp_dim=mlp_dim)
     even = POSITIONS[config.position].even
-    if even and getattr(config, even) % 2:
+    section, size = ("model", config.model_dim) if even == "model_dim" else ("transformer", head_dim)
+    if even and size % 2:
         raise UserError(
-            f"model.{even}={getattr(config, even)} must be even for model.position={config.position!r}; "
+            f"{section}.{even}={size} must be even for transformer.position={config.position!r}; "
             f"change it or the position"
         )
     # The exponent H / (H - 2) of `ops/rope.py` is not defined for H = 2.
     if config.rope_scaling == "ntk" and head_dim < 4:
         raise UserError(
-            f"model.head_dim={head_dim} has a single frequency, which model.rope_scaling='ntk' must both keep and "
-            "lower; use wider heads or another scaling"
+            f"transformer.head_dim={head_dim} has a single frequency, which transformer.rope_scaling='ntk' must both "
+            "keep and lower; use wider heads or another scaling"
         )
     return config
 
 
-def _check_rope_scaling(config: ModelConfig) -> None:
+def _check_rope_scaling(config: TransformerConfig) -> None:
     """Raises UserError if the keys of RoPE scaling do not fit together."""
     scaling, reads_length = config.rope_scaling, SCALINGS[config.rope_scaling].reads_length
     if scaling == "none":
         for key in ("rope_factor", "rope_original_len"):
-            if getattr(config, key) != (value := unset(ModelConfig)[key]):
+            if getattr(config, key) != (value := unset(TransformerConfig)[key]):
                 raise UserError(
-                    f"model.{key}={getattr(config, key)} is without effect for model.rope_scaling='none'; "
-                    f"set model.rope_scaling or leave it at {value}"
+                    f"transformer.{key}={getattr(config, key)} is without effect for transformer.rope_scaling='none'; "
+                    f"set transformer.rope_scaling or leave it at {value}"
                 )
         return
     if not POSITIONS[config.position].rotates:
         raise UserError(
-            f"model.rope_scaling={scaling!r} needs model.position='rope', not {config.position!r}; change one of them"
+            f"transformer.rope_scaling={scaling!r} needs transformer.position='rope', not {config.position!r}; "
+            "change one of them"
         )
     if reads_length != (config.rope_original_len > 0):
         rule = "needs" if reads_length else "does not read"
         raise UserError(
-            f"model.rope_scaling={scaling!r} {rule} model.rope_original_len, which is {config.rope_original_len}; "
-            f"set it to {'the T that the model was trained at' if rule == 'needs' else '0'}"
+            f"transformer.rope_scaling={scaling!r} {rule} transformer.rope_original_len, which is "
+            f"{config.rope_original_len}; set it to {'the T that the model was trained at' if rule == 'needs' else '0'}"
         )
 
 
-def layer_windows(config: ModelConfig) -> tuple[int, ...]:
+def layer_windows(config: BlockConfig) -> tuple[int, ...]:
     """The attention window of each layer; 0 means that the layer is global.
 
     Counting layers from 1, every layer whose number is a multiple of `global_every` is global.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.errors import choose
-from llmjax.nn.config import ModelConfig
+from llmjax.nn.config import BlockConfig
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.norm import NORMS
 from llmjax.parallel.rules import Layout
@@ -61,6 +61,21 @@ def product(x_BTX: jax.Array, w_XY: jax.Array, layout: Layout) -> jax.Array:
     return (x_BTX.reshape(B * T, X) @ w_XY).reshape(B, T, w_XY.shape[1])
 
 
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array, layout: Layout) -> jax.Array:
+    """x_BTD, the rows of the table for these tokens."""
+    if layout.manual and layout.axis_size("tensor") > 1:
+        # Each device looks up all ids in its own columns. If the ids were split over `tensor`, XLA of jax 0.12
+        # would abort where three mesh axes split the table.
+        table_VD = layout.constrain(table_VD, None, "mlp")
+    if layout.manual or layout.axis_size("seq") == 1:
+        return jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
+    # Devices that share sequences look up all tokens of these sequences, each in its own columns of the table,
+    # and then exchange columns for tokens. By default, XLA would gather everything on every device in between.
+    table_VD = layout.constrain(table_VD, "vocab", "length")
+    x_BTD = jnp.take(table_VD, layout.constrain(tokens_BT, "batch", None), axis=0, mode="clip")
+    return layout.constrain(x_BTD, "batch", None, "length")
+
+
 class Norm(nn.Module):
     """A normalisation of `ops.norm.NORMS` over the last dimension, in float32, with its learned scale and bias."""
 
@@ -70,7 +85,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        normalize = choose(NORMS, "model.norm", self.kind)
+        normalize = choose(NORMS, "transformer.norm", self.kind)
         y = normalize(x.astype(jnp.float32), self.eps)
         shape = (1,) * (x.ndim - 1) + (x.shape[-1],)
         y = y * vector(self, "scale", shape[-1:], ("feature",), 1.0).reshape(shape)
@@ -86,13 +101,13 @@ class MLP(nn.Module):
     transposes the narrower of the two operands.
     """
 
-    config: ModelConfig
+    config: BlockConfig
     layout: Layout
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        activation = choose(ACTIVATIONS, "model.activation", c.activation)
+        activation = choose(ACTIVATIONS, "transformer.activation", c.activation)
         # As in attention: matrices that write to the residual stream start smaller, by 1 / sqrt(2 L).
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
         w_up_DF = matrix(self, "w_up_DF", (c.model_dim, c.mlp_dim), ("embed", "mlp"), std, c.dtype)

@@ -19,7 +19,7 @@ Add = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """One value of `model.position`.
+    """One value of `transformer.position`.
 
     add      function (x_BTD, positions_BT, table_TD) -> x_BTD that adds positions to embedded tokens
     rotates  whether attention rotates queries and keys by their positions

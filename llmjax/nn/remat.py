@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from llmjax.errors import choose
 from llmjax.ops.attention.kernel import SAVED
 
+# What a layer returns.
+Result = TypeVar("Result")
 # The name of a layer's input, by which remat and offload policies refer to it.
 RESIDUAL = "residual"
 
@@ -103,7 +105,7 @@ REMATS = {
 }
 
 
-def remat(layer: Callable[..., jax.Array], name: str, offload: tuple[str, ...]) -> Callable[..., jax.Array]:
+def remat(layer: Callable[..., Result], name: str, offload: tuple[str, ...]) -> Callable[..., Result]:
     """`layer`, wrapped so that its backward pass recomputes what `compute.remat=name` does not keep.
 
     `offload` names what it moves to host memory in the meantime.

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from llmjax.nn.attention import Attention, KeyValue, on_each_device
 from llmjax.nn.cache import write
-from llmjax.nn.config import ModelConfig, layer_windows
+from llmjax.nn.config import BlockConfig, layer_windows
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import MLP, Norm
 from llmjax.nn.remat import RESIDUAL, remat
@@ -51,7 +51,7 @@ class Block(nn.Module):
     algorithms of `ops/attention`.
     """
 
-    config: ModelConfig
+    config: BlockConfig
     layout: Layout
     attend: Callable[..., jax.Array]
     compute: LayerCompute = LayerCompute()
@@ -204,7 +204,7 @@ def _tiled_layer(
 
 
 def _scan_layers(
-    config: ModelConfig,
+    config: BlockConfig,
     body: Callable[[jax.Array, Any, int], tuple[jax.Array, Any]],
     x: jax.Array,
     stacked: Any,

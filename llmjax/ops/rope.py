@@ -79,7 +79,7 @@ def _llama3(r: Rotary) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """One value of `model.rope_scaling`.
+    """One value of `transformer.rope_scaling`.
 
     frequencies   function of `Rotary` to float64 [H/2], radians per position
     magnitude     function of the factor s to the number that multiplies cos and sin
@@ -110,7 +110,7 @@ def frequencies(
     `scaling` is a name in `SCALINGS`. `factor` is the new sequence length divided by `original_len`, the length of
     training.
     """
-    chosen = choose(SCALINGS, "model.rope_scaling", scaling)
+    chosen = choose(SCALINGS, "transformer.rope_scaling", scaling)
     return chosen.frequencies(Rotary(head_dim, theta, factor, original_len)), chosen.magnitude(factor)
 
 

@@ -49,6 +49,9 @@ RULES: dict[str, Axis] = {
     "head_dim_in": Axis((), "inputs"),
     "mlp": Axis(("tensor",), "outputs"),
     "mlp_in": Axis(("tensor",), "inputs"),
+    # Dimensions of a recurrent layer. Its four gates have a matrix each, and `recurrent` reads the state of the layer.
+    "gates": Axis((), "stack"),
+    "recurrent": Axis(("fsdp", "seq"), "inputs"),
     # Vectors along the residual stream or a head: small, so every device has all of them.
     "feature": Axis((), "outputs"),
 }

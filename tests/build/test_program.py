@@ -23,7 +23,8 @@ from tests.data.test_pipeline import make_source
 
 V, T, UPDATES = 64, 32, 5
 SIZES = {
-    "model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 8, "model.num_kv_heads": 8, "model.mlp_dim": 64,
+    "model.num_layers": 2, "model.model_dim": 32, "transformer.num_heads": 8, "transformer.num_kv_heads": 8,
+    "transformer.mlp_dim": 64,
     "model.init_std": 0.1, "compute.scan_layers": True,  # one layer to compile
     "data.seq_len": T, "train.num_updates": UPDATES, "train.tokens_per_update": 16 * T,
     "compute.accumulation_steps": 2, "optimizer.warmup_updates": 2,
@@ -179,7 +180,7 @@ def test_fused_updates_give_the_same_losses_on_every_mesh(gather, data, fsdp, se
     {"compute__remat": "attention"},
     {"compute__remat": "attention", "compute__offload": ("residual", "attention")},
     {"compute__tile": 8},
-    {"compute__tile": 40, "compute__remat": "full", "model__num_kv_heads": 8},
+    {"compute__tile": 40, "compute__remat": "full", "transformer__num_kv_heads": 8},
     {"compute__offload_optimizer": True},
     {"compute__offload_optimizer": True, "compute__accumulation_steps": 1, "optimizer__name": "muon"},
     {"compute__offload_optimizer": True, "compute__engine": "fused"},

@@ -24,8 +24,8 @@ tpu_aot = [
     ),
 ]
 TINY = {
-    "model.num_layers": 2, "model.model_dim": 128, "model.num_heads": 4, "model.num_kv_heads": 2,
-    "model.head_dim": 64, "model.mlp_dim": 256, "model.dtype": "bfloat16", "compute.scan_layers": True,
+    "model.num_layers": 2, "model.model_dim": 128, "transformer.num_heads": 4, "transformer.num_kv_heads": 2,
+    "transformer.head_dim": 64, "transformer.mlp_dim": 256, "model.dtype": "bfloat16", "compute.scan_layers": True,
     "tokenizer.vocab_size": 512, "data.seq_len": 256, "train.tokens_per_update": 16 * 256,
     "compute.accumulation_steps": 2, "optimizer.name": "adamw", "mesh.data": 1,
 }  # fmt: skip

@@ -91,15 +91,21 @@ def test_the_resolved_config_survives_json():
 
 
 BAD = {
-    "window": ({"model__window": 513}, r"model.window=513 is longer than data.seq_len=512; use at most 512"),
-    "head split": ({"model__num_heads": 3}, r"model.num_heads=3 does not divide model.model_dim=128"),
+    "window": (
+        {"transformer__window": 513},
+        r"transformer.window=513 is longer than data.seq_len=512; use at most 512",
+    ),
+    "head split": (
+        {"transformer__num_heads": 3},
+        r"transformer.num_heads=3 does not divide model.model_dim=128",
+    ),
     "group split": (
-        {"model__num_kv_heads": 3},
-        r"model.num_heads=4 must be a multiple of model.num_kv_heads=3",
+        {"transformer__num_kv_heads": 3},
+        r"transformer.num_heads=4 must be a multiple of transformer.num_kv_heads=3",
     ),
     "choice": (
-        {"model__activation": "swigloo"},
-        r"model.activation='swigloo' is not known; use one of swiglu",
+        {"transformer__activation": "swigloo"},
+        r"transformer.activation='swigloo' is not known; use one of swiglu",
     ),
     "family": ({"model__family": "gtp"}, r"model.family='gtp' is not known; use one of gpt"),
     "dropout": ({"model__dropout": 1.5}, r"model.dropout=1.5"),
@@ -127,8 +133,8 @@ BAD = {
         r"evaluate.probe_lengths=\(16, 0\) has 0, which must be at least 1",
     ),
     "long probe": (
-        {"evaluate__probe_lengths": (512, 513), "model__position": "learned"},
-        r"evaluate.probe_lengths has 513, but model.position='learned' .* data.seq_len=512 .*use at most 512",
+        {"evaluate__probe_lengths": (512, 513), "transformer__position": "learned"},
+        r"evaluate.probe_lengths has 513, but transformer.position='learned' .* data.seq_len=512 .*use at most 512",
     ),
     "nothing to probe": (
         {"evaluate__probes": ("copy",), "data__held_out_fraction": 0.0},
@@ -162,7 +168,7 @@ def test_a_wrong_value_is_named(case):
     ({"mesh__seq": 8, "mesh__seq_attention": "ring", "mesh__layout": "zigzag", "data__seq_len": 520,
       "train__tokens_per_update": 520 * 16},
      r"data.seq_len=520 is not divisible by 2 x mesh.seq=8, which mesh.layout='zigzag' needs"),
-    ({"mesh__tensor": 8}, r"model.num_heads=4 is not divisible by mesh.tensor=8"),
+    ({"mesh__tensor": 8}, r"transformer.num_heads=4 is not divisible by mesh.tensor=8"),
     ({"mesh__data": 4}, r"takes 4 devices but there are 8"),
     ({"mesh__data": -1, "mesh__fsdp": -1}, r"mesh.data=-1 and mesh.fsdp=-1"),
     ({"compute__accumulation_steps": 2}, r"compute.micro_batch_size=4 is not divisible by the 8 shards"),
@@ -222,7 +228,7 @@ def test_lengths_may_be_whole_numbers_or_their_texts():
 
 def test_lengths_beyond_seq_len_are_allowed_where_positions_have_no_end():
     for position in ("rope", "sinusoidal"):
-        check(model__position=position, evaluate__probe_lengths=(1024,))
+        check(transformer__position=position, evaluate__probe_lengths=(1024,))
 
 
 def test_a_resumed_run_must_mean_the_same():
@@ -287,12 +293,14 @@ def test_an_older_run_that_lacks_sections_takes_their_defaults(tmp_path):
 def test_a_changed_value_of_a_key_that_the_run_is_older_than_is_named_with_its_default(tmp_path):
     saved = saved_run(tmp_path)
     del saved["model"]["window"], saved["optimizer"]["clip"]
-    config = check(model__window=8, optimizer__clip="block")[0]
-    with pytest.raises(UserError, match=r"model.window \(0 there, 8 here\), optimizer.clip \('global' there"):
+    config = check(transformer__window=8, optimizer__clip="block")[0]
+    with pytest.raises(
+        UserError, match=r"transformer.window \(0 there, 8 here\), optimizer.clip \('global' there"
+    ):
         check_resume(saved, config, str(tmp_path))
     del saved["model"]["attention_sinks"]
-    with pytest.raises(UserError, match=r"model.attention_sinks=True, but .* has False"):
-        check_init(saved, check(model__attention_sinks=True)[0])
+    with pytest.raises(UserError, match=r"transformer.attention_sinks=True, but .* has False"):
+        check_init(saved, check(transformer__attention_sinks=True)[0])
 
 
 def test_a_run_of_a_newer_version_is_named_by_its_key(tmp_path):

@@ -68,7 +68,7 @@ def test_synonyms_are_of_keys_that_there_are():
 
 @pytest.mark.parametrize("asked, meant", [
     ("optimizer.lr", "optimizer.learning_rate"), ("lr", "optimizer.learning_rate"), ("n_layer", "model.num_layers"),
-    ("model.n_head", "model.num_heads"), ("d_model", "model.model_dim"), ("hidden_size", "model.model_dim"),
+    ("model.n_head", "transformer.num_heads"), ("d_model", "model.model_dim"), ("hidden_size", "model.model_dim"),
     ("block_size", "data.seq_len"), ("model.num_layer", "model.num_layers"), ("max_iters", "train.num_updates"),
     ("gradient_accumulation_steps", "compute.accumulation_steps"), ("num_layers", "model.num_layers"),
     ("train.batch_size", "train.tokens_per_update"), ("evaluate.eval_interval", "evaluate.every"),

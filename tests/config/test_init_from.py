@@ -22,7 +22,11 @@ from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from tests.modes.test_modes import SENTENCEPIECE, compile_once, refuse, run  # noqa: F401 - a fixture
 
-YARN = {"model__rope_scaling": "yarn", "model__rope_factor": 2.0, "model__rope_original_len": 32}
+YARN = {
+    "transformer__rope_scaling": "yarn",
+    "transformer__rope_factor": 2.0,
+    "transformer__rope_original_len": 32,
+}
 LONGER = YARN | {"data__seq_len": 64, "train__tokens_per_update": 1024}  # than the 32 of a tiny run
 
 
@@ -82,7 +86,11 @@ def test_a_longer_run_begins_with_the_parameters_alone(folder, source, tmp_path)
 def test_it_is_scored_before_it_begins_and_better_after(folder, source, tmp_path, capsys):
     workdir = tmp_path / "run"
     last = tiny_run.read_lines(source)[-1]
-    as_it_was = {"model__rope_scaling": "none", "model__rope_factor": 1.0, "model__rope_original_len": 0}
+    as_it_was = {
+        "transformer__rope_scaling": "none",
+        "transformer__rope_factor": 1.0,
+        "transformer__rope_original_len": 0,
+    }
     words = extended(folder, workdir, source, "--mode=evaluate", data__seq_len=32, **as_it_was)
     out = run(capsys, words)
     assert f"update 6 of {source}" in out and held_out_loss(out) == f"{last['loss']:.4f}"
@@ -144,7 +152,8 @@ def test_the_checkpoint_can_be_chosen(which, update, folder, source, tmp_path, c
 
 @pytest.mark.slow
 def test_what_does_not_shape_parameters_may_differ(folder, source, tmp_path, capsys):
-    settings = {"model__window": 24, "model__rope_theta": 5e4, "model__dropout": 0.1, "compute__scan_layers": True,
+    settings = {"transformer__window": 24, "transformer__rope_theta": 5e4, "model__dropout": 0.1,
+    "compute__scan_layers": True,
                 "compute__remat": "full", "model__logit_softcap": 30.0, "compute__kernel": "full",
                 "optimizer__name": "muon", "mesh__fsdp": 2, "compute__engine": "fused"}  # fmt: skip
     out = run(capsys, extended(folder, tmp_path / "run", source, train__num_updates=1, **settings))
@@ -193,8 +202,8 @@ def test_the_tokenizer_comes_along_whatever_the_documents_are(tmp_path, capsys):
     [
         ({"checkpoint__init_from": "nowhere"}, "checkpoint.init_from='nowhere' holds no trained run"),
         ({"model__model_dim": 32}, "model.model_dim=32, but the run in checkpoint.init_from=.* has 16"),
-        ({"model__num_kv_heads": 1}, "model.num_kv_heads=1, but .* has 2"),
-        ({"model__qk_norm": "false"}, "model.qk_norm=False, but .* has True"),
+        ({"transformer__num_kv_heads": 1}, "transformer.num_kv_heads=1, but .* has 2"),
+        ({"transformer__qk_norm": "false"}, "transformer.qk_norm=False, but .* has True"),
         ({"tokenizer__kind": "bpe"}, "tokenizer.kind='bpe', but .* has 'byte', and its tokenizer is used"),
         (
             {"checkpoint__init_checkpoint": "newest"},
@@ -219,9 +228,11 @@ def test_what_does_not_fit_is_one_sentence_and_nothing_is_written(
 def test_learned_positions_cannot_be_extended(folder, tmp_path, capsys):
     run(
         capsys,
-        command(folder, f"--workdir={tmp_path / 'source'}", model__position="learned", train__num_updates=1),
+        command(
+            folder, f"--workdir={tmp_path / 'source'}", transformer__position="learned", train__num_updates=1
+        ),
     )
-    learned = {"checkpoint__init_from": tmp_path / "source", "model__position": "learned"}
+    learned = {"checkpoint__init_from": tmp_path / "source", "transformer__position": "learned"}
     for length in (64, 16):
         size = {"data__seq_len": length, "train__tokens_per_update": 16 * length}
         words = command(folder, f"--workdir={tmp_path / 'run'}", **size, **learned)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_models import Unigram
-from sections import section
+from sections import block_section
 
 from llmjax.evaluate.scoring import Piece, make_token_losses, pack, score_pieces
 from llmjax.models.gpt import GPT
@@ -21,7 +21,7 @@ V, T = 48, 24
 
 
 def gpt(**changes):
-    config = section("model", num_layers=2, model_dim=16, num_heads=2, mlp_dim=32, init_std=0.3)
+    config = block_section(num_layers=2, model_dim=16, num_heads=2, mlp_dim=32, init_std=0.3)
     return GPT(resolve(dataclasses.replace(config, **changes)), V, T)
 
 

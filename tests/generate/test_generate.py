@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sections import section
+from sections import block_section
 
 from llmjax.errors import UserError
 from llmjax.generate.generate import GenerateConfig, _key, make_generator
@@ -18,7 +18,7 @@ from llmjax.ops.logits import head_logits
 from llmjax.types import Batch
 
 V = 37
-MODEL = GPT(resolve(section("model", num_layers=2, model_dim=16, num_heads=2, init_std=0.5)), V, 128)
+MODEL = GPT(resolve(block_section(num_layers=2, model_dim=16, num_heads=2, init_std=0.5)), V, 128)
 GREEDY = GenerateConfig(max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0, num_samples=1)
 PROMPTS = [[1, 5, 9, 3], [2], [7] * 70]
 
@@ -127,7 +127,7 @@ def rows_of(columns, count):
 
 
 LEARNED = GPT(
-    resolve(section("model", num_layers=2, model_dim=16, num_heads=2, init_std=0.5, position="learned")),
+    resolve(block_section(num_layers=2, model_dim=16, num_heads=2, init_std=0.5, position="learned")),
     V,
     24,
 )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sections import section
+from sections import block_section
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
@@ -17,7 +17,7 @@ from llmjax.ops.rope import SCALINGS
 from llmjax.types import Batch
 
 V, T = 61, 24
-TINY = section("model", num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, init_std=0.2)
+TINY = block_section(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, init_std=0.2)
 VARIANTS = {
     "llama": TINY,
     "gpt2": dataclasses.replace(

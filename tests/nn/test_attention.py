@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from sections import mesh_section, section
+from sections import block_section, mesh_section
 
 from llmjax.models.contract import unbox
 from llmjax.nn.attention import on_each_device
@@ -24,8 +24,7 @@ from llmjax.train.update.fused import MANUAL
 
 B, T, D = 8, 16, 16
 CONFIG = resolve(
-    section(
-        "model",
+    block_section(
         num_layers=1,
         model_dim=D,
         num_heads=4,

@@ -3,12 +3,12 @@
 import dataclasses
 
 import pytest
-from sections import section
+from sections import block_section
 
 from llmjax.errors import UserError
 from llmjax.nn.config import resolve
 
-SMALL = section("model", num_layers=2, model_dim=96, num_heads=4)
+SMALL = block_section(num_layers=2, model_dim=96, num_heads=4)
 
 
 def resolved(**changes):
@@ -31,34 +31,36 @@ def test_sizes_that_are_given_stay():
 @pytest.mark.parametrize("changes, message", [
     ({"num_layers": 0}, "model.num_layers=0 must be at least 1"),
     ({"model_dim": 0}, "model.model_dim=0 must be at least 1"),
-    ({"num_heads": -4}, "model.num_heads=-4 must be at least 1"),
-    ({"num_heads": 5}, "model.num_heads=5 does not divide model.model_dim=96"),
-    ({"num_kv_heads": 3}, "model.num_heads=4 must be a multiple of model.num_kv_heads=3"),
-    ({"num_kv_heads": 8}, "model.num_heads=4 must be a multiple of model.num_kv_heads=8"),
-    ({"head_dim": -1}, "model.head_dim=-1 must not be negative"),
-    ({"mlp_dim": -1}, "model.mlp_dim=-1 must not be negative"),
+    ({"num_heads": -4}, "transformer.num_heads=-4 must be at least 1"),
+    ({"num_heads": 5}, "transformer.num_heads=5 does not divide model.model_dim=96"),
+    ({"num_kv_heads": 3}, "transformer.num_heads=4 must be a multiple of transformer.num_kv_heads=3"),
+    ({"num_kv_heads": 8}, "transformer.num_heads=4 must be a multiple of transformer.num_kv_heads=8"),
+    ({"head_dim": -1}, "transformer.head_dim=-1 must not be negative"),
+    ({"mlp_dim": -1}, "transformer.mlp_dim=-1 must not be negative"),
     ({"logit_softcap": -1.0}, "model.logit_softcap=-1.0 must not be negative"),
-    ({"window": -1}, "model.window=-1 must not be negative; use 0 for none"),
-    ({"global_every": -1}, "model.global_every=-1 must not be negative"),
-    ({"global_every": 2}, "model.global_every=2 makes layers global that are so without a window"),
-    ({"attention_softcap": -1.0}, "model.attention_softcap=-1.0 must not be negative"),
-    ({"rope_scaling": "longrope"}, "model.rope_scaling='longrope' is not known; use one of none, linear"),
-    ({"rope_scaling": "ntk", "position": "learned"}, "model.rope_scaling='ntk' needs model.position='rope'"),
-    ({"rope_scaling": "ntk", "rope_factor": 0.5}, "model.rope_factor=0.5 must be at least 1"),
-    ({"rope_factor": 2.0}, "model.rope_factor=2.0 is without effect for model.rope_scaling='none'"),
-    ({"rope_original_len": 8}, "model.rope_original_len=8 is without effect for model.rope_scaling='none'"),
-    ({"rope_scaling": "yarn"}, "model.rope_scaling='yarn' needs model.rope_original_len, which is 0"),
-    ({"rope_scaling": "ntk", "rope_original_len": 8}, "model.rope_scaling='ntk' does not read model.rope_orig"),
+    ({"window": -1}, "transformer.window=-1 must not be negative; use 0 for none"),
+    ({"global_every": -1}, "transformer.global_every=-1 must not be negative"),
+    ({"global_every": 2}, "transformer.global_every=2 makes layers global that are so without a window"),
+    ({"attention_softcap": -1.0}, "transformer.attention_softcap=-1.0 must not be negative"),
+    ({"rope_scaling": "longrope"}, "transformer.rope_scaling='longrope' is not known; use one of none, linear"),
+    ({"rope_scaling": "ntk", "position": "learned"},
+    "transformer.rope_scaling='ntk' needs transformer.position='rope'"),
+    ({"rope_scaling": "ntk", "rope_factor": 0.5}, "transformer.rope_factor=0.5 must be at least 1"),
+    ({"rope_factor": 2.0}, "transformer.rope_factor=2.0 is without effect for transformer.rope_scaling='none'"),
+    ({"rope_original_len": 8}, "transformer.rope_original_len=8 is without effect for transformer.rope_scaling='none'"),
+    ({"rope_scaling": "yarn"}, "transformer.rope_scaling='yarn' needs transformer.rope_original_len, which is 0"),
+    ({"rope_scaling": "ntk", "rope_original_len": 8},
+    "transformer.rope_scaling='ntk' does not read transformer.rope_orig"),
     ({"dropout": 1.0}, "model.dropout=1.0 must lie in"),
-    ({"head_dim": 7}, "model.head_dim=7 must be even for model.position='rope'"),
+    ({"head_dim": 7}, "transformer.head_dim=7 must be even for transformer.position='rope'"),
     ({"model_dim": 95, "head_dim": 8, "position": "sinusoidal"}, "model.model_dim=95 must be even"),
-    ({"activation": "silu"}, "model.activation='silu' is not known; use one of swiglu, gelu, relu2"),
-    ({"norm": "none"}, "model.norm='none' is not known"),
-    ({"position": "alibi"}, "model.position='alibi' is not known"),
+    ({"activation": "silu"}, "transformer.activation='silu' is not known; use one of swiglu, gelu, relu2"),
+    ({"norm": "none"}, "transformer.norm='none' is not known"),
+    ({"position": "alibi"}, "transformer.position='alibi' is not known"),
     ({"dtype": "float16"}, "model.dtype='float16' is not known"),
-    ({"norm_eps": -1.0}, "model.norm_eps=-1.0"),
+    ({"norm_eps": -1.0}, "transformer.norm_eps=-1.0"),
     ({"init_std": -1.0}, "model.init_std=-1.0"),
-    ({"rope_theta": 0.0}, "model.rope_theta=0.0"),
+    ({"rope_theta": 0.0}, "transformer.rope_theta=0.0"),
 ])  # fmt: skip
 def test_a_rule_that_is_broken_is_one_sentence(changes, message):
     with pytest.raises(UserError, match=message) as error:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sections import section
+from sections import block_section
 
 from llmjax.models.contract import box_axes, unbox
 from llmjax.nn.config import resolve
@@ -22,9 +22,7 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 
 def config(**changes):
-    return resolve(
-        section("model", num_layers=4, model_dim=D, num_heads=2, mlp_dim=F, init_std=0.5, **changes)
-    )
+    return resolve(block_section(num_layers=4, model_dim=D, num_heads=2, mlp_dim=F, init_std=0.5, **changes))
 
 
 @pytest.mark.parametrize("kind, use_bias", [("rmsnorm", False), ("layernorm", False), ("layernorm", True)])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sections import section
+from sections import block_section
 
 from llmjax.models.contract import unbox
 from llmjax.nn.config import layer_windows, resolve
@@ -19,7 +19,7 @@ from llmjax.parallel.rules import Layout
 
 B, T, D, L, WINDOW = 1, 16, 8, 5, 3
 CONFIG = resolve(
-    section("model", num_layers=L, model_dim=D, num_heads=2, init_std=0.5, window=WINDOW, global_every=2)
+    block_section(num_layers=L, model_dim=D, num_heads=2, init_std=0.5, window=WINDOW, global_every=2)
 )
 MASK = self_mask(jnp.ones((B, T), jnp.int32), jnp.arange(T)[None])
 X_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from sections import mesh_section, section
+from sections import block_section, mesh_section
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
@@ -91,7 +91,7 @@ def test_an_unembedding_split_over_fsdp_is_brought_together_once_for_all_chunks(
     vocab, width, rows, length = 2048, 256, 8, 4096
     mesh = make_mesh(mesh_section(data=1, fsdp=8), topology_devices("v5e:2x4"))
     sizes = {"num_layers": 1, "model_dim": width, "num_heads": 2, "mlp_dim": 512, "tie_embeddings": False}
-    config = resolve(section("model", **sizes, dtype="bfloat16"))
+    config = resolve(block_section(**sizes, dtype="bfloat16"))
     model = GPT(config, vocab, length, Layout(mesh), blockwise.attend)
     loss = make_loss(model, z_loss=0.0, shards=(8, 1))
 

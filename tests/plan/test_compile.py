@@ -143,7 +143,7 @@ class TestAheadOfTime:
         sizes = (
             "--config.model.num_layers=1",
             "--config.model.model_dim=16384",
-            "--config.model.num_heads=128",
+            "--config.transformer.num_heads=128",
         )
         code, _, err = plan(capsys, "v5e:2x2", *sizes)
         assert code == 2 and err.count("\n") == 1

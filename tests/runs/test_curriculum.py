@@ -105,7 +105,9 @@ def test_dropout_is_that_of_the_piece_wherever_it_is_computed():
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__position": "learned", "model__window": 6}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"transformer__position": "learned", "transformer__window": 6}], ids=str
+)
 def test_cut_rows_have_the_loss_and_gradient_of_whole_ones_whose_documents_end_at_the_cuts(changes):
     program = program_for(jax.devices()[:1], compute__accumulation_steps=1, **changes)
     source, length = make_source(), T // 4

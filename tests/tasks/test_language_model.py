@@ -63,7 +63,7 @@ def alone(sequences, document, start, stop):
 def test_packed_loss_equals_unpacked_document_by_document(position, attention, packed):
     sequences, tokenizer = packed
     program = program_for(
-        tokenizer, model__position=position, compute__kernel=attention, model__norm="layernorm"
+        tokenizer, transformer__position=position, compute__kernel=attention, transformer__norm="layernorm"
     )
     params = program.init().params
     names = [sequences.store.name(i) for i in range(DOCUMENTS)]

@@ -35,7 +35,7 @@ def write_rows(folder, task):
 def program_for(folder, task, devices, **changes):
     raw = base.get_config()
     settings = tiny_run.SETTINGS | {"task.name": task, "data.sources": (str(folder / "corpus"),),
-                                    "data.cache_dir": str(folder / "cache"), "model.num_heads": 2,
+                                    "data.cache_dir": str(folder / "cache"), "transformer.num_heads": 2,
                                     "data.seq_len": 64}  # fmt: skip
     raw.update_from_flattened_dict(
         settings | {key.replace("__", "."): value for key, value in changes.items()}

@@ -15,7 +15,8 @@ from tests.evaluate.probe_text import V, spelled, text_of, words
 
 T = 32
 SIZES = {
-    "model.num_layers": 2, "model.model_dim": 16, "model.num_heads": 2, "model.mlp_dim": 32, "model.init_std": 0.3,
+    "model.num_layers": 2, "model.model_dim": 16, "transformer.num_heads": 2, "transformer.mlp_dim": 32,
+    "model.init_std": 0.3,
     "data.seq_len": T, "train.tokens_per_update": 8 * T, "compute.accumulation_steps": 1,
 }  # fmt: skip
 

@@ -114,8 +114,8 @@ def test_a_model_that_learns_to_copy_is_seen_to():
     """Two layers get there at once, between updates 100 and 200 (three seeds of three): induction heads."""
     updates, rows = 300, 64
     program = program_for(
-        jax.devices()[:1], model__model_dim=64, model__num_heads=4, model__mlp_dim=128, model__init_std=0.1,
-        model__tie_embeddings=False, model__position="learned", optimizer__learning_rate=2e-2,
+        jax.devices()[:1], model__model_dim=64, transformer__num_heads=4, transformer__mlp_dim=128, model__init_std=0.1,
+        model__tie_embeddings=False, transformer__position="learned", optimizer__learning_rate=2e-2,
         optimizer__warmup_updates=30, train__num_updates=updates, train__tokens_per_update=rows * T,
     )  # fmt: skip
     text, state = text_of(spelled(LETTERS), T), program.init()

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from param_axes import BY_NAME
-from sections import mesh_section, section
+from sections import block_section, mesh_section
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
@@ -17,9 +17,9 @@ from llmjax.train.update.gradients import mean_gradient, micro_gradients
 from llmjax.types import LossSums
 
 MODELS = {
-    "llama": section("model", num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, tie_embeddings=False),
-    "gpt2": section(
-        "model", num_layers=3, model_dim=16, num_heads=4, activation="gelu", norm="layernorm", position="learned",
+    "llama": block_section(num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, tie_embeddings=False),
+    "gpt2": block_section(
+        num_layers=3, model_dim=16, num_heads=4, activation="gelu", norm="layernorm", position="learned",
         use_bias=True,
     ),
 }  # fmt: skip

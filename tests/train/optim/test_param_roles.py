@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from sections import section
+from sections import block_section
 
 from llmjax.errors import UserError
 from llmjax.models.gpt import GPT
@@ -53,8 +53,8 @@ def test_every_axis_of_the_table_is_of_activations_or_has_a_side_that_a_role_kno
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_gpts_roles_are_those_of_its_parameters(scan_layers):
     """Its matrices, tables and vectors by name, as whoever wrote the model would list them."""
-    config = section(
-        "model", num_layers=2, model_dim=8, num_heads=2, position="learned", norm="layernorm", use_bias=True,
+    config = block_section(
+        num_layers=2, model_dim=8, num_heads=2, position="learned", norm="layernorm", use_bias=True,
         tie_embeddings=False, attention_sinks=True,
     )  # fmt: skip
     model = GPT(resolve(config), 16, 4, compute=LayerCompute(scan_layers=scan_layers))

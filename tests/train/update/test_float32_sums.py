@@ -22,8 +22,9 @@ PRESETS = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if p
 # Only tokens have sizes that 7 or 13 divide, the whole batch as well as the part of a device.
 ROWS, LENGTH = 7 * 8, 13 * 8
 SIZES = {
-    "model.num_layers": 3, "model.model_dim": 32, "model.num_heads": 8, "model.num_kv_heads": 8, "model.head_dim": 8,
-    "model.mlp_dim": 48, "model.dtype": "bfloat16", "data.seq_len": LENGTH, "compute.micro_batch_size": ROWS,
+    "model.num_layers": 3, "model.model_dim": 32, "transformer.num_heads": 8, "transformer.num_kv_heads": 8,
+    "transformer.head_dim": 8,
+    "transformer.mlp_dim": 48, "model.dtype": "bfloat16", "data.seq_len": LENGTH, "compute.micro_batch_size": ROWS,
     "train.tokens_per_update": 2 * ROWS * LENGTH, "compute.accumulation_steps": 0, "plan.topology": "",
 }  # fmt: skip
 MESHES = {
@@ -32,20 +33,21 @@ MESHES = {
 }
 VOCABULARY = 96
 BIAS = {
-    "model.use_bias": True,
-    "model.norm": "layernorm",
-    "model.attention_sinks": True,
+    "transformer.use_bias": True,
+    "transformer.norm": "layernorm",
+    "transformer.attention_sinks": True,
     "model.dropout": 0.1,
 }
 LEARNED = {
-    "model.position": "learned", "model.use_bias": True, "model.logit_softcap": 5.0, "model.attention_softcap": 3.0,
+    "transformer.position": "learned", "transformer.use_bias": True, "model.logit_softcap": 5.0,
+    "transformer.attention_softcap": 3.0,
     "model.tie_embeddings": False, "train.z_loss": 1e-3,
 }  # fmt: skip
 FUSED = {
     "compute.engine": "fused",
-    "model.use_bias": True,
-    "model.activation": "gelu",
-    "model.qk_norm": True,
+    "transformer.use_bias": True,
+    "transformer.activation": "gelu",
+    "transformer.qk_norm": True,
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from param_axes import BY_NAME
 from quick import AS_FOR_USERS
-from sections import mesh_section, section
+from sections import block_section, mesh_section
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
@@ -233,7 +233,7 @@ def fresh_params(config):
 def model_loss(sizes, gather, compute=LayerCompute(), **shape):  # noqa: B008
     """The loss of a decoder, its parameters' specs, and fresh parameters."""
     layout = Layout(mesh_of(sizes), MANUAL[gather]) if gather else Layout()
-    config = resolve(section("model", **{**SHAPE, **shape}))
+    config = resolve(block_section(**{**SHAPE, **shape}))
     attend = full.attend if compute.kernel == "full" else functools.partial(blockwise.attend, block=8)
     if sizes[2] > 1:
         others = tuple(axis for axis, size in zip(("data", "fsdp"), sizes) if size > 1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from param_axes import BY_NAME
-from sections import mesh_section, section
+from sections import block_section, mesh_section
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
@@ -41,7 +41,7 @@ def compiled(capacity, gather="update", **sizes):
     """A decoder's window of `capacity` micro-steps for 8 chips: its collectives, its parameters, how many sums."""
     mesh = make_mesh(mesh_section(**{"data": 1, **sizes}), topology_devices("v5e:2x4"))
     layout = Layout(mesh, MANUAL[gather])
-    config = resolve(section("model", **SHAPE))
+    config = resolve(block_section(**SHAPE))
     model = GPT(
         config, VOCAB, LENGTH, layout, blockwise.attend, compute=LayerCompute(scan_layers=True, remat="full")
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from param_axes import BY_NAME
-from sections import mesh_section, section
+from sections import block_section, mesh_section
 
 from llmjax.models.gpt import GPT
 from llmjax.nn.attention import Attention
@@ -24,7 +24,7 @@ from llmjax.train.update.statistics import make_statistics
 from llmjax.types import Batch
 
 V, T, L = 64, 24, 4
-TINY = section("model", num_layers=L, model_dim=16, num_heads=4, init_std=0.2, dropout=0.1)
+TINY = block_section(num_layers=L, model_dim=16, num_heads=4, init_std=0.2, dropout=0.1)
 BATCH = 4
 
 
