@@ -30,21 +30,15 @@ def get_config() -> ConfigDict:
     # not use may not be changed.
     c.transformer = transformer = ConfigDict()
     transformer.num_heads = 4  # N, the query heads
-    transformer.num_kv_heads = (
-        0  # K, key/value heads: 0 = num_heads, 1 = multi-query, between = grouped-query
-    )
+    transformer.num_kv_heads = 0  # K, key/value heads; 0 = num_heads, 1 = multi-query, between: grouped
     transformer.head_dim = 0  # H, the width of a head; 0 = model_dim / num_heads
-    transformer.mlp_dim = (
-        0  # F; 0 = 4 x model_dim, or for swiglu 8/3 x model_dim rounded up to a multiple of 64
-    )
+    transformer.mlp_dim = 0  # F; 0 = 4 D, or for swiglu 8/3 D rounded up to a multiple of 64
     transformer.activation = "swiglu"  # swiglu | gelu | relu2
     transformer.norm = "rmsnorm"  # rmsnorm | layernorm
     transformer.norm_eps = 1e-6  # added to the variance
     transformer.position = "rope"  # rope | learned | sinusoidal
     transformer.rope_theta = 10000.0  # base of the wavelengths of rope
-    transformer.rope_scaling = (
-        "none"  # for texts longer than those of before: none | linear | ntk | yarn | llama3
-    )
+    transformer.rope_scaling = "none"  # for longer texts than before: none | linear | ntk | yarn | llama3
     transformer.rope_factor = 1.0  # new length / old length, for rope_scaling
     transformer.rope_original_len = 0  # the T trained at before, for rope_scaling yarn and llama3
     transformer.qk_norm = True  # RMSNorm of queries and keys, per head
@@ -52,15 +46,11 @@ def get_config() -> ConfigDict:
     transformer.window = 0  # positions that a token attends to, itself included; 0 = all before it
     transformer.global_every = 0  # every n-th layer has no window; 0 = all layers have it
     transformer.attention_softcap = 0.0  # c * tanh(scores / c); 0 = off
-    transformer.attention_sinks = (
-        False  # adds a learned score per head to the softmax, for attending to nothing
-    )
+    transformer.attention_sinks = False  # adds a learned score per head to the softmax, for nothing
 
     c.lstm = lstm = ConfigDict()
     lstm.hidden_dim = 0  # M, width of the hidden and the cell state of each layer; 0 = model_dim
-    lstm.truncation = (
-        0  # tokens of a row after which gradients flow no further back, the state does; 0 = none
-    )
+    lstm.truncation = 0  # tokens over which gradients flow back; the state flows further; 0 = all
 
     c.task = task = ConfigDict()
     task.name = "language_model"  # language_model: predict the next token | copy: write the document again

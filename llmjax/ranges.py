@@ -74,19 +74,21 @@ class Unset:
 
     It belongs to a run whose config.json is older than the key, and it stands for what such runs did. Where the run
     uses something that does not read the key, the key must keep this value. A key without an `Unset` is in every
-    config.json that was ever written, so that a file that lacks it is damaged.
+    config.json that was ever written, so that a file that lacks it is damaged. So is a key that is `always` there.
     """
 
     value: Any
+    always: bool = False
 
 
-def check_ranges(section: str, config: Any) -> None:
+def check_ranges(section: str, config: Any, cls: type | None = None) -> None:
     """UserError for the first number of the dataclass `config` that is outside of the range in its annotation.
 
-    `section` is the name of the config's section, "" for keys outside of all sections.
+    section  the name of the config's section, "" for keys outside of all sections
+    cls      the dataclass whose fields are checked, if `config` also has the fields of others
     """
     prefix = f"{section}." if section else ""
-    cls: type = type(config)
+    cls = cls or type(config)
     for key, bounds in ranges(cls).items():
         value = getattr(config, key)
         if isinstance(value, tuple):
@@ -109,6 +111,12 @@ def ranges(cls: type) -> dict[str, Range]:
 def unset(cls: type) -> dict[str, Any]:
     """The value of each field of a dataclass that has an `Unset`."""
     return {key: note.value for key, note in _notes(cls) if isinstance(note, Unset)}
+
+
+@functools.cache
+def older(cls: type) -> dict[str, Any]:
+    """The value of each field of a dataclass that a config.json may lack, because it is older than the key."""
+    return {key: note.value for key, note in _notes(cls) if isinstance(note, Unset) and not note.always}
 
 
 def check_unread(section: str, keys: Any, chosen: str, reader: str) -> None:

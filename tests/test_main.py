@@ -61,7 +61,7 @@ MISTAKES = {
     "bare key": (["--config.num_layers=2"], "--config.num_layers", "did you mean --config.model.num_layers?"),
     "nothing like it": (["--config.zzz=2"], "--config.zzz is not known", "configs/base.py"),
     "no value": (["--config.seed"], "--config.seed has no value", "--config.seed=VALUE"),
-    "a section": (["--config.model=4"], "--config.model is a section", "--config.transformer.activation"),
+    "a section": (["--config.model=4"], "--config.model is a section", "--config.model.dropout"),
     "int": (["--config.model.num_layers=two"], "--config.model.num_layers=two is not a whole number", "such as 4"),
     "fraction": (["--config.model.num_layers=2.5"], "num_layers=2.5 is not a whole number", "such as 4"),
     "nothing": (["--config.model.num_layers="], "--config.model.num_layers= is not a whole number", "such as 4"),
@@ -260,8 +260,8 @@ def test_every_type_of_value_can_be_set():
              "--config.transformer.norm", "layernorm", "--config.plan.topology="]  # fmt: skip
     _, config = parsed(*words)
     assert config["seed"] == 3 and config["mesh"]["data"] == -1 and config["plan"]["topology"] == ""
-    assert config["compute"]["scan_layers"] is True and config["model"]["qk_norm"] is False
-    assert config["model"]["norm"] == "layernorm"
+    assert config["compute"]["scan_layers"] is True and config["transformer"]["qk_norm"] is False
+    assert config["transformer"]["norm"] == "layernorm"
     assert config["optimizer"]["learning_rate"] == 1e-4 and config["tokenizer"]["train_bytes"] == 1000
 
 

@@ -63,7 +63,7 @@ def test_mutations_follow_the_seed():
 PROBES = {
     "vocabulary": ("tokenizer", "vocab_size", 2**40),
     "dimensions": ("model", "model_dim", 2**63),
-    "hidden": ("model", "mlp_dim", 2**63),
+    "hidden": ("transformer", "mlp_dim", 2**63),
     "probe lengths": ("evaluate", "probe_lengths", 1e20),
     "probe lengths in text": ("evaluate", "probe_lengths", "100000000000000000000"),
     "signs": ("evaluate", "probe_lengths", "--5"),
@@ -93,7 +93,8 @@ def test_a_value_that_was_once_a_traceback_or_nonsense_is_named(name):
 ])  # fmt: skip
 def test_scalings_of_positions_that_divide_by_nothing_are_named(changes, key):
     raw = get_config().to_dict()
-    raw["model"].update(changes)
+    for name, value in changes.items():
+        raw["model" if name in raw["model"] else "transformer"][name] = value
     with pytest.raises(UserError, match=rf"^{key} "):
         resolve_config(read_config(raw), 1)
 

@@ -23,6 +23,7 @@ from llmjax.data.sources import compression, encoding, listing, reading, records
 from llmjax.data.tokenizer import kinds, training
 from llmjax.errors import UserError
 from llmjax.evaluate.probes import sentences, suite
+from llmjax.models.family import Family
 from llmjax.models.gpt import GPT
 from llmjax.models.table import FAMILIES
 from llmjax.modes import dispatch
@@ -117,7 +118,7 @@ def decode_badly(name):
 
 # What is asked for -> (table, an entry to add, who looks a name up in it).
 TABLES = {
-    "family": (FAMILIES, reach, model_of_family),
+    "family": (FAMILIES, Family(reach), model_of_family),
     "activation": (activation.ACTIVATIONS, activation.Activation(reach),
                    lambda name: MLP(dataclasses.replace(TINY, activation=name), Layout()).init(jax.random.key(0), BTD)),
     "activation, FLOPs": (activation.ACTIVATIONS, Reaching(), flops),
@@ -210,7 +211,8 @@ def test_a_choice_that_no_table_explains_raises(key, monkeypatch):
 
 
 NAMED = {
-    **{f"model.{key}": table for key, table in config.CHOICES.items()},
+    **{f"transformer.{key}": table for key, table in config.CHOICES.items()},
+    "model.dtype": config.DTYPES,
     "model.family": FAMILIES,
     "compute.offload": remat.OFFLOADS,
     "compute.remat": remat.REMATS,

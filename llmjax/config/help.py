@@ -30,11 +30,12 @@ SYNONYMS = {
     "num_layers": "n_layer n_layers num_hidden_layers depth layers num_decoder_layers",
     "num_heads": "n_head n_heads num_attention_heads heads num_query_heads",
     "num_kv_heads": "n_kv_heads n_kv_head num_key_value_heads kv_heads",
-    "model_dim": "d_model n_embd hidden_size embed_dim dim emb_dim embedding_size hidden_dim base_emb_dim n_embed",
+    "model_dim": "d_model n_embd hidden_size embed_dim dim emb_dim embedding_size base_emb_dim n_embed",
     "mlp_dim": "intermediate_size d_ff ffn_dim ff_dim n_inner ffn_hidden_size base_mlp_dim",
     "head_dim": "d_head head_size d_kv",
     "seq_len": "block_size context_length context max_seq_len max_length sequence_length n_ctx ctx_len n_positions "
     "max_position_embeddings max_target_length seq_length",
+    "truncation": "bptt tbptt bptt_len",
     "rope_theta": "rope_base rotary_base rope_max_timescale",
     "num_samples": "num_return_sequences n_samples samples_per_prompt",
     "window": "sliding_window window_size attention_window",

@@ -17,7 +17,7 @@ from llmjax.config.moved import MOVED, new_name
 from llmjax.config.schema import Config
 from llmjax.data.sources.listing import split_sources
 from llmjax.errors import UserError
-from llmjax.ranges import shown, unset
+from llmjax.ranges import older, shown
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
 
 
@@ -66,7 +66,7 @@ def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[st
     prefix = f"{section}." if section else ""
     if not isinstance(saved, Mapping):
         raise UserError(f"{path} has {section}={shown(saved)}, which is no section of keys; restore the file")
-    hints, older = _hints(cls), unset(cls)
+    hints, defaults = _hints(cls), older(cls)
     for key in saved:
         if key not in hints:
             raise UserError(
@@ -79,8 +79,8 @@ def _complete_section(cls: type, saved: Any, section: str, path: str) -> dict[st
             values[key] = _complete_section(hints[key], saved.get(key, {}), prefix + key, path)
         elif key in saved:
             values[key] = saved[key]
-        elif key in older:
-            values[key] = list(older[key]) if isinstance(older[key], tuple) else older[key]
+        elif key in defaults:
+            values[key] = list(defaults[key]) if isinstance(defaults[key], tuple) else defaults[key]
         else:
             raise UserError(f"{path} lacks the key {prefix}{key}, which every run has; restore the file")
     return values

@@ -80,11 +80,12 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     sharing, reason = choose_sharing(heads, config.compute.kernel, config.mesh, sizes)
     layout = choose_layout(config, 1 if sharing is None else sharing.chunks)
     layout.check(T)
-    if config.model.model_dim % (fsdp * seq):
-        raise UserError(
-            f"model.model_dim={config.model.model_dim} is not divisible by mesh.fsdp x mesh.seq={fsdp * seq}, over "
-            "which parameters are split; change one of them"
-        )
+    for key, size in {"model.model_dim": config.model.model_dim, **family.rows(config.families)}.items():
+        if size % (fsdp * seq):
+            raise UserError(
+                f"{key}={size} is not divisible by mesh.fsdp x mesh.seq={fsdp * seq}, over which parameters are split; "
+                "change one of them"
+            )
     train = config.train
     batch = resolve_batch(
         train.tokens_per_update,

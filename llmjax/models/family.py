@@ -36,6 +36,7 @@ class Family:
                     that contradict each other
     config          (model, sections) -> the first argument of `model`
     split           (sections) -> the sizes that mesh.tensor must divide, by their whole keys
+    rows            (sections) -> the sizes that mesh.fsdp must divide, besides model.model_dim
     heads           (sections) -> the numbers of query heads and of key/value heads, or None for a family without
                     attention, whose sequences cannot be split over mesh.seq
     position_table  (sections) -> the setting by which documents may not be longer than data.seq_len, as
@@ -50,6 +51,7 @@ class Family:
     resolve: Callable[[ModelConfig, Sections, int], Sections] = _as_they_are
     config: Callable[[ModelConfig, Sections], Any] = _only_model
     split: Callable[[Sections], Mapping[str, int]] = lambda sections: {}
+    rows: Callable[[Sections], Mapping[str, int]] = lambda sections: {}
     heads: Callable[[Sections], tuple[int, int] | None] = lambda sections: None
     position_table: Callable[[Sections], str] = lambda sections: ""
     free_on_init: tuple[str, ...] = ()

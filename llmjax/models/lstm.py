@@ -41,7 +41,7 @@ class LSTMConfig:
     truncation: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
 
     def __post_init__(self) -> None:
-        check_ranges("lstm", self)
+        check_ranges("lstm", self, LSTMConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,12 +244,17 @@ def _resolve(model: ModelConfig, sections: Sections, seq_len: int) -> Sections:
     return {**sections, "lstm": dataclasses.replace(own, hidden_dim=own.hidden_dim or model.model_dim)}
 
 
+def _hidden_dim(sections: Sections) -> dict[str, int]:
+    return {"lstm.hidden_dim": sections["lstm"].hidden_dim}
+
+
 LSTM_FAMILY = Family(
     LSTM,
     sections={"lstm": LSTMConfig},
     compute=("remat",),
     resolve=_resolve,
     config=lambda model, sections: Settings(**vars(model), **vars(sections["lstm"])),
-    split=lambda sections: {"lstm.hidden_dim": sections["lstm"].hidden_dim},
+    split=_hidden_dim,
+    rows=_hidden_dim,
     free_on_init=("lstm.truncation",),
 )

@@ -41,7 +41,7 @@ class ModelConfig:
     dtype: str
 
     def __post_init__(self) -> None:
-        check_ranges("model", self)
+        check_ranges("model", self, ModelConfig)
         choose(dict.fromkeys(DTYPES), "model.dtype", self.dtype)
 
 
@@ -50,27 +50,27 @@ class TransformerConfig:
     """The keys of the section `transformer`, explained in `configs/base.py`. `resolve` replaces sizes of 0 by their
     defaults."""
 
-    num_heads: Annotated[int, Range(1, 2**16), Unset(4)]
-    num_kv_heads: Annotated[int, Range(1, 2**16, "num_heads"), Unset(0)]
-    head_dim: Annotated[int, Range(1, 2**20, "the default"), Unset(0)]
-    mlp_dim: Annotated[int, Range(1, 2**24, "the default"), Unset(0)]
-    activation: Annotated[str, Unset("swiglu")]
-    norm: Annotated[str, Unset("rmsnorm")]
-    norm_eps: Annotated[float, Range(1e-30, 1.0), Unset(1e-6)]
-    position: Annotated[str, Unset("rope")]
-    rope_theta: Annotated[float, Range(1, 1e15, above=True), Unset(10000.0)]
+    num_heads: Annotated[int, Range(1, 2**16), Unset(4, always=True)]
+    num_kv_heads: Annotated[int, Range(1, 2**16, "num_heads"), Unset(0, always=True)]
+    head_dim: Annotated[int, Range(1, 2**20, "the default"), Unset(0, always=True)]
+    mlp_dim: Annotated[int, Range(1, 2**24, "the default"), Unset(0, always=True)]
+    activation: Annotated[str, Unset("swiglu", always=True)]
+    norm: Annotated[str, Unset("rmsnorm", always=True)]
+    norm_eps: Annotated[float, Range(1e-30, 1.0), Unset(1e-6, always=True)]
+    position: Annotated[str, Unset("rope", always=True)]
+    rope_theta: Annotated[float, Range(1, 1e15, above=True), Unset(10000.0, always=True)]
     rope_scaling: Annotated[str, Unset("none")]
     rope_factor: Annotated[float, Range(1, 1e6), Unset(1.0)]
     rope_original_len: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
-    qk_norm: Annotated[bool, Unset(True)]
-    use_bias: Annotated[bool, Unset(False)]
+    qk_norm: Annotated[bool, Unset(True, always=True)]
+    use_bias: Annotated[bool, Unset(False, always=True)]
     window: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
     global_every: Annotated[int, Range(1, 10_000, "none"), Unset(0)]
     attention_softcap: Annotated[float, Range(1e-3, 1e6, "none"), Unset(0.0)]
     attention_sinks: Annotated[bool, Unset(False)]
 
     def __post_init__(self) -> None:
-        check_ranges("transformer", self)
+        check_ranges("transformer", self, TransformerConfig)
 
 
 @dataclasses.dataclass(frozen=True)

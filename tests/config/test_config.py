@@ -27,8 +27,9 @@ from llmjax.workdir.contents import write_json
 # The keys that the config.json of every version has: a file without one of them is damaged.
 FIRST_KEYS = {
     "": "seed",
-    "model": "family num_layers model_dim num_heads num_kv_heads head_dim mlp_dim activation norm norm_eps position "
-    "rope_theta qk_norm use_bias tie_embeddings logit_softcap dropout init_std dtype",
+    "model": "family num_layers model_dim tie_embeddings logit_softcap dropout init_std dtype",
+    "transformer": "num_heads num_kv_heads head_dim mlp_dim activation norm norm_eps position rope_theta qk_norm "
+    "use_bias",
     "tokenizer": "kind path vocab_size train_bytes character_coverage num_reserved",
     "data": "sources text_field on_bad_text seq_len held_out_fraction cache_dir num_workers prefetch",
     "mesh": "data fsdp seq tensor",
@@ -292,13 +293,13 @@ def test_an_older_run_that_lacks_sections_takes_their_defaults(tmp_path):
 
 def test_a_changed_value_of_a_key_that_the_run_is_older_than_is_named_with_its_default(tmp_path):
     saved = saved_run(tmp_path)
-    del saved["model"]["window"], saved["optimizer"]["clip"]
+    del saved["transformer"]["window"], saved["optimizer"]["clip"]
     config = check(transformer__window=8, optimizer__clip="block")[0]
     with pytest.raises(
-        UserError, match=r"transformer.window \(0 there, 8 here\), optimizer.clip \('global' there"
+        UserError, match=r"optimizer.clip \('global' there, 'block' here\), transformer.window \(0 there"
     ):
         check_resume(saved, config, str(tmp_path))
-    del saved["model"]["attention_sinks"]
+    del saved["transformer"]["attention_sinks"]
     with pytest.raises(UserError, match=r"transformer.attention_sinks=True, but .* has False"):
         check_init(saved, check(transformer__attention_sinks=True)[0])
 

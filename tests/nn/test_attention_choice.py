@@ -1,18 +1,16 @@
 """The attention that a config gets, and one sentence where there is none."""
 
 import pytest
-from sections import block_section, mesh_section
+from sections import mesh_section
 
 from llmjax.errors import UserError
 from llmjax.nn.attention_choice import choose_kernel, choose_sharing
-from llmjax.nn.config import resolve
 from llmjax.ops.attention.sequence_attention import KERNELS
 
 
 def sharing(heads=8, kv_heads=2, kernel="auto", data=1, seq=4, tensor=1, **mesh):
-    model = resolve(block_section(model_dim=8 * heads, num_heads=heads, num_kv_heads=kv_heads))
     sizes = {"data": data, "fsdp": 1, "seq": seq, "tensor": tensor}
-    return choose_sharing(model, kernel, mesh_section(**mesh), sizes)
+    return choose_sharing((heads, kv_heads), kernel, mesh_section(**mesh), sizes)
 
 
 @pytest.mark.parametrize("changes, algorithm, degree", [

@@ -1,0 +1,83 @@
+"""Layout invariance of every family but the GPT, which `test_program.py` looks at more closely."""
+
+import families
+import jax
+import numpy as np
+import pytest
+from some_slow import often
+
+from configs import base
+from llmjax.build.program import make_program
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
+from llmjax.errors import UserError
+from tests.build.test_program import SIZES, V, trace
+
+# What the runs of `test_program.py` have, apart from the keys of Transformers.
+COMMON = {
+    key: value
+    for key, value in SIZES.items()
+    if not key.startswith("transformer.") and key != "compute.scan_layers"
+}
+# Matrices so large that the states say something from the beginning.
+TRAINED = {"model.dropout": 0.1, "model.init_std": 0.5, "optimizer.learning_rate": 0.03}
+OTHERS = [variant for variant in families.VARIANTS if families.family_of(variant) != "gpt"]
+# Ways to cut the work -> whether they are tried in every run of the tests.
+CUTS = {
+    "accumulation": ({"compute.accumulation_steps": 8}, True),
+    "one micro-step": ({"compute.accumulation_steps": 1}, False),
+    "remat": ({"compute.remat": "full"}, False),
+    "multisteps": ({"compute.engine": "multisteps"}, False),
+    "mesh": ({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, True),
+    "data": ({"mesh.data": 8}, False),
+    "fsdp": ({"mesh.fsdp": 8}, False),
+    "tensor": ({"mesh.data": 1, "mesh.tensor": 8}, False),
+    "fused on a mesh": (
+        {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "compute.engine": "fused"}, True,
+    ),
+    "fused, gathered once": (
+        {"mesh.data": 2, "mesh.fsdp": 4, "compute.engine": "fused", "compute.gather": "update"}, False,
+    ),
+}  # fmt: skip
+
+
+def program_for(variant, changes):
+    raw = base.get_config()
+    raw.update_from_flattened_dict(families.settings(variant) | COMMON | TRAINED | changes)
+    many = any(key.startswith("mesh.") for key in changes)
+    devices = jax.devices() if many else jax.devices()[:1]
+    config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
+    return make_program(config, derived, V, devices)
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def variant(request):
+    return request.param, trace(program_for(request.param, {}))
+
+
+def test_the_loss_falls(variant):
+    assert variant[1][-1] < variant[1][0] - 0.01
+
+
+@pytest.mark.parametrize("cut", often(CUTS, lambda cut: CUTS[cut][1]))
+def test_every_cut_of_the_work_gives_the_same_losses(cut, variant):
+    name, expected = variant
+    np.testing.assert_allclose(trace(program_for(name, CUTS[cut][0])), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant, changes, message", [
+    ("lstm", {"mesh.seq": 2}, "mesh.seq=2 splits sequences, which this model.family reads from the first token"),
+    ("lstm", {"transformer.num_heads": 8}, "transformer.num_heads=8 is without effect for model.family='lstm'; set "
+     "model.family=gpt, or leave transformer.num_heads at 4"),
+    ("gpt", {"lstm.hidden_dim": 8}, "lstm.hidden_dim=8 is without effect for model.family='gpt'; set model.f"),
+    ("lstm", {"compute.tile": 8}, "compute.tile=8 is without effect for model.family='lstm'; leave it at 0"),
+    ("lstm", {"compute.scan_layers": True}, "compute.scan_layers=True is without effect for model.family='lstm'"),
+    ("lstm", {"lstm.hidden_dim": 12, "mesh.tensor": 8, "mesh.data": 1}, "lstm.hidden_dim=12 is not divisible by mesh"),
+    ("lstm", {"lstm.truncation": 99}, "lstm.truncation=99 is longer than data.seq_len=32"),
+    ("lstm", {"lstm.truncation": -1}, "lstm.truncation=-1 must not be negative"),
+    ("lstm", {"lstm.hidden_dim": 12, "mesh.fsdp": 8, "mesh.data": 1}, "lstm.hidden_dim=12 is not divisible by mesh.f"),
+])  # fmt: skip
+def test_what_a_family_cannot_do_is_one_sentence(variant, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        program_for(variant, changes)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,62 @@
+"""A tiny model of every family in a few variants, which the tests of the contract and of invariance loop over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.base import get_config
+from llmjax.build.model import make_model
+from llmjax.config.reading import read_config
+from llmjax.config.resolve import resolve_config
+from llmjax.models.contract import Model
+from llmjax.models.table import FAMILIES
+from llmjax.parallel.mesh import make_mesh
+from llmjax.parallel.rules import Layout
+
+V, T = 64, 24
+# Family and variant -> what the config of a tiny model of it has changed. Sizes are such that each of the mesh axes
+# can split them in two.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt": {"transformer.num_heads": 4, "transformer.num_kv_heads": 2, "transformer.mlp_dim": 32},
+    "gpt learned": {
+        "transformer.num_heads": 4, "transformer.position": "learned", "transformer.norm": "layernorm",
+        "transformer.activation": "gelu", "transformer.use_bias": True, "transformer.mlp_dim": 32,
+        "model.tie_embeddings": False, "compute.scan_layers": True,
+    },
+    "lstm": {},
+    "lstm projected": {"lstm.hidden_dim": 24, "lstm.truncation": 7, "model.logit_softcap": 5.0},
+    "lstm untied": {"lstm.hidden_dim": 24, "model.tie_embeddings": False, "compute.remat": "full"},
+}  # fmt: skip
+COMMON = {"model.num_layers": 2, "model.model_dim": 16, "model.init_std": 0.2, "data.seq_len": T}
+
+
+def family_of(variant: str) -> str:
+    """The family of a variant, which is the first word of its name."""
+    return variant.split()[0]
+
+
+def settings(variant: str) -> dict[str, Any]:
+    """The keys of a config of this variant that differ from configs/base.py, {whole key: value}."""
+    return COMMON | VARIANTS[variant] | {"model.family": family_of(variant)}
+
+
+def make(variant: str, **changes: Any) -> Model:
+    """The model of this variant on one device; `a__b=v` changes the key a.b."""
+    raw = get_config()
+    raw.update_from_flattened_dict(
+        settings(variant)
+        | {"mesh.data": 1, "train.tokens_per_update": 2 * T}
+        | {key.replace("__", "."): value for key, value in changes.items()}
+    )
+    config, derived = resolve_config(read_config(raw.to_dict()), 1)
+    return make_model(config, derived, V, Layout(make_mesh(config.mesh, _first_device())))
+
+
+def _first_device() -> list[Any]:
+    # Not at the top: jax may be set up only after this file is imported.
+    import jax
+
+    return jax.devices()[:1]
+
+
+assert {family_of(variant) for variant in VARIANTS} == FAMILIES.keys(), "every family has a variant here"

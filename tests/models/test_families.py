@@ -1,0 +1,143 @@
+"""Every family keeps the contract: documents do not leak, packing changes nothing, the cache equals the full pass."""
+
+import dataclasses
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import T, V
+from test_gpt import every_bias, packed_batch
+
+from llmjax.models.contract import Model
+from llmjax.ops.logits import head_logits
+from llmjax.parallel.rules import is_axes
+from llmjax.train.optim.param_roles import Roles
+from llmjax.types import Batch
+
+LENGTHS = (7, 11, 4)
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A model with parameters, and its jitted functions."""
+
+    model: Model
+    params: object
+
+    def logits(self, batch, rng=None):
+        return self._logits(self.params, batch, rng)
+
+    def __post_init__(self):
+        model = self.model
+
+        def logits(params, batch, rng):
+            return head_logits(model.apply(params, batch, rng=rng).hidden_BTD, model.head(params))
+
+        object.__setattr__(self, "_logits", jax.jit(logits))
+
+
+def made(variant, **changes):
+    model = families.make(variant, **changes)
+    return Made(model, every_bias(jax.jit(model.init)(jax.random.key(0))))
+
+
+@pytest.fixture(scope="module", params=families.VARIANTS)
+def family(request):
+    return made(request.param)
+
+
+def test_axes_name_every_dimension_and_give_every_parameter_a_role(family):
+    params, axes = jax.eval_shape(family.model.init, jax.random.key(0)), family.model.axes()
+    assert jax.tree.structure(params) == jax.tree.structure(axes, is_leaf=is_axes)
+    jax.tree.map(lambda x, names: (x.ndim == len(names)) or pytest.fail(f"{x.shape} {names}"), params, axes)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    # Every matrix has two sides, by which optimizers know it.
+    Roles(axes).map(lambda role, x: role.sides, params)
+    assert any(jax.tree.leaves(Roles(axes).map(lambda role, x: role.is_hidden_matrix, params)))
+
+
+def alone(batch, row, start, n):
+    """The document of `n` tokens from column `start` of a row, alone in a row of its own."""
+    tokens = np.zeros((1, T), np.int32)
+    tokens[0, :n] = batch.tokens[row, start : start + n]
+    segments = (np.arange(T)[None] < n).astype(np.int32)
+    positions = np.arange(T, dtype=np.int32)[None] * segments
+    return Batch(tokens, tokens, segments.astype(np.float32), segments, positions, np.zeros(1, np.int32))
+
+
+def test_packed_logits_equal_each_document_alone(family):
+    batch = packed_batch([LENGTHS, [24]])
+    packed, start = family.logits(batch), 0
+    for n in LENGTHS:
+        logits = family.logits(alone(batch, 0, start, n))
+        np.testing.assert_allclose(logits[0, :n], packed[0, start : start + n], **CLOSE)
+        start += n
+
+
+def test_cached_decode_equals_the_full_pass_with_prompts_of_different_lengths(family):
+    model, decode = family.model, jax.jit(family.model.decode)
+    batch = packed_batch([[20], [13]])
+    expected = family.logits(batch)
+    prompt = np.array([5, 3])
+    valid = np.arange(5)[None] < prompt[:, None]
+    cache = model.make_cache(2, 5 + 10)
+    logits, cache = decode(family.params, jnp.where(valid, batch.tokens[:, :5], 0), cache, valid)
+    for b, n in enumerate(prompt):
+        np.testing.assert_allclose(logits[b, :n], expected[b, :n], **CLOSE)
+    for step in range(10):
+        at = prompt + step
+        logits, cache = decode(family.params, batch.tokens[np.arange(2), at][:, None], cache)
+        np.testing.assert_allclose(logits[:, 0], expected[np.arange(2), at], **CLOSE)
+
+
+def test_no_gradient_and_nothing_that_is_not_finite_crosses_documents(family):
+    batch, model = packed_batch([LENGTHS]), family.model
+    table = family.params["embedding"]["embedding_VD"]
+
+    def second_document(noise_TD):
+        # Each position looks up a row of its own, so that its gradient is separate.
+        rows = jnp.concatenate([table, table[batch.tokens[0]] + noise_TD])
+        moved = dataclasses.replace(batch, tokens=V + jnp.arange(T, dtype=jnp.int32)[None])
+        params = family.params | {"embedding": {**family.params["embedding"], "embedding_VD": rows}}
+        return jnp.sum(jnp.sin(model.apply(params, moved).hidden_BTD[0, 7:18]))
+
+    function = jax.jit(jax.value_and_grad(second_document))
+    value, gradient = function(jnp.zeros((T, 16)))
+    by_token = np.abs(gradient).sum(axis=1)
+    # A truncated layer may send no gradient back to some of the document's tokens.
+    assert by_token[17] > 0 and (np.delete(by_token, slice(7, 18)) == 0).all()
+    spoiled_value, spoiled_gradient = function(jnp.zeros((T, 16)).at[3].set(jnp.nan).at[20].set(jnp.inf))
+    np.testing.assert_array_equal(spoiled_value, value)
+    np.testing.assert_array_equal(spoiled_gradient[7:18], gradient[7:18])
+
+
+@pytest.mark.parametrize("variant", families.VARIANTS)
+def test_dropout_follows_the_sequence_not_its_place_in_the_batch(variant):
+    family = made(variant, model__dropout=0.3)
+    batch, rng = packed_batch([[24]] * 4), jax.random.key(5)
+    whole = family.logits(batch, rng)
+    half = family.logits(jax.tree.map(lambda x: x[2:], batch), rng)
+    np.testing.assert_allclose(whole[2:], half, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(whole, family.logits(batch))
+    assert not np.allclose(whole, family.logits(batch, jax.random.key(6)))
+
+
+def test_statistics_have_a_number_for_each_layer_and_ignore_padding(family):
+    batch = packed_batch([LENGTHS])
+    measured = family.model.activations(family.params, batch)
+    assert measured and all(x.shape == (2,) and (x > 0).all() for x in measured.values())
+    padding = dataclasses.replace(batch, tokens=np.where(batch.segments > 0, batch.tokens, 9))
+    again = family.model.activations(family.params, padding)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), measured, again)
+
+
+def test_operations_are_counted_by_the_weights_of_matrix_products(family):
+    params, roles = family.params, Roles(family.model.axes())
+    sizes = roles.map(lambda role, x: x.size * role.is_hidden_matrix, params)
+    head = family.model.head(params).w_VD.size
+    cost = family.model.cost(0.0, 10.0, T)
+    assert cost.flops_per_token == 6 * (sum(jax.tree.leaves(sizes)) + head)
+    assert cost.activation_bytes > 0
