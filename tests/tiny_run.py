@@ -56,9 +56,15 @@ def write_corpus(folder: pathlib.Path, documents: int = 40, words: int = 60, tex
     return folder
 
 
+def settings_of(family: str) -> dict[str, object]:
+    """`SETTINGS` for a model family, without the keys of the section `transformer` if it does not read them."""
+    return {key: v for key, v in SETTINGS.items() if family == "gpt" or not key.startswith("transformer.")}
+
+
 def command(folder: pathlib.Path, *words: str, **settings: object) -> list[str]:
     """The arguments of a tiny run on `folder`/corpus, cached in `folder`/cache; `a__b=v` sets --config.a.b=v."""
-    values = {"data.sources": folder / "corpus", "data.cache_dir": folder / "cache", **SETTINGS}
+    own = settings_of(str(settings.get("model__family", "gpt")))
+    values = {"data.sources": folder / "corpus", "data.cache_dir": folder / "cache", **own}
     values |= {key.replace("__", "."): value for key, value in settings.items()}
     return ["llmjax", BASE, *(f"--config.{key}={value}" for key, value in values.items()), *words]
 

@@ -92,7 +92,7 @@ def test_a_run_leaves_what_is_promised(trained):
         assert (trained / name).stat().st_size, name
     assert list((trained / "tensorboard").glob("events.out.tfevents.*"))
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["4", "6"]
-    assert json.loads((trained / "config.json").read_text())["model"]["head_dim"] == 8  # resolved
+    assert json.loads((trained / "config.json").read_text())["transformer"]["head_dim"] == 8  # resolved
     assert not list(trained.rglob("*.tmp"))
 
 

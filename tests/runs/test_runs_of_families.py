@@ -1,0 +1,55 @@
+"""Runs of every family but the GPT from the command line: trained, stopped, resumed, evaluated, continued in text."""
+
+import pytest
+import tiny_run
+from tiny_run import command
+
+from llmjax import main
+from llmjax.models.table import FAMILIES
+from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
+
+OTHERS = [name for name in FAMILIES if name != "gpt"]
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, family):
+    folder = tmp_path_factory.mktemp(family)
+    tiny_run.write_corpus(folder / "corpus", text=tiny_run.CHINESE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder, family):
+    assert main.main(command(folder, f"--workdir={folder / 'run'}", model__family=family)) == 0
+    return folder / "run"
+
+
+def test_a_run_that_is_stopped_and_resumed_has_the_losses_of_one_that_was_not(
+    folder, trained, family, tmp_path
+):
+    for updates in (3, 6):
+        settings = {"train__num_updates": updates, "optimizer__schedule_updates": 6, "model__family": family}
+        assert main.main(command(folder, f"--workdir={tmp_path}", **settings)) == 0
+    assert tiny_run.losses(tmp_path) == tiny_run.losses(trained)
+
+
+def test_it_is_evaluated_and_continues_texts_in_every_language(folder, trained, family, capsys):
+    said = run(capsys, command(folder, f"--workdir={trained}", "--mode=evaluate", model__family=family))
+    assert "bits per byte" in said
+    said = run(capsys, ["llmjax", f"--workdir={trained}", "--mode=generate", "--prompt=春江 stone"])
+    assert "春江 stone" in said
+
+
+def test_a_plan_says_the_family_and_its_cost(folder, family, capsys):
+    said = run(capsys, command(folder, f"--workdir={folder / 'plan'}", "--mode=plan", model__family=family))
+    assert f"{family}, " in said and "FLOP per token" in said
+
+
+def test_no_run_begins_with_the_parameters_of_another_family(folder, trained, family, tmp_path, capsys):
+    said = refuse(capsys, command(folder, f"--workdir={tmp_path}", checkpoint__init_from=trained))
+    assert f"model.family='gpt', but the run in checkpoint.init_from='{trained}' has '{family}'" in said
