@@ -109,8 +109,9 @@ def test_the_page_adds_at_most_a_file_and_two_lines_to_a_table_each():
 
 def test_a_new_family_task_and_optimizer_train_together_and_a_new_sink_and_mode_see_the_run(copy):
     settings = {
-        **tiny_run.settings_of("leaky_averages"), "data.sources": copy / "pairs.jsonl", "data.cache_dir": copy / "cache", "data.seq_len": 96,
-        "train.tokens_per_update": 768, "task.name": "pairs", "model.family": "leaky_averages",
+        **tiny_run.settings_of("leaky_averages"), "data.sources": copy / "pairs.jsonl", "data.cache_dir": copy / "cache",
+        "data.seq_len": 96, "train.tokens_per_update": 768, "task.name": "pairs",
+        "model.family": "leaky_averages",
         "optimizer.name": "signum", "signum.momentum": 0.8, "optimizer.learning_rate": 0.02, "train.num_updates": 12,
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in settings.items()]
@@ -130,7 +131,7 @@ def test_files_of_a_new_format_are_read_like_any_other(copy):
     rows = "\n".join(f'{i},"石,云 {i}"' for i in range(50))
     (folder / "a.csv.gz").write_bytes(gzip.compress(f"number,text\n{rows}".encode("gb18030")))
     settings = {
-        **tiny_run.settings_of("leaky_averages"), "data.sources": folder, "data.cache_dir": copy / "cache", "data.encoding": "gb18030",
+        **tiny_run.SETTINGS, "data.sources": folder, "data.cache_dir": copy / "cache", "data.encoding": "gb18030",
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in settings.items()]
     out = run(copy, "--config=base", f"--workdir={copy / 'csv'}", "--mode=plan", *words)

@@ -4,8 +4,8 @@
     python tools/bench_models.py
 
 The sizes are those of `configs/lstm_article.py`: 10,000 words, embeddings of 512, 2 layers of 1024, an output matrix
-that is the embedding. Both sides are float32, with AdamW and clipping. Ours is the training step of the config on packed
-documents, whose states begin anew. The rival reads rows of one text each, in which no state does.
+that is the embedding. Both sides are float32, with AdamW and clipping. Ours is the training step of the config on
+packed documents, whose states begin anew. The rival reads rows of one text each, in which no state does.
 
 Each side runs in a process of its own, and the two take turns. Values are medians over the rounds, and the ratio is the
 median of the ratios of each round. The output has one JSON object in each line. Run it on an idle machine.

@@ -50,6 +50,8 @@ TINY = {
     "checkpoint.every": 2, "checkpoint.init_from": "", "generate.max_tokens": 3, "mesh.data": -1, "mesh.fsdp": 1,
     "mesh.seq": 1, "mesh.tensor": 1, "plan.topology": "",
 }  # fmt: skip
+# What takes the place of the keys of Transformers in configs of another family.
+TINY_FAMILIES = {"lstm_article": {"lstm.hidden_dim": 48}}
 # Key -> the values that it may get in a config that is drawn. A value that stands twice is drawn twice as often. A
 # value of "mesh" is itself a dict of settings.
 CHOICES = {
@@ -135,6 +137,8 @@ def run(
     `renamed` has the new names of keys that were renamed.
     """
     values = TINY | {"data.sources": folder / "corpus", "data.cache_dir": folder / "cache"} | settings
+    if pathlib.Path(config).stem in TINY_FAMILIES:
+        values = {key: value for key, value in values.items() if not key.startswith("transformer.")}
     arguments = [f"--config.{renamed.get(key, key)}={value}" for key, value in values.items()]
     words = ["llmjax", f"--config={ROOT / 'configs' / config}", f"--workdir={folder / name}", *arguments]
     # What the run prints.
@@ -164,7 +168,10 @@ def trace(workdir: pathlib.Path) -> list[dict[str, object]]:
 def record(path: pathlib.Path, count: int, renamed: dict[str, str]) -> None:
     """Writes the traces of all runs to `path`, and prints a line after each. `count` configs are drawn."""
     runs: list[tuple[str, str, dict[str, object]]] = []
-    runs += [(config.stem, config.name, {}) for config in sorted((ROOT / "configs").glob("*.py"))]
+    runs += [
+        (config.stem, config.name, TINY_FAMILIES.get(config.stem, {}))
+        for config in sorted((ROOT / "configs").glob("*.py"))
+    ]
     runs += [(f"drawn_{seed}", "base.py", drawn(seed)) for seed in range(count)]
     # The same run twice: the second time it goes on from update 3.
     runs += [
