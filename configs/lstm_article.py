@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     c.lstm.update(hidden_dim=1024)
     c.tokenizer.update(vocab_size=10_000)
     c.data.update(seq_len=128)
-    c.train.update(num_updates=150, tokens_per_update=4096)
+    c.train.update(num_updates=80, tokens_per_update=4096)
     c.compute.update(accumulation_steps=1)
-    c.optimizer.update(warmup_updates=15)
+    c.optimizer.update(warmup_updates=10)
     return c

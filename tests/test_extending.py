@@ -109,8 +109,8 @@ def test_the_page_adds_at_most_a_file_and_two_lines_to_a_table_each():
 
 def test_a_new_family_task_and_optimizer_train_together_and_a_new_sink_and_mode_see_the_run(copy):
     settings = {
-        **tiny_run.settings_of("leaky_averages"), "data.sources": copy / "pairs.jsonl", "data.cache_dir": copy / "cache",
-        "data.seq_len": 96, "train.tokens_per_update": 768, "task.name": "pairs",
+        **tiny_run.settings_of("leaky_averages"), "data.sources": copy / "pairs.jsonl",
+        "data.cache_dir": copy / "cache", "data.seq_len": 96, "train.tokens_per_update": 768, "task.name": "pairs",
         "model.family": "leaky_averages",
         "optimizer.name": "signum", "signum.momentum": 0.8, "optimizer.learning_rate": 0.02, "train.num_updates": 12,
     }  # fmt: skip
