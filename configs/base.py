@@ -17,17 +17,17 @@ def get_config() -> ConfigDict:
     c.seed = 0  # decides the initial parameters, the order of the data and the dropout
 
     c.model = model = ConfigDict()
-    model.family = "gpt"  # gpt: a decoder-only Transformer | lstm: a recurrent network
+    model.family = "gpt"  # gpt: a decoder | bert: an encoder | lstm: a recurrent network
     model.num_layers = 4  # L
-    model.model_dim = 128  # D, width of the embeddings and of the residual stream
+    model.model_dim = 128  # D, width of the embeddings and the residual stream
     model.tie_embeddings = True  # uses the embedding as the output matrix
     model.logit_softcap = 0.0  # c * tanh(logits / c); 0 = off
     model.dropout = 0.0  # share dropped from embeddings and from what layers put out; 0 = off
     model.init_std = 0.02  # standard deviation of matrices; gpt: of residual outputs / sqrt(2 x num_layers)
     model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax, loss: float32
 
-    # The layers of a Transformer, for the family gpt. As for the optimizers below: a key of a family that the run does
-    # not use may not be changed.
+    # The layers of a Transformer, for the families gpt and bert. As with the optimizers below: a key of a family that
+    # the run does not use may not be changed.
     c.transformer = transformer = ConfigDict()
     transformer.num_heads = 4  # N, the query heads
     transformer.num_kv_heads = 0  # K, key/value heads; 0 = num_heads, 1 = multi-query, between: grouped
@@ -48,12 +48,21 @@ def get_config() -> ConfigDict:
     transformer.attention_softcap = 0.0  # c * tanh(scores / c); 0 = off
     transformer.attention_sinks = False  # adds a learned score per head to the softmax, for nothing
 
+    c.bert = bert = ConfigDict()
+    bert.transform = True  # a dense layer, an activation and a norm before the output matrix
+
     c.lstm = lstm = ConfigDict()
     lstm.hidden_dim = 0  # M, width of the hidden and the cell state of each layer; 0 = model_dim
     lstm.truncation = 0  # tokens over which gradients flow back; the state flows further; 0 = all
 
     c.task = task = ConfigDict()
-    task.name = "language_model"  # language_model: predict the next token | copy: write the document again
+    task.name = "language_model"  # language_model: predict the next token | masked_language_model | copy
+
+    c.masked_language_model = masked_language_model = ConfigDict()
+    masked_language_model.rate = 0.15  # share of the tokens that are to be predicted
+    masked_language_model.mask_share = 0.8  # share of these that the model reads as a mask
+    masked_language_model.random_share = 0.1  # share of these that it reads as a random token; the rest stay
+    masked_language_model.whole_words = False  # chooses all tokens of a word together
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte

@@ -36,7 +36,7 @@ from llmjax.flags import load_config, name_of, set_key, takes_list
 from llmjax.modes import dispatch
 from llmjax.modes.corpus import read_corpus
 from llmjax.modes.evaluate import score_held_out
-from llmjax.modes.generate import Loaded, Writer, check_one_stream
+from llmjax.modes.generate import Loaded, Writer, check_continues
 from llmjax.modes.generate import load as load_checkpoint
 from llmjax.terminal.lines import say
 from llmjax.workdir.contents import check_place
@@ -146,7 +146,7 @@ class Run:
         if not text:
             raise UserError("text='' has nothing to score; give some text")
         loaded = self._loaded
-        check_one_stream(loaded.program)
+        check_continues(loaded.program)
         program, tokenizer = loaded.program, loaded.tokenizer
         # The tokenizer names what is no text, so that it comes before the text is encoded in any other way.
         tokens = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]

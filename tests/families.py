@@ -23,6 +23,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "transformer.activation": "gelu", "transformer.use_bias": True, "transformer.mlp_dim": 32,
         "model.tie_embeddings": False, "compute.scan_layers": True,
     },
+    "bert": {"transformer.num_heads": 4, "transformer.mlp_dim": 32},
+    "bert local": {
+        "transformer.num_heads": 4, "transformer.mlp_dim": 32, "transformer.window": 5, "transformer.global_every": 2,
+        "transformer.activation": "gelu", "transformer.norm": "layernorm", "transformer.use_bias": True,
+        "model.tie_embeddings": False, "masked_language_model.whole_words": True,
+    },
     "lstm": {},
     "lstm projected": {"lstm.hidden_dim": 24, "lstm.truncation": 7, "model.logit_softcap": 5.0},
     "lstm untied": {"lstm.hidden_dim": 24, "model.tie_embeddings": False, "compute.remat": "full"},
@@ -37,7 +43,9 @@ def family_of(variant: str) -> str:
 
 def settings(variant: str) -> dict[str, Any]:
     """The keys of a config of this variant that differ from configs/base.py, {whole key: value}."""
-    return COMMON | VARIANTS[variant] | {"model.family": family_of(variant)}
+    family = family_of(variant)
+    task = "masked_language_model" if FAMILIES[family].sees_both_sides else "language_model"
+    return COMMON | VARIANTS[variant] | {"model.family": family, "task.name": task}
 
 
 def make(variant: str, **changes: Any) -> Model:

@@ -58,7 +58,8 @@ def write_corpus(folder: pathlib.Path, documents: int = 40, words: int = 60, tex
 
 def settings_of(family: str) -> dict[str, object]:
     """`SETTINGS` for a model family, without the keys of the section `transformer` if it does not read them."""
-    return {key: v for key, v in SETTINGS.items() if family == "gpt" or not key.startswith("transformer.")}
+    reads = family in ("gpt", "bert")
+    return {key: value for key, value in SETTINGS.items() if reads or not key.startswith("transformer.")}
 
 
 def command(folder: pathlib.Path, *words: str, **settings: object) -> list[str]:

@@ -22,6 +22,7 @@ from llmjax.data.sources.listing import Listing, SourceFile
 from llmjax.data.store.cache import cached_store, cached_tokenizer
 from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.tokenizer import Tokenizer
+from llmjax.data.tokenizer.vocabulary import Vocabulary, vocabulary_of
 from llmjax.names import at_home, plain_name
 
 # What is being made, how much of it is done, and how much there is; both 0 where that is not known.
@@ -54,6 +55,11 @@ class Corpus:
     listing: Listing
     hold_out: str
     held_out_files: tuple[SourceFile, ...]
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What a task may know of the ids of the tokenizer."""
+        return vocabulary_of(self.tokenizer)
 
     @property
     def fingerprint(self) -> str:

@@ -6,23 +6,29 @@ from collections.abc import Callable
 
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
+from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.errors import choose
 from llmjax.models.contract import Model
 from llmjax.models.table import FAMILIES
 from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.rules import Layout
+from llmjax.tasks.contract import Setting
 from llmjax.tasks.table import TASKS
 from llmjax.types import LossSums
 
 
 def make_task_loss(
-    config: Config, model: Model, layout: Layout, *, training: bool
+    config: Config, model: Model, layout: Layout, vocabulary: Vocabulary | None = None, *, training: bool
 ) -> Callable[..., LossSums]:
-    """The loss of the config's task on a model laid out by `layout`: of training, with all terms, or of evaluation."""
+    """The loss of the config's task on a model laid out by `layout`: of training, with all terms, or of evaluation.
+
+    `vocabulary` are the ids of the tokenizer, which some tasks need.
+    """
     z_loss = config.train.z_loss if training else 0.0
     return TASKS[config.task.name].make_loss(
         model,
+        Setting(config.tasks.get(config.task.name), config.seed, vocabulary),
         z_loss=z_loss,
         shards=batch_shards(layout),
         vocab_shards=layout.axis_size("tensor"),

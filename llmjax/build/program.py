@@ -17,6 +17,7 @@ from llmjax.build.placement import Placement
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
 from llmjax.data.pipeline import FIELDS_OF_COLUMN
+from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.errors import UserError, choose
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.models.contract import Cost, Model
@@ -63,6 +64,7 @@ class Program:
     eval_step: Callable[[Params, Batch], LossSums]
     statistics: Callable[[Params, Batch], dict]
     token_losses: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+    vocabulary: Vocabulary | None
 
     @property
     def layout(self) -> Layout:
@@ -170,9 +172,11 @@ def make_program(
     devices: Sequence[jax.Device] | None = None,
     *,
     accumulates: bool = False,
+    vocabulary: Vocabulary | None = None,
 ) -> Program:
     """The program of a checked `config` on `devices` (default: all). Nothing is compiled or allocated yet.
 
+    vocabulary   the ids of the tokenizer, for tasks that replace tokens
     accumulates  the state must be able to hold a partial update, even if no update of `config` has more than one
                  micro-step: a run may resume in the middle of an update of an earlier config
     """
@@ -198,8 +202,8 @@ def make_program(
     )
     steering = make_steering(config, derived, mesh, engine)
     engine = dataclasses.replace(engine, max_steps=max(steering.max_steps, 1 + accumulates))
-    loss = make_task_loss(config, model, model.layout, training=True)
-    held_out_loss = make_task_loss(config, model, model.layout, training=False)
+    loss = make_task_loss(config, model, model.layout, vocabulary, training=True)
+    held_out_loss = make_task_loss(config, model, model.layout, vocabulary, training=False)
     token_losses = make_token_losses(
         model, shards=batch_shards(model.layout), vocab_shards=model.layout.axis_size("tensor")
     )
@@ -207,7 +211,9 @@ def make_program(
     state = abstract_state(model.init, engine, param_specs, mesh)
     # Where each device keeps gradients of its own, it computes with a model that sees only its own sequences.
     local = make_model(config, derived, vocab_size, Layout(mesh, engine.manual)) if engine.manual else model
-    local_loss = make_task_loss(config, local, local.layout, training=True) if engine.manual else loss
+    local_loss = (
+        make_task_loss(config, local, local.layout, vocabulary, training=True) if engine.manual else loss
+    )
     step = engine.make_step(local_loss, mesh, param_specs, roles)
     return Program(
         config=config,
@@ -225,6 +231,7 @@ def make_program(
         eval_step=jax.jit(make_eval_step(held_out_loss)),
         statistics=jax.jit(make_statistics(model.activations, loss, roles)),
         token_losses=jax.jit(token_losses, out_shardings=Layout(mesh).sharding(None, None)),
+        vocabulary=vocabulary,
     )
 
 

@@ -121,7 +121,11 @@ def initial_params(program: Program) -> tuple[int, Params]:
     if any(section != getattr(config, name) for name, section in trained_with.items()):
         config = dataclasses.replace(config, **trained_with)
         program = make_program(
-            config, program.derived, program.model.vocab_size, list(program.mesh.devices.flat)
+            config,
+            program.derived,
+            program.model.vocab_size,
+            list(program.mesh.devices.flat),
+            vocabulary=program.vocabulary,
         )
     return load_params(program, source, config.checkpoint.init_checkpoint, "checkpoint.init_checkpoint")
 

@@ -17,6 +17,8 @@ from llmjax.models.table import check_all_read as check_family_reads
 from llmjax.nn.attention_choice import choose_sharing
 from llmjax.ops.attention.sequence_attention import Sharing
 from llmjax.parallel.mesh import mesh_shape
+from llmjax.tasks.table import TASKS
+from llmjax.tasks.table import check_all_read as check_task_reads
 from llmjax.train.optim.optimizers.table import check_all_read as check_optimizer_reads
 from llmjax.train.steering.batch_schedule import (
     BatchArithmetic,
@@ -65,6 +67,8 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     """
     family = choose(FAMILIES, "model.family", config.model.family)
     check_family_reads(config.model.family, config.families, config.compute)
+    check_task_reads(config.task.name, config.tasks)
+    _check_sight(config)
     check_optimizer_reads(config.optimizer.name, config.optimizers)
     T = config.data.seq_len
     config = dataclasses.replace(config, **family.resolve(config.model, config.families, T))
@@ -123,6 +127,25 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     return config, Derived(
         batch, batch_schedule, length_schedule, sharing, reason, layout, examples, source_len
     )
+
+
+def _check_sight(config: Config) -> None:
+    """UserError where the family sees the tokens that the task predicts, or does not see those that it may."""
+    family, task = config.model.family, config.task.name
+    sees, may_see = FAMILIES[family].sees_both_sides, TASKS[task].sees_both_sides
+    if sees != may_see:
+        side = "both sides of a token" if may_see else "only what comes before a token"
+        tasks = [name for name, kind in TASKS.items() if kind.sees_both_sides == sees]
+        families = [name for name, kind in FAMILIES.items() if kind.sees_both_sides == may_see]
+        raise UserError(
+            f"task.name={task!r} needs a family that sees {side}, not model.family={family!r}; set "
+            f"model.family={' or '.join(families)}, or task.name={' or '.join(tasks)}"
+        )
+    if sees and config.evaluate.probes:
+        raise UserError(
+            f"evaluate.probes={config.evaluate.probes} predict the next token, which model.family={family!r} sees; "
+            "set evaluate.probes to ()"
+        )
 
 
 def _check_cutting(config: Config, examples: Examples) -> None:

@@ -19,6 +19,7 @@ from llmjax.models.table import SECTIONS as FAMILY_SECTIONS
 from llmjax.nn.config import ModelConfig
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.ranges import FOLD, Range, check_ranges
+from llmjax.tasks.table import SECTIONS as TASK_SECTIONS
 from llmjax.tasks.table import TaskConfig
 from llmjax.train.checkpoint.config import CheckpointConfig
 from llmjax.train.config import ComputeConfig, TrainConfig
@@ -39,21 +40,25 @@ class PlanConfig:
     topology: str
 
 
-# Each optimizer and each family has sections of its own, so that a key of one is no key of the others.
-OWN_SECTIONS = {**FAMILY_SECTIONS, **{name: kind.section for name, kind in OPTIMIZERS.items()}}
+# Each family, task and optimizer has sections of its own, so that a key of one is no key of the others.
+OWN_SECTIONS = {
+    **FAMILY_SECTIONS,
+    **TASK_SECTIONS,
+    **{name: kind.section for name, kind in OPTIMIZERS.items()},
+}
 
 if TYPE_CHECKING:
 
     class OwnSections:
-        """A field for each entry of `OWN_SECTIONS`. Type checkers need not know them: `Config.families` and
-        `Config.optimizers` have them."""
+        """A field for each entry of `OWN_SECTIONS`. Type checkers need not know them: `Config.families`,
+        `Config.tasks` and `Config.optimizers` have them."""
 else:
     OwnSections = dataclasses.make_dataclass("OwnSections", OWN_SECTIONS.items(), frozen=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(OwnSections):
-    """Everything that decides a run: the sections below, those of the model families and those of the optimizers."""
+    """Everything that decides a run: the sections below, and those of the model families, tasks and optimizers."""
 
     seed: Annotated[int, Range(0, FOLD)]
     model: ModelConfig
@@ -81,6 +86,11 @@ class Config(OwnSections):
         return {name: getattr(self, name) for name in FAMILY_SECTIONS}
 
     @property
+    def tasks(self) -> Mapping[str, Any]:
+        """The sections of the tasks that have one, by their names."""
+        return {name: getattr(self, name) for name in TASK_SECTIONS}
+
+    @property
     def optimizers(self) -> Mapping[str, Any]:
         """The sections of the optimizers, by their names."""
         return {name: getattr(self, name) for name in OPTIMIZERS}
@@ -88,7 +98,7 @@ class Config(OwnSections):
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as JSON would give them back."""
         values = dataclasses.asdict(self)
-        # Readers of a config.json look for the sections of families and optimizers after all others.
+        # Readers of a config.json look for the sections of families, tasks and optimizers after all others.
         values |= {name: values.pop(name) for name in OWN_SECTIONS}
         return {
             name: {key: list(x) if isinstance(x, tuple) else x for key, x in section.items()}

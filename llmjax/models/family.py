@@ -41,6 +41,7 @@ class Family:
                     attention, whose sequences cannot be split over mesh.seq
     position_table  (sections) -> the setting by which documents may not be longer than data.seq_len, as
                     `key='value'`; "" where they may
+    sees_both_sides whether a token sees those after it, so that the family cannot predict the next one
     free_on_init    the keys of `sections`, with the name of their section, that do not shape the parameters, so that
                     a run may begin with the parameters of a run that has another value
     """
@@ -54,4 +55,5 @@ class Family:
     rows: Callable[[Sections], Mapping[str, int]] = lambda sections: {}
     heads: Callable[[Sections], tuple[int, int] | None] = lambda sections: None
     position_table: Callable[[Sections], str] = lambda sections: ""
+    sees_both_sides: bool = False
     free_on_init: tuple[str, ...] = ()

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 
 from llmjax.errors import UserError, choose
+from llmjax.models.bert import BERT_FAMILY
 from llmjax.models.family import Family, Sections
 from llmjax.models.gpt import GPT_FAMILY
 from llmjax.models.lstm import LSTM_FAMILY
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ranges import check_unread, shown
 
-FAMILIES: dict[str, Family] = {"gpt": GPT_FAMILY, "lstm": LSTM_FAMILY}
+FAMILIES: dict[str, Family] = {
+    "gpt": GPT_FAMILY,
+    "bert": BERT_FAMILY,
+    "lstm": LSTM_FAMILY,
+}
 # The sections of all families, with their dataclasses. Families may share one.
 SECTIONS: dict[str, type] = {
     name: section for family in FAMILIES.values() for name, section in family.sections.items()

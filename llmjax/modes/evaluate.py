@@ -54,7 +54,7 @@ def run(request: Request) -> int:
     if corpus.held_out is None:
         raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
     asked = make_probes(corpus, config)
-    program = make_program(config, derived, corpus.tokenizer.vocab_size)
+    program = make_program(config, derived, corpus.tokenizer.vocab_size, vocabulary=corpus.vocabulary)
     with working("reading the checkpoint"):
         if untrained:
             workdir = pathlib.Path(config.checkpoint.init_from)

@@ -15,6 +15,7 @@ from llmjax.build.program import Program, make_program
 from llmjax.build.restore import load_params
 from llmjax.config.init_from import own_tokenizer
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from llmjax.data.tokenizer.vocabulary import vocabulary_of
 from llmjax.errors import UserError
 from llmjax.escapes import show
 from llmjax.generate.generate import (
@@ -50,7 +51,9 @@ class Loaded:
 def load(request: Request) -> Loaded:
     """The checkpoint that `request` names, with the tokenizer of its run."""
     tokenizer = own_tokenizer(request.workdir)
-    program = make_program(request.config, request.derived, tokenizer.vocab_size)
+    program = make_program(
+        request.config, request.derived, tokenizer.vocab_size, vocabulary=vocabulary_of(tokenizer)
+    )
     with working("reading the checkpoint"):
         update, params = load_params(program, request.workdir, request.checkpoint)
     return Loaded(program, params, tokenizer, update)
@@ -105,9 +108,15 @@ def run_interactive(request: Request) -> int:
     return 0
 
 
-def check_one_stream(program: Program) -> None:
-    """UserError where the task reads a second stream of tokens, which a text by itself does not bring."""
+def check_continues(program: Program) -> None:
+    """UserError where the model continues no text, and where its task reads a second stream of tokens, which a text by
+    itself does not bring."""
     name = program.config.task.name
+    if program.task.sees_both_sides:
+        raise UserError(
+            f"task.name={name!r} fills in masks and continues no text; use --mode=evaluate, or train a model with "
+            "task.name=language_model"
+        )
     if "source" in program.derived.examples.columns:
         raise UserError(f"task.name={name!r} reads two texts, and a prompt is one; use --mode=evaluate")
 
@@ -115,11 +124,11 @@ def check_one_stream(program: Program) -> None:
 class Writer:
     """Continues prompts with a loaded checkpoint. Lengths that were seen before compile nothing.
 
-    Raises UserError where the task of the run reads two texts.
+    Raises UserError where the task of the run reads two texts or continues none.
     """
 
     def __init__(self, loaded: Loaded, width_of: Callable[[int], int] = round_up):
-        check_one_stream(loaded.program)
+        check_continues(loaded.program)
         self._loaded = loaded
         self._config = loaded.program.config.generate
         self._generate = generator(loaded.program, loaded.tokenizer, self._config, width_of)

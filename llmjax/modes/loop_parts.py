@@ -28,6 +28,7 @@ from llmjax.build.restore import (
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.files import write_atomically
 from llmjax.modes.evaluate import score_held_out
+from llmjax.modes.fill_masks import fill_masks
 from llmjax.modes.generate import sample_texts
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
@@ -145,7 +146,10 @@ class _Parts:
         # Every process takes part in the sampling, and the first one writes.
         with working("sampling"):
             params = self.program.eval_params(state)
-            texts = sample_texts(self.program, self.corpus, params, self.stop.watch)
+            if self.program.task.sees_both_sides:
+                texts = fill_masks(self.program, self.corpus, params)
+            else:
+                texts = sample_texts(self.program, self.corpus, params, self.stop.watch)
         if hosts.is_primary():
             samples = [Sample(update, *text) for text in texts]
             write_samples(self.workdir, samples)

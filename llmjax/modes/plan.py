@@ -14,6 +14,7 @@ from llmjax.build.program import make_program
 from llmjax.config.init_from import resumes, with_tokenizer
 from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
 from llmjax.data.tokenizer.loading import load_tokenizer
+from llmjax.data.tokenizer.vocabulary import words_without_text
 from llmjax.modes.request import Request
 from llmjax.plan.advice import remarks
 from llmjax.plan.compile import compile_step
@@ -30,7 +31,8 @@ def run(request: Request) -> int:
     """
     config, derived, workdir = request.config, request.derived, request.workdir
     if config.plan.topology:
-        program = make_program(config, derived, planned_vocab_size(config.tokenizer), request.devices)
+        size = planned_vocab_size(config.tokenizer)
+        program = make_program(config, derived, size, request.devices, vocabulary=words_without_text(size))
         # In a document as long as the row, a token attends to half of the row on average.
         rows = describe_program(program, attended=(config.data.seq_len + 1) / 2)
     else:
@@ -39,7 +41,7 @@ def run(request: Request) -> int:
         under_way = standing.has_begun(workdir) and resumes(config, workdir)
         if under_way and (different := describe_difference(workdir, trained_on(workdir), corpus)):
             say(f"{different}; training does not go on with these\n")
-        program = make_program(config, derived, corpus.tokenizer.vocab_size)
+        program = make_program(config, derived, corpus.tokenizer.vocab_size, vocabulary=corpus.vocabulary)
         rows = describe(corpus, program, workdir)
     say(f"plan\n{format_table(rows)}")
     for remark in remarks(program):

@@ -95,7 +95,13 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     # A stopped update has sums in its state, even if updates now have one micro-step and need none.
     under_way = bool(standing.partial_folders(workdir))
     so_far = saved_config(workdir)
-    program = make_program(config, request.derived, corpus.tokenizer.vocab_size, accumulates=under_way)
+    program = make_program(
+        config,
+        request.derived,
+        corpus.tokenizer.vocab_size,
+        accumulates=under_way,
+        vocabulary=corpus.vocabulary,
+    )
     check_state_fits(program)
     with open_checkpoints(workdir, standing.CHECKPOINTS, config.checkpoint, check_lock) as checkpoints:
         with working("preparing the parameters"):
@@ -232,11 +238,9 @@ def finish(
     trained: bool = True,
 ) -> None:
     """The closing words, and the files that repeat them: summary.json and report.html."""
-    results = {}
+    results, task = {}, TASKS[config.task.name]
     if result.position.evaluation is not None:
-        results = describe_scores(scores, result.position.evaluation) | describe_compression(
-            TASKS[config.task.name], corpus
-        )
+        results = describe_scores(scores, result.position.evaluation) | describe_compression(task, corpus)
     samples, _ = read_samples(workdir)
     opening = (
         samples[-1].prompt.strip().split("\n")[0][:20]
@@ -245,6 +249,9 @@ def finish(
     )
     done = math.ceil(result.position.tokens / (config.train.tokens_per_update or 1))
     following = commands(workdir, max(config.train.num_updates, done), opening)
+    if task.sees_both_sides:
+        # Such a model continues no text.
+        del following["generate"]
     write_json(
         workdir / "summary.json",
         {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},
@@ -259,7 +266,8 @@ def finish(
         say(f"\nstopped {where} and saved; go on with\n  {following['resume']}")
         return
     if samples:
-        say(f"\nsample: after\n{indent(samples[-1].prompt)}\nthe model continued\n{indent(samples[-1].text)}")
+        before, did = ("of", "the model made") if task.sees_both_sides else ("after", "the model continued")
+        say(f"\nsample: {before}\n{indent(samples[-1].prompt)}\n{did}\n{indent(samples[-1].text)}")
     rows = format_table(results | {"report": str(report)})
     seconds = format_duration(result.position.seconds)
     say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before; that took {seconds}\n{rows}")

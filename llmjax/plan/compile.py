@@ -157,7 +157,13 @@ def with_micro_batch(program: Program, size: int) -> Program:
         batch, micro_batch_size=size, accumulation_steps=batch.sequences_per_update // size
     )
     derived = program.derived.with_batch(program.config, cut)
-    return make_program(program.config, derived, program.model.vocab_size, list(program.mesh.devices.flat))
+    return make_program(
+        program.config,
+        derived,
+        program.model.vocab_size,
+        list(program.mesh.devices.flat),
+        vocabulary=program.vocabulary,
+    )
 
 
 def largest_that_fits(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
+from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.models.contract import Model
 from llmjax.scores import Score
 from llmjax.types import Batch, LossSums, Params
@@ -32,8 +33,30 @@ class Totals:
     num_bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a task is told when its loss is made.
+
+    keys        the task's own section of the config, if it has one
+    seed        the seed of the run
+    vocabulary  the ids of the tokenizer, for a task that replaces tokens; None where nobody knows them
+    """
+
+    keys: Any = None
+    seed: int = 0
+    vocabulary: Vocabulary | None = None
+
+
 class Task(Protocol):
     """The device half of a task: what the model is trained for. The host half is in `data/examples/`."""
+
+    @property
+    def section(self) -> type | None:
+        """The dataclass of the section of the config that has the name of the task; None if it has no keys."""
+
+    @property
+    def sees_both_sides(self) -> bool:
+        """Whether the model may see the tokens after one that it predicts. If not, it must not."""
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -47,12 +70,19 @@ class Task(Protocol):
         """
 
     def make_loss(
-        self, model: Model, *, z_loss: float, shards: tuple[int, int] = (1, 1), vocab_shards: int = 1
+        self,
+        model: Model,
+        setting: Setting,
+        *,
+        z_loss: float,
+        shards: tuple[int, int] = (1, 1),
+        vocab_shards: int = 1,
     ) -> Loss:
         """Returns the loss function of this task, loss(params, batch, rng) -> LossSums.
 
         Args:
           model: computes the hidden states and has the head for the logits.
+          setting: the keys of the task, the seed and the vocabulary.
           z_loss: the weight of the additional loss term log(Z)**2, where Z is the softmax normaliser; 0 in evaluations.
           shards: the numbers of devices over which the batch B and the positions T are split.
           vocab_shards: the number of devices over which the vocabulary V is split.

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from llmjax.models.contract import Model
 from llmjax.scores import Score
-from llmjax.tasks.contract import Loss, Totals
+from llmjax.tasks.contract import Loss, Setting, Totals
 from llmjax.tasks.language_model import make_loss
 
 
 class Copy:
     """The loss is the cross-entropy of the copy alone: `data/examples/copies.py` gives the first text weight 0."""
 
+    section = None
+    sees_both_sides = False
     compresses_text = False
 
     scores = (
@@ -23,7 +25,13 @@ class Copy:
     )
 
     def make_loss(
-        self, model: Model, *, z_loss: float, shards: tuple[int, int] = (1, 1), vocab_shards: int = 1
+        self,
+        model: Model,
+        setting: Setting,
+        *,
+        z_loss: float,
+        shards: tuple[int, int] = (1, 1),
+        vocab_shards: int = 1,
     ) -> Loss:
         return make_loss(model, z_loss=z_loss, shards=shards, vocab_shards=vocab_shards)
 

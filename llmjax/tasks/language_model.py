@@ -10,13 +10,15 @@ import jax
 from llmjax.models.contract import Model
 from llmjax.ops.loss import softmax_cross_entropy
 from llmjax.scores import Score
-from llmjax.tasks.contract import Loss, Totals
+from llmjax.tasks.contract import Loss, Setting, Totals
 from llmjax.types import Batch, LossSums, Params
 
 
 class LanguageModel:
     """The loss is the cross-entropy of every token of the documents, end-of-document tokens included."""
 
+    section = None
+    sees_both_sides = False
     compresses_text = True
 
     scores = (
@@ -26,7 +28,13 @@ class LanguageModel:
     )
 
     def make_loss(
-        self, model: Model, *, z_loss: float, shards: tuple[int, int] = (1, 1), vocab_shards: int = 1
+        self,
+        model: Model,
+        setting: Setting,
+        *,
+        z_loss: float,
+        shards: tuple[int, int] = (1, 1),
+        vocab_shards: int = 1,
     ) -> Loss:
         return make_loss(model, z_loss=z_loss, shards=shards, vocab_shards=vocab_shards)
 

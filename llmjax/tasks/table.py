@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from llmjax.errors import choose
-from llmjax.ranges import Unset
+from llmjax.ranges import Unset, check_unread
 from llmjax.tasks.contract import Task
 from llmjax.tasks.copy import Copy
 from llmjax.tasks.language_model import LanguageModel
+from llmjax.tasks.masked_language_model import MaskedLanguageModel
 
 # The device half of each task; `data/examples/table.py` has the host half under the same names.
-TASKS: dict[str, Task] = {"language_model": LanguageModel(), "copy": Copy()}
+TASKS: dict[str, Task] = {
+    "language_model": LanguageModel(),
+    "masked_language_model": MaskedLanguageModel(),
+    "copy": Copy(),
+}
+# The sections of tasks, which have the names of the tasks, with their dataclasses.
+SECTIONS: dict[str, type] = {name: task.section for name, task in TASKS.items() if task.section}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,3 +34,10 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         choose(TASKS, "task.name", self.name)
+
+
+def check_all_read(name: str, sections: Mapping[str, Any]) -> None:
+    """UserError where a key of another task than `name` is set, since it would have no effect."""
+    for section, keys in sections.items():
+        if section != name:
+            check_unread(section, keys, f"task.name={name!r}", f"task.name={section}")

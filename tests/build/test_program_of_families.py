@@ -10,7 +10,10 @@ from configs import base
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
+from llmjax.data.layout.layout import RowLayout
+from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.errors import UserError
+from llmjax.models.table import FAMILIES
 from tests.build.test_program import SIZES, V, trace
 
 # What the runs of `test_program.py` have, apart from the keys of Transformers.
@@ -21,6 +24,8 @@ COMMON = {
 }
 # Matrices so large that the states say something from the beginning.
 TRAINED = {"model.dropout": 0.1, "model.init_std": 0.5, "optimizer.learning_rate": 0.03}
+# Ids of which every third one goes on with a word.
+VOCABULARY = Vocabulary(63, np.arange(V) % 63 > 0, np.arange(V) % 3 > 0)
 OTHERS = [variant for variant in families.VARIANTS if families.family_of(variant) != "gpt"]
 # Ways to cut the work -> whether they are tried in every run of the tests.
 CUTS = {
@@ -35,10 +40,15 @@ CUTS = {
     "fused on a mesh": (
         {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "compute.engine": "fused"}, True,
     ),
+    "sequences": ({"mesh.data": 2, "mesh.seq": 2, "mesh.tensor": 2}, True),
     "fused, gathered once": (
         {"mesh.data": 2, "mesh.fsdp": 4, "compute.engine": "fused", "compute.gather": "update"}, False,
     ),
 }  # fmt: skip
+
+
+def family_sections():
+    return read_config(base.get_config().to_dict()).families
 
 
 def program_for(variant, changes):
@@ -47,7 +57,7 @@ def program_for(variant, changes):
     many = any(key.startswith("mesh.") for key in changes)
     devices = jax.devices() if many else jax.devices()[:1]
     config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
-    return make_program(config, derived, V, devices)
+    return make_program(config, derived, V, devices, vocabulary=VOCABULARY)
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -62,13 +72,30 @@ def test_the_loss_falls(variant):
 @pytest.mark.parametrize("cut", often(CUTS, lambda cut: CUTS[cut][1]))
 def test_every_cut_of_the_work_gives_the_same_losses(cut, variant):
     name, expected = variant
+    family = FAMILIES[families.family_of(name)]
+    if "mesh.seq" in CUTS[cut][0] and family.heads(family_sections()) is None:
+        pytest.skip("a family without attention, whose sequences are not split")
     np.testing.assert_allclose(trace(program_for(name, CUTS[cut][0])), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["zigzag", "striped"])
+def test_masks_follow_the_tokens_into_every_layout(name):
+    changes = {"mesh.data": 2, "mesh.seq": 4, "mesh.seq_attention": "ring", "mesh.layout": name}
+    moved = trace(program_for("bert local", changes), layout=RowLayout(name, 4))
+    np.testing.assert_allclose(moved, trace(program_for("bert local", {})), rtol=1e-5)
+
+
 @pytest.mark.parametrize("variant, changes, message", [
+    ("bert", {"task.name": "language_model"}, "task.name='language_model' needs a family that sees only what comes "
+     "before a token, not model.family='bert'; set model.family=gpt or lstm, or task.name=masked_language_model"),
+    ("lstm", {"task.name": "masked_language_model"}, "needs a family that sees both sides of a token"),
+    ("bert", {"evaluate.probes": ("copy",)}, "evaluate.probes=.* predict the next token, which model.family='bert'"),
+    ("lstm", {"masked_language_model.rate": 0.3}, "masked_language_model.rate=0.3 is without effect for "
+     "task.name='language_model'; set task.name=masked_language_model"),
+    ("bert", {"masked_language_model.rate": 0.0}, "masked_language_model.rate=0.0 must lie in"),
     ("lstm", {"mesh.seq": 2}, "mesh.seq=2 splits sequences, which this model.family reads from the first token"),
     ("lstm", {"transformer.num_heads": 8}, "transformer.num_heads=8 is without effect for model.family='lstm'; set "
-     "model.family=gpt, or leave transformer.num_heads at 4"),
+     "model.family=gpt or bert, or leave transformer.num_heads at 4"),
     ("gpt", {"lstm.hidden_dim": 8}, "lstm.hidden_dim=8 is without effect for model.family='gpt'; set model.f"),
     ("lstm", {"compute.tile": 8}, "compute.tile=8 is without effect for model.family='lstm'; leave it at 0"),
     ("lstm", {"compute.scan_layers": True}, "compute.scan_layers=True is without effect for model.family='lstm'"),

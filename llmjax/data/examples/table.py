@@ -9,4 +9,8 @@ from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.documents import Documents
 
 # The name of a task -> a function of `data.text_field` that returns its `Examples`.
-EXAMPLES: dict[str, Callable[[str], Examples]] = {"language_model": Documents, "copy": Copies}
+EXAMPLES: dict[str, Callable[[str], Examples]] = {
+    "language_model": Documents,
+    "masked_language_model": Documents,
+    "copy": Copies,
+}
