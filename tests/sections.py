@@ -6,7 +6,7 @@ import typing
 from typing import Any
 
 from configs.base import get_config
-from llmjax.config.schema import OWN_SECTIONS, Config
+from llmjax.config.schema import Config
 from llmjax.nn.config import BlockConfig
 from llmjax.parallel.mesh import AXES, MeshConfig
 from llmjax.train.optim.optimizer import Optimizer, OptimizerConfig, make_optimizer
@@ -14,7 +14,7 @@ from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.train.optim.param_roles import Roles
 
 # The name of each section -> its dataclass.
-SECTIONS = typing.get_type_hints(Config) | OWN_SECTIONS
+SECTIONS = typing.get_type_hints(Config)
 
 
 def section(name: str, /, **changes: Any) -> Any:

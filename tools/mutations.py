@@ -23,6 +23,7 @@ from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import Derived, resolve_config
 from llmjax.config.schema import Config
+from llmjax.data.tokenizer.vocabulary import words_without_text
 from llmjax.errors import UserError
 from llmjax.flags import set_key
 from llmjax.modes.plan import planned_vocab_size
@@ -124,7 +125,9 @@ def _what_compiles(config: Config) -> Config:
 @functools.lru_cache(maxsize=256)
 def _shapes(config: Config, derived: Derived, vocab_size: int, num_devices: int) -> None:
     """Makes the program and the shapes of its state and batch, and raises what they raise."""
-    program = make_program(config, derived, vocab_size, jax.devices()[:num_devices])
+    program = make_program(
+        config, derived, vocab_size, jax.devices()[:num_devices], vocabulary=words_without_text(vocab_size)
+    )
     jax.tree.map(lambda x: math.prod(x.shape), (program.abstract_state(), program.placement.abstract_batch()))
 
 
