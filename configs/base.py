@@ -48,6 +48,16 @@ def get_config() -> ConfigDict:
     transformer.attention_softcap = 0.0  # c * tanh(scores / c); 0 = off
     transformer.attention_sinks = False  # adds a learned score per head to the softmax, for nothing
 
+    # A mixture of experts in the place of the feed-forward layers of a Transformer.
+    c.experts = experts = ConfigDict()
+    experts.num_experts = 0  # E, the experts of a layer; 0 = a feed-forward layer
+    experts.experts_per_token = 2  # J, the experts that a token goes through
+    experts.expert_dim = 0  # F, the hidden width of an expert; 0 = transformer.mlp_dim
+    experts.shared_experts = 0  # further experts that every token goes through; 0 = none
+    experts.normalize_gates = True  # makes the weights of a token's experts sum to 1
+    experts.balance_loss = 0.01  # coefficient of the loss term for an even load in each row; 0 = off
+    experts.router_z_loss = 0.001  # coefficient of log(Z)^2 of the router; 0 = off
+
     c.bert = bert = ConfigDict()
     bert.transform = True  # a dense layer, an activation and a norm before the output matrix
 

@@ -5,7 +5,7 @@ Dimension letters are suffixes of array names and appear in einsums:
     B batch (sequences)    T query position       S key position        D model width
     F feed-forward width   N query heads          K key/value heads     H head width
     V vocabulary           C chunk                L layers              G query heads per key/value head (N / K)
-    M state of a recurrent layer
+    M state of a recurrent layer                  E experts              J experts of a token
 
 A suffix names logical dimensions, never shards. An *update* is one optimizer step. A *micro-step* is one forward and
 backward pass over one micro-batch. An update consists of one or more micro-steps.
@@ -74,10 +74,13 @@ class Output:
     """The output of a model for a batch.
 
     hidden_BTD  normalised hidden states, ready for the `Head`
-    auxiliary   (sum, weight) of each loss term that the model adds, such as the load balance of experts
+    auxiliary   (sum, weight) of each loss term that the model adds and that has a weight of its own
+    penalties   float32 [B, T] of each loss term that the model adds to every token, such as the load balance of
+                experts, its coefficient included. The task sums them with the weights of its own loss
     carry       the state of a recurrent model after the last token of each row; None for other models
     """
 
     hidden_BTD: Array
     auxiliary: dict[str, tuple[Array, Array]] = dataclasses.field(default_factory=dict)
+    penalties: dict[str, Array] = dataclasses.field(default_factory=dict)
     carry: Any = None

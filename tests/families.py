@@ -23,6 +23,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "transformer.activation": "gelu", "transformer.use_bias": True, "transformer.mlp_dim": 32,
         "model.tie_embeddings": False, "compute.scan_layers": True,
     },
+    "gpt experts": {
+        "transformer.num_heads": 4, "experts.num_experts": 4, "experts.expert_dim": 16, "experts.shared_experts": 1,
+    },
+    "gpt experts scanned": {
+        "transformer.num_heads": 4, "transformer.activation": "gelu", "experts.num_experts": 3,
+        "experts.experts_per_token": 1, "experts.expert_dim": 16, "experts.normalize_gates": False,
+        "compute.scan_layers": True,
+    },
     "bert": {"transformer.num_heads": 4, "transformer.mlp_dim": 32},
     "bert local": {
         "transformer.num_heads": 4, "transformer.mlp_dim": 32, "transformer.window": 5, "transformer.global_every": 2,

@@ -23,9 +23,9 @@ def section(name: str, /, **changes: Any) -> Any:
 
 
 def block_section(**changes: Any) -> BlockConfig:
-    """The sections `model` and `transformer` of configs/base.py as one, with `changes`."""
+    """The sections `model`, `transformer` and `experts` of configs/base.py as one, with `changes`."""
     raw = get_config()
-    return BlockConfig(**raw.model.to_dict() | raw.transformer.to_dict() | changes)
+    return BlockConfig(**raw.model.to_dict() | raw.transformer.to_dict() | raw.experts.to_dict() | changes)
 
 
 def mesh_section(*sizes: int, **changes: Any) -> MeshConfig:

@@ -28,7 +28,7 @@ def make_task_loss(
     z_loss = config.train.z_loss if training else 0.0
     return TASKS[config.task.name].make_loss(
         model,
-        Setting(config.tasks.get(config.task.name), config.seed, vocabulary),
+        Setting(config.tasks.get(config.task.name), config.seed, vocabulary, training),
         z_loss=z_loss,
         shards=batch_shards(layout),
         vocab_shards=layout.axis_size("tensor"),

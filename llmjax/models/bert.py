@@ -98,13 +98,15 @@ class BERT(GPT):
 
     def cost(self, attended: float, tokens_per_device: float, seq_len: int) -> Cost:
         # `attended` counts the keys up to the token. As many come after it.
-        cost = super().cost(2 * attended - 1, tokens_per_device, seq_len)
+        cost = super().cost(max(2 * attended - 1, attended), tokens_per_device, seq_len)
         extra = 6.0 * self.config.model_dim**2 if self.config.transform else 0.0
         return dataclasses.replace(cost, flops_per_token=cost.flops_per_token + extra)
 
 
 def _config(model: ModelConfig, sections: Sections) -> Settings:
-    return Settings(**vars(block_config(model, sections["transformer"])), **vars(sections["bert"]))
+    return Settings(
+        **vars(block_config(model, sections["transformer"], sections["experts"])), **vars(sections["bert"])
+    )
 
 
 BERT_FAMILY = dataclasses.replace(

@@ -14,7 +14,15 @@ from llmjax.errors import UserError, choose
 from llmjax.models.contract import Cost, box_axes, unbox
 from llmjax.models.family import Family, Sections
 from llmjax.nn.cache import Cache, append_tokens, make_cache
-from llmjax.nn.config import BlockConfig, ModelConfig, TransformerConfig, block_config, layer_windows, resolve
+from llmjax.nn.config import (
+    BlockConfig,
+    ExpertsConfig,
+    ModelConfig,
+    TransformerConfig,
+    block_config,
+    layer_windows,
+    resolve,
+)
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import Norm, look_up, matrix
 from llmjax.nn.position import POSITIONS
@@ -146,8 +154,10 @@ class GPT:
                 lambda names: partition_spec(names[1:]), self.axes()["layers"], is_leaf=is_axes
             )
         rotation = self._rotation(batch.positions)
-        x_BTD = run_stack(self._block, params["layers"], x_BTD, rotation, mask, keys_BT=keys_BT, specs=specs)
-        return Output(self._normalize(params, x_BTD))
+        x_BTD, penalties = run_stack(
+            self._block, params["layers"], x_BTD, rotation, mask, keys_BT=keys_BT, specs=specs
+        )
+        return Output(self._normalize(params, x_BTD), penalties=penalties)
 
     def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
@@ -205,7 +215,11 @@ class GPT:
         free."""
         c = self.config
         attention = c.model_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-        mlp = c.model_dim * c.mlp_dim * (ACTIVATIONS[c.activation].projections + 1)
+        width = c.mlp_dim
+        if c.num_experts:
+            # A token goes through some of the experts, and the router through all.
+            width = c.expert_dim * (c.experts_per_token + c.shared_experts)
+        mlp = c.model_dim * (width * (ACTIVATIONS[c.activation].projections + 1) + c.num_experts)
         weights = c.num_layers * (attention + mlp) + self.vocab_size * c.model_dim
         # A layer with a window attends to `window` keys at most.
         keys = sum(min(attended, window or attended) for window in layer_windows(c))
@@ -218,7 +232,8 @@ class GPT:
         # before and after their norm and rotation, and once more in the layout of attention; the hidden layer before,
         # in and after the activation (of one tile, with tiles); and all scores, if attention keeps them.
         queries, keys = (heads * c.head_dim / tensor for heads in (c.num_heads, c.num_kv_heads))
-        hidden, projections = c.mlp_dim / tensor, ACTIVATIONS[c.activation].projections
+        width = c.expert_dim * (c.experts_per_token + c.shared_experts) if c.num_experts else c.mlp_dim
+        hidden, projections = width / tensor, ACTIVATIONS[c.activation].projections
         at_once = min(1.0, how.tile / tokens) if how.tile else 1.0
         layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * projections) * hidden * at_once
         if self.holds_scores:
@@ -233,22 +248,29 @@ class GPT:
 
 
 def _resolve(model: ModelConfig, sections: Sections, seq_len: int) -> Sections:
-    config = resolve(block_config(model, sections["transformer"]))
-    names = (field.name for field in dataclasses.fields(TransformerConfig))
-    transformer = TransformerConfig(**{name: getattr(config, name) for name in names})
+    config = resolve(block_config(model, sections["transformer"], sections["experts"]))
+
+    def own(section: type) -> dict[str, Any]:
+        return {field.name: getattr(config, field.name) for field in dataclasses.fields(section)}
+
+    transformer, experts = TransformerConfig(**own(TransformerConfig)), ExpertsConfig(**own(ExpertsConfig))
     if transformer.window > seq_len:
         raise UserError(
             f"transformer.window={transformer.window} is longer than data.seq_len={seq_len}; use at most {seq_len}, "
             "or 0 for no window"
         )
-    return {**sections, "transformer": transformer}
+    return {**sections, "transformer": transformer, "experts": experts}
 
 
 def _split(sections: Sections) -> dict[str, int]:
-    return {
-        f"transformer.{key}": getattr(sections["transformer"], key)
-        for key in ("num_heads", "num_kv_heads", "mlp_dim")
+    transformer, experts = sections["transformer"], sections["experts"]
+    sizes = {
+        f"transformer.{key}": getattr(transformer, key) for key in ("num_heads", "num_kv_heads", "mlp_dim")
     }
+    if experts.num_experts:
+        del sizes["transformer.mlp_dim"]
+        sizes["experts.expert_dim"] = experts.expert_dim
+    return sizes
 
 
 def _heads(sections: Sections) -> tuple[int, int]:
@@ -262,10 +284,10 @@ def _position_table(sections: Sections) -> str:
 
 GPT_FAMILY = Family(
     GPT,
-    sections={"transformer": TransformerConfig},
+    sections={"transformer": TransformerConfig, "experts": ExpertsConfig},
     compute=tuple(field.name for field in dataclasses.fields(LayerCompute)),
     resolve=_resolve,
-    config=lambda model, sections: block_config(model, sections["transformer"]),
+    config=lambda model, sections: block_config(model, sections["transformer"], sections["experts"]),
     split=_split,
     heads=_heads,
     position_table=_position_table,

@@ -1,7 +1,7 @@
-"""The sections `model` and `transformer` of a config: the shape of a model, derived sizes, and the rules between keys.
+"""The sections `model`, `transformer` and `experts`: the shape of a model, derived sizes, and the rules between keys.
 
-`model` has the keys of every family, and `transformer` those of the families that are made of Transformer layers. The
-modules of this folder read both sections as one `BlockConfig`.
+`model` has the keys of every family, and `transformer` those of the families that are made of Transformer layers, which
+may hold a mixture of `experts`. The modules of this folder read all three sections as one `BlockConfig`.
 """
 
 from __future__ import annotations
@@ -74,17 +74,34 @@ class TransformerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockConfig(TransformerConfig, ModelConfig):
-    """The keys of both sections, as the layers of a Transformer read them."""
+class ExpertsConfig:
+    """The keys of the section `experts`, explained in `configs/base.py`."""
+
+    num_experts: Annotated[int, Range(2, 2**16, "a feed-forward layer"), Unset(0)]
+    experts_per_token: Annotated[int, Range(1, 2**10), Unset(2)]
+    expert_dim: Annotated[int, Range(1, 2**24, "transformer.mlp_dim"), Unset(0)]
+    shared_experts: Annotated[int, Range(1, 2**10, "none"), Unset(0)]
+    normalize_gates: Annotated[bool, Unset(True)]
+    balance_loss: Annotated[float, Range(0, 1e3), Unset(0.01)]
+    router_z_loss: Annotated[float, Range(0, 1e3), Unset(0.001)]
+
+    def __post_init__(self) -> None:
+        check_ranges("experts", self, ExpertsConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig(ExpertsConfig, TransformerConfig, ModelConfig):
+    """The keys of the three sections, as the layers of a Transformer read them."""
 
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
         TransformerConfig.__post_init__(self)
+        ExpertsConfig.__post_init__(self)
 
 
-def block_config(model: ModelConfig, transformer: TransformerConfig) -> BlockConfig:
-    """The keys of both sections in one object."""
-    return BlockConfig(**vars(model), **vars(transformer))
+def block_config(model: ModelConfig, transformer: TransformerConfig, experts: ExpertsConfig) -> BlockConfig:
+    """The keys of the three sections in one object."""
+    return BlockConfig(**vars(model), **vars(transformer), **vars(experts))
 
 
 def resolve(config: BlockConfig) -> BlockConfig:
@@ -111,7 +128,11 @@ def resolve(config: BlockConfig) -> BlockConfig:
         )
     head_dim = config.head_dim or config.model_dim // config.num_heads
     mlp_dim = config.mlp_dim or ACTIVATIONS[config.activation].width(config.model_dim)
-    config = dataclasses.replace(config, num_kv_heads=kv_heads, head_dim=head_dim, mlp_dim=mlp_dim)
+    expert_dim = config.expert_dim or (mlp_dim if config.num_experts else 0)
+    config = dataclasses.replace(
+        config, num_kv_heads=kv_heads, head_dim=head_dim, mlp_dim=mlp_dim, expert_dim=expert_dim
+    )
+    _check_experts(config)
     even = POSITIONS[config.position].even
     section, size = ("model", config.model_dim) if even == "model_dim" else ("transformer", head_dim)
     if even and size % 2:
@@ -126,6 +147,23 @@ def resolve(config: BlockConfig) -> BlockConfig:
             "keep and lower; use wider heads or another scaling"
         )
     return config
+
+
+def _check_experts(config: BlockConfig) -> None:
+    """Raises UserError if the keys of a mixture of experts do not fit together, or if there is none to read them."""
+    if config.num_experts:
+        if config.experts_per_token > config.num_experts:
+            raise UserError(
+                f"experts.experts_per_token={config.experts_per_token} is more than experts.num_experts="
+                f"{config.num_experts}; change one of them"
+            )
+        return
+    for key, value in unset(ExpertsConfig).items():
+        if getattr(config, key) != value:
+            raise UserError(
+                f"experts.{key}={getattr(config, key)} is without effect for experts.num_experts=0; set "
+                f"experts.num_experts, or leave experts.{key} at {value}"
+            )
 
 
 def _check_rope_scaling(config: TransformerConfig) -> None:

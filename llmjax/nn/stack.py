@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from llmjax.nn.attention import Attention, KeyValue, on_each_device
 from llmjax.nn.cache import write
 from llmjax.nn.config import BlockConfig, layer_windows
+from llmjax.nn.experts import Experts, Penalties
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import MLP, Norm
 from llmjax.nn.remat import RESIDUAL, remat
@@ -36,12 +37,14 @@ class BlockOutput(NamedTuple):
     x_BTD                   the residual stream after the block
     kv                      the keys and values that were attended to
     attention_BTD, mlp_BTD  what attention and MLP added to the residual stream, before dropout
+    penalties               the loss terms of each token that a mixture of experts adds
     """
 
     x_BTD: jax.Array
     kv: KeyValue
     attention_BTD: jax.Array
     mlp_BTD: jax.Array
+    penalties: Penalties
 
 
 class Block(nn.Module):
@@ -59,7 +62,11 @@ class Block(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.attention_norm, self.mlp_norm = (Norm(c.norm, c.norm_eps, c.use_bias) for _ in range(2))
-        self.attention, self.mlp = Attention(c, self.layout), MLP(c, self.layout)
+        self.attention = Attention(c, self.layout)
+        if c.num_experts:
+            self.experts = Experts(c, self.layout)
+        else:
+            self.mlp = MLP(c, self.layout)
 
     def __call__(
         self,
@@ -87,7 +94,7 @@ class Block(nn.Module):
         out_BTNH = self.mix_tokens(
             q_BTNH, k_BSKH, v_BSKH, mask, Layout() if cached is not None else self.layout
         )
-        out = self.finish(x_BTD, out_BTNH, keys_BT, layer)
+        out = self.finish(x_BTD, out_BTNH, keys_BT, layer, mask.q_segments_BT > 0)
         return BlockOutput(out[0], (k_BSKH, v_BSKH), *out[1:])
 
     def project(self, x_BTD: jax.Array, rotation: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -102,15 +109,29 @@ class Block(nn.Module):
         return on_each_device(attend, layout)(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N=self.attention.sink_bias)
 
     def finish(
-        self, x_BTD: jax.Array, out_BTNH: jax.Array, keys_BT: jax.Array | None, layer: int | jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x_BTD after the block, and what attention and MLP added to it."""
+        self,
+        x_BTD: jax.Array,
+        out_BTNH: jax.Array,
+        keys_BT: jax.Array | None,
+        layer: int | jax.Array,
+        real_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Penalties]:
+        """x_BTD after the block, what attention and MLP added to it, and loss terms of experts.
+
+        `real_BT` is false for padding; only experts need it.
+        """
         rate = self.config.dropout
         attention_BTD = self.attention.output(out_BTNH)
         # Each place with dropout has its own salt: 0 for the embedding, then two per layer.
         x_BTD = x_BTD + dropout(attention_BTD, keys_BT, rate, 2 * layer + 1)
-        mlp_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + dropout(mlp_BTD, keys_BT, rate, 2 * layer + 2), attention_BTD, mlp_BTD
+        penalties: Penalties = {}
+        if self.config.num_experts:
+            assert real_BT is not None  # experts are never computed in tiles
+            mlp_BTD, penalties = self.experts(self.mlp_norm(x_BTD), real_BT)
+        else:
+            mlp_BTD = self.mlp(self.mlp_norm(x_BTD))
+        x_BTD = x_BTD + dropout(mlp_BTD, keys_BT, rate, 2 * layer + 2)
+        return x_BTD, attention_BTD, mlp_BTD, penalties
 
 
 def unstack(stacked: Any, n: int) -> list[Any]:
@@ -137,8 +158,9 @@ def run_stack(
     *,
     keys_BT: jax.Array | None = None,
     specs: Any = None,
-) -> jax.Array:
-    """x after all layers. Each layer uses `mask` with its own window.
+) -> tuple[jax.Array, Penalties]:
+    """x after all layers, and the loss terms of each token, added up over the layers. Each layer uses `mask` with its
+    own window.
 
     params  the parameters of all layers, stacked along a leading dimension
     specs   the PartitionSpecs of the parameters of one layer; needed only if layers are computed in tiles
@@ -147,23 +169,26 @@ def run_stack(
 
     def body(
         x_BTD: jax.Array, scanned: tuple[Params, int | jax.Array], window: int
-    ) -> tuple[jax.Array, None]:
+    ) -> tuple[jax.Array, Penalties]:
         layer_mask = dataclasses.replace(mask, window=window)
 
-        def layer(x_BTD: jax.Array, layer_params: Params, i: int | jax.Array) -> jax.Array:
+        def layer(x_BTD: jax.Array, layer_params: Params, i: int | jax.Array) -> tuple[jax.Array, Penalties]:
             x_BTD = checkpoint_name(x_BTD, RESIDUAL)
             if compute.tile:
-                return _tiled_layer(block, layer_params, specs, x_BTD, rotation, layer_mask, keys_BT, i)
-            return _output(block, layer_params, x_BTD, rotation, layer_mask, keys_BT, i).x_BTD
+                return _tiled_layer(block, layer_params, specs, x_BTD, rotation, layer_mask, keys_BT, i), {}
+            out = _output(block, layer_params, x_BTD, rotation, layer_mask, keys_BT, i)
+            return out.x_BTD, out.penalties
 
-        return remat(layer, compute.remat, compute.offload)(x_BTD, *scanned), None
+        return remat(layer, compute.remat, compute.offload)(x_BTD, *scanned)
 
     if compute.scan_layers:
-        return _scan_layers(c, body, x_BTD, (params, jnp.arange(c.num_layers)))[0]
-    layers = unstack(params, c.num_layers)
+        x_BTD, stacked = _scan_layers(c, body, x_BTD, (params, jnp.arange(c.num_layers)))
+        return x_BTD, {name: jnp.sum(values_LBT, axis=0) for name, values_LBT in stacked.items()}
+    layers, penalties = unstack(params, c.num_layers), []
     for i, window in enumerate(layer_windows(c)):
-        x_BTD, _ = body(x_BTD, (layers[i], i), window)
-    return x_BTD
+        x_BTD, of_layer = body(x_BTD, (layers[i], i), window)
+        penalties.append(of_layer)
+    return x_BTD, jax.tree.map(lambda *layers: sum(layers[1:], layers[0]), *penalties)
 
 
 def _tiled_layer(

@@ -49,6 +49,9 @@ RULES: dict[str, Axis] = {
     "head_dim_in": Axis((), "inputs"),
     "mlp": Axis(("tensor",), "outputs"),
     "mlp_in": Axis(("tensor",), "inputs"),
+    # Dimensions of a mixture of experts: each expert has matrices of its own, and the router chooses among them.
+    "experts": Axis((), "stack"),
+    "router": Axis((), "outputs"),
     # Dimensions of a recurrent layer. Its four gates have a matrix each, and `recurrent` reads the state of the layer.
     "gates": Axis((), "stack"),
     "recurrent": Axis(("fsdp", "seq"), "inputs"),

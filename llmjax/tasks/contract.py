@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.models.contract import Model
 from llmjax.scores import Score
-from llmjax.types import Batch, LossSums, Params
+from llmjax.types import Batch, LossSums, Output, Params
 
 # loss(params, batch, rng) -> LossSums. Without `rng` the model runs without dropout.
 Loss = Callable[[Params, Batch, jax.Array | None], LossSums]
@@ -40,11 +41,28 @@ class Setting:
     keys        the task's own section of the config, if it has one
     seed        the seed of the run
     vocabulary  the ids of the tokenizer, for a task that replaces tokens; None where nobody knows them
+    training    whether the loss is trained on, and has the terms that a model adds to it (`Output.penalties`)
     """
 
     keys: Any = None
     seed: int = 0
     vocabulary: Vocabulary | None = None
+    training: bool = True
+
+
+def with_penalties(sums: LossSums, output: Output, weights_BT: jax.Array) -> LossSums:
+    """`sums`, whose objective and metrics also have what the model adds to every token, weighted by `weights_BT`.
+
+    Loss terms of the model that have a weight of their own are put beside the main one.
+    """
+    added = {name: jnp.sum(x_BT * weights_BT) for name, x_BT in output.penalties.items()}
+    objective = sum(added.values(), sums.main) if added else sums.objective
+    return dataclasses.replace(
+        sums,
+        objective=objective,
+        metrics=sums.metrics | added,
+        auxiliary=sums.auxiliary | output.auxiliary,
+    )
 
 
 class Task(Protocol):

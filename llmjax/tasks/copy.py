@@ -33,7 +33,9 @@ class Copy:
         shards: tuple[int, int] = (1, 1),
         vocab_shards: int = 1,
     ) -> Loss:
-        return make_loss(model, z_loss=z_loss, shards=shards, vocab_shards=vocab_shards)
+        return make_loss(
+            model, z_loss=z_loss, shards=shards, vocab_shards=vocab_shards, training=setting.training
+        )
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
         """`accuracy` is the share of targets that are the model's most likely token. `loss` is in nats per target."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -10,7 +9,7 @@ import jax
 from llmjax.models.contract import Model
 from llmjax.ops.loss import softmax_cross_entropy
 from llmjax.scores import Score
-from llmjax.tasks.contract import Loss, Setting, Totals
+from llmjax.tasks.contract import Loss, Setting, Totals, with_penalties
 from llmjax.types import Batch, LossSums, Params
 
 
@@ -36,7 +35,9 @@ class LanguageModel:
         shards: tuple[int, int] = (1, 1),
         vocab_shards: int = 1,
     ) -> Loss:
-        return make_loss(model, z_loss=z_loss, shards=shards, vocab_shards=vocab_shards)
+        return make_loss(
+            model, z_loss=z_loss, shards=shards, vocab_shards=vocab_shards, training=setting.training
+        )
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
         """Computes the scores and the mean of every metric.
@@ -55,19 +56,25 @@ class LanguageModel:
 
 
 def make_loss(
-    model: Model, *, z_loss: float, shards: tuple[int, int] = (1, 1), vocab_shards: int = 1
+    model: Model,
+    *,
+    z_loss: float,
+    shards: tuple[int, int] = (1, 1),
+    vocab_shards: int = 1,
+    training: bool = True,
 ) -> Loss:
     """Returns the cross-entropy of the next token as a function loss(params, batch, rng) -> LossSums.
 
     The metrics of the result are `accuracy`, the summed weight of the targets that are the model's most likely token,
-    and, if `z_loss` is positive, `z_loss`, the sum of that loss term. Only `objective` contains the term, not `loss`.
-    Loss terms of the model, such as the load balance of experts, are in `auxiliary`.
+    if `z_loss` is positive, `z_loss`, the sum of that loss term, and in training the sums of the terms that the model
+    adds, such as the load balance of experts. Only `objective` contains these terms, not `loss`.
 
     Args:
       model: computes the hidden states and has the head for the logits.
       z_loss: the weight of the additional loss term log(Z)**2, where Z is the softmax normaliser; 0 in evaluations.
       shards: the numbers of devices over which the batch B and the positions T are split.
       vocab_shards: the number of devices over which the vocabulary V is split.
+      training: whether the terms that the model adds are part of the loss.
     """
 
     def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
@@ -82,6 +89,6 @@ def make_loss(
             shards=shards,
             vocab_shards=vocab_shards,
         )
-        return dataclasses.replace(sums, auxiliary=sums.auxiliary | output.auxiliary)
+        return with_penalties(sums, output, batch.weights) if training else sums
 
     return loss

@@ -20,7 +20,7 @@ from llmjax.ops.loss import softmax_cross_entropy
 from llmjax.ops.seeds import make_key
 from llmjax.ranges import Range, Unset, check_ranges
 from llmjax.scores import Score
-from llmjax.tasks.contract import Loss, Setting, Totals
+from llmjax.tasks.contract import Loss, Setting, Totals, with_penalties
 from llmjax.types import Batch, LossSums, Params
 
 # What the draws of a token are told apart by.
@@ -71,16 +71,17 @@ class MaskedLanguageModel:
         def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
             masked, chosen_BT = mask_tokens(batch, keys, vocabulary, setting.seed)
             output = model.apply(params, masked, rng=rng)
+            weights_BT = chosen_BT.astype(jnp.float32)
             sums = softmax_cross_entropy(
                 output.hidden_BTD,
                 model.head(params),
                 batch.tokens,
-                chosen_BT.astype(jnp.float32),
+                weights_BT,
                 z_loss=z_loss,
                 shards=shards,
                 vocab_shards=vocab_shards,
             )
-            return dataclasses.replace(sums, auxiliary=sums.auxiliary | output.auxiliary)
+            return with_penalties(sums, output, weights_BT) if setting.training else sums
 
         return loss
 

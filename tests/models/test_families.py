@@ -142,7 +142,14 @@ def test_statistics_have_a_number_for_each_layer_and_ignore_padding(family):
 
 def test_operations_are_counted_by_the_weights_of_matrix_products(family):
     params, roles = family.params, Roles(family.model.axes())
-    sizes = roles.map(lambda role, x: x.size * role.is_hidden_matrix, params)
+    config = family.model.config
+
+    def size(role, x):
+        # Of the experts, a token goes through some.
+        share = config.experts_per_token / config.num_experts if "experts" in role.axes else 1
+        return x.size * role.is_hidden_matrix * share
+
+    sizes = roles.map(size, params)
     head = family.model.head(params).w_VD.size
     cost = family.model.cost(0.0, 10.0, T)
     assert cost.flops_per_token == 6 * (sum(jax.tree.leaves(sizes)) + head)

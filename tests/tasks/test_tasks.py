@@ -17,6 +17,7 @@ from llmjax.config.resolve import resolve_config
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.packing.make_plan import plan_packing
 from llmjax.main import main
+from llmjax.models.table import FAMILIES
 from llmjax.tasks.table import TASKS
 
 
@@ -32,17 +33,26 @@ def write_rows(folder, task):
     (folder / "corpus" / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
+def family_for(task):
+    """The first family that sees what the task allows it to see."""
+    sight = TASKS[task].sees_both_sides
+    return next(name for name, family in FAMILIES.items() if family.sees_both_sides == sight)
+
+
 def program_for(folder, task, devices, **changes):
     raw = base.get_config()
     settings = tiny_run.SETTINGS | {"task.name": task, "data.sources": (str(folder / "corpus"),),
                                     "data.cache_dir": str(folder / "cache"), "transformer.num_heads": 2,
-                                    "data.seq_len": 64}  # fmt: skip
+                                    "data.seq_len": 64, "model.family": family_for(task)}  # fmt: skip
     raw.update_from_flattened_dict(
         settings | {key.replace("__", "."): value for key, value in changes.items()}
     )
     config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
     corpus = make_corpus(config, derived)
-    return make_program(config, derived, corpus.tokenizer.vocab_size, devices), corpus
+    program = make_program(
+        config, derived, corpus.tokenizer.vocab_size, devices, vocabulary=corpus.vocabulary
+    )
+    return program, corpus
 
 
 def one_update(program, corpus):
@@ -74,6 +84,7 @@ def test_a_run_of_every_task_reports_its_scores_and_keeps_the_best(task, tmp_pat
     write_rows(tmp_path, task)
     workdir = tmp_path / "work"
     settings = {"task__name": task, "data__seq_len": 64, "compute__accumulation_steps": 1}
+    settings["model__family"] = family_for(task)
     main(tiny_run.command(tmp_path, f"--workdir={workdir}", **settings))
     scores = TASKS[task].scores
     assert [score["name"] for score in json.loads((workdir / "scores.json").read_text())] == [
