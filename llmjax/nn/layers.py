@@ -13,6 +13,7 @@ from llmjax.errors import choose
 from llmjax.nn.config import ModelConfig
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.norm import NORMS
+from llmjax.ops.wide_product import wide_product
 from llmjax.parallel.rules import Layout
 
 
@@ -58,7 +59,8 @@ def product(x_BTX: jax.Array, w_XY: jax.Array, layout: Layout) -> jax.Array:
     # With one token dimension, the gradient of w contracts a single dimension. With two, XLA on CPU makes a
     # transposed copy of the wider operand.
     B, T, X = x_BTX.shape
-    return (x_BTX.reshape(B * T, X) @ w_XY).reshape(B, T, w_XY.shape[1])
+    multiply = wide_product if layout.platform == "cpu" and x_BTX.dtype == jnp.bfloat16 else jnp.matmul
+    return multiply(x_BTX.reshape(B * T, X), w_XY).reshape(B, T, w_XY.shape[1])
 
 
 class Norm(nn.Module):
