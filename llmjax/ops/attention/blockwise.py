@@ -127,11 +127,13 @@ class Blockwise:
         # pair of tokens, because here all weights of hidden keys are exactly 0.
         spoiled = ~(is_finite(lse) & is_finite(delta))
         lse, delta = jnp.where(spoiled, jnp.inf, lse), jnp.where(spoiled, 0.0, delta)
-        q, kv, dout = zero_nonfinite(q), zero_nonfinite(kv), zero_nonfinite(dout)
-        keys = _merge((kv[0], kv[0].swapaxes(3, 4), kv[1], *k_coords[:2]))
+        # The barrier lets XLA make the transposed copy from k, not from kv with the same arithmetic once more.
+        k, v = jax.lax.optimization_barrier((zero_nonfinite(kv[0]), zero_nonfinite(kv[1])))
+        keys = _merge((k, k.swapaxes(3, 4), v, *k_coords[:2]))
 
         def rows(dkv, arrays):
             q_KrH, dout_KrH, lse_Kr, delta_Kr, row, q_coord, dq_KrH = arrays
+            q_KrH, dout_KrH = zero_nonfinite(q_KrH), zero_nonfinite(dout_KrH)
             score = self._scorer(mask, q_KrH, q_coord)
 
             def add(at, carry):
