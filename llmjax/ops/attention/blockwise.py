@@ -103,12 +103,14 @@ class Blockwise:
             # The softmax so far counts as one key with score lse, weight 1 and value out.
             start = out_KrH.swapaxes(1, 2).astype(jnp.float32), lse_Kr, jnp.ones_like(lse_Kr)
             out_KHr, largest_Kr, total_Kr = _over_needed(mask, row, q_coord, k_coords, add, start)
-            out_KrH = (out_KHr / total_Kr[:, None]).swapaxes(1, 2).astype(out_KrH.dtype)
+            out_KrH = (out_KHr / total_Kr[:, None]).swapaxes(1, 2)
             return None, (out_KrH, largest_Kr + jnp.log(total_Kr))
 
         arrays = _merge((q, _row_numbers(q), q_coords, *softmax))
+        # Results leave the loop in float32: where a loop writes a block into a bfloat16 array, XLA on CPU converts the
+        # whole array to float32 and back.
         out, lse = jax.lax.scan(rows, None, arrays)[1]
-        return _split(out, q.shape[0]), _split(lse, q.shape[0])
+        return _split(out, q.shape[0]).astype(softmax[0].dtype), _split(lse, q.shape[0])
 
     def backward(
         self,
@@ -132,7 +134,7 @@ class Blockwise:
         keys = _merge((k, k.swapaxes(3, 4), v, *k_coords[:2]))
 
         def rows(dkv, arrays):
-            q_KrH, dout_KrH, lse_Kr, delta_Kr, row, q_coord, dq_KrH = arrays
+            q_KrH, dout_KrH, lse_Kr, delta_Kr, row, q_coord = arrays
             q_KrH, dout_KrH = zero_nonfinite(q_KrH), zero_nonfinite(dout_KrH)
             score = self._scorer(mask, q_KrH, q_coord)
 
@@ -156,18 +158,20 @@ class Blockwise:
                     dkv = _add_at(dkv[0], at, dk_KsH), _add_at(dkv[1], at, dv_KsH)
                 return dq_KHr, dkv
 
-            start = None if dq_KrH is None else jnp.zeros(q_KrH.swapaxes(1, 2).shape, jnp.float32)
+            start = None if dq is None else jnp.zeros(q_KrH.swapaxes(1, 2).shape, jnp.float32)
             dq_KHr, dkv = _over_needed(mask, row, q_coord, k_coords, add, (start, dkv))
-            return dkv, None if dq_KHr is None else _added(dq_KrH, dq_KHr.swapaxes(1, 2) * scale)
+            return dkv, None if dq_KHr is None else dq_KHr.swapaxes(1, 2) * scale
 
-        # Contributions of all query blocks are summed in float32, and rounded once when they are added to dkv.
+        # Gradients are summed in float32, and rounded once when they are added to dq and dkv.
         sums = None if dkv is None else 2 * (jnp.zeros(keys[0].shape, jnp.float32),)
-        arrays = _merge((q, dout, lse, delta, _row_numbers(q), q_coords, dq))
-        sums, dq = jax.lax.scan(rows, sums, arrays)
+        arrays = _merge((q, dout, lse, delta, _row_numbers(q), q_coords))
+        sums, more = jax.lax.scan(rows, sums, arrays)
         if dkv is not None and sums is not None:
             dk, dv = (_split(x, B) for x in sums)
             dkv = jnp.stack([_added(dkv[0], dk * scale), _added(dkv[1], dv)])
-        return None if dq is None else jnp.where(spoiled[..., None], jnp.nan, _split(dq, B)), dkv
+        if dq is not None:
+            dq = jnp.where(spoiled[..., None], jnp.nan, _added(dq, _split(more, B)))
+        return dq, dkv
 
     def _scorer(self, mask: Mask, q_KrH: jax.Array, q_coord: _Coords) -> Callable[..., Any]:
         """Returns `score(k_KsH, segments_s, positions_s) -> (capped, scores)`: soft-capped scores_Ksr, before and after
