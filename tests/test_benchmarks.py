@@ -49,6 +49,14 @@ def test_a_line_says_what_was_measured_beside_what_and_where(capsys):
     assert second.keys() == KEYS and second["processor"] == "TPU v5e" and second["rival"] is None
 
 
+def test_a_line_names_the_extensions_that_decide_how_fast_a_processor_multiplies():
+    cores = f"{os.cpu_count()} cores"
+    intel = "model name\t: Xeon\nflags\t\t: sse avx avx2 avx512f avx512_bf16 amx_bf16\n"
+    assert lines.describe_processor(intel) == f"Xeon, {cores}, AVX-512, AVX-512 bfloat16, AMX bfloat16"
+    assert lines.describe_processor("model name: EPYC\nflags: avx avx2\n") == f"EPYC, {cores}, AVX2"
+    assert lines.describe_processor("Features\t: asimd svebf16\n").endswith("NEON, SVE bfloat16")
+
+
 def test_what_an_absent_package_is_needed_for_is_left_out_by_smoke_runs_alone(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert lines.can_run("memory", "libtpu", smoke=False) and not lines.can_run(

@@ -1,24 +1,27 @@
-"""Measures how many tokens per second our base model trains on, beside a PyTorch model in the style of nanoGPT.
+"""Measures how many tokens per second our base model trains on, beside two PyTorch models of the same size.
 
     pip install torch==2.13.0
     python tools/bench_train.py
+    python tools/bench_train.py --shapes gpt2_124m --dtypes bfloat16 --ways compiled
 
-Both have the same layers, width, heads, vocabulary and tokens, float32, and AdamW with clipping. Ours is the training
-step of `configs/base.py` with another optimizer, on packed documents: RoPE, QK-norm, SwiGLU, segments in the attention
-mask, exact sums. The rival is the model of nanoGPT (`nanogpt.py`) with fused AdamW. Its feed-forward layer is so wide
-that it has the same number of weights as ours.
+Ours is the training step of `configs/base.py` with another optimizer, on packed documents: RoPE, QK-norm, SwiGLU,
+segments in the attention mask, exact sums. The rivals are two. `nanogpt` is the model of nanoGPT (`nanogpt.py`), whose
+feed-forward layer is so wide that it has the same number of weights. `same` has our very architecture (`llama.py`).
+All have the same layers, width, heads, vocabulary and tokens, and AdamW, which is fused in PyTorch, with clipping. In
+bfloat16, the rivals run under `torch.autocast`.
 
-Each side runs in a process of its own, and the two take turns. Values are medians over the rounds, and the ratio is the
+Each side runs in a process of its own, and all take turns. Values are medians over the rounds, and a ratio is the
 median of the ratios of each round. The output has one JSON object in each line. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import pathlib
 import runpy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,13 +38,17 @@ from llmjax.train.steering.batch_schedule import BatchArithmetic
 from llmjax.types import Batch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# The goal of the ratio ours / rival: as fast as PyTorch.
-GOAL = 1.0
+# The goals of the ratio ours / rival. In bfloat16 the goal holds where the processor multiplies bfloat16 matrices.
+GOALS = {
+    "float32": {"nanogpt": 1.0, "same": 1.2},
+    "bfloat16": {"nanogpt": 1.2, "same": 1.2},
+}
 # Changes to configs/base.py that both sides have.
 ALIKE = {"optimizer.name": "adamw", "compute.accumulation_steps": 1}
 # Updates before the first one that is measured. A choice: the first compiles, and memory is allocated in the next.
 WARMUP_UPDATES = 3
-# The shapes that can be measured, as changes to configs/base.py. 12m has about 12 million parameters.
+# The shapes that can be measured, as changes to configs/base.py, by their numbers of parameters. gpt2_124m has the size
+# of GPT-2, not its architecture.
 SHAPES = {
     "base": {**ALIKE, "train.tokens_per_update": 8 * 512},
     "12m": {
@@ -51,6 +58,23 @@ SHAPES = {
         "model.model_dim": 384,
         "transformer.num_heads": 6,
         "tokenizer.vocab_size": 8192,
+    },
+    "50m": {
+        **ALIKE,
+        "train.tokens_per_update": 2 * 512,
+        "model.num_layers": 8,
+        "model.model_dim": 640,
+        "model.num_heads": 10,
+        "tokenizer.vocab_size": 16384,
+    },
+    "gpt2_124m": {
+        **ALIKE,
+        "train.tokens_per_update": 1024,
+        "data.seq_len": 1024,
+        "model.num_layers": 12,
+        "model.model_dim": 768,
+        "model.num_heads": 12,
+        "tokenizer.vocab_size": 50304,
     },
     "smoke": {
         **ALIKE,
@@ -62,6 +86,9 @@ SHAPES = {
         "tokenizer.vocab_size": 512,
     },
 }
+
+# Updates in a turn.
+UPDATES = {"gpt2_124m": 2}
 
 
 def load_config(changes: dict[str, Any], num_devices: int = 1) -> tuple[Config, Derived]:
@@ -112,19 +139,33 @@ def make_ours(config: Config, derived: Derived) -> tuple[Callable[[], float], in
     return update, size
 
 
-def make_rival(config: Config, batch: BatchArithmetic, compiled: bool) -> tuple[Callable, int]:
-    """A function that makes one update of nanoGPT's model and returns its loss, and the number of its parameters.
+def make_model(rival: str, config: Config, length: int) -> Any:
+    """The model of a rival, "nanogpt" or "same", for sequences of `length` tokens."""
+    import llama
+    import nanogpt
+
+    m, vocab = config.model, config.tokenizer.vocab_size
+    sizes = vocab, length, m.num_layers, m.model_dim, m.num_heads
+    if rival == "nanogpt":
+        # SwiGLU has three matrices where GELU has two.
+        return nanogpt.GPT(*sizes, m.mlp_dim * 3 // 2 if m.activation == "swiglu" else m.mlp_dim)
+    if rival == "same":
+        return llama.Llama(*sizes, m.mlp_dim, theta=m.rope_theta, eps=m.norm_eps)
+    raise ValueError(f"rival={rival!r} is none of nanogpt and same")
+
+
+def make_rival(
+    rival: str, config: Config, batch: BatchArithmetic, compiled: bool
+) -> tuple[Callable[[], float], int]:
+    """A function that makes one update of a PyTorch model and returns its loss, and the number of its parameters.
 
     The update is that of nanoGPT's train.py. `compiled` says whether torch.compile compiles the model.
     """
     import torch
-    from nanogpt import GPT
 
-    m, vocab, length = config.model, config.tokenizer.vocab_size, batch.seq_len
-    # SwiGLU has three matrices where GELU has two.
-    hidden = m.mlp_dim * 3 // 2 if m.activation == "swiglu" else m.mlp_dim
+    vocab, length, o = config.tokenizer.vocab_size, batch.seq_len, config.optimizer
     torch.manual_seed(0)
-    model, o = GPT(vocab, length, m.num_layers, m.model_dim, m.num_heads, hidden), config.optimizer
+    model = make_model(rival, config, length)
     # As in nanoGPT, only matrices have weight decay.
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
@@ -134,10 +175,12 @@ def make_rival(config: Config, batch: BatchArithmetic, compiled: bool) -> tuple[
     optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=betas, fused=True)
     forward, steps = torch.compile(model) if compiled else model, batch.accumulation_steps
     micro = [torch.randint(0, vocab, (batch.micro_batch_size, length + 1)) for _ in range(steps)]
+    in_bfloat16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.model.dtype == "bfloat16")
 
     def update() -> float:
         for tokens in micro:
-            loss = forward(tokens[:, :-1], tokens[:, 1:]) / steps
+            with in_bfloat16:
+                loss = forward(tokens[:, :-1], tokens[:, 1:]) / steps
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
         optimizer.step()
@@ -147,63 +190,74 @@ def make_rival(config: Config, batch: BatchArithmetic, compiled: bool) -> tuple[
     return update, sum(p.numel() for p in model.parameters())
 
 
-def make_side(side: str, shape: str) -> tuple[Callable[[], float], tuple[int, str]]:
-    """One side, "ours", "eager" or "compiled", for `take_turns`: a function that measures an update in seconds, and the
+def make_side(side: str, shape: str, dtype: str, way: str) -> tuple[Callable[[], float], tuple[int, str]]:
+    """One side, "ours" or a rival, for `take_turns`: a function that measures the updates of a turn in seconds, and the
     number of parameters with the name of the side."""
-    config, derived = load_config(SHAPES[shape])
+    config, derived = load_config(SHAPES[shape] | {"model.dtype": dtype})
     if side == "ours":
         keep_freed_memory()
         (update, size), name = make_ours(config, derived), "llmjax"
     else:
         import torch
 
-        (update, size), name = (
-            make_rival(config, derived.batch, side == "compiled"),
-            f"PyTorch {torch.__version__}",
-        )
+        update, size = make_rival(side, config, derived.batch, way == "compiled")
+        name = f"{side} in PyTorch {torch.__version__}, {way}"
     for _ in range(WARMUP_UPDATES):
         update()
-    return functools.partial(seconds, update), (size, name)
+
+    def turn() -> None:
+        for _ in range(UPDATES.get(shape, 1)):
+            update()
+
+    return functools.partial(seconds, turn), (size, name)
 
 
-def bench(shape: str, rounds: int, rival: str) -> None:
-    """Measures both sides in turn, `rounds` times, and reports tokens per second for a shape of `SHAPES`."""
-    ours, other = take_turns([functools.partial(make_side, side, shape) for side in ("ours", rival)], rounds)
-    (size, _), (rival_size, rival_name) = ours.facts, other.facts
-    mine, theirs = ours.values, other.values
+def bench(shape: str, dtype: str, rivals: Sequence[str], way: str, rounds: int) -> None:
+    """Measures all sides in turn, `rounds` times, and reports tokens per second for a shape of `SHAPES`."""
+    makes = [functools.partial(make_side, side, shape, dtype, way) for side in ("ours", *rivals)]
+    ours, *others = take_turns(makes, rounds)
     batch = load_config(SHAPES[shape])[1].batch
-    # Times are the inverse of speeds, so this is ours / rival in tokens per second.
-    ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
-    report(
-        f"train_{shape}",
-        round(batch.tokens_per_update / statistics.median(mine)),
-        "tokens/s",
-        f"nanoGPT-style {rival_name}, {rival}",
-        round(batch.tokens_per_update / statistics.median(theirs)),
-        GOAL,
-        ratio >= GOAL,
-        ratio=round(ratio, 3),
-        parameters=size,
-        rival_parameters=rival_size,
-        batch=batch.describe(),
-    )
+    tokens = batch.tokens_per_update * UPDATES.get(shape, 1)
+    for rival, other in zip(rivals, others, strict=True):
+        # Times are the inverse of speeds, so this is ours / rival in tokens per second.
+        ratio = statistics.median(b / a for a, b in zip(ours.values, other.values, strict=True))
+        goal = GOALS[dtype][rival]
+        report(
+            f"train_{shape}_{dtype}",
+            round(tokens / statistics.median(ours.values)),
+            "tokens/s",
+            other.facts[1],
+            round(tokens / statistics.median(other.values)),
+            goal,
+            ratio >= goal,
+            ratio=round(ratio, 3),
+            parameters=ours.facts[0],
+            rival_parameters=other.facts[0],
+            batch=batch.describe(),
+            rounds=rounds,
+        )
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["base", "12m"])
+    parser.add_argument("--dtypes", nargs="+", choices=GOALS, default=["float32"])
+    parser.add_argument("--rivals", nargs="+", choices=GOALS["float32"], default=[*GOALS["float32"]])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
-        "--rival",
+        "--ways",
+        nargs="+",
         choices=("eager", "compiled"),
-        default="eager",
-        help="compiled: by torch.compile, which needs a C++ compiler",
+        default=["eager"],
+        help="how the rivals run; compiled: by torch.compile, which needs a C++ compiler",
     )
     args = parser.parse_args()
     shapes, rounds = (["smoke"], 1) if args.smoke else (args.shapes, args.rounds)
-    for shape in shapes:
-        if can_run(f"train_{shape}", "torch", args.smoke):
-            bench(shape, rounds, args.rival)
+    # A smoke run tries both dtypes.
+    dtypes = list(GOALS) if args.smoke else args.dtypes
+    for shape, dtype, way in itertools.product(shapes, dtypes, args.ways):
+        if can_run(f"train_{shape}_{dtype}", "torch", args.smoke):
+            bench(shape, dtype, args.rivals, way, rounds)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,34 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+# Extensions of the instruction set that decide how fast a CPU multiplies, by a name for people -> the flag in
+# /proc/cpuinfo. Of the vector extensions only the first that is there is told, and all of the matrix extensions.
+VECTORS = {"AVX-512": "avx512f", "AVX2": "avx2", "AVX": "avx", "SVE": "sve", "NEON": "asimd"}
+MATRICES = {
+    "AVX-512 bfloat16": "avx512_bf16",
+    "AMX bfloat16": "amx_bf16",
+    "SME": "sme",
+    "SVE bfloat16": "svebf16",
+}
+
+
 def this_machine() -> str:
-    """The model of the CPU and its number of cores, as in `AMD EPYC 7B13, 8 cores`."""
+    """This machine as `describe_processor` describes it."""
     info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = names[0] if names else platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
+    return describe_processor(info.read_text(encoding="utf-8") if info.exists() else "")
+
+
+def describe_processor(cpuinfo: str) -> str:
+    """The model of the CPU, its number of cores, and its vector and matrix extensions, from the text of /proc/cpuinfo,
+    as in `Intel(R) Xeon(R) Processor, 2 cores, AVX-512, AMX bfloat16`."""
+    parts = (line.partition(":") for line in cpuinfo.splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in parts}
+    model = facts.get("model name") or platform.processor() or platform.machine()
+    # The key on x86, and the key on ARM.
+    flags = (facts.get("flags") or facts.get("Features") or "").split()
+    vectors = [name for name, flag in VECTORS.items() if flag in flags][:1]
+    matrices = [name for name, flag in MATRICES.items() if flag in flags]
+    return ", ".join([model, f"{os.cpu_count()} cores", *vectors, *matrices])
 
 
 def report(

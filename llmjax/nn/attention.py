@@ -71,7 +71,7 @@ class Attention(nn.Module):
         B, T, N, H = out_BTNH.shape
         # The matrix is stored with D first, as are the others; see `layers.MLP`.
         wo_DX = self.wo_DNH.reshape(-1, N * H)
-        out_BTD = product(out_BTNH.reshape(B, T, N * H), wo_DX.T, self.layout)
+        out_BTD = product(out_BTNH.reshape(B, T, N * H), wo_DX, self.layout, transposed=True)
         if self.config.use_bias:
             out_BTD = add_bias(out_BTD, self.out_bias)
         return self.layout.constrain(out_BTD, "batch", "length", None)

@@ -13,6 +13,7 @@ from llmjax.errors import choose
 from llmjax.nn.config import BlockConfig
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.norm import NORMS
+from llmjax.ops.wide_product import wide_product
 from llmjax.parallel.rules import Layout
 
 
@@ -51,14 +52,20 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + jnp.broadcast_to(bias[None, None], x.shape).astype(x.dtype)
 
 
-def product(x_BTX: jax.Array, w_XY: jax.Array, layout: Layout) -> jax.Array:
-    """x @ w, with batch and length merged into one dimension unless the mesh axis `seq` splits the length."""
+def product(x_BTX: jax.Array, w: jax.Array, layout: Layout, transposed: bool = False) -> jax.Array:
+    """x @ w_XY, or x @ w_YX.T if `transposed`, with batch and length merged into one dimension unless the mesh axis
+    `seq` splits the length."""
     if layout.axis_size("seq") > 1:
-        return x_BTX @ w_XY
+        return x_BTX @ (w.T if transposed else w)
     # With one token dimension, the gradient of w contracts a single dimension. With two, XLA on CPU makes a
     # transposed copy of the wider operand.
     B, T, X = x_BTX.shape
-    return (x_BTX.reshape(B * T, X) @ w_XY).reshape(B, T, w_XY.shape[1])
+    x_TX = x_BTX.reshape(B * T, X)
+    if layout.platform == "cpu" and x_BTX.dtype == jnp.bfloat16:
+        y_TY = wide_product(x_TX, w, transposed)
+    else:
+        y_TY = x_TX @ (w.T if transposed else w)
+    return y_TY.reshape(B, T, -1)
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array, layout: Layout) -> jax.Array:
@@ -123,7 +130,7 @@ class MLP(nn.Module):
         else:
             h_BTF = activation.function(up_BTF)
         h_BTF = self.layout.constrain(h_BTF, "batch", "length", "mlp")
-        out_BTD = product(h_BTF, w_down_DF.T, self.layout)
+        out_BTD = product(h_BTF, w_down_DF, self.layout, transposed=True)
         if c.use_bias:
             out_BTD = add_bias(out_BTD, vector(self, "down_bias", (c.model_dim,), ("feature",), 0.0))
         return self.layout.constrain(out_BTD, "batch", "length", None)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.ops.loss_chunk import Chunk, cast_weights
-from llmjax.ops.loss_tiling import OTHERS, TPU, Chunking, make_tiling
+from llmjax.ops.loss_tiling import CPU, OTHERS, TPU, Chunking, make_tiling
 from llmjax.types import Head, LossSums
 
 # The gradients of hidden_BTD, w_VD and bias_V.
@@ -97,7 +97,7 @@ def token_cross_entropy(
     arrays = hidden_BTD, head.w_VD, head.bias_V, targets_BT
     if chunking is not None:
         return by(chunking)(*arrays)
-    return jax.lax.platform_dependent(*arrays, tpu=by(TPU), default=by(OTHERS))
+    return jax.lax.platform_dependent(*arrays, tpu=by(TPU), cpu=by(CPU), default=by(OTHERS))
 
 
 # The gradients are computed in the forward pass; the backward pass only multiplies them by the cotangent of the loss.
@@ -133,7 +133,7 @@ def _on_platform(settings: tuple, gradients: bool, *arrays: jax.Array | None) ->
 
     if chunking is not None:
         return by(chunking)(*arrays)
-    return jax.lax.platform_dependent(*arrays, tpu=by(TPU), default=by(OTHERS))
+    return jax.lax.platform_dependent(*arrays, tpu=by(TPU), cpu=by(CPU), default=by(OTHERS))
 
 
 def _sum_chunks(
@@ -192,7 +192,10 @@ def _sum_chunks(
         dh, dw, dbias = more[:3]
         factors = largest_XYC, scale_XYC, dtarget_XYC
         dlogits, dw, dbias = chunk.add_gradients(kept, *factors, dw, dbias, dw_dims)
-        dh_XYCD = jnp.einsum(f"{tiling.order},ZVD->XYCD", dlogits, cast_weights(w, dtype))
+        result = jnp.float32 if chunking.wide else None
+        dh_XYCD = jnp.einsum(
+            f"{tiling.order},ZVD->XYCD", dlogits, cast_weights(w, dtype), preferred_element_type=result
+        ).astype(dtype)
         return sums, jax.lax.dynamic_update_index_in_dim(dh, dh_XYCD, i, 2), dw, dbias, dlogits, kept[1]
 
     # The buffers for gradients, numerators and references are allocated once and reused by every chunk.

@@ -29,6 +29,7 @@ class Chunking:
                   contiguous; otherwise tokens are the rows
     cast_once     if true, the weights are copied once in the dtype of the hidden states; otherwise each read casts
                   them
+    wide          the gradient of the hidden states is computed as float32 and then rounded, see `wide_product`
     """
 
     chunk_tokens: int
@@ -36,6 +37,7 @@ class Chunking:
     block_bytes: int
     ids_first: bool
     cast_once: bool
+    wide: bool = False
 
 
 # At 1024 tokens per chunk, a matrix product on a TPU takes longer than its memory traffic, reads of float32 weights
@@ -45,6 +47,8 @@ TPU = Chunking(chunk_tokens=1024, chunk_bytes=2**28, block_bytes=22 * 2**20, ids
 # With tokens as rows, XLA on CPU transposes only small operands, and with a single block it copies none of them. The
 # sizes are choices.
 OTHERS = Chunking(chunk_tokens=512, chunk_bytes=2**28, block_bytes=2**28, ids_first=False, cast_once=True)
+# The matrix unit of a CPU multiplies bfloat16 numbers only to float32 results.
+CPU = dataclasses.replace(OTHERS, wide=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,6 +116,11 @@ class Layout:
     mesh: Mesh | None = None
     manual: tuple[str, ...] = ()
 
+    @property
+    def platform(self) -> str:
+        """The kind of the devices, such as `cpu` or `tpu`."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
     def sharding(self, *names: str | None) -> NamedSharding:
         """The sharding of an array with these logical dimensions. It needs a mesh."""
         assert self.mesh is not None

@@ -37,7 +37,7 @@ def attend(
     *,
     softcap: float = 0.0,
     sinks_N: jax.Array | None = None,
-    block: int = 128,
+    block: int = 64,
 ) -> jax.Array:
     """out_BTNH, in the dtype of q, equal to `full.attend`. Scores and softmax are float32.
 
@@ -55,7 +55,7 @@ class Blockwise:
     """
 
     softcap: float = 0.0
-    block: int = 128
+    block: int = 64
 
     def cut_queries(self, x_BTNH: jax.Array, K: int) -> KernelArray:
         B, T, N, H = x_BTNH.shape
@@ -79,41 +79,38 @@ class Blockwise:
 
     def forward(self, q: KernelArray, kv: KernelArray, mask: Mask, softmax: Softmax) -> Softmax:
         q_coords, k_coords = _coords(mask, self.block)
-
-        def sequence(arrays):
-            q_IKrH, q_coords, k_JKsH, v_JKHs, k_coords, *softmax = arrays
-            keys = k_JKsH, v_JKHs, k_coords
-
-            def rows(_, arrays):
-                q_KrH, q_coord, out_KrH, lse_Kr = arrays
-                q_KHr = q_KrH.swapaxes(1, 2)
-                score = self._scorer(mask, q_KHr, q_coord)
-
-                # One step of the online softmax: rescale what was summed under the old largest score, and add this
-                # block.
-                def add(at, carry):
-                    out_KHr, largest_Kr, total_Kr = carry
-                    k_KsH, v_KHs, k_coord = _take(keys, at)
-                    scores_Ksr = score(k_KsH, k_coord)[1]
-                    new_Kr = jnp.maximum(largest_Kr, jnp.max(scores_Ksr, axis=1))
-                    weights_Ksr = jnp.exp(scores_Ksr - new_Kr[:, None])
-                    # The weights of earlier keys were relative to the old largest score.
-                    shrink_Kr = jnp.exp(largest_Kr - new_Kr)
-                    out_KHr = out_KHr * shrink_Kr[:, None] + _dot(
-                        "KHs,Ksr->KHr", v_KHs, weights_Ksr.astype(v_KHs.dtype)
-                    )
-                    return out_KHr, new_Kr, total_Kr * shrink_Kr + jnp.sum(weights_Ksr, axis=1)
-
-                # The softmax so far counts as one key with score lse, weight 1 and value out.
-                start = out_KrH.swapaxes(1, 2).astype(jnp.float32), lse_Kr, jnp.ones_like(lse_Kr)
-                out_KHr, largest_Kr, total_Kr = _over_needed(mask, q_coord, k_coords, add, start)
-                out_KrH = (out_KHr / total_Kr[:, None]).swapaxes(1, 2).astype(out_KrH.dtype)
-                return None, (out_KrH, largest_Kr + jnp.log(total_Kr))
-
-            return jax.lax.scan(rows, None, (q_IKrH, q_coords, *softmax))[1]
-
         k, v = mark_nonfinite_values(*kv)
-        return jax.lax.map(sequence, (q, q_coords, k, v.swapaxes(3, 4), k_coords, *softmax))
+        keys = _merge((k, v.swapaxes(3, 4), *k_coords[:2]))
+
+        def rows(_, arrays):
+            q_KrH, row, q_coord, out_KrH, lse_Kr = arrays
+            score = self._scorer(mask, q_KrH, q_coord)
+
+            # One step of the online softmax: rescale what was summed under the old largest score, and add this block.
+            def add(at, carry):
+                out_KHr, largest_Kr, total_Kr = carry
+                k_KsH, v_KHs, *k_coord = _take(keys, at)
+                scores_Ksr = score(k_KsH, *k_coord)[1]
+                new_Kr = jnp.maximum(largest_Kr, jnp.max(scores_Ksr, axis=1))
+                weights_Ksr = jnp.exp(scores_Ksr - new_Kr[:, None])
+                # The weights of earlier keys were relative to the old largest score.
+                shrink_Kr = jnp.exp(largest_Kr - new_Kr)
+                out_KHr = out_KHr * shrink_Kr[:, None] + _dot(
+                    "KHs,Ksr->KHr", v_KHs, weights_Ksr.astype(v_KHs.dtype)
+                )
+                return out_KHr, new_Kr, total_Kr * shrink_Kr + jnp.sum(weights_Ksr, axis=1)
+
+            # The softmax so far counts as one key with score lse, weight 1 and value out.
+            start = out_KrH.swapaxes(1, 2).astype(jnp.float32), lse_Kr, jnp.ones_like(lse_Kr)
+            out_KHr, largest_Kr, total_Kr = _over_needed(mask, row, q_coord, k_coords, add, start)
+            out_KrH = (out_KHr / total_Kr[:, None]).swapaxes(1, 2)
+            return None, (out_KrH, largest_Kr + jnp.log(total_Kr))
+
+        arrays = _merge((q, _row_numbers(q), q_coords, *softmax))
+        # Results leave the loop in float32: where a loop writes a block into a bfloat16 array, XLA on CPU converts the
+        # whole array to float32 and back.
+        out, lse = jax.lax.scan(rows, None, arrays)[1]
+        return _split(out, q.shape[0]).astype(softmax[0].dtype), _split(lse, q.shape[0])
 
     def backward(
         self,
@@ -127,67 +124,67 @@ class Blockwise:
         dkv: KernelArray | None,
     ) -> tuple[KernelArray | None, KernelArray | None]:
         q_coords, k_coords = _coords(mask, self.block)
-        scale = q.shape[-1] ** -0.5
+        B, scale = q.shape[0], q.shape[-1] ** -0.5
         # Zeroing the weights of spoiled rows (lse = inf) and non-finite operands once is cheaper than selecting per
         # pair of tokens, because here all weights of hidden keys are exactly 0.
         spoiled = ~(is_finite(lse) & is_finite(delta))
         lse, delta = jnp.where(spoiled, jnp.inf, lse), jnp.where(spoiled, 0.0, delta)
-        q, kv, dout = zero_nonfinite(q), zero_nonfinite(kv), zero_nonfinite(dout)
+        # The barrier lets XLA make the transposed copy from k, not from kv with the same arithmetic once more.
+        k, v = jax.lax.optimization_barrier((zero_nonfinite(kv[0]), zero_nonfinite(kv[1])))
+        keys = _merge((k, k.swapaxes(3, 4), v, *k_coords[:2]))
 
-        def sequence(arrays):
-            of_queries, keys, dkv = arrays
+        def rows(dkv, arrays):
+            q_KrH, dout_KrH, lse_Kr, delta_Kr, row, q_coord = arrays
+            q_KrH, dout_KrH = zero_nonfinite(q_KrH), zero_nonfinite(dout_KrH)
+            score = self._scorer(mask, q_KrH, q_coord)
 
-            def rows(dkv, arrays):
-                q_KrH, dout_KrH, lse_Kr, delta_Kr, q_coord, dq_KrH = arrays
-                q_KHr, dout_KHr = q_KrH.swapaxes(1, 2), dout_KrH.swapaxes(1, 2)
-                score = self._scorer(mask, q_KHr, q_coord)
+            def add(at, carry):
+                dq_KHr, dkv = carry
+                k_KsH, k_KHs, v_KsH, *k_coord = _take(keys, at)
+                capped_Ksr, scores_Ksr = score(k_KsH, *k_coord)
+                weights_Ksr = jnp.exp(scores_Ksr - lse_Kr[:, None])
+                # The gradient of the softmax: weight * (d weight - delta). If scores are soft-capped, the derivative
+                # of the cap follows.
+                dscores_Ksr = weights_Ksr * (_dot("KsH,KrH->Ksr", v_KsH, dout_KrH) - delta_Kr[:, None])
+                if self.softcap:
+                    dscores_Ksr *= 1.0 - jnp.square(capped_Ksr / self.softcap)
+                # Matrix products read the compute dtype and add up in float32.
+                weights_Ksr, dscores_Ksr = (x.astype(q_KrH.dtype) for x in (weights_Ksr, dscores_Ksr))
+                if dq_KHr is not None:
+                    dq_KHr += _dot("KHs,Ksr->KHr", k_KHs, dscores_Ksr)
+                if dkv is not None:
+                    dk_KsH = _dot("Ksr,KrH->KsH", dscores_Ksr, q_KrH)
+                    dv_KsH = _dot("Ksr,KrH->KsH", weights_Ksr, dout_KrH)
+                    dkv = _add_at(dkv[0], at, dk_KsH), _add_at(dkv[1], at, dv_KsH)
+                return dq_KHr, dkv
 
-                def add(at, carry):
-                    dq_KHr, dkv = carry
-                    k_KsH, k_KHs, v_KsH, k_coord = _take(keys, at)
-                    capped_Ksr, scores_Ksr = score(k_KsH, k_coord)
-                    weights_Ksr = jnp.exp(scores_Ksr - lse_Kr[:, None])
-                    # The gradient of the softmax: weight * (d weight - delta). If scores are soft-capped, the
-                    # derivative of the cap follows.
-                    dscores_Ksr = weights_Ksr * (_dot("KsH,KHr->Ksr", v_KsH, dout_KHr) - delta_Kr[:, None])
-                    if self.softcap:
-                        dscores_Ksr *= 1.0 - jnp.square(capped_Ksr / self.softcap)
-                    # Matrix products read the compute dtype and add up in float32.
-                    weights_Ksr, dscores_Ksr = (x.astype(q_KrH.dtype) for x in (weights_Ksr, dscores_Ksr))
-                    if dq_KHr is not None:
-                        dq_KHr += _dot("KHs,Ksr->KHr", k_KHs, dscores_Ksr)
-                    if dkv is not None:
-                        dk_JKsH = _add_at(dkv[0], at, _dot("Ksr,KrH->KsH", dscores_Ksr, q_KrH))
-                        dkv = dk_JKsH, _add_at(dkv[1], at, _dot("Ksr,KrH->KsH", weights_Ksr, dout_KrH))
-                    return dq_KHr, dkv
+            start = None if dq is None else jnp.zeros(q_KrH.swapaxes(1, 2).shape, jnp.float32)
+            dq_KHr, dkv = _over_needed(mask, row, q_coord, k_coords, add, (start, dkv))
+            return dkv, None if dq_KHr is None else dq_KHr.swapaxes(1, 2) * scale
 
-                start = None if dq_KrH is None else jnp.zeros(q_KHr.shape, jnp.float32)
-                dq_KHr, dkv = _over_needed(mask, q_coord, keys[-1], add, (start, dkv))
-                return dkv, None if dq_KHr is None else _added(dq_KrH, dq_KHr.swapaxes(1, 2) * scale)
+        # Gradients are summed in float32, and rounded once when they are added to dq and dkv.
+        sums = None if dkv is None else 2 * (jnp.zeros(keys[0].shape, jnp.float32),)
+        arrays = _merge((q, dout, lse, delta, _row_numbers(q), q_coords))
+        sums, more = jax.lax.scan(rows, sums, arrays)
+        if dkv is not None and sums is not None:
+            dk, dv = (_split(x, B) for x in sums)
+            dkv = jnp.stack([_added(dkv[0], dk * scale), _added(dkv[1], dv)])
+        if dq is not None:
+            dq = jnp.where(spoiled[..., None], jnp.nan, _added(dq, _split(more, B)))
+        return dq, dkv
 
-            # Contributions of all query blocks are summed in float32, and rounded once when they are added to dkv.
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), dkv)
-            more, dq_IKrH = jax.lax.scan(rows, zeros, of_queries)
-            if dkv is not None:
-                dkv = _added(dkv[0], more[0] * scale), _added(dkv[1], more[1])
-            return dq_IKrH, dkv
-
-        of_queries, keys = (q, dout, lse, delta, q_coords, dq), (kv[0], kv[0].swapaxes(3, 4), kv[1], k_coords)
-        dq, dkv = jax.lax.map(sequence, (of_queries, keys, None if dkv is None else (dkv[0], dkv[1])))
-        dq = None if dq is None else jnp.where(spoiled[..., None], jnp.nan, dq)
-        return dq, None if dkv is None else jnp.stack(dkv)
-
-    def _scorer(self, mask: Mask, q_KHr: jax.Array, q_coord: _Coords) -> Callable[..., Any]:
-        """Returns `score(k_KsH, k_coord) -> (capped, scores)`: soft-capped scores_Ksr, before and after the mask."""
-        heads, scale = q_KHr.shape[2] // q_coord.segments.size, q_KHr.shape[1] ** -0.5
+    def _scorer(self, mask: Mask, q_KrH: jax.Array, q_coord: _Coords) -> Callable[..., Any]:
+        """Returns `score(k_KsH, segments_s, positions_s) -> (capped, scores)`: soft-capped scores_Ksr, before and after
+        the mask."""
+        heads, scale = q_KrH.shape[1] // q_coord.segments.size, q_KrH.shape[2] ** -0.5
         # All query heads of a group have the same tokens, so the coordinates are repeated for each head.
         segments_1r, positions_1r = (jnp.tile(x, heads)[None] for x in q_coord[:2])
 
-        def score(k_KsH: jax.Array, k_coord: _Coords) -> tuple[jax.Array, jax.Array]:
-            capped_Ksr = cap_scores(_dot("KsH,KHr->Ksr", k_KsH, q_KHr) * scale, self.softcap)
-            visible_sr = mask.visible(
-                segments_1r, positions_1r, k_coord.segments[:, None], k_coord.positions[:, None]
-            )
+        def score(
+            k_KsH: jax.Array, segments_s: jax.Array, positions_s: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            capped_Ksr = cap_scores(_dot("KsH,KrH->Ksr", k_KsH, q_KrH) * scale, self.softcap)
+            visible_sr = mask.visible(segments_1r, positions_1r, segments_s[:, None], positions_s[:, None])
             return capped_Ksr, jnp.where(visible_sr[None], capped_Ksr, HIDDEN_SCORE)
 
         return score
@@ -214,20 +211,40 @@ def _coords(mask: Mask, block: int) -> tuple[_Coords, _Coords]:
     return q_coords, coords(mask.k_segments_BS, mask.k_positions_BS)
 
 
-def _over_needed(mask: Mask, q_coord: _Coords, k_coords: _Coords, add: Callable[..., Any], carry: Any) -> Any:
-    """Calls `carry = add(at, carry)` for the index `at` of each key block that the query block needs."""
-    needed_J = mask.may_see(q_coord.span, k_coords.span)
-    numbers_J = jnp.arange(needed_J.size)
+def _over_needed(
+    mask: Mask, row: jax.Array, q_coord: _Coords, k_coords: _Coords, add: Callable[..., Any], carry: Any
+) -> Any:
+    """Calls `carry = add(at, carry)` for each key block that a query block of the batch row `row` needs. `at` is the
+    index of the key block among those of all rows."""
+    needed_J = mask.may_see(q_coord.span, _take(k_coords.span, row))
+    J = needed_J.size
+    numbers_J = jnp.arange(J)
 
     def needed_from(at: jax.Array | int) -> jax.Array:
-        return jnp.min(jnp.where(needed_J & (numbers_J >= at), numbers_J, needed_J.size))
+        return jnp.min(jnp.where(needed_J & (numbers_J >= at), numbers_J, J))
 
     # A while loop that jumps from one needed block to the next: blocks that are not needed cost nothing.
     return jax.lax.while_loop(
-        lambda state: state[0] < needed_J.size,
-        lambda state: (needed_from(state[0] + 1), add(*state)),
+        lambda state: state[0] < J,
+        lambda state: (needed_from(state[0] + 1), add(row * J + state[0], state[1])),
         (needed_from(0), carry),
     )[1]
+
+
+def _row_numbers(x_BI: jax.Array) -> jax.Array:
+    """The batch row of each block, int32 [B, I]."""
+    return jax.lax.broadcasted_iota(jnp.int32, x_BI.shape[:2], 0)
+
+
+def _merge(tree: Any) -> Any:
+    """Arrays [B, I, ...] as [B * I, ...]: the blocks of all batch rows in one list. A loop over batch rows would copy
+    each row before its blocks are read."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _split(x: jax.Array, B: int) -> jax.Array:
+    """The inverse of `_merge`."""
+    return x.reshape(B, -1, *x.shape[1:])
 
 
 def _added(x: jax.Array, y: jax.Array) -> jax.Array:
