@@ -59,7 +59,7 @@ def make_rival(config: Config, derived: Derived) -> tuple[Callable[[], float], i
     import torch
 
     model, batch, vocab = config.model, derived.batch, config.tokenizer.vocab_size
-    hidden = config.lstm.hidden_dim  # type: ignore[attr-defined]  # a field that is made for each family
+    hidden = config.families["lstm"].hidden_dim
     torch.manual_seed(0)
     embedding = torch.nn.Embedding(vocab, model.model_dim)
     network = torch.nn.LSTM(model.model_dim, hidden, model.num_layers, batch_first=True)

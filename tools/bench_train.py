@@ -64,7 +64,7 @@ SHAPES = {
         "train.tokens_per_update": 2 * 512,
         "model.num_layers": 8,
         "model.model_dim": 640,
-        "model.num_heads": 10,
+        "transformer.num_heads": 10,
         "tokenizer.vocab_size": 16384,
     },
     "gpt2_124m": {
@@ -73,7 +73,7 @@ SHAPES = {
         "data.seq_len": 1024,
         "model.num_layers": 12,
         "model.model_dim": 768,
-        "model.num_heads": 12,
+        "transformer.num_heads": 12,
         "tokenizer.vocab_size": 50304,
     },
     "smoke": {
@@ -144,13 +144,13 @@ def make_model(rival: str, config: Config, length: int) -> Any:
     import llama
     import nanogpt
 
-    m, vocab = config.model, config.tokenizer.vocab_size
-    sizes = vocab, length, m.num_layers, m.model_dim, m.num_heads
+    m, t = config.model, config.families["transformer"]
+    sizes = config.tokenizer.vocab_size, length, m.num_layers, m.model_dim, t.num_heads
     if rival == "nanogpt":
         # SwiGLU has three matrices where GELU has two.
-        return nanogpt.GPT(*sizes, m.mlp_dim * 3 // 2 if m.activation == "swiglu" else m.mlp_dim)
+        return nanogpt.GPT(*sizes, t.mlp_dim * 3 // 2 if t.activation == "swiglu" else t.mlp_dim)
     if rival == "same":
-        return llama.Llama(*sizes, m.mlp_dim, theta=m.rope_theta, eps=m.norm_eps)
+        return llama.Llama(*sizes, t.mlp_dim, theta=t.rope_theta, eps=t.norm_eps)
     raise ValueError(f"rival={rival!r} is none of nanogpt and same")
 
 
