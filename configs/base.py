@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     transformer.rope_original_len = 0  # the T trained at before, for rope_scaling yarn and llama3
     transformer.qk_norm = True  # RMSNorm of queries and keys, per head
     transformer.use_bias = False  # gives linear layers and LayerNorm a bias
+    transformer.qkv_bias = False  # gives queries, keys and values a bias, and nothing else
     transformer.window = 0  # positions that a token attends to, itself included; 0 = all before it
     transformer.global_every = 0  # every n-th layer has no window; 0 = all layers have it
     transformer.attention_softcap = 0.0  # c * tanh(scores / c); 0 = off

@@ -38,10 +38,11 @@ class Attention(nn.Module):
         self.wo_DNH = matrix(
             self, "wo_DNH", (D, N, H), ("residual", "heads_in", "head_dim_in"), out_std, c.dtype
         )
-        if c.use_bias:
+        if c.use_bias or c.qkv_bias:
             self.q_bias = vector(self, "q_bias", (N, H), ("heads", "head_dim"), 0.0)
             self.k_bias = vector(self, "k_bias", (K, H), ("kv_heads", "head_dim"), 0.0)
             self.v_bias = vector(self, "v_bias", (K, H), ("kv_heads", "head_dim"), 0.0)
+        if c.use_bias:
             self.out_bias = vector(self, "out_bias", (D,), ("feature",), 0.0)
         if c.qk_norm:
             self.q_norm, self.k_norm = (Norm("rmsnorm", c.norm_eps) for _ in range(2))
@@ -55,7 +56,7 @@ class Attention(nn.Module):
             product(x_BTD, w.reshape(D, -1), self.layout).reshape(B, T, -1, c.head_dim)
             for w in (self.wq_DNH, self.wk_DKH, self.wv_DKH)
         )
-        if c.use_bias:
+        if c.use_bias or c.qkv_bias:
             q_BTNH, k_BTKH = add_bias(q_BTNH, self.q_bias), add_bias(k_BTKH, self.k_bias)
             v_BTKH = add_bias(v_BTKH, self.v_bias)
         if c.qk_norm:

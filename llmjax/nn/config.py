@@ -64,6 +64,7 @@ class TransformerConfig:
     rope_original_len: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
     qk_norm: Annotated[bool, Unset(True, always=True)]
     use_bias: Annotated[bool, Unset(False, always=True)]
+    qkv_bias: Annotated[bool, Unset(False)]
     window: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
     global_every: Annotated[int, Range(1, 10_000, "none"), Unset(0)]
     attention_softcap: Annotated[float, Range(1e-3, 1e6, "none"), Unset(0.0)]
@@ -95,6 +96,11 @@ def resolve(config: BlockConfig) -> BlockConfig:
         raise UserError(
             f"transformer.global_every={config.global_every} makes layers global that are so without a window; "
             "set transformer.window or transformer.global_every=0"
+        )
+    if config.use_bias and config.qkv_bias:
+        raise UserError(
+            "transformer.qkv_bias=True is without effect for transformer.use_bias=True, which has these biases too; "
+            "leave it at False"
         )
     _check_rope_scaling(config)
     # 0 means multi-head attention: as many key/value heads as query heads.
