@@ -46,12 +46,12 @@ def read_settings(architecture: Architecture, config: Mapping[str, Any]) -> dict
 
     Raises UserError for a value that we cannot do or that is of another type than ours.
     """
-    for key, known in architecture.only.items():
-        value = config.get(key)
+    for name, known in architecture.only.items():
+        value = config.get(name)
         if value is not None and value not in known:
             raise UserError(
-                f"config.json has {key}={shown(value)}, which llmjax cannot do in {architecture.name}; use a model of "
-                f"{key}={' or '.join(map(repr, known))}"
+                f"config.json has {name}={shown(value)}, which llmjax cannot do in {architecture.name}; use a model of "
+                f"{name}={' or '.join(map(repr, known))}"
             )
     settings = dict(architecture.fixed)
     for name, key in architecture.keys.items():

@@ -10,7 +10,7 @@ from typing import Any
 from llmjax.convert.architectures.contract import Architecture
 from llmjax.convert.files.tensor_files import Tensors
 from llmjax.convert.params import Note, read_params
-from llmjax.convert.places import match, places_of
+from llmjax.convert.places import Matched, Place, match, places_of
 from llmjax.types import Params
 
 
@@ -25,6 +25,7 @@ class Source:
     tensors       its tensors, none of them read
     tokenizer     the file or folder with its tokenizer, or None if there is none that is read here
     not_read      the keys of its config.json that no table mentions
+    ids           the ids of the special tokens, by their names in config.json
     """
 
     path: pathlib.Path
@@ -34,13 +35,17 @@ class Source:
     tensors: Tensors
     tokenizer: pathlib.Path | None
     not_read: tuple[str, ...] = ()
+    ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def check(self, shapes: Params) -> None:
-        """UserError where a tensor is missing, left over or of another shape in a model of these `shapes`."""
-        match(self.architecture, places_of(self.architecture, shapes), self.tensors, str(self.path))
+    def places(self, shapes: Params) -> dict[str, Place]:
+        """The place of each tensor in a model of these `shapes`, by its name in the table."""
+        return places_of(self.architecture, shapes)
+
+    def match(self, places: Mapping[str, Place]) -> Matched:
+        """Which tensor is which. UserError where one is missing, left over or of another shape."""
+        return match(self.architecture, places, self.tensors, str(self.path))
 
     def read(self, abstract: Params, note: Note = lambda name, digest: None) -> Params:
         """The parameters in the layout of `abstract`, see `read_params`."""
-        places = places_of(self.architecture, abstract)
-        matched = match(self.architecture, places, self.tensors, str(self.path))
-        return read_params(places, matched, self.tensors, abstract, note)
+        places = self.places(abstract)
+        return read_params(places, self.match(places), self.tensors, abstract, note)
