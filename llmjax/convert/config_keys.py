@@ -92,10 +92,15 @@ def choose_architecture(settings: Mapping[str, Any]) -> Architecture:
 
 def _lacking(architecture: Architecture, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Our keys whose values models of the architecture do not have, with the values that they have."""
-    fixed = architecture.fixed
     if settings["model.family"] != "gpt":
         return {"model.family": "gpt"}
-    return {key: value for key, value in fixed.items() if settings[key] != value}
+    found = dict(settings)
+    # Sizes that are what they would be without their keys count as 0.
+    if found["transformer.num_kv_heads"] == found["transformer.num_heads"]:
+        found["transformer.num_kv_heads"] = 0
+    if found["transformer.head_dim"] * found["transformer.num_heads"] == found["model.model_dim"]:
+        found["transformer.head_dim"] = 0
+    return {key: value for key, value in architecture.fixed.items() if found[key] != value}
 
 
 def write_config(
@@ -114,7 +119,10 @@ def write_config(
         **{name: ids[name] for name in TOKEN_IDS},
     }
     for name, key in architecture.keys.items():
-        config[name] = None if settings[key.ours] == key.none else settings[key.ours]
+        value = settings[key.ours]
+        # A size of 0 is one that follows from others, as it does there without the key.
+        if value != 0 or type(value) is bool or key.none is not ...:
+            config[name] = None if value == key.none else value
     config |= {name: known[0] for name, known in architecture.only.items()}
     if architecture.rope:
         config |= write_rope(settings)
@@ -124,5 +132,5 @@ def write_config(
 def accounted(architecture: Architecture) -> set[str]:
     """All keys of `model` and `transformer` that the table says something about, which must be all there are."""
     keys = {key.ours for key in architecture.keys.values()} | set(architecture.fixed) | set(FREE)
-    rope = {f"transformer.{key}" for key in ROPE_KEYS} if architecture.rope else set()
-    return keys | rope
+    # Without rotary positions, these have no effect.
+    return keys | {f"transformer.{key}" for key in ROPE_KEYS}

@@ -27,6 +27,9 @@ GPT2 = Architecture(
         "transformer.norm": "layernorm",
         "transformer.activation": "gelu",
         "transformer.use_bias": True,
+        # As many heads for keys as for queries, as wide as the model together.
+        "transformer.num_kv_heads": 0,
+        "transformer.head_dim": 0,
     },
     outer={
         "transformer.wte.weight": stored(SAME, "embedding/embedding_VD"),
