@@ -51,11 +51,13 @@ WITHIN = {
     "convert": [
         "files",
         "architectures",
+        "window_keys",
         "rope_keys",
         "config_keys",
         "places",
         "params",
         "source",
+        "certificate",
         "hf_folder",
     ],
     "terminal": ["bar", "lines", "stages", "progress"],

@@ -9,11 +9,15 @@ from llmjax.config.file import load_config_file
 from llmjax.config.reading import read_config
 from llmjax.config.schema import Config
 
+# The sequences of an update. A choice: nothing is trained with this config, but any usual number of devices must divide
+# it, since every mode checks that they share the work.
+SEQUENCES = 8
+
 
 def imported_config(settings: Mapping[str, Any], tokenizer: str = "") -> Config:
     """The config for `settings`, our keys that `convert.source.Source` has, and the path of a tokenizer.
 
-    Keys about training are those of configs/base.py, but that an update is one sequence. UserError for settings that no
+    Keys about training are those of configs/base.py, but for the size of an update. UserError for settings that no
     config may have.
     """
     raw = load_config_file("base")
@@ -22,7 +26,8 @@ def imported_config(settings: Mapping[str, Any], tokenizer: str = "") -> Config:
         raw[section][name] = value
     # A window that is longer than all texts is no mistake here: it cuts off nothing.
     seq_len = max(raw["data"]["seq_len"], raw["transformer"]["window"])
-    raw["data"]["seq_len"] = raw["train"]["tokens_per_update"] = seq_len
+    raw["data"]["seq_len"] = seq_len
+    raw["train"]["tokens_per_update"] = SEQUENCES * seq_len
     raw["compute"]["accumulation_steps"] = 1
     raw["tokenizer"]["path"] = tokenizer
     return read_config(raw)

@@ -9,12 +9,15 @@ from llmjax.convert.architectures.contract import FREE, ROPE_KEYS, Architecture
 from llmjax.convert.architectures.table import ARCHITECTURES
 from llmjax.convert.files.json_file import typed
 from llmjax.convert.rope_keys import read_rope, write_rope
+from llmjax.convert.window_keys import KEYS as WINDOW_KEYS
+from llmjax.convert.window_keys import layer_types, read_period
 from llmjax.errors import UserError
 from llmjax.ranges import shown
 
 # Keys that every table reads or that mean nothing to a model.
 GENERAL = {
-    "architectures", "model_type", "vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "bos_token_id",
+    "architectures", "model_type", "vocab_size", "rope_theta", "rope_scaling", "rope_parameters",
+    "rope_local_base_freq", "bos_token_id",
     "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path",
 }  # fmt: skip
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -59,8 +62,10 @@ def read_settings(architecture: Architecture, config: Mapping[str, Any]) -> dict
         if value is None:
             value = key.default if key.none is ... else key.none
         settings[key.ours] = typed(name, value, key.default)
+    if architecture.alternates:
+        settings["transformer.global_every"] = read_period(config, architecture.alternates)
     if architecture.rope:
-        settings |= read_rope(config, architecture.rope)
+        settings |= read_rope(config, architecture.rope, architecture.local_rope)
     return settings
 
 
@@ -71,7 +76,8 @@ def vocab_size_of(config: Mapping[str, Any]) -> int:
 
 def not_read(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
     """The keys of a config.json that no table mentions, for the certificate."""
-    return sorted(config.keys() - GENERAL - architecture.keys.keys() - architecture.only.keys())
+    windows = set(WINDOW_KEYS) if architecture.alternates else set()
+    return sorted(config.keys() - GENERAL - windows - architecture.keys.keys() - architecture.only.keys())
 
 
 def choose_architecture(settings: Mapping[str, Any]) -> Architecture:
@@ -100,6 +106,8 @@ def _lacking(architecture: Architecture, settings: Mapping[str, Any]) -> dict[st
         found["transformer.num_kv_heads"] = 0
     if found["transformer.head_dim"] * found["transformer.num_heads"] == found["model.model_dim"]:
         found["transformer.head_dim"] = 0
+    if found["transformer.score_dim"] == settings["transformer.head_dim"]:
+        found["transformer.score_dim"] = 0
     return {key: value for key, value in architecture.fixed.items() if found[key] != value}
 
 
@@ -120,10 +128,18 @@ def write_config(
     }
     for name, key in architecture.keys.items():
         value = settings[key.ours]
+        if key.ours == "transformer.score_dim":
+            value = value or settings["transformer.head_dim"]
         # A size of 0 is one that follows from others, as it does there without the key.
         if value != 0 or type(value) is bool or key.none is not ...:
             config[name] = None if value == key.none else value
     config |= {name: known[0] for name, known in architecture.only.items()}
+    if architecture.alternates:
+        every = settings["transformer.global_every"]
+        config |= {
+            "layer_types": layer_types(settings["model.num_layers"], every),
+            "sliding_window_pattern": every,
+        }
     if architecture.rope:
         config |= write_rope(settings)
     return config
@@ -133,4 +149,5 @@ def accounted(architecture: Architecture) -> set[str]:
     """All keys of `model` and `transformer` that the table says something about, which must be all there are."""
     keys = {key.ours for key in architecture.keys.values()} | set(architecture.fixed) | set(FREE)
     # Without rotary positions, these have no effect.
-    return keys | {f"transformer.{key}" for key in ROPE_KEYS}
+    keys |= {f"transformer.{key}" for key in ROPE_KEYS}
+    return keys | {"transformer.global_every", "transformer.local_rope_theta"}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.convert.files.json_file import typed
+from llmjax.convert.window_keys import WITH, WITHOUT
 from llmjax.errors import UserError
 from llmjax.ranges import shown
 
@@ -27,8 +28,10 @@ SCALINGS: dict[str, dict[str, Any]] = {
 NAMES = {"default": "none"}
 
 
-def read_rope(config: Mapping[str, Any], theta: float) -> dict[str, Any]:
+def read_rope(config: Mapping[str, Any], theta: float, local_theta: float = 0.0) -> dict[str, Any]:
     """Our keys for the rotary positions of a config.json. `theta` is the base if it says none.
+
+    `local_theta` is the base of layers with a window if it says none, and 0 if they have no base of their own.
 
     Version 5 of transformers writes one table, rope_parameters; others write rope_theta and rope_scaling. Raises
     UserError for a scaling that we do not have.
@@ -37,6 +40,22 @@ def read_rope(config: Mapping[str, Any], theta: float) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         if config.get(key) is not None:
             scaling |= typed(key, config[key], {})
+    if local_theta:
+        local = typed(WITH, scaling.pop(WITH, {}), {})
+        scaling |= typed(WITHOUT, scaling.pop(WITHOUT, {}), {})
+        base = local.get("rope_theta", config.get("rope_local_base_freq"))
+        found = rope_settings(
+            {key: value for key, value in local.items() if key != "rope_theta"}, local_theta
+        )
+        if found["transformer.rope_scaling"] != "none":
+            raise UserError(
+                "config.json scales the rotary positions of layers with a window; use a model without it"
+            )
+        theirs = local_theta if base is None else base
+        return {
+            **read_rope({**config, "rope_parameters": scaling, "rope_scaling": None}, theta),
+            "transformer.local_rope_theta": typed("rope_local_base_freq", theirs, 1.0),
+        }
     base = scaling.pop("rope_theta", config.get("rope_theta"))
     return rope_settings(scaling, theta if base is None else base)
 
@@ -89,4 +108,6 @@ def write_rope(settings: Mapping[str, Any]) -> dict[str, Any]:
         if kind in ("yarn", "llama3"):
             scaling["original_max_position_embeddings"] = settings["transformer.rope_original_len"]
         keys["rope_scaling"] = {key: value for key, value in scaling.items() if value is not None}
+    if local := settings.get("transformer.local_rope_theta"):
+        keys["rope_local_base_freq"] = local
     return keys

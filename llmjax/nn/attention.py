@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llmjax.nn.config import BlockConfig
@@ -61,11 +62,21 @@ class Attention(nn.Module):
             v_BTKH = add_bias(v_BTKH, self.v_bias)
         if c.qk_norm:
             # QK-norm keeps attention scores bounded (Henry et al. 2020; Dehghani et al. 2023).
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+            q_BTNH, k_BTKH = self._normalize(self.q_norm, q_BTNH), self._normalize(self.k_norm, k_BTKH)
         if rotation is not None:
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
+        if c.score_dim and c.score_dim != c.head_dim:
+            # Every algorithm of attention divides by the root of head_dim.
+            q_BTNH = q_BTNH * jnp.asarray((c.head_dim / c.score_dim) ** 0.5, q_BTNH.dtype)
         q_BTNH = self.layout.constrain(q_BTNH, "batch", "length", "heads", "head_dim")
         return q_BTNH, k_BTKH, v_BTKH
+
+    def _normalize(self, norm: Norm, x_BTNH: jax.Array) -> jax.Array:
+        """Normalised queries or keys: each head by itself, or all heads of a token together."""
+        if self.config.qk_norm_over == "head":
+            return norm(x_BTNH)
+        B, T, N, H = x_BTNH.shape
+        return norm(x_BTNH.reshape(B, T, N * H)).reshape(B, T, N, H)
 
     def output(self, out_BTNH: jax.Array) -> jax.Array:
         """out_BTD, the projection of the outputs of all heads to the residual stream."""

@@ -44,6 +44,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": SIZES | {"sliding_window": 5},
     "Qwen2ForCausalLM": {key: value for key, value in SIZES.items() if key != "head_dim"} | {"rope_theta": 1e6},
     "Qwen3ForCausalLM": SIZES | {"tie_word_embeddings": True},
+    "Gemma2ForCausalLM": SIZES
+    | {
+        "tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 12,
+        "final_logit_softcapping": 6.0, "attn_logit_softcapping": 3.0,
+    },
+    "Gemma3ForCausalLM": SIZES
+    | {
+        "tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 12, "rope_theta": 1e5,
+        "rope_local_base_freq": 100.0, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "Olmo2ForCausalLM": SIZES,
     "GPT2LMHeadModel": {
         "vocab_size": V, "n_embd": 16, "n_inner": 24, "n_layer": 3, "n_head": 4, "n_positions": 32,
         "bos_token_id": 1, "eos_token_id": 2,

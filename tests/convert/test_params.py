@@ -23,13 +23,15 @@ from llmjax.parallel.rules import is_axes, partition_spec
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_tensor_comes_back_bit_for_bit(tmp_path, variant):
+def test_every_tensor_comes_back(tmp_path, variant):
     imported = read(write(tmp_path, variant))
     back = random_models.tensors_of(imported.source, imported.params)
     there = open_tensors(tmp_path)
     assert back.keys() == there.keys()
     for name, tensor in there.items():
-        np.testing.assert_array_equal(back[name], tensor.read(), err_msg=name)
+        # 1 is added to the scales of Gemma's norms and taken off again, which rounds.
+        adds = imported.source.architecture.model_type.startswith("gemma") and name.endswith("norm.weight")
+        np.testing.assert_allclose(back[name], tensor.read(), rtol=0, atol=3e-7 * adds, err_msg=name)
 
 
 FORMS = {name: form for name, form in vars(forms).items() if isinstance(form, forms.Form)}

@@ -208,12 +208,35 @@ def exchanged(first, second):
     return change
 
 
+@dataclasses.dataclass(frozen=True)
+class WithoutOne(Transposed):
+    """The scale of a norm, read as if it were the whole factor."""
+
+    def read(self):
+        return self.tensor.read() - np.float32(1)
+
+
+def without_one(name):
+    return lambda tensors: tensors | {name: WithoutOne(tensors[name])}
+
+
 WRONG = {
     "rope base": ("LlamaForCausalLM", {"rope_theta": 20000.0}, None),
     "no rope scaling": ("LlamaForCausalLM llama3", {"rope_scaling": None, "rope_parameters": None}, None),
     "window": ("MistralForCausalLM", {"sliding_window": 6}, None),
     "no window": ("MistralForCausalLM", {"sliding_window": None}, None),
     "norm eps": ("Qwen3ForCausalLM", {"rms_norm_eps": 1e-2}, None),
+    "base of the layers with a window": ("Gemma3ForCausalLM", {"local": 1e5}, None),
+    "windows in other layers": ("Gemma2ForCausalLM", {"layer_types": ["sliding_attention"] * 3}, None),
+    "no soft-capped scores": ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, None),
+    "no soft-capped logits": ("Gemma2ForCausalLM", {"final_logit_softcapping": None}, None),
+    "another divisor of scores": ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 8}, None),
+    "a norm without its 1": ("Gemma2ForCausalLM", {}, without_one("model.norm.weight")),
+    "a norm before instead of after": (
+        "Olmo2ForCausalLM",
+        {},
+        exchanged("post_attention", "post_feedforward"),
+    ),
     "transposed projection": ("GPT2LMHeadModel", {}, transposed("attn.c_proj.weight")),
     "swapped gate": ("LlamaForCausalLM", {}, exchanged("gate_proj", "up_proj")),
     "swapped norms": ("LlamaForCausalLM", {}, exchanged("input_layernorm", "post_attention_layernorm")),
@@ -230,6 +253,9 @@ def test_a_conversion_with_one_mistake_fails(transformers, folders, tmp_path, va
     right = json.loads((tmp_path / "config.json").read_text())
     if "rope_theta" in config:
         config = {"rope_parameters": {**right["rope_parameters"], **config}}
+    if "local" in config:
+        local = {"rope_type": "default", "rope_theta": config["local"]}
+        config = {"rope_parameters": {**right["rope_parameters"], "sliding_attention": local}}
     (tmp_path / "config.json").write_text(json.dumps(right | config))
     imported = read(tmp_path)
     if change is not None:

@@ -19,6 +19,11 @@ PLAIN = {
     "transformer.norm": "rmsnorm",
     "transformer.activation": "swiglu",
     "transformer.qk_norm": False,
+    "transformer.qk_norm_over": "head",
+    "transformer.norm_at": "input",
+    "transformer.scale_embedding": False,
+    "transformer.score_dim": 0,
+    "transformer.local_rope_theta": 0.0,
     "transformer.use_bias": False,
     "transformer.qkv_bias": False,
     "transformer.window": 0,
@@ -57,6 +62,9 @@ class Architecture:
     buffers     regular expressions of tensors that hold nothing that was learned, and that are skipped
     prefix      the beginning of all names but that of the output matrix, which some files leave out
     rope        the base of the rotary wavelengths without a key of config.json that says it; 0 without rotation
+    local_rope  the same for layers with a window, where it is another; 0 where it is the same
+    alternates  if layers with a window alternate with layers without: every how many-th layer has none, where
+                config.json does not say it; 0 if all layers are alike
     """
 
     name: str
@@ -69,9 +77,13 @@ class Architecture:
     buffers: tuple[str, ...] = ()
     prefix: str = ""
     rope: float = 10000.0
+    local_rope: float = 0.0
+    alternates: int = 0
 
     @property
     def fixed(self) -> dict[str, Any]:
         """The values of our keys that every model of the family has."""
         said = {key.ours for key in self.keys.values()}
+        said |= {"transformer.global_every"} if self.alternates else set()
+        said |= {"transformer.local_rope_theta"} if self.local_rope else set()
         return {key: value for key, value in {**PLAIN, **self.always}.items() if key not in said}

@@ -21,9 +21,10 @@ FOLDER = pathlib.Path(__file__).parent
 def make(variant: str, folder: pathlib.Path) -> None:
     config = config_json(variant)
     folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps(config | {key: TINY[key] for key in config.keys() & TINY.keys()})
-    )
+    config |= {key: TINY[key] for key in config.keys() & TINY.keys()}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
+    (folder / "config.json").write_text(json.dumps(config))
     settings = transformers.AutoConfig.from_pretrained(folder)
     settings.initializer_range = 0.4
     torch.manual_seed(0)
