@@ -7,8 +7,18 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 DATA = ["pyarrow>=15", "zstandard>=0.22", "charset-normalizer>=3"]
+CONVERT = ["safetensors>=0.5"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "matplotlib>=3.9"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.14", *DATA, *NOTEBOOK]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.8",
+    "mypy>=1.14",
+    *DATA,
+    *CONVERT,
+    *NOTEBOOK,
+]
 
 setup(
     name="llmjax",
@@ -37,11 +47,12 @@ setup(
     package_data={"llmjax.report": ["report.css", "report.js"]},
     extras_require={
         "data": DATA,
+        "convert": CONVERT,
         "notebook": NOTEBOOK,
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         "wandb": ["wandb>=0.19.10"],
         "test": TEST,
-        "interop": ["torch==2.13.0"],
+        "interop": ["torch==2.13.0", "transformers>=4.50", *CONVERT],
     },
 )

@@ -33,16 +33,22 @@ def get_config() -> ConfigDict:
     transformer.num_kv_heads = 0  # K, key/value heads; 0 = num_heads, 1 = multi-query, between: grouped
     transformer.head_dim = 0  # H, the width of a head; 0 = model_dim / num_heads
     transformer.mlp_dim = 0  # F; 0 = 4 D, or for swiglu 8/3 D rounded up to a multiple of 64
-    transformer.activation = "swiglu"  # swiglu | gelu | relu2
+    transformer.activation = "swiglu"  # swiglu | geglu | gelu | relu2
     transformer.norm = "rmsnorm"  # rmsnorm | layernorm
     transformer.norm_eps = 1e-6  # added to the variance
     transformer.position = "rope"  # rope | learned | sinusoidal
     transformer.rope_theta = 10000.0  # base of the wavelengths of rope
+    transformer.local_rope_theta = 0.0  # base in layers with a window, without scaling; 0 = rope_theta
     transformer.rope_scaling = "none"  # for longer texts than before: none | linear | ntk | yarn | llama3
     transformer.rope_factor = 1.0  # new length / old length, for rope_scaling
     transformer.rope_original_len = 0  # the T trained at before, for rope_scaling yarn and llama3
     transformer.qk_norm = True  # RMSNorm of queries and keys, per head
+    transformer.qk_norm_over = "head"  # what qk_norm averages over: head | all heads together
+    transformer.norm_at = "input"  # of attention and feed-forward layer: input | output | both
+    transformer.scale_embedding = False  # multiplies embedded tokens by the root of model_dim
+    transformer.score_dim = 0  # attention scores are divided by the root of this; 0 = head_dim
     transformer.use_bias = False  # gives linear layers and LayerNorm a bias
+    transformer.qkv_bias = False  # gives queries, keys and values a bias, and nothing else
     transformer.window = 0  # positions that a token attends to, itself included; 0 = all before it
     transformer.global_every = 0  # every n-th layer has no window; 0 = all layers have it
     transformer.attention_softcap = 0.0  # c * tanh(scores / c); 0 = off
@@ -195,7 +201,9 @@ def get_config() -> ConfigDict:
     checkpoint.every = 100  # updates between checkpoints; 0 = only at the end
     checkpoint.keep = 2  # newest checkpoints to keep; the newest known to give a finite loss stays as well
     checkpoint.keep_best = True  # keeps the checkpoint with the lowest held-out loss as well
-    checkpoint.init_from = ""  # workdir of a run whose parameters and tokenizer a new run begins with
+    checkpoint.init_from = (
+        ""  # workdir or Hugging Face folder whose parameters and tokenizer a run begins with
+    )
     checkpoint.init_checkpoint = "latest"  # which of its checkpoints: latest | best | the number of an update
 
     # Where a run shows its metrics, besides its workdir.

@@ -26,6 +26,7 @@ ORDER = [
     "data",
     "nn",
     "models",
+    "convert",
     "tasks",
     "generate",
     "train",
@@ -46,7 +47,19 @@ WITHIN = {
     "train": ["optim", "update", "steering", "checkpoint", "loop"],
     "plan": ["hlo", "topology", "summary", "communication", "compile", "memory", "advice"],
     "data": ["checksums", "sources", "tokenizer", "examples", "store", "layout", "packing", "pipeline"],
-    "config": ["file", "help", "schema", "reading", "resolve", "resume", "init_from"],
+    "config": ["file", "help", "schema", "reading", "resolve", "imported", "resume", "init_from"],
+    "convert": [
+        "files",
+        "architectures",
+        "window_keys",
+        "rope_keys",
+        "config_keys",
+        "places",
+        "params",
+        "source",
+        "certificate",
+        "hf_folder",
+    ],
     "terminal": ["bar", "lines", "stages", "progress"],
     "evaluate": ["held_out", "scoring", "not_finite", "probes"],
 }
@@ -61,6 +74,7 @@ APART = [
     ("data", "types"),
     ("nn", "data"),
     ("models", "data"),
+    ("convert", "data"),
     ("evaluate", "train"),
     ("report", "train"),
     ("report", "evaluate"),
@@ -77,7 +91,9 @@ ALONE = {  # library, or what it is asked for -> the files or rooms that alone k
     "wandb": ["workdir/sinks/weights_and_biases.py"],
     "ml_collections": ["config/file.py"],
     "tqdm": ["terminal/bar.py"],
-    "torch": [],
+    "safetensors": ["convert/files/safetensors_folder.py"],
+    "torch": ["convert/verify.py"],
+    "transformers": ["convert/verify.py"],
     "jax.distributed": ["parallel/hosts.py"],
     "optax.MultiSteps": ["train/update/multisteps.py"],
     "jax.shard_map": ["nn/", "models/", "ops/attention/", "train/update/fused.py"],
@@ -218,7 +234,8 @@ def test_no_room_is_crowded(path):
 
 @pytest.mark.parametrize("path", [p for p in (ROOT / "tests").rglob("*") if p.is_dir()], ids=str)
 def test_tests_lie_in_folders_as_the_code_does(path):
-    if path.name not in ("__pycache__", "runs"):
+    # Golden files are data of the tests beside them.
+    if path.name not in ("__pycache__", "runs") and "golden" not in path.parts:
         assert (PACKAGE / path.relative_to(ROOT / "tests")).is_dir()
 
 

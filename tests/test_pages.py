@@ -14,6 +14,7 @@ from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.flags import parse
 from llmjax.workdir.contents import write_json
+from tools import convert
 
 ROOT = tiny_run.ROOT
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -51,10 +52,14 @@ def test_a_command_is_understood(words, tmp_path, monkeypatch):
         devices = int(counted[1])
     if words[0] in OTHERS:
         return
+    if words[:3] == ["python", "-m", "tools.convert"]:
+        convert.parse(words[3:])
+        return
     assert words[:3] == ["python", "-m", "llmjax.main"]
     monkeypatch.chdir(tmp_path)
     # Commands that name no config go on with a run of configs/base.py.
-    write_json(tmp_path / "runs" / "base" / "config.json", BASE)
+    for run in ("base", "smollm2"):
+        write_json(tmp_path / "runs" / run / "config.json", BASE)
     _, raw = parse(["llmjax", *words[3:]])
     config = read_config(raw)
     if not config.plan.topology:

@@ -124,7 +124,7 @@ TABLES = {
     "activation, FLOPs": (activation.ACTIVATIONS, Reaching(), flops),
     "norm": (norm.NORMS, reach, lambda name: Norm(name, 1e-6).init(jax.random.key(0), BTD)),
     "position": (
-        position.POSITIONS, Reaching(), lambda name: model(position=name)._rotation(jnp.zeros((1, 2), jnp.int32)),
+        position.POSITIONS, Reaching(), lambda name: model(position=name)._rotations(jnp.zeros((1, 2), jnp.int32)),
     ),
     "rope_scaling": (rope.SCALINGS, Reaching(), lambda name: rope.frequencies(8, 1e4, name)),
     "remat": (remat.REMATS, Reaching(), lambda name: remat.remat(lambda x: x, name, ())),

@@ -3,6 +3,8 @@
 The new run takes over the parameters and the tokenizer, so that token ids mean the same. It does not take over the
 state of the optimizer or the data cursor. Whether the two runs fit is checked before anything is read. Once the new run
 has a checkpoint of its own, it goes on from there and no longer needs the other run.
+
+Instead of a workdir, checkpoint.init_from may name a folder of `transformers` with weights (`convert/hf_folder.py`).
 """
 
 from __future__ import annotations
@@ -10,15 +12,22 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
+import jax
+
+from llmjax.config.imported import imported_config
+from llmjax.config.resolve import resolve_config
 from llmjax.config.resume import check_init, check_resume, keep_hold_out
 from llmjax.config.schema import Config
+from llmjax.convert.hf_folder import SENTENCEPIECE, is_model_folder, open_model
 from llmjax.data.checksums import DamagedError
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.escapes import complain
+from llmjax.models.table import FAMILIES
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.checkpoint.which import named_update
+from llmjax.types import Params
 from llmjax.workdir.contents import check_name, saved_config
 from llmjax.workdir.standing import has_begun
 
@@ -33,6 +42,9 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
         return
     source = pathlib.Path(name)
     check_name(f"checkpoint.init_from={name!r}", source, "move that run")
+    if is_model_folder(source):
+        _check_foreign(config, source)
+        return
     saved = saved_config(source)
     left = [source / folder for folder in ("checkpoints", "tokenizer")]
     if saved is None or not saved.keys() >= SECTIONS or not all(folder.is_dir() for folder in left):
@@ -51,6 +63,39 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
         checkpoints.read_meta(named_update(checkpoints, "checkpoint.init_checkpoint", which))
 
 
+def _check_foreign(config: Config, source: pathlib.Path) -> None:
+    """UserError where a run of `config` cannot begin with the model of the folder `source`. No tensor is read."""
+    name, model = config.checkpoint.init_from, open_model(source)
+    if config.checkpoint.init_checkpoint != "latest":
+        raise UserError(
+            f"checkpoint.init_checkpoint={config.checkpoint.init_checkpoint!r} has no meaning for "
+            f"checkpoint.init_from={name!r}, a folder with one model; leave it at latest"
+        )
+    # A tokenizer that is named comes first. It may be the user's own, if the model brings none that is read here.
+    path = config.tokenizer.path or str(model.tokenizer or "")
+    if not path:
+        raise UserError(
+            f"checkpoint.init_from={name!r} has no tokenizer that is read here (a SentencePiece tokenizer.model); give "
+            "the path of its tokenizer in tokenizer.path"
+        )
+    ids = load_tokenizer(path).vocab_size
+    if ids != model.vocab_size:
+        raise UserError(
+            f"the tokenizer {path} has {ids} ids, and checkpoint.init_from={name!r} has {model.vocab_size} embeddings; "
+            "make a workdir of it with tools.convert, and begin with that"
+        )
+    there, _ = resolve_config(imported_config(model.settings, path), 1)
+    check_init(there.to_dict(), config)
+    model.match(model.places(_shapes(there, ids)))
+
+
+def _shapes(config: Config, vocab_size: int) -> Params:
+    """Shapes of the parameters of a resolved config."""
+    family = FAMILIES[config.model.family]
+    model = family.model(family.config(config.model, config.families), vocab_size, config.data.seq_len)
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
 def with_tokenizer(config: Config, workdir: pathlib.Path) -> Config:
     """`config` with the path of the tokenizer that the run in `workdir` must use.
 
@@ -60,10 +105,15 @@ def with_tokenizer(config: Config, workdir: pathlib.Path) -> Config:
     if has_begun(workdir) and resumes(config, workdir) and _holds_tokenizer(workdir):
         path = workdir / "tokenizer"
     elif config.checkpoint.init_from and not config.tokenizer.path:
-        path = pathlib.Path(config.checkpoint.init_from) / "tokenizer"
+        path = tokenizer_of(pathlib.Path(config.checkpoint.init_from))
     else:
         return config
     return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=str(path)))
+
+
+def tokenizer_of(source: pathlib.Path) -> pathlib.Path:
+    """Where the tokenizer lies that a run takes over from `source`, a workdir or a folder of `transformers`."""
+    return source / SENTENCEPIECE if is_model_folder(source) else source / "tokenizer"
 
 
 def own_tokenizer(workdir: pathlib.Path) -> Tokenizer:

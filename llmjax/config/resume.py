@@ -9,6 +9,7 @@ from typing import Any
 
 from llmjax.config.reading import complete_config
 from llmjax.config.schema import Config
+from llmjax.convert.hf_folder import SENTENCEPIECE
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.errors import UserError, choose
 from llmjax.models.table import FAMILIES
@@ -65,7 +66,9 @@ def _has_tokenizer(folder: str, workdir: pathlib.Path) -> bool:
 
     Nothing else is read from there once the run has a checkpoint of its own.
     """
-    return has_begun(workdir) and _is_tokenizer(str(pathlib.Path(folder) / "tokenizer"), workdir)
+    return has_begun(workdir) and any(
+        _is_tokenizer(str(pathlib.Path(folder) / name), workdir) for name in ("tokenizer", SENTENCEPIECE)
+    )
 
 
 # Paths that may change when what lies there is the same -> (path, workdir) -> whether it is.
@@ -100,13 +103,20 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
     source = f"the run in checkpoint.init_from={config.checkpoint.init_from!r}"
     saved, new = complete_config(saved, config.checkpoint.init_from), config.to_dict()
     family = choose(FAMILIES, "model.family", config.model.family)
-    for section in ("model", *family.sections):
-        for key, here in new[section].items():
-            name, there = f"{section}.{key}", saved[section][key]
-            if here != there and name not in (*FREE_ON_INIT, *family.free_on_init):
-                raise UserError(
-                    f"{name}={here!r}, but {source} has {there!r}; use that value to begin with its parameters"
-                )
+    free = (*FREE_ON_INIT, *family.free_on_init)
+    keys = [(section, key) for section in ("model", *family.sections) for key in new[section]]
+    others = {
+        f"{section}.{key}": (new[section][key], saved[section][key])
+        for section, key in keys
+        if new[section][key] != saved[section][key] and f"{section}.{key}" not in free
+    }
+    if others:
+        (name, (here, there)), *rest = others.items()
+        also = "".join(f", {other}={value!r}" for other, (_, value) in rest)
+        raise UserError(
+            f"{name}={here!r}, but {source} has {there!r}; use that value to begin with its parameters"
+            + (f", and also {also[2:]}" if also else "")
+        )
     length = saved["data"]["seq_len"]
     table = family.position_table(config.families)
     if table and config.data.seq_len != length:

@@ -27,7 +27,7 @@ from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import Norm, look_up, matrix
 from llmjax.nn.position import POSITIONS
 from llmjax.nn.remat import Widths, kept_width
-from llmjax.nn.stack import Block, decode_stack, init_stack, measure_stack, run_stack
+from llmjax.nn.stack import Block, Rotations, decode_stack, init_stack, measure_stack, run_stack
 from llmjax.ops import rope
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.attention import full
@@ -100,7 +100,7 @@ class GPT:
         return {
             "embedding": self._embedding.init(rng_embedding)["params"],
             "layers": init_stack(
-                block, rng_layers, x_BTD, self._rotation(index_BT), self_mask(index_BT, index_BT)
+                block, rng_layers, x_BTD, self._rotations(index_BT).everywhere, self_mask(index_BT, index_BT)
             ),
             "final_norm": self._final_norm.init(rng_norm, x_BTD)["params"],
         }
@@ -111,17 +111,23 @@ class GPT:
     def axes(self) -> Any:
         return box_axes(jax.eval_shape(self._init_boxed, jax.random.key(0)))
 
-    def _rotation(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    def _rotations(self, positions_BT: jax.Array) -> Rotations:
         """cos and sin of the positions for rotary embeddings, or None if the model has none."""
         c = self.config
         if not POSITIONS[c.position].rotates:
-            return None
+            return Rotations(None, None)
         scaling = c.rope_scaling, c.rope_factor, c.rope_original_len
-        return rope.rotation(positions_BT, c.head_dim, c.rope_theta, *scaling)
+        everywhere = rope.rotation(positions_BT, c.head_dim, c.rope_theta, *scaling)
+        if not c.local_rope_theta:
+            return Rotations(everywhere, everywhere)
+        # A layer with a window never sees longer distances than it was trained on, and needs no scaling.
+        return Rotations(everywhere, rope.rotation(positions_BT, c.head_dim, c.local_rope_theta))
 
     def _embed(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         c, tables = self.config, params["embedding"]
         x_BTD = look_up(tables["embedding_VD"], tokens_BT, self.layout)
+        if c.scale_embedding:
+            x_BTD = x_BTD * c.model_dim**0.5
         positions = choose(POSITIONS, "transformer.position", c.position)
         x_BTD = positions.add(x_BTD, positions_BT, tables["positions_TD"] if positions.table else None)
         return self.layout.constrain(x_BTD.astype(c.dtype), "batch", "length", None)
@@ -153,17 +159,17 @@ class GPT:
             specs = jax.tree.map(
                 lambda names: partition_spec(names[1:]), self.axes()["layers"], is_leaf=is_axes
             )
-        rotation = self._rotation(batch.positions)
+        rotations = self._rotations(batch.positions)
         x_BTD, penalties = run_stack(
-            self._block, params["layers"], x_BTD, rotation, mask, keys_BT=keys_BT, specs=specs
+            self._block, params["layers"], x_BTD, rotations, mask, keys_BT=keys_BT, specs=specs
         )
         return Output(self._normalize(params, x_BTD), penalties=penalties)
 
     def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
         mask = self._mask(batch)
-        rotation = self._rotation(batch.positions)
-        return measure_stack(self._block, params["layers"], x_BTD, rotation, mask, batch.segments > 0)
+        rotations = self._rotations(batch.positions)
+        return measure_stack(self._block, params["layers"], x_BTD, rotations, mask, batch.segments > 0)
 
     def _output_table(self, params: Params) -> jax.Array:
         return params["embedding"]["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"]
@@ -196,7 +202,7 @@ class GPT:
             block,
             params["layers"],
             x_BTD,
-            self._rotation(positions_BT),
+            self._rotations(positions_BT),
             mask,
             (cache.k_LBSKH, cache.v_LBSKH),
             slot,
@@ -295,8 +301,8 @@ GPT_FAMILY = Family(
     free_on_init=tuple(
         f"transformer.{key}"
         for key in (
-            "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "window", "global_every",
-            "attention_softcap",
+            "rope_theta", "local_rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "window",
+            "global_every", "attention_softcap",
         )
     ),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from llmjax.build.restore import (
     initial_params,
     load_params,
 )
+from llmjax.convert.hf_folder import is_model_folder
 from llmjax.errors import UserError
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.modes.corpus import read_corpus
@@ -61,10 +62,12 @@ def run(request: Request) -> int:
             update, params = initial_params(program)
         else:
             update, params = load_params(program, workdir, checkpoint)
-    if different := describe_difference(workdir, trained_on(workdir, update), corpus):
-        say(f"{different}; what follows is of those here\n")
-    if hosts.is_primary():
-        mend_tokenizer(workdir, corpus, different)
+    # A model of another program does not say what it was trained on.
+    if not (untrained and is_model_folder(workdir)):
+        if different := describe_difference(workdir, trained_on(workdir, update), corpus):
+            say(f"{different}; what follows is of those here\n")
+        if hosts.is_primary():
+            mend_tokenizer(workdir, corpus, different)
     results = score_held_out(program, corpus, params)
     rows = {
         "checkpoint": f"update {update} of {workdir}",

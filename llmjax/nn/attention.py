@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llmjax.nn.config import BlockConfig
@@ -38,10 +39,11 @@ class Attention(nn.Module):
         self.wo_DNH = matrix(
             self, "wo_DNH", (D, N, H), ("residual", "heads_in", "head_dim_in"), out_std, c.dtype
         )
-        if c.use_bias:
+        if c.use_bias or c.qkv_bias:
             self.q_bias = vector(self, "q_bias", (N, H), ("heads", "head_dim"), 0.0)
             self.k_bias = vector(self, "k_bias", (K, H), ("kv_heads", "head_dim"), 0.0)
             self.v_bias = vector(self, "v_bias", (K, H), ("kv_heads", "head_dim"), 0.0)
+        if c.use_bias:
             self.out_bias = vector(self, "out_bias", (D,), ("feature",), 0.0)
         if c.qk_norm:
             self.q_norm, self.k_norm = (Norm("rmsnorm", c.norm_eps) for _ in range(2))
@@ -55,16 +57,26 @@ class Attention(nn.Module):
             product(x_BTD, w.reshape(D, -1), self.layout).reshape(B, T, -1, c.head_dim)
             for w in (self.wq_DNH, self.wk_DKH, self.wv_DKH)
         )
-        if c.use_bias:
+        if c.use_bias or c.qkv_bias:
             q_BTNH, k_BTKH = add_bias(q_BTNH, self.q_bias), add_bias(k_BTKH, self.k_bias)
             v_BTKH = add_bias(v_BTKH, self.v_bias)
         if c.qk_norm:
             # QK-norm keeps attention scores bounded (Henry et al. 2020; Dehghani et al. 2023).
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+            q_BTNH, k_BTKH = self._normalize(self.q_norm, q_BTNH), self._normalize(self.k_norm, k_BTKH)
         if rotation is not None:
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
+        if c.score_dim and c.score_dim != c.head_dim:
+            # Every algorithm of attention divides by the root of head_dim.
+            q_BTNH = q_BTNH * jnp.asarray((c.head_dim / c.score_dim) ** 0.5, q_BTNH.dtype)
         q_BTNH = self.layout.constrain(q_BTNH, "batch", "length", "heads", "head_dim")
         return q_BTNH, k_BTKH, v_BTKH
+
+    def _normalize(self, norm: Norm, x_BTNH: jax.Array) -> jax.Array:
+        """Normalised queries or keys: each head by itself, or all heads of a token together."""
+        if self.config.qk_norm_over == "head":
+            return norm(x_BTNH)
+        B, T, N, H = x_BTNH.shape
+        return norm(x_BTNH.reshape(B, T, N * H)).reshape(B, T, N, H)
 
     def output(self, out_BTNH: jax.Array) -> jax.Array:
         """out_BTD, the projection of the outputs of all heads to the residual stream."""

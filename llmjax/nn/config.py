@@ -17,14 +17,21 @@ from llmjax.ops.norm import NORMS
 from llmjax.ops.rope import SCALINGS
 from llmjax.ranges import COUNT, Range, Unset, check_ranges, unset
 
+DTYPES = ("float32", "bfloat16")
+# Where a layer normalises: what attention and feed-forward layer read, what they put out before it is added to the
+# residual stream (OLMo 2: Walsh et al. 2024), or both (Gemma 2: Riviere et al. 2024).
+NORM_AT = ("input", "output", "both")
+# What the norm of queries and keys averages over: each head by itself, or all heads (OLMo 2).
+QK_NORM_OVER = ("head", "all")
 # The names that a key may have. `model.family` is not among them: its table lies above, in `models/table.py`.
 CHOICES: dict[str, Collection[str]] = {
     "activation": ACTIVATIONS,
     "norm": NORMS,
     "position": POSITIONS,
     "rope_scaling": SCALINGS,
+    "norm_at": NORM_AT,
+    "qk_norm_over": QK_NORM_OVER,
 }
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +66,17 @@ class TransformerConfig:
     norm_eps: Annotated[float, Range(1e-30, 1.0), Unset(1e-6, always=True)]
     position: Annotated[str, Unset("rope", always=True)]
     rope_theta: Annotated[float, Range(1, 1e15, above=True), Unset(10000.0, always=True)]
+    local_rope_theta: Annotated[float, Range(1, 1e15, "rope_theta", above=True), Unset(0.0)]
     rope_scaling: Annotated[str, Unset("none")]
     rope_factor: Annotated[float, Range(1, 1e6), Unset(1.0)]
     rope_original_len: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
     qk_norm: Annotated[bool, Unset(True, always=True)]
+    qk_norm_over: Annotated[str, Unset("head")]
+    norm_at: Annotated[str, Unset("input")]
+    scale_embedding: Annotated[bool, Unset(False)]
+    score_dim: Annotated[int, Range(1, 2**20, "head_dim"), Unset(0)]
     use_bias: Annotated[bool, Unset(False, always=True)]
+    qkv_bias: Annotated[bool, Unset(False)]
     window: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
     global_every: Annotated[int, Range(1, 10_000, "none"), Unset(0)]
     attention_softcap: Annotated[float, Range(1e-3, 1e6, "none"), Unset(0.0)]
@@ -112,6 +125,21 @@ def resolve(config: BlockConfig) -> BlockConfig:
         raise UserError(
             f"transformer.global_every={config.global_every} makes layers global that are so without a window; "
             "set transformer.window or transformer.global_every=0"
+        )
+    if config.use_bias and config.qkv_bias:
+        raise UserError(
+            "transformer.qkv_bias=True is without effect for transformer.use_bias=True, which has these biases too; "
+            "leave it at False"
+        )
+    if config.qk_norm_over == "all" and not config.qk_norm:
+        raise UserError(
+            "transformer.qk_norm_over='all' is without effect for transformer.qk_norm=False; set that or leave it at "
+            "'head'"
+        )
+    if config.local_rope_theta and not (config.window and POSITIONS[config.position].rotates):
+        raise UserError(
+            f"transformer.local_rope_theta={config.local_rope_theta:g} is for layers with a window and rotary "
+            "positions, which this model does not have; set both or leave it at 0"
         )
     _check_rope_scaling(config)
     # 0 means multi-head attention: as many key/value heads as query heads.

@@ -31,6 +31,17 @@ from llmjax.parallel.rules import Layout
 from llmjax.types import Params
 
 
+class Rotations(NamedTuple):
+    """cos and sin of the positions, or None: in layers without a window, and in layers with one."""
+
+    everywhere: KeyValue | None
+    in_windows: KeyValue | None
+
+    def of(self, window: int) -> KeyValue | None:
+        """Those of a layer with this window; 0 means that it has none."""
+        return self.in_windows if window else self.everywhere
+
+
 class BlockOutput(NamedTuple):
     """The output of a block.
 
@@ -50,6 +61,8 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm: Xiong et al. 2020).
 
+    With `norm_at` output, it is x + norm(attention(x)), and with both, x + norm(attention(norm(x))).
+
     `project` and `finish` work on each token separately. `mix_tokens` between them calls `attend`, one of the
     algorithms of `ops/attention`.
     """
@@ -61,7 +74,11 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.attention_norm, self.mlp_norm = (Norm(c.norm, c.norm_eps, c.use_bias) for _ in range(2))
+        norm = functools.partial(Norm, c.norm, c.norm_eps, c.use_bias)
+        if c.norm_at in ("input", "both"):
+            self.attention_norm, self.mlp_norm = norm(), norm()
+        if c.norm_at in ("output", "both"):
+            self.attention_out_norm, self.mlp_out_norm = norm(), norm()
         self.attention = Attention(c, self.layout)
         if c.num_experts:
             self.experts = Experts(c, self.layout)
@@ -98,8 +115,10 @@ class Block(nn.Module):
         return BlockOutput(out[0], (k_BSKH, v_BSKH), *out[1:])
 
     def project(self, x_BTD: jax.Array, rotation: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values of the normalised input."""
-        return self.attention.project(self.attention_norm(x_BTD), rotation)
+        """Queries, keys and values of the input, which is normalised first unless `norm_at` is output."""
+        if self.config.norm_at != "output":
+            x_BTD = self.attention_norm(x_BTD)
+        return self.attention.project(x_BTD, rotation)
 
     def mix_tokens(
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, layout: Layout
@@ -121,15 +140,21 @@ class Block(nn.Module):
         `real_BT` is false for padding; only experts need it.
         """
         rate = self.config.dropout
+        norms = self.config.norm_at
         attention_BTD = self.attention.output(out_BTNH)
+        if norms != "input":
+            attention_BTD = self.attention_out_norm(attention_BTD)
         # Each place with dropout has its own salt: 0 for the embedding, then two per layer.
         x_BTD = x_BTD + dropout(attention_BTD, keys_BT, rate, 2 * layer + 1)
         penalties: Penalties = {}
+        into_BTD = x_BTD if norms == "output" else self.mlp_norm(x_BTD)
         if self.config.num_experts:
             assert real_BT is not None  # experts are never computed in tiles
-            mlp_BTD, penalties = self.experts(self.mlp_norm(x_BTD), real_BT)
+            mlp_BTD, penalties = self.experts(into_BTD, real_BT)
         else:
-            mlp_BTD = self.mlp(self.mlp_norm(x_BTD))
+            mlp_BTD = self.mlp(into_BTD)
+        if norms != "input":
+            mlp_BTD = self.mlp_out_norm(mlp_BTD)
         x_BTD = x_BTD + dropout(mlp_BTD, keys_BT, rate, 2 * layer + 2)
         return x_BTD, attention_BTD, mlp_BTD, penalties
 
@@ -153,7 +178,7 @@ def run_stack(
     block: Block,
     params: Params,
     x_BTD: jax.Array,
-    rotation: KeyValue | None,
+    rotations: Rotations,
     mask: Mask,
     *,
     keys_BT: jax.Array | None = None,
@@ -170,7 +195,7 @@ def run_stack(
     def body(
         x_BTD: jax.Array, scanned: tuple[Params, int | jax.Array], window: int
     ) -> tuple[jax.Array, Penalties]:
-        layer_mask = dataclasses.replace(mask, window=window)
+        layer_mask, rotation = dataclasses.replace(mask, window=window), rotations.of(window)
 
         def layer(x_BTD: jax.Array, layer_params: Params, i: int | jax.Array) -> tuple[jax.Array, Penalties]:
             x_BTD = checkpoint_name(x_BTD, RESIDUAL)
@@ -213,7 +238,8 @@ def _tiled_layer(
         return inner.apply({"params": params}, x_BTD, out_BTNH, keys_BT, layer, method="finish")[0]
 
     def of(tree: Any, *names: str) -> Any:
-        return {name: tree[name] for name in names}
+        # A block has some of the norms only.
+        return {name: tree[name] for name in names if name in tree}
 
     tiles = functools.partial(by_tiles, layout=block.layout, tile=block.compute.tile, dtype=c.dtype)
     names: tuple[str, ...] = ("attention_norm", "attention")
@@ -221,7 +247,7 @@ def _tiled_layer(
     out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="mix_tokens")
     # In a scan, the layer index is a traced value. The function inside `jax.shard_map` must not close over traced
     # values, so the index is passed as an argument.
-    names = ("attention", "mlp_norm", "mlp")
+    names = ("attention", "attention_out_norm", "mlp_norm", "mlp", "mlp_out_norm")
     mine = {"modules": of(params, *names), "layer": jnp.asarray(layer)}
     return tiles(
         finish, mine, {"modules": of(specs, *names), "layer": PartitionSpec()}, (x_BTD, out_BTNH, keys_BT)
@@ -273,7 +299,7 @@ def decode_stack(
     block: Block,
     params: Params,
     x_BTD: jax.Array,
-    rotation: KeyValue | None,
+    rotations: Rotations,
     mask: Mask,
     cached_LBSKH: KeyValue,
     slot: jax.Array,
@@ -283,7 +309,7 @@ def decode_stack(
     def body(x: jax.Array, scanned: tuple[Params, KeyValue], window: int) -> tuple[jax.Array, KeyValue]:
         layer_params, cached = scanned
         layer_mask = dataclasses.replace(mask, window=window)
-        out = _output(block, layer_params, x, rotation, layer_mask, None, 0, cached, slot)
+        out = _output(block, layer_params, x, rotations.of(window), layer_mask, None, 0, cached, slot)
         return out.x_BTD, out.kv
 
     return _scan_layers(block.config, body, x_BTD, (params, cached_LBSKH))
@@ -293,7 +319,7 @@ def measure_stack(
     block: Block,
     params: Params,
     x_BTD: jax.Array,
-    rotation: KeyValue | None,
+    rotations: Rotations,
     mask: Mask,
     real_BT: jax.Array,
 ) -> dict[str, jax.Array]:
@@ -311,7 +337,7 @@ def measure_stack(
 
     def body(x: jax.Array, layer_params: Params, window: int) -> tuple[jax.Array, dict[str, jax.Array]]:
         layer_mask = dataclasses.replace(mask, window=window)
-        out = _output(block, layer_params, x, rotation, layer_mask)
+        out = _output(block, layer_params, x, rotations.of(window), layer_mask)
         measured = {
             "residual_rms": rms(out.x_BTD),
             "attention_rms": rms(out.attention_BTD),

@@ -42,6 +42,7 @@ def _relu2(x: jax.Array) -> jax.Array:
 
 ACTIVATIONS = {
     "swiglu": Activation(jax.nn.silu, gated=True),  # Shazeer 2020
+    "geglu": Activation(jax.nn.gelu, gated=True),  # Shazeer 2020
     "gelu": Activation(jax.nn.gelu),  # Hendrycks and Gimpel 2016
     "relu2": Activation(_relu2),  # So et al. 2021
 }

@@ -54,13 +54,21 @@ def test_sizes_that_are_given_stay():
     ({"dropout": 1.0}, "model.dropout=1.0 must lie in"),
     ({"head_dim": 7}, "transformer.head_dim=7 must be even for transformer.position='rope'"),
     ({"model_dim": 95, "head_dim": 8, "position": "sinusoidal"}, "model.model_dim=95 must be even"),
-    ({"activation": "silu"}, "transformer.activation='silu' is not known; use one of swiglu, gelu, relu2"),
+    ({"activation": "silu"}, "transformer.activation='silu' is not known; use one of swiglu, geglu, gelu, relu2"),
     ({"norm": "none"}, "transformer.norm='none' is not known"),
     ({"position": "alibi"}, "transformer.position='alibi' is not known"),
     ({"dtype": "float16"}, "model.dtype='float16' is not known"),
     ({"norm_eps": -1.0}, "transformer.norm_eps=-1.0"),
     ({"init_std": -1.0}, "model.init_std=-1.0"),
     ({"rope_theta": 0.0}, "transformer.rope_theta=0.0"),
+    ({"norm_at": "middle"}, "transformer.norm_at='middle' is not known; use one of input, output, both"),
+    ({"qk_norm_over": "layer"}, "transformer.qk_norm_over='layer' is not known; use one of head, all"),
+    ({"qk_norm_over": "all", "qk_norm": False}, "is without effect for transformer.qk_norm=False"),
+    ({"use_bias": True, "qkv_bias": True}, "transformer.qkv_bias=True is without effect for transformer.use_bias"),
+    ({"local_rope_theta": 10.0}, "transformer.local_rope_theta=10 is for layers with a window"),
+    ({"local_rope_theta": 10.0, "window": 4, "position": "learned"}, "is for layers with a window and rotary"),
+    ({"local_rope_theta": 1.0}, "transformer.local_rope_theta=1.0 must be greater than 1"),
+    ({"score_dim": -1}, "transformer.score_dim=-1 must not be negative"),
 ])  # fmt: skip
 def test_a_rule_that_is_broken_is_one_sentence(changes, message):
     with pytest.raises(UserError, match=message) as error:

@@ -12,7 +12,7 @@ from sections import block_section
 from llmjax.models.contract import unbox
 from llmjax.nn.config import layer_windows, resolve
 from llmjax.nn.layer_compute import LayerCompute
-from llmjax.nn.stack import Block, init_stack, measure_stack, run_stack
+from llmjax.nn.stack import Block, Rotations, init_stack, measure_stack, run_stack
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
 from llmjax.parallel.rules import Layout
@@ -27,6 +27,10 @@ X_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32
 
 def make_block(compute=LayerCompute(), **changes):  # noqa: B008
     return Block(dataclasses.replace(CONFIG, **changes), Layout(), full.attend, compute)
+
+
+# Layers that do not rotate queries and keys.
+NO_ROTATION = Rotations(None, None)
 
 
 @functools.cache
@@ -58,12 +62,14 @@ def test_layers_see_as_far_as_their_windows(compute):
     """Five layers in periods of two: the last one is left over."""
     expected = gradients(lambda p, x: by_hand(p, x, (3, 0, 3, 0, 3)), make_params(), X_BTD)
     block = make_block(compute)
-    got = gradients(lambda p, x: run_stack(block, p, x, None, MASK), make_params(), X_BTD)
+    got = gradients(lambda p, x: run_stack(block, p, x, NO_ROTATION, MASK), make_params(), X_BTD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
 def test_layers_are_measured_with_their_windows():
-    measured = jax.jit(lambda p: measure_stack(make_block(), p, X_BTD, None, MASK, jnp.ones((B, T), bool)))
+    measured = jax.jit(
+        lambda p: measure_stack(make_block(), p, X_BTD, NO_ROTATION, MASK, jnp.ones((B, T), bool))
+    )
     last = by_hand(make_params(), X_BTD, (3, 0, 3, 0, 3))
     rms = measured(make_params())["residual_rms"]
     assert rms.shape == (L,)
@@ -73,7 +79,7 @@ def test_layers_are_measured_with_their_windows():
 def test_local_layers_alone_reach_no_further_than_their_windows_together():
     block = make_block(LayerCompute(scan_layers=True), global_every=0)
     reach = jax.jit(
-        jax.grad(lambda x: jnp.sum(jnp.sin(run_stack(block, make_params(), x, None, MASK)[0, 15])))
+        jax.grad(lambda x: jnp.sum(jnp.sin(run_stack(block, make_params(), x, NO_ROTATION, MASK)[0, 15])))
     )
     moved = np.abs(reach(X_BTD)[0]).sum(axis=1) > 0
     np.testing.assert_array_equal(moved, np.arange(T) >= 15 - L * (WINDOW - 1))

@@ -6,15 +6,19 @@ described in sentencepiece_model.proto of SentencePiece, its encoding in https:/
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import struct
+from collections.abc import Collection, Iterable, Iterator
 
 # The message `normalizer_spec { add_dummy_prefix: false }`. Appended to a model it overrides the model's own value,
 # because a later value of a field takes the place of an earlier one.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-# The numbers of fields: `pieces`, a message for each piece of the vocabulary, `trainer_spec`, and its `model_type`.
-_PIECES, _TRAINER, _MODEL_TYPE = 1, 2, 3
-# The `model_type` of a unigram model, which is the default.
-_UNIGRAM = 1
+# The numbers of fields: `pieces`, a message for each piece of the vocabulary, `trainer_spec`, `normalizer_spec`, and in
+# the trainer's message `model_type` and `byte_fallback`.
+_PIECES, _TRAINER, _NORMALIZER, _MODEL_TYPE, _BYTE_FALLBACK = 1, 2, 3, 3, 35
+# The `model_type` of a unigram model, which is the default, and of BPE.
+_UNIGRAM, _BPE = 1, 2
+# The kinds of pieces.
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 # The field `type: CONTROL` of a piece.
 _CONTROL = b"\x18\x03"
 # The wire types of fields: an integer of variable length, 8 bytes, bytes with their length before them, and 4 bytes.
@@ -92,3 +96,39 @@ def _as_varint(value: int) -> bytes:
         out.append(value & 127 | 128)
         value >>= 7
     return bytes([*out, value])
+
+
+def bpe_model(pieces: Iterable[tuple[str, float, int]]) -> bytes:
+    """A BPE model of these (piece, score, kind). It spells unknown characters in bytes.
+
+    It puts a space before a text and changes nothing else in it. The ids are in the order of `pieces`.
+    """
+    out = [_message(_PIECES, _piece(*piece)) for piece in pieces]
+    # model_type: BPE; byte_fallback: true.
+    out.append(_message(_TRAINER, _integer(_MODEL_TYPE, _BPE) + _integer(_BYTE_FALLBACK, 1)))
+    # name: "identity"; add_dummy_prefix: true; remove_extra_whitespaces: false; escape_whitespaces: true.
+    normalizer = _message(1, b"identity") + _integer(3, 1) + _integer(4, 0) + _integer(5, 1)
+    out.append(_message(_NORMALIZER, normalizer))
+    return b"".join(out)
+
+
+def with_more_ids(model: bytes, count: int) -> bytes:
+    """The model with `count` more ids at the end, which no text gives.
+
+    Some language models have more embeddings than their tokenizer has pieces.
+    """
+    return model + b"".join(_message(_PIECES, _piece(f"<padding_{i}>", 0.0, CONTROL)) for i in range(count))
+
+
+def _piece(text: str, score: float, kind: int) -> bytes:
+    return (
+        _message(1, text.encode()) + bytes([2 << 3 | _FIXED32]) + struct.pack("<f", score) + _integer(3, kind)
+    )
+
+
+def _message(field: int, body: bytes) -> bytes:
+    return _as_varint(field << 3 | _BYTES) + _as_varint(len(body)) + body
+
+
+def _integer(field: int, value: int) -> bytes:
+    return _as_varint(field << 3 | _VARINT) + _as_varint(value)

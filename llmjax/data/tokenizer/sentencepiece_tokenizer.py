@@ -82,6 +82,15 @@ class SentencePieceTokenizer:
         self._mark = [byte_ids[f"<0x{b:02X}>"] for b in SPACE_MARK.encode()] if self.lossless else []
         self._bytes = [_piece_bytes(given, i) for i in range(self.vocab_size)]
 
+    @property
+    def model(self) -> bytes:
+        """The bytes of the .model file."""
+        return self._model
+
+    def piece(self, i: int) -> str:
+        """The piece of the id `i`, as the model writes it: `<s>`, `▁the`."""
+        return self._exact.id_to_piece(i)
+
     def encode(self, text: str, continues: bool = False) -> list[int]:
         if not text:
             return []

@@ -17,7 +17,8 @@ class CheckpointConfig:
     every            updates between checkpoints; 0 = only at the end
     keep             how many of the newest checkpoints are kept
     keep_best        whether the best one is kept too
-    init_from        workdir of another run, whose parameters this run begins with; "" = random ones
+    init_from        workdir of another run or a folder of transformers, whose parameters this run begins with;
+                     "" = random ones
     init_checkpoint  the checkpoint of that run: latest, best or the number of an update
     """
 

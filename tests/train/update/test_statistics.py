@@ -87,7 +87,7 @@ def test_activations_are_those_of_the_layers_taken_one_by_one(params):
 
     @jax.jit
     def branches(layer, x):
-        mask, turn = self_mask(batch.segments, batch.positions), model._rotation(batch.positions)
+        mask, turn = self_mask(batch.segments, batch.positions), model._rotations(batch.positions).everywhere
         read = lambda name: norm.apply({"params": layer[f"{name}_norm"]}, x)  # noqa: E731
         return (
             attention(layer, read("attention"), turn, mask),

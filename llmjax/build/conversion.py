@@ -1,0 +1,217 @@
+"""Models from elsewhere as workdirs of ours, and our workdirs as folders of `transformers`.
+
+A model is opened, checked and read; then it is written whole or not at all: a mistake leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmjax.build.program import Program, make_program
+from llmjax.build.restore import load_params
+from llmjax.config.imported import imported_config, settings_of
+from llmjax.config.init_from import own_tokenizer
+from llmjax.config.reading import complete_config, read_optimizer
+from llmjax.config.resolve import resolve_config
+from llmjax.config.schema import Config
+from llmjax.convert import certificate, hf_folder, llama2c
+from llmjax.convert.config_keys import TOKEN_IDS
+from llmjax.convert.places import places_of
+from llmjax.convert.source import Source
+from llmjax.convert.tokenizer_files import tokenizer_config
+from llmjax.data.tokenizer.imported import tokenizer_for
+from llmjax.data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from llmjax.data.tokenizer.tokenizer import MODEL_FILE, Tokenizer
+from llmjax.errors import UserError, choose
+from llmjax.files import new_folder, write_atomically
+from llmjax.models.table import FAMILIES
+from llmjax.ops.logits import head_logits
+from llmjax.terminal.lines import warn
+from llmjax.train.checkpoint.checkpoint import Checkpoints
+from llmjax.train.loop.run_position import Position
+from llmjax.types import Batch, Params
+from llmjax.workdir import standing
+from llmjax.workdir.contents import write_json
+
+# What is opened, by --from.
+OPEN: dict[str, Callable[[pathlib.Path], Source]] = {
+    "hf": hf_folder.open_model,
+    "llama2c": llama2c.open_model,
+}
+# Files of a tokenizer beside weights, which are copied from one folder of transformers to another.
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that was read, from wherever it came.
+
+    settings   our keys for it, as in `Source`
+    program    runs it on one device
+    tokenizer  its tokenizer, or None where it has none that is read here
+    facts      what the certificate says of where it came from
+    ids        the ids of the special tokens, by their names in config.json
+    folder     the folder of transformers that it was read from, if it was one
+    """
+
+    settings: Mapping[str, Any]
+    program: Program
+    params: Params
+    tokenizer: Tokenizer | None
+    facts: Mapping[str, Any]
+    ids: Mapping[str, Any]
+    folder: pathlib.Path | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of ids that it knows."""
+        return self.program.model.vocab_size
+
+    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """logits_BTV, float32, of rows of tokens that are a text each."""
+        model, shape = self.program.model, tokens_BT.shape
+        segments_BT = np.ones(shape, np.int32)
+        positions_BT = np.broadcast_to(np.arange(shape[1], dtype=np.int32)[None], shape)
+        weights_BT, index_B = np.ones(shape, np.float32), np.arange(shape[0], dtype=np.int32)
+        batch = Batch(tokens_BT, tokens_BT, weights_BT, segments_BT, positions_BT, index_B)
+        logits = jax.jit(
+            lambda params: head_logits(model.apply(params, batch).hidden_BTD, model.head(params))
+        )
+        return np.asarray(logits(self.params), np.float32)
+
+
+def load_foreign(kind: str, path: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Model:
+    """The model at `path`, of the `kind` of a key of `OPEN`. `tokenizer` is used instead of the one beside it."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a model")
+    source = OPEN[kind](path)
+    program = _program(imported_config(source.settings), source.vocab_size)
+    abstract = program.abstract_saved().params
+    places = source.places(abstract)
+    # Before anything is read: all tensors are there, and of the right shape.
+    source.match(places)
+    found = tokenizer or source.tokenizer
+    text = None if found is None else tokenizer_for(found, source.vocab_size)
+    digests: dict[str, str] = {}
+    params = source.read(abstract, digests.__setitem__)
+    facts = certificate.side(
+        kind, path, architecture=source.architecture.name, keys_not_read=list(source.not_read)
+    )
+    facts |= certificate.source_tensors(source, places, digests)
+    folder, ids = (path, source.ids) if kind == "hf" else (None, _ids(text))
+    return Model(settings_of(program.config), program, params, text, facts, ids, folder)
+
+
+def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
+    """The model of a checkpoint of the run in `workdir`."""
+    saved = standing.config_of(workdir, warn)
+    if saved is None:
+        raise UserError(f"{workdir} holds no run; give the workdir of one")
+    tokenizer = own_tokenizer(workdir)
+    trained = complete_config(saved, workdir)
+    names = ("model", *choose(FAMILIES, "model.family", trained["model"]["family"]).sections)
+    settings = {f"{section}.{key}": value for section in names for key, value in trained[section].items()}
+    config = imported_config({**settings, "data.seq_len": trained["data"]["seq_len"]})
+    # An optimizer that averages keeps a part of the parameters in its state. Nothing else of the run matters here.
+    config = dataclasses.replace(config, **read_optimizer(saved, workdir))
+    program = _program(config, tokenizer.vocab_size)
+    update, params = load_params(program, workdir, checkpoint)
+    facts = certificate.side("llmjax", workdir, update=update)
+    return Model(settings_of(program.config), program, params, tokenizer, facts, _ids(tokenizer))
+
+
+def _ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """The ids of the special tokens, by their names in config.json."""
+    if tokenizer is None:
+        return dict.fromkeys(TOKEN_IDS)
+    return {name: getattr(tokenizer, name.replace("token_", "")) for name in TOKEN_IDS}
+
+
+def _program(config: Config, vocab_size: int) -> Program:
+    config, derived = resolve_config(config, 1)
+    return make_program(config, derived, vocab_size, jax.devices()[:1])
+
+
+def check_destination(path: pathlib.Path) -> None:
+    """UserError where something lies at `path` already: a result never takes the place of anything."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists and is not empty; give a new folder")
+
+
+def save_as_run(model: Model, workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
+    """Writes a workdir from which `--mode=generate` and `checkpoint.init_from` work. UserError without a tokenizer."""
+    if model.tokenizer is None:
+        raise UserError(
+            f"{model.facts['path']} has no tokenizer that is read here (a SentencePiece tokenizer.model, or "
+            "tok*.bin of llama2.c); name one with --tokenizer"
+        )
+    config = imported_config(model.settings, str(workdir.absolute() / "tokenizer"))
+    config, _ = resolve_config(config, 1)
+    meta = {"config": config.to_dict(), "data_fingerprint": "none", "versions": {}} | Position().to_meta()
+    with _new_folder(workdir) as folder:
+        model.tokenizer.save(folder / "tokenizer")
+        write_json(folder / "config.json", config.to_dict())
+        noted = standing.note_saved(folder, standing.CHECKPOINTS)
+        with Checkpoints(folder / standing.CHECKPOINTS, config.checkpoint, on_saved=noted) as checkpoints:
+            checkpoints.save(0, {"params": model.params}, meta)
+        certificate.write(folder, {"from": model.facts, "to": _facts(model, "llmjax", workdir), **facts})
+
+
+def save_as_hf(
+    model: Model,
+    folder: pathlib.Path,
+    dtype: str,
+    verify: Callable[[pathlib.Path], Mapping[str, Any]] = lambda _: {},
+) -> None:
+    """Writes a folder that `transformers` reads, with weights of the type `dtype`.
+
+    `verify` is called with the folder when all but the certificate is in it, and its result goes into the certificate;
+    if it raises, nothing is left behind. Raises UserError if transformers has no such model.
+    """
+    export = hf_folder.Export(model.settings, model.vocab_size, model.ids, dtype)
+    export.check(model.params)
+    places, digests = places_of(export.architecture, model.params), dict[str, str]()
+    with _new_folder(folder) as unfinished:
+        export.write(unfinished, model.params, digests.__setitem__)
+        _save_tokenizer(model, unfinished)
+        to = _facts(model, "hf", folder) | {"architecture": export.architecture.name}
+        to |= certificate.written_tensors(places, dtype, digests)
+        certificate.write(unfinished, {"from": model.facts, "to": to, **verify(unfinished)})
+
+
+def _save_tokenizer(model: Model, folder: pathlib.Path) -> None:
+    """Writes the files of the model's tokenizer that `transformers` reads, as far as there are any."""
+    if model.folder is not None:
+        for name in TOKENIZER_FILES:
+            if (model.folder / name).is_file():
+                shutil.copyfile(model.folder / name, folder / name)
+    elif isinstance(model.tokenizer, SentencePieceTokenizer):
+        write_atomically(folder / MODEL_FILE, model.tokenizer.model)
+        ids = {**model.ids, "unk_token_id": model.tokenizer.unk_id}
+        pieces = {name.removesuffix("_id"): model.tokenizer.piece(i) for name, i in ids.items()}
+        adds_space = bool(model.tokenizer.text_prefix)
+        write_json(folder / "tokenizer_config.json", tokenizer_config(pieces, adds_space))
+
+
+@contextlib.contextmanager
+def _new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    check_destination(path)
+    with new_folder(path, lambda folder: False) as unfinished:
+        yield unfinished
+
+
+def _facts(model: Model, kind: str, path: pathlib.Path) -> dict[str, Any]:
+    tokenizer = "none" if model.tokenizer is None else model.tokenizer.fingerprint
+    facts = certificate.model_facts(model.settings, model.vocab_size)
+    return certificate.side(kind, path, **facts, tokenizer=tokenizer)

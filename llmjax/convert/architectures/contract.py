@@ -1,0 +1,89 @@
+"""What a name table says of a family of models of another program: its config.json and its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from llmjax.convert.architectures.forms import Stored
+
+# The keys of `transformer` that the rotary positions of config.json say, see `rope_keys.py`.
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_len")
+# The keys of ours that change no function of the parameters: a table need not mention them.
+FREE = ("model.family", "model.dropout", "model.dtype")
+# What a model has that is not mentioned in a table.
+PLAIN = {
+    "model.logit_softcap": 0.0,
+    "transformer.position": "rope",
+    "transformer.norm": "rmsnorm",
+    "transformer.activation": "swiglu",
+    "transformer.qk_norm": False,
+    "transformer.qk_norm_over": "head",
+    "transformer.norm_at": "input",
+    "transformer.scale_embedding": False,
+    "transformer.score_dim": 0,
+    "transformer.local_rope_theta": 0.0,
+    "transformer.use_bias": False,
+    "transformer.qkv_bias": False,
+    "transformer.window": 0,
+    "transformer.global_every": 0,
+    "transformer.attention_softcap": 0.0,
+    "transformer.attention_sinks": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of config.json that says the same as a key of ours.
+
+    ours     the whole name of our key
+    default  what config.json means without the key, or with null
+    none     our value that config.json writes as null; `...` for no such value
+    """
+
+    ours: str
+    default: Any
+    none: Any = ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One family of models, as `transformers` or another program names its parts.
+
+    name        the class of `transformers` that reads it
+    model_type  its name in config.json
+    keys        the keys of config.json that are keys of ours, by their names there
+    only        the keys of config.json of which we can do some values only: name -> (what is meant without the key,
+                *values that we can do). The first value is written
+    always      our keys with the value that all models of the family have; others have that of `PLAIN`
+    outer       the tensors outside of the layers, by their names
+    layer       the tensors of a layer; `{}` in a name stands for the number of the layer, from 0
+    buffers     regular expressions of tensors that hold nothing that was learned, and that are skipped
+    prefix      the beginning of all names but that of the output matrix, which some files leave out
+    rope        the base of the rotary wavelengths without a key of config.json that says it; 0 without rotation
+    local_rope  the same for layers with a window, where it is another; 0 where it is the same
+    alternates  if layers with a window alternate with layers without: every how many-th layer has none, where
+                config.json does not say it; 0 if all layers are alike
+    """
+
+    name: str
+    model_type: str
+    keys: Mapping[str, Key]
+    only: Mapping[str, tuple[Any, ...]]
+    always: Mapping[str, Any]
+    outer: Mapping[str, Stored]
+    layer: Mapping[str, Stored]
+    buffers: tuple[str, ...] = ()
+    prefix: str = ""
+    rope: float = 10000.0
+    local_rope: float = 0.0
+    alternates: int = 0
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The values of our keys that every model of the family has."""
+        said = {key.ours for key in self.keys.values()}
+        said |= {"transformer.global_every"} if self.alternates else set()
+        said |= {"transformer.local_rope_theta"} if self.local_rope else set()
+        return {key: value for key, value in {**PLAIN, **self.always}.items() if key not in said}

@@ -1,0 +1,153 @@
+"""config.json of `transformers` as keys of ours, and back, by the name tables in `architectures/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmjax.convert.architectures.contract import FREE, ROPE_KEYS, Architecture
+from llmjax.convert.architectures.table import ARCHITECTURES
+from llmjax.convert.files.json_file import typed
+from llmjax.convert.rope_keys import read_rope, write_rope
+from llmjax.convert.window_keys import KEYS as WINDOW_KEYS
+from llmjax.convert.window_keys import layer_types, read_period
+from llmjax.errors import UserError
+from llmjax.ranges import shown
+
+# Keys that every table reads or that mean nothing to a model.
+GENERAL = {
+    "architectures", "model_type", "vocab_size", "rope_theta", "rope_scaling", "rope_parameters",
+    "rope_local_base_freq", "bos_token_id",
+    "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path",
+}  # fmt: skip
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The name table for a config.json. Raises UserError, which lists all there are, if there is none for it."""
+    names = config.get("architectures") or []
+    names = names if isinstance(names, list) else [names]
+    by_type = {architecture.model_type: architecture for architecture in ARCHITECTURES.values()}
+    found = [ARCHITECTURES[name] for name in names if isinstance(name, str) and name in ARCHITECTURES]
+    if not names and isinstance(config.get("model_type"), str) and config["model_type"] in by_type:
+        found = [by_type[config["model_type"]]]
+    if not found:
+        what = f"architectures={shown(names)}" if names else f"model_type={shown(config.get('model_type'))}"
+        raise UserError(
+            f"config.json has {what}, which is not known; use a model of {', '.join(ARCHITECTURES)}"
+        )
+    if config.get("quantization_config"):
+        raise UserError(
+            "config.json has a quantization_config, and quantised weights are not read here; use the model as float32, "
+            "bfloat16 or float16"
+        )
+    return found[0]
+
+
+def read_settings(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys, {whole key: value}, `data.seq_len` among them, that a config.json means.
+
+    Raises UserError for a value that we cannot do or that is of another type than ours.
+    """
+    for name, known in architecture.only.items():
+        value = config.get(name)
+        if value is not None and value not in known:
+            raise UserError(
+                f"config.json has {name}={shown(value)}, which llmjax cannot do in {architecture.name}; use a model of "
+                f"{name}={' or '.join(map(repr, known))}"
+            )
+    settings = dict(architecture.fixed)
+    for name, key in architecture.keys.items():
+        value = config.get(name, key.default)
+        if value is None:
+            value = key.default if key.none is ... else key.none
+        settings[key.ours] = typed(name, value, key.default)
+    if architecture.alternates:
+        settings["transformer.global_every"] = read_period(config, architecture.alternates)
+    if architecture.rope:
+        settings |= read_rope(config, architecture.rope, architecture.local_rope)
+    return settings
+
+
+def vocab_size_of(config: Mapping[str, Any]) -> int:
+    """The number of ids that the model knows."""
+    return typed("vocab_size", config.get("vocab_size"), 0)
+
+
+def not_read(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
+    """The keys of a config.json that no table mentions, for the certificate."""
+    windows = set(WINDOW_KEYS) if architecture.alternates else set()
+    return sorted(config.keys() - GENERAL - windows - architecture.keys.keys() - architecture.only.keys())
+
+
+def choose_architecture(settings: Mapping[str, Any]) -> Architecture:
+    """The first name table that can hold a model of these keys.
+
+    Raises UserError, which names what the nearest of them lacks, if there is none.
+    """
+    lacking = {name: _lacking(architecture, settings) for name, architecture in ARCHITECTURES.items()}
+    name = min(lacking, key=lambda name: len(lacking[name]))
+    if lacking[name]:
+        key, value = next(iter(lacking[name].items()))
+        raise UserError(
+            f"{key}={settings[key]!r} is not what models of transformers have, of which {name} with {key}={value!r} is "
+            f"the nearest; there are tables for {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[name]
+
+
+def _lacking(architecture: Architecture, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys whose values models of the architecture do not have, with the values that they have."""
+    if settings["model.family"] != "gpt":
+        return {"model.family": "gpt"}
+    found = dict(settings)
+    # Sizes that are what they would be without their keys count as 0.
+    if found["transformer.num_kv_heads"] == found["transformer.num_heads"]:
+        found["transformer.num_kv_heads"] = 0
+    if found["transformer.head_dim"] * found["transformer.num_heads"] == found["model.model_dim"]:
+        found["transformer.head_dim"] = 0
+    if found["transformer.score_dim"] == settings["transformer.head_dim"]:
+        found["transformer.score_dim"] = 0
+    return {key: value for key, value in architecture.fixed.items() if found[key] != value}
+
+
+def write_config(
+    architecture: Architecture,
+    settings: Mapping[str, Any],
+    vocab_size: int,
+    ids: Mapping[str, int],
+    dtype: str,
+) -> dict[str, Any]:
+    """The config.json of a model with these keys. `ids` are those of `TOKEN_IDS`; `dtype` is that of the weights."""
+    config: dict[str, Any] = {
+        "architectures": [architecture.name],
+        "model_type": architecture.model_type,
+        "vocab_size": vocab_size,
+        "torch_dtype": dtype,
+        **{name: ids[name] for name in TOKEN_IDS},
+    }
+    for name, key in architecture.keys.items():
+        value = settings[key.ours]
+        if key.ours == "transformer.score_dim":
+            value = value or settings["transformer.head_dim"]
+        # A size of 0 is one that follows from others, as it does there without the key.
+        if value != 0 or type(value) is bool or key.none is not ...:
+            config[name] = None if value == key.none else value
+    config |= {name: known[0] for name, known in architecture.only.items()}
+    if architecture.alternates:
+        every = settings["transformer.global_every"]
+        config |= {
+            "layer_types": layer_types(settings["model.num_layers"], every),
+            "sliding_window_pattern": every,
+        }
+    if architecture.rope:
+        config |= write_rope(settings)
+    return config
+
+
+def accounted(architecture: Architecture) -> set[str]:
+    """All keys of `model` and `transformer` that the table says something about, which must be all there are."""
+    keys = {key.ours for key in architecture.keys.values()} | set(architecture.fixed) | set(FREE)
+    # Without rotary positions, these have no effect.
+    keys |= {f"transformer.{key}" for key in ROPE_KEYS}
+    return keys | {"transformer.global_every", "transformer.local_rope_theta"}

@@ -1,0 +1,151 @@
+"""Where each tensor of a file goes in our parameters. None may be missing, left over or of another shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmjax.convert.architectures.contract import Architecture
+from llmjax.convert.architectures.forms import Form, Shape, Stored
+from llmjax.convert.files.tensor_files import Tensors
+from llmjax.errors import UserError
+from llmjax.ranges import shown
+from llmjax.types import Params
+
+# The first name of the path of our parameters that have a leading dimension for the layers.
+LAYERS = "layers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Our half of a tensor: the path of a parameter, the layer (None: it has none), and the shape without layers."""
+
+    path: str
+    layer: int | None
+    shape: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one tensor of theirs goes: into one or several parts of ours, side by side along its `axis`."""
+
+    form: Form
+    parts: tuple[Part, ...]
+    axis: int
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the tensor of theirs."""
+        shapes = [self.form.shape(part.shape) for part in self.parts]
+        whole = list(shapes[0])
+        whole[self.axis] = sum(shape[self.axis] for shape in shapes)
+        return tuple(whole)
+
+    def ours(self, theirs: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
+        """The parts of ours, as views where possible."""
+        sizes = [self.form.shape(part.shape)[self.axis] for part in self.parts]
+        pieces = np.split(theirs, np.cumsum(sizes)[:-1], axis=self.axis) if sizes[1:] else [theirs]
+        for part, piece in zip(self.parts, pieces, strict=True):
+            yield part, self.form.ours(piece, part.shape)
+
+    def theirs(self, ours: Iterable[np.ndarray]) -> np.ndarray:
+        """The tensor of theirs, from our parts in order."""
+        pieces = [self.form.theirs(array) for array in ours]
+        return np.concatenate(pieces, self.axis) if pieces[1:] else pieces[0]
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """The leaves of nested parameters by their paths, such as `layers/attention/wq_DNH`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def places_of(architecture: Architecture, shapes: Params) -> dict[str, Place]:
+    """The place of each tensor of theirs in a model whose parameters have these `shapes`, by its name.
+
+    A line of the table is left out if the model has no such parameter, such as an output matrix of its own. Raises
+    UserError if the model has a parameter that the table does not mention.
+    """
+    ours = {path: leaf.shape for path, leaf in flatten(shapes).items()}
+    num_layers = next(shape[0] for path, shape in ours.items() if path.startswith(f"{LAYERS}/"))
+    found: dict[str, Place] = {}
+
+    def add(name: str, line: Stored, layer: int | None) -> None:
+        paths = line.ours if layer is None else tuple(f"{LAYERS}/{path}" for path in line.ours)
+        if all(path in ours for path in paths):
+            first = 0 if layer is None else 1
+            parts = tuple(Part(path, layer, ours[path][first:]) for path in paths)
+            found[name] = Place(line.form, parts, line.axis)
+
+    for name, line in architecture.outer.items():
+        add(name, line, None)
+    for layer in range(num_layers):
+        for name, line in architecture.layer.items():
+            add(name.format(layer), line, layer)
+    left = ours.keys() - {part.path for place in found.values() for part in place.parts}
+    if left:
+        raise UserError(
+            f"{architecture.name} has no tensor for our parameter {min(left)}; use another family"
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Matched:
+    """The tensors of a file that go into a model, and those that do not.
+
+    names    our name of a tensor in the table -> its name in the file
+    buffers  tensors that hold nothing that was learned
+    copies   output matrices that repeat the embedding in a model that ties both
+    """
+
+    names: dict[str, str]
+    buffers: tuple[str, ...]
+    copies: tuple[str, ...]
+
+
+def match(architecture: Architecture, places: Mapping[str, Place], tensors: Tensors, where: str) -> Matched:
+    """Which tensor of the file is which. `where` names the model in errors.
+
+    Raises UserError, in one sentence, if a tensor is missing, left over, or of another shape.
+    """
+    prefix = architecture.prefix
+    # Some files leave out the first name, which all but the output matrix have.
+    short = bool(prefix) and not any(name.startswith(prefix) for name in tensors)
+    full = {name if not short or name.startswith("lm_head.") else prefix + name: name for name in tensors}
+    if missing := [name for name in places if name not in full]:
+        raise UserError(
+            f"{where} lacks the tensor {missing[0]}{_and_more(missing)}, which its config.json asks for; fetch the "
+            "whole model, or correct config.json"
+        )
+    left, buffers, copies = [], [], []
+    for name in full.keys() - places.keys():
+        if any(re.fullmatch(pattern, name) for pattern in architecture.buffers):
+            buffers.append(full[name])
+        elif name == "lm_head.weight" and name in architecture.outer:
+            copies.append(full[name])
+        else:
+            left.append(name)
+    if left:
+        raise UserError(
+            f"{where} has the tensor {shown(min(left))}{_and_more(left)}, which {architecture.name} with this "
+            "config.json does not have; use a model without it, or correct config.json"
+        )
+    for name, place in places.items():
+        shape = tensors[full[name]].shape
+        if shape != place.shape:
+            raise UserError(
+                f"{where} has {name} of shape {list(shape)}, and its config.json asks for {list(place.shape)}; fetch "
+                "the files that belong together"
+            )
+    names = {name: full[name] for name in places}
+    return Matched(names, tuple(sorted(buffers)), tuple(copies))
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if names[1:] else ""

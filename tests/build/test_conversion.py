@@ -1,0 +1,178 @@
+"""Conversions from the command line: workdirs that work, folders of transformers, certificates, and mistakes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import command
+
+from llmjax import main
+from llmjax.build.conversion import load_run
+from llmjax.convert.files.safetensors_folder import open_tensors
+from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
+from tools import convert
+
+CERTIFICATE = "certificate.json"
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory, request):
+    """The workdir of stories260K, converted from llama2.c."""
+    data = request.getfixturevalue("shared_data") / "weights" / "stories260K"
+    workdir = tmp_path_factory.mktemp("stories") / "workdir"
+    assert convert_to("llama2c", "llmjax", data / "stories260K.bin", workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of a tiny run with a SentencePiece tokenizer, and its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny_run.write_corpus(folder / "corpus")
+    settings = {"tokenizer__kind": "bpe", "tokenizer__vocab_size": 320, "model__tie_embeddings": False}
+    assert main.main(command(folder, f"--workdir={folder / 'run'}", **settings)) == 0
+    return folder / "run"
+
+
+def convert_to(source_kind, kind, source, destination, *words):
+    return convert.main(["--from", source_kind, "--to", kind, str(source), str(destination), *words])
+
+
+def refused(capsys, *words):
+    assert convert_to(*words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def certificate(folder):
+    return json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
+
+
+def greedy(capsys, workdir, tokens, *words):
+    settings = [f"--config.generate.max_tokens={tokens}", "--config.generate.temperature=0", *words]
+    return run(capsys, ["llmjax", f"--workdir={workdir}", "--mode=generate", *settings])
+
+
+def test_stories260k_writes_what_llama2c_writes_character_by_character(stories, shared_data, capsys):
+    golden = (shared_data / "weights" / "stories260K" / "golden_greedy_200.txt").read_text()
+    assert greedy(capsys, stories, 200).endswith(golden + "\n")
+
+
+def test_through_transformers_and_back_every_parameter_is_the_same(stories, tmp_path, capsys):
+    assert convert_to("llmjax", "hf", stories, tmp_path / "hf") == 0
+    assert convert_to("hf", "llmjax", tmp_path / "hf", tmp_path / "again") == 0
+    before, after = load_run(stories), load_run(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    assert before.settings == after.settings and before.tokenizer.fingerprint == after.tokenizer.fingerprint
+    capsys.readouterr()
+    assert greedy(capsys, stories, 20) == greedy(capsys, tmp_path / "again", 20)
+
+
+def test_a_certificate_accounts_for_every_tensor_and_every_file(stories, shared_data, tmp_path):
+    found = certificate(stories)
+    tensors = found["from"]["tensors"]
+    assert len(tensors) == 5 * 9 + 4 and not found["from"]["missing"] and not found["from"]["unexpected"]
+    assert tensors["layers.2.wq"]["became"] == ["layers/attention/wq_DNH[2]"]
+    assert "nothing" in tensors["freqs_cos"]["became"]
+    assert found["to"]["output matrix"] == "the embedding"
+    assert found["to"]["rotary positions"]["transformer.rope_theta"] == 10000.0
+    assert {"config.json", "tokenizer/tokenizer.model"} <= found["files"].keys()
+    assert convert_to("llmjax", "hf", stories, tmp_path / "hf", "--dtype", "bfloat16") == 0
+    written = certificate(tmp_path / "hf")["to"]["tensors"]
+    there = open_tensors(tmp_path / "hf")
+    assert written.keys() == there.keys()
+    assert all(list(there[name].shape) == facts["shape"] for name, facts in written.items())
+    assert {tensor.dtype for tensor in there.values()} == {"BF16"}
+
+
+def test_a_trained_run_is_exported_and_a_new_run_begins_with_it(trained, tmp_path, capsys):
+    exported = tmp_path / "hf"
+    assert convert_to("llmjax", "hf", trained, exported) == 0
+    assert certificate(exported)["to"]["architecture"] == "Qwen3ForCausalLM"
+    settings = {"tokenizer__kind": "bpe", "tokenizer__vocab_size": 320, "model__tie_embeddings": False}
+    settings |= {"checkpoint__init_from": exported, "train__num_updates": 1}
+    words = command(trained.parent, f"--workdir={tmp_path / 'new'}", **settings)
+    out = run(capsys, [*words, "--mode=evaluate"])
+    last = tiny_run.read_lines(trained)[-1]
+    assert f"{last['loss']:.4f}" in out and f"update 0 of {exported}" in out
+    assert f"beginning with the parameters of update 0 of {exported}" in run(capsys, words)
+    # It goes on without the folder.
+    (exported / "model.safetensors").unlink()
+    run(capsys, ["llmjax", f"--workdir={tmp_path / 'new'}", "--config.train.num_updates=2"])
+    other = command(
+        trained.parent, f"--workdir={tmp_path / 'other'}", **settings | {"checkpoint__init_from": trained}
+    )
+    err = refuse(capsys, [*other, "--config.model.num_layers=2", "--config.transformer.qk_norm=false"])
+    assert "model.num_layers=2, but the run in" in err and "and also transformer.qk_norm=True" in err
+
+
+def test_a_folder_without_what_a_run_needs_is_refused(trained, tmp_path, capsys):
+    exported = tmp_path / "hf"
+    assert convert_to("llmjax", "hf", trained, exported) == 0
+    capsys.readouterr()
+    settings = {"checkpoint__init_from": exported, "model__tie_embeddings": False}
+    words = command(trained.parent, f"--workdir={tmp_path / 'new'}", **settings)
+    assert "init_checkpoint='best' has no meaning" in refuse(
+        capsys, [*words, "--config.checkpoint.init_checkpoint=best"]
+    )
+    (exported / "tokenizer.model").rename(exported / "other.model")
+    assert "has no tokenizer that is read here" in refuse(capsys, words)
+    assert "has no tokenizer that is read here" in refused(capsys, "hf", "llmjax", exported, tmp_path / "x")
+    named = ["--tokenizer", str(exported / "other.model")]
+    assert convert_to("hf", "llmjax", exported, tmp_path / "named", *named) == 0
+    (exported / "model.safetensors").write_bytes(b"\1" * 30)
+    assert "no whole safetensors file" in refuse(capsys, words)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged (it is not JSON)"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "no whole safetensors file"),
+    ],
+)
+def test_a_mistake_costs_one_sentence_and_writes_nothing(trained, tmp_path, capsys, change, said):
+    assert convert_to("llmjax", "hf", trained, tmp_path / "hf") == 0
+    capsys.readouterr()
+    change(tmp_path / "hf")
+    assert said in refused(capsys, "hf", "llmjax", tmp_path / "hf", tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_what_lies_at_the_destination_is_never_replaced(trained, tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    assert "exists and is not empty" in refused(capsys, "llmjax", "hf", trained, tmp_path)
+    assert "exists and is not empty" in refused(capsys, "llmjax", "hf", trained, tmp_path / "mine")
+    assert "does not exist" in refused(capsys, "hf", "hf", tmp_path / "nothing", tmp_path / "x")
+    assert "holds no run" in refused(capsys, "llmjax", "hf", tmp_path / "nothing", tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("size", [0, 27, 28, 1000])
+def test_a_file_that_is_not_of_llama2c_is_refused(stories, shared_data, tmp_path, capsys, size):
+    data = (shared_data / "weights" / "stories260K" / "stories260K.bin").read_bytes()
+    (tmp_path / "cut.bin").write_bytes(data[:size])
+    assert "llama2.c" in refused(capsys, "llama2c", "hf", tmp_path / "cut.bin", tmp_path / "x")
+    (tmp_path / "cut.bin").write_bytes(b"\xff" * size)
+    assert "llama2.c" in refused(capsys, "llama2c", "hf", tmp_path / "cut.bin", tmp_path / "x")
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_verify_compares_logits_and_stops_a_wrong_conversion(stories, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    assert convert_to("llmjax", "hf", stories, tmp_path / "hf", "--verify") == 0
+    facts = certificate(tmp_path / "hf")["verified against transformers"]
+    assert facts["argmax agreement"] == 1 and facts["KL"] < 1e-9
+    assert facts["largest difference / largest logit"] < 1e-4
+    capsys.readouterr()
+    right = convert.their_logits
+    monkeypatch.setattr(convert, "their_logits", lambda *words: right(*words) * 1.01)
+    assert "the logits differ" in refused(capsys, "llmjax", "hf", stories, tmp_path / "x", "--verify")
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,50 @@
+"""Makes the golden files: a tiny random model of each architecture, and the logits that transformers gives for it.
+
+    pip install -e '.[interop]'
+    PYTHONPATH=.:tests:tests/convert python tests/convert/golden/make.py
+
+Weights are float16, which both sides read exactly. A folder that is there is left alone, because the same seed does not
+give the same weights in every version of PyTorch.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import torch
+import transformers
+from random_models import TINY, VARIANTS, config_json
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def make(variant: str, folder: pathlib.Path) -> None:
+    config = config_json(variant)
+    folder.mkdir()
+    config |= {key: TINY[key] for key in config.keys() & TINY.keys()}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = transformers.AutoConfig.from_pretrained(folder)
+    settings.initializer_range = 0.4
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+            parameter.copy_(parameter.half().float())
+    tokens_BT = np.random.default_rng(0).integers(0, TINY["vocab_size"], (2, 12))
+    with torch.no_grad():
+        logits_BTV = model.eval()(torch.as_tensor(tokens_BT)).logits.numpy()
+    np.savez(folder / "logits.npz", tokens_BT=tokens_BT.astype(np.int32), logits_BTV=logits_BTV)
+    # Not earlier: it would round the rotary frequencies, too.
+    model.half().save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    for variant in VARIANTS:
+        folder = FOLDER / variant.replace(" ", "_")
+        if not folder.exists():
+            make(variant, folder)
