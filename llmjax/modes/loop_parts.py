@@ -54,14 +54,16 @@ def make_run(
     stop: StopRequest,
     check_lock: Callable[[], None] = lambda: None,
     on_samples: Callable[[int, Sequence[Sample]], None] = lambda update, samples: None,
+    compiled: Callable[[], None] = lambda: None,
 ) -> Run:
     """The `Run` of a program and a corpus. Evaluation and sampling end early where `stop` asks for it.
 
     check_lock  raises UserError where another run has taken the workdir
     on_samples  called with an update and the texts sampled after it, once they are written, on the first process
+    compiled    waits for a thread that compiles the step, if there is one
     """
     config = program.config
-    step = _Step(program.train_step)
+    step = _Step(program.train_step, compiled)
     parts = _Parts(step, program, corpus, workdir, stop, check_lock, on_samples)
     return Run(
         steering=program.steering,
@@ -107,18 +109,22 @@ def versions() -> dict[str, str]:
 class _Step:
     """The compiled step, which says that it compiles.
 
+    step      the jitted step
+    wait      waits for a thread that compiles it, if there is one
     compiles  whether its next call may compile: the first one does, and the first one for rows of another length
     """
 
-    compiled: TrainStep
+    step: TrainStep
+    wait: Callable[[], None]
     compiles: bool = True
 
     def __call__(self, state: TrainState, batch: Batch, inputs: UpdateInputs) -> tuple[TrainState, Metrics]:
         if not self.compiles:
-            return self.compiled(state, batch, inputs)
+            return self.step(state, batch, inputs)
         self.compiles = False
         with working("compiling the update"):
-            return self.compiled(state, batch, inputs)
+            self.wait()
+            return self.step(state, batch, inputs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from llmjax.build.compile_ahead import CompileAhead
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import (
     save_tokenizer,
@@ -97,11 +98,19 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     so_far = saved_config(workdir)
     program = make_program(config, request.derived, corpus.tokenizer.vocab_size, accumulates=under_way)
     check_state_fits(program)
-    with open_checkpoints(workdir, standing.CHECKPOINTS, config.checkpoint, check_lock) as checkpoints:
+    with (
+        open_checkpoints(workdir, standing.CHECKPOINTS, config.checkpoint, check_lock) as checkpoints,
+        CompileAhead(program) as ahead,
+    ):
+        # A run that goes on may be finished, and then compiles nothing: its position decides.
+        if checkpoints.latest() is None and not under_way:
+            ahead.start(0)
         with working("preparing the parameters"):
             state, position = resume_or_init(program, corpus, checkpoints, workdir)
         finished = position.tokens >= program.steering.num_tokens
         check_profile(request.profile, config, position)
+        if not finished:
+            ahead.start(position.tokens)
         if hosts.is_primary():
             write_beginning(program, corpus, workdir, position, finished)
         plan = describe(corpus, program, workdir, position.update)
@@ -114,7 +123,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         say(done if finished else f"{ready}; the first update compiles")
         # Where a sink cannot be had on the first process, none may go on to wait for it.
         recorder = together(lambda: open_recorder(program, workdir, position, stop))
-        run = make_run(program, corpus, workdir, checkpoints, stop, check_lock, recorder.samples)
+        run = make_run(program, corpus, workdir, checkpoints, stop, check_lock, recorder.samples, ahead.wait)
         if request.profile:
             profiler = Profiler(request.profile, profile_folder(workdir), recorder.say)
             run = dataclasses.replace(run, profiler=profiler)
