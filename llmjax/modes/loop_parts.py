@@ -28,13 +28,13 @@ from llmjax.build.restore import (
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.files import write_atomically
 from llmjax.modes.evaluate import score_held_out
-from llmjax.modes.generate import sample_texts
+from llmjax.modes.generate import make_sampler
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
 from llmjax.terminal.stages import working
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run import Run
-from llmjax.train.loop.stop_request import StopRequest
+from llmjax.train.loop.stop_request import StopRequest, Watch
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.state import TrainState
 from llmjax.train.update.step import Metrics, TrainStep
@@ -64,7 +64,8 @@ def make_run(
     """
     config = program.config
     step = _Step(program.train_step, compiled)
-    parts = _Parts(step, program, corpus, workdir, stop, check_lock, on_samples)
+    texts = make_sampler(program, corpus)
+    parts = _Parts(step, program, corpus, workdir, stop, check_lock, on_samples, texts)
     return Run(
         steering=program.steering,
         micro_batch_size=program.batch.micro_batch_size,
@@ -138,6 +139,7 @@ class _Parts:
     stop: StopRequest
     check_lock: Callable[[], None]
     on_samples: Callable[[int, Sequence[Sample]], None]
+    texts: Callable[[Params, Watch], list[tuple[str, str]]]
 
     def make_batches(self, cursor: int, length: int) -> Feed:
         self.step.compiles = True
@@ -151,7 +153,7 @@ class _Parts:
         # Every process takes part in the sampling, and the first one writes.
         with working("sampling"):
             params = self.program.eval_params(state)
-            texts = sample_texts(self.program, self.corpus, params, self.stop.watch)
+            texts = self.texts(params, self.stop.watch)
         if hosts.is_primary():
             samples = [Sample(update, *text) for text in texts]
             write_samples(self.workdir, samples)
