@@ -99,12 +99,9 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     program = make_program(config, request.derived, corpus.tokenizer.vocab_size, accumulates=under_way)
     check_state_fits(program)
     with (
+        _compile_ahead(program, is_new=so_far is None) as ahead,
         open_checkpoints(workdir, standing.CHECKPOINTS, config.checkpoint, check_lock) as checkpoints,
-        CompileAhead(program) as ahead,
     ):
-        # A run that goes on may be finished, and then compiles nothing: its position decides.
-        if checkpoints.latest() is None and not under_way:
-            ahead.start(0)
         with working("preparing the parameters"):
             state, position = resume_or_init(program, corpus, checkpoints, workdir)
         finished = position.tokens >= program.steering.num_tokens
@@ -156,6 +153,14 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         complain(describe_failure(saved, what, error))
         return 1
     return stop.exit_code if result.stopped else 0
+
+
+def _compile_ahead(program: Program, is_new: bool) -> CompileAhead:
+    """Starts to compile the step of a new run. One that goes on may be finished: there the position decides."""
+    ahead = CompileAhead(program)
+    if is_new:
+        ahead.start(0)
+    return ahead
 
 
 def open_recorder(program: Program, workdir: pathlib.Path, position: Position, stop: StopRequest) -> Recorder:

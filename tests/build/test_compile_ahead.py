@@ -1,4 +1,4 @@
-"""The training step is compiled in a thread: its first call compiles nothing, and errors come where they are expected."""
+"""The training step is compiled in a thread. Its first call compiles nothing, and errors come where they belong."""
 
 import contextlib
 
