@@ -14,6 +14,7 @@ import hashlib
 import pathlib
 import platform
 import re
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ _SETTLED_SECONDS = 1.0
 _FOLDER, _SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 _ENABLED = "jax_enable_compilation_cache"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+# Two threads may have compiled a program at the same time, and would write the same digests.
+_SEALING = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -157,7 +160,7 @@ def _seal(folder: pathlib.Path, known: set[str], settled: float) -> None:
     """
     for path in folder.glob(_ENTRIES):
         # A full disk or a folder that may not be written to costs the cache, not the run.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), _SEALING:
             if path.name not in known and time.time() - _modified(path) >= settled:
                 write_atomically(_digest_file(path), _digest(path))
                 known.add(path.name)

@@ -59,6 +59,8 @@ class Program:
     engine: Engine
     steering: Steering
     param_specs: Params
+    # Shapes, dtypes and shardings of the state.
+    state_shape: TrainState
     # Called as a `step.TrainStep`; donates the state.
     train_step: jax.stages.Wrapped
     eval_step: Callable[[Params, Batch], LossSums]
@@ -76,11 +78,11 @@ class Program:
         rng = make_key(self.config.seed)
         if params is not None:
             return state_around(params, self.engine, rng, self.param_specs, self.mesh)
-        return init_state(self.model.init, self.engine, rng, self.param_specs, self.mesh)
+        return init_state(self.model.init, self.engine, rng, self.state_shape)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
-        return abstract_state(self.model.init, self.engine, self.param_specs, self.mesh)
+        return self.state_shape
 
     def abstract_saved(self) -> TrainState:
         """Shapes, dtypes and shardings of the state as a checkpoint holds it."""
@@ -188,7 +190,8 @@ def make_program(
         )
     _check_host_memory(config, mesh)
     model = make_model(config, derived, vocab_size, Layout(mesh))
-    roles = Roles(model.axes())
+    axes = model.axes()
+    roles = Roles(axes)
     make_engine = choose(ENGINES, "compute.engine", config.compute.engine)
     engine = make_engine(
         make_optimizer(
@@ -207,7 +210,7 @@ def make_program(
     token_losses = make_token_losses(
         model, shards=batch_shards(model.layout), vocab_shards=model.layout.axis_size("tensor")
     )
-    param_specs = jax.tree.map(partition_spec, model.axes(), is_leaf=is_axes)
+    param_specs = jax.tree.map(partition_spec, axes, is_leaf=is_axes)
     state = abstract_state(model.init, engine, param_specs, mesh)
     # Where each device keeps gradients of its own, it computes with a model that sees only its own sequences.
     local = make_model(config, derived, vocab_size, Layout(mesh, engine.manual)) if engine.manual else model
@@ -223,6 +226,7 @@ def make_program(
         engine=engine,
         steering=steering,
         param_specs=param_specs,
+        state_shape=state,
         # The state is donated, so that old and new state are never both in memory. Its shardings are fixed, because the
         # compiler would choose others and compile again for the next call.
         train_step=jax.jit(

@@ -13,11 +13,9 @@ import functools
 import itertools
 import weakref
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import grain
 import numpy as np
-from grain.experimental import ThreadPrefetchIterDataset
 
 from llmjax.data.layout.layout import Arrays, RowLayout, lay_out
 from llmjax.data.packing.order import permute
@@ -28,6 +26,9 @@ from llmjax.data.sources.reading import BAD_TEXT, ENCODING, MAX_EXPANSION, Readi
 from llmjax.errors import UserError
 from llmjax.names import plain_name
 from llmjax.ranges import Range, Unset, check_ranges
+
+if TYPE_CHECKING:
+    import grain
 
 # The number of micro-batches of a stream without an end: grain needs a length, and no run reaches this one.
 FOREVER = 2**48
@@ -298,6 +299,10 @@ def make_batches(
       length: the length of the rows into which sequences are cut (`cut_rows`); 0 means that they are not cut.
       layout: which token of a row lies on which of the devices that share the row.
     """
+    # Imported late: it takes half a second, in which a run can compile its step, and not all commands read batches.
+    import grain
+    from grain.experimental import ThreadPrefetchIterDataset
+
     num_batches = FOREVER if stop is None else -(-(stop - start) // batch_size)
     if stop is not None and source.repeat and (stop - start) % batch_size:
         raise ValueError(f"{stop - start} sequences are no multiple of the batch size {batch_size}.")

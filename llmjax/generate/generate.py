@@ -98,13 +98,19 @@ def make_generator(
             rngs_B, logits_BV
         )
 
+    # Keys and cache are made within this program: made outside of it, each operation would be a program of its own.
     @jax.jit
-    def prefill(params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache, rngs_B: jax.Array):
+    def prefill(
+        params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, index_B: jax.Array, number_B: jax.Array
+    ):
+        rngs_B = jax.vmap(functools.partial(_key, config.seed))(index_B, number_B)
+        B, T = tokens_BT.shape
+        cache = model.make_cache(B, T + round_up(config.max_tokens))
         valid_BT = jnp.arange(tokens_BT.shape[1])[None, :] < lengths_B[:, None]
         logits_BTV, cache = model.decode(params, tokens_BT, cache, valid_BT)
         # Prompts are padded at the right, so the next token follows from the logits at the last valid position.
         last_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-        return choose(last_BV, rngs_B, jnp.zeros((), jnp.int32)), cache
+        return choose(last_BV, rngs_B, jnp.zeros((), jnp.int32)), cache, rngs_B
 
     @functools.partial(jax.jit, donate_argnums=2)
     def extend(params: Params, tokens_B: jax.Array, cache: Cache, rngs_B: jax.Array, step: jax.Array):
@@ -124,11 +130,9 @@ def make_generator(
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        rngs_B = jax.vmap(functools.partial(_key, config.seed))(
-            jnp.asarray(first + index), jnp.asarray(number, jnp.uint32)
+        next_B, cache, rngs_B = prefill(
+            params, tokens, lengths, (first + index).astype(np.int32), number.astype(np.uint32)
         )
-        cache = model.make_cache(len(prompts), width + round_up(config.max_tokens))
-        next_B, cache = prefill(params, tokens, lengths, cache, rngs_B)
         ended = np.zeros(len(prompts), bool)
         for step in range(1, limits.max() + 1):
             # This waits for the device. The next step is dispatched only if some prompt goes on.

@@ -109,7 +109,7 @@ class GPT:
         return unbox(self._init_boxed(rng))
 
     def axes(self) -> Any:
-        return box_axes(jax.eval_shape(self._init_boxed, jax.random.key(0)))
+        return box_axes(jax.eval_shape(self._init_boxed, jax.eval_shape(jax.random.key, 0)))
 
     def _rotations(self, positions_BT: jax.Array) -> Rotations:
         """cos and sin of the positions for rotary embeddings, or None if the model has none."""

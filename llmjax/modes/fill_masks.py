@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,15 +16,20 @@ from llmjax.build.program import Program
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.ops.logits import head_logits
 from llmjax.tasks.masked_language_model import mask_tokens
+from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Batch, Params
 
 # How a mask is shown, and the most tokens of the text. Both are choices.
 MASK, LONGEST = "[MASK]", 64
 
 
-def fill_masks(program: Program, corpus: Corpus, params: Params) -> list[tuple[str, str]]:
-    """(text with masks, text filled in) of the longest held-out document's beginning, or of the first document's."""
-    store, ids = corpus.store, corpus.held_out_ids
+def make_filler(program: Program, corpus: Corpus) -> Callable[[Params, Watch], list[tuple[str, str]]]:
+    """A function (params, watch) -> [(text with masks, text filled in)], which is compiled once for a whole run.
+
+    The text is the beginning of the longest held-out document, or of the first one where none is held out. `watch` is
+    that of samples that go on token by token, and is not used.
+    """
+    store, ids, tokenizer = corpus.store, corpus.held_out_ids, corpus.tokenizer
     doc = int(ids[np.argmax(store.lengths[ids])]) if len(ids) else 0
     length = min(LONGEST, int(store.lengths[doc]), program.config.data.seq_len)
     rows, columns = program.probe_shape(1)
@@ -38,19 +45,21 @@ def fill_masks(program: Program, corpus: Corpus, params: Params) -> list[tuple[s
         masked, chosen_BT = mask_tokens(batch, keys, vocabulary, seed)
         # The masks alone: a random token in a text would look like a fault.
         read_BT = jnp.where(chosen_BT, vocabulary.mask_id, batch.tokens)
-        masked = Batch(**{**vars(masked), "tokens": read_BT})
-        logits_BTV = head_logits(model.apply(params, masked).hidden_BTD[:1, :length], model.head(params))
+        hidden_BTD = model.apply(params, dataclasses.replace(masked, tokens=read_BT)).hidden_BTD
+        logits_BTV = head_logits(hidden_BTD[:1, :length], model.head(params))
         allowed_V = jnp.where(jnp.asarray(vocabulary.is_text_V), 0.0, -jnp.inf)
         best_BT = jnp.argmax(logits_BTV + allowed_V[None, None], axis=-1)
         return read_BT[:1, :length], chosen_BT[:1, :length], best_BT
 
-    # Complete on every process.
+    # The results are complete on every process.
     compiled = jax.jit(fill, out_shardings=program.layout.sharding(None, None))
-    read_BT, chosen_BT, best_BT = (
-        np.asarray(x)[0] for x in compiled(params, program.placement.place(arrays))
-    )
-    filled = np.where(chosen_BT, best_BT, read_BT)
-    return [(_text(corpus.tokenizer, read_BT, chosen_BT), corpus.tokenizer.decode(filled))]
+
+    def texts(params: Params, watch: Watch) -> list[tuple[str, str]]:
+        results = compiled(params, program.placement.place(arrays))
+        read_T, chosen_T, best_T = (np.asarray(x)[0] for x in results)
+        return [(_text(tokenizer, read_T, chosen_T), tokenizer.decode(np.where(chosen_T, best_T, read_T)))]
+
+    return texts
 
 
 def _text(tokenizer: Tokenizer, ids: Any, masked: Any) -> str:

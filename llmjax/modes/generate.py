@@ -190,12 +190,11 @@ class Writer:
                 warn(f"note: {note}")
 
 
-def sample_texts(
-    program: Program, corpus: Corpus, params: Params, watch: Watch = iter
-) -> list[tuple[str, str]]:
-    """(prompt, continuation) of the longest held-out document's beginning, or of nothing where none is held out.
+def make_sampler(program: Program, corpus: Corpus) -> Callable[[Params, Watch], list[tuple[str, str]]]:
+    """A function (params, watch) -> [(prompt, continuation)], which is compiled once for a whole run.
 
-    `watch` sees each token go by.
+    The prompt is the beginning of the longest held-out document, or nothing where none is held out. `watch` sees each
+    token go by.
     """
     tokenizer, store, prompt = corpus.tokenizer, corpus.store, [corpus.tokenizer.bos_id]
     if len(corpus.held_out_ids):
@@ -204,8 +203,12 @@ def sample_texts(
         prompt = store.tokens(doc, 0, max(length, 1)).tolist()
     one = dataclasses.replace(program.config.generate, num_samples=1)
     write = generator(program, tokenizer, one)
-    new = [ids[0] for ids in watch(write(params, [prompt])) if ids[0] is not None]
-    return [(tokenizer.decode(prompt[1:]), tokenizer.decode(new, continues=len(prompt) > 1))]
+
+    def sample(params: Params, watch: Watch) -> list[tuple[str, str]]:
+        new = [ids[0] for ids in watch(write(params, [prompt])) if ids[0] is not None]
+        return [(tokenizer.decode(prompt[1:]), tokenizer.decode(new, continues=len(prompt) > 1))]
+
+    return sample
 
 
 def generator(

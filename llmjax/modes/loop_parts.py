@@ -28,14 +28,14 @@ from llmjax.build.restore import (
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.files import write_atomically
 from llmjax.modes.evaluate import score_held_out
-from llmjax.modes.fill_masks import fill_masks
-from llmjax.modes.generate import sample_texts
+from llmjax.modes.fill_masks import make_filler
+from llmjax.modes.generate import make_sampler
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
 from llmjax.terminal.stages import working
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run import Run
-from llmjax.train.loop.stop_request import StopRequest
+from llmjax.train.loop.stop_request import StopRequest, Watch
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.state import TrainState
 from llmjax.train.update.step import Metrics, TrainStep
@@ -55,15 +55,19 @@ def make_run(
     stop: StopRequest,
     check_lock: Callable[[], None] = lambda: None,
     on_samples: Callable[[int, Sequence[Sample]], None] = lambda update, samples: None,
+    compiled: Callable[[], None] = lambda: None,
 ) -> Run:
     """The `Run` of a program and a corpus. Evaluation and sampling end early where `stop` asks for it.
 
     check_lock  raises UserError where another run has taken the workdir
     on_samples  called with an update and the texts sampled after it, once they are written, on the first process
+    compiled    waits for a thread that compiles the step, if there is one
     """
     config = program.config
-    step = _Step(program.train_step)
-    parts = _Parts(step, program, corpus, workdir, stop, check_lock, on_samples)
+    step = _Step(program.train_step, compiled)
+    make_texts = make_filler if program.task.sees_both_sides else make_sampler
+    texts = make_texts(program, corpus)
+    parts = _Parts(step, program, corpus, workdir, stop, check_lock, on_samples, texts)
     return Run(
         steering=program.steering,
         micro_batch_size=program.batch.micro_batch_size,
@@ -108,18 +112,22 @@ def versions() -> dict[str, str]:
 class _Step:
     """The compiled step, which says that it compiles.
 
+    step      the jitted step
+    wait      waits for a thread that compiles it, if there is one
     compiles  whether its next call may compile: the first one does, and the first one for rows of another length
     """
 
-    compiled: TrainStep
+    step: TrainStep
+    wait: Callable[[], None]
     compiles: bool = True
 
     def __call__(self, state: TrainState, batch: Batch, inputs: UpdateInputs) -> tuple[TrainState, Metrics]:
         if not self.compiles:
-            return self.compiled(state, batch, inputs)
+            return self.step(state, batch, inputs)
         self.compiles = False
         with working("compiling the update"):
-            return self.compiled(state, batch, inputs)
+            self.wait()
+            return self.step(state, batch, inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +141,7 @@ class _Parts:
     stop: StopRequest
     check_lock: Callable[[], None]
     on_samples: Callable[[int, Sequence[Sample]], None]
+    texts: Callable[[Params, Watch], list[tuple[str, str]]]
 
     def make_batches(self, cursor: int, length: int) -> Feed:
         self.step.compiles = True
@@ -146,10 +155,7 @@ class _Parts:
         # Every process takes part in the sampling, and the first one writes.
         with working("sampling"):
             params = self.program.eval_params(state)
-            if self.program.task.sees_both_sides:
-                texts = fill_masks(self.program, self.corpus, params)
-            else:
-                texts = sample_texts(self.program, self.corpus, params, self.stop.watch)
+            texts = self.texts(params, self.stop.watch)
         if hosts.is_primary():
             samples = [Sample(update, *text) for text in texts]
             write_samples(self.workdir, samples)

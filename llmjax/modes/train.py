@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from llmjax.build.compile_ahead import CompileAhead
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import (
     save_tokenizer,
@@ -103,11 +104,16 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         vocabulary=corpus.vocabulary,
     )
     check_state_fits(program)
-    with open_checkpoints(workdir, standing.CHECKPOINTS, config.checkpoint, check_lock) as checkpoints:
+    with (
+        _compile_ahead(program, is_new=so_far is None) as ahead,
+        open_checkpoints(workdir, standing.CHECKPOINTS, config.checkpoint, check_lock) as checkpoints,
+    ):
         with working("preparing the parameters"):
             state, position = resume_or_init(program, corpus, checkpoints, workdir)
         finished = position.tokens >= program.steering.num_tokens
         check_profile(request.profile, config, position)
+        if not finished:
+            ahead.start(position.tokens)
         if hosts.is_primary():
             write_beginning(program, corpus, workdir, position, finished)
         plan = describe(corpus, program, workdir, position.update)
@@ -120,7 +126,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         say(done if finished else f"{ready}; the first update compiles")
         # Where a sink cannot be had on the first process, none may go on to wait for it.
         recorder = together(lambda: open_recorder(program, workdir, position, stop))
-        run = make_run(program, corpus, workdir, checkpoints, stop, check_lock, recorder.samples)
+        run = make_run(program, corpus, workdir, checkpoints, stop, check_lock, recorder.samples, ahead.wait)
         if request.profile:
             profiler = Profiler(request.profile, profile_folder(workdir), recorder.say)
             run = dataclasses.replace(run, profiler=profiler)
@@ -153,6 +159,14 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         complain(describe_failure(saved, what, error))
         return 1
     return stop.exit_code if result.stopped else 0
+
+
+def _compile_ahead(program: Program, is_new: bool) -> CompileAhead:
+    """Starts to compile the step of a new run. One that goes on may be finished: there the position decides."""
+    ahead = CompileAhead(program)
+    if is_new:
+        ahead.start(0)
+    return ahead
 
 
 def open_recorder(program: Program, workdir: pathlib.Path, position: Position, stop: StopRequest) -> Recorder:

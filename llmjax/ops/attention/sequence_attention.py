@@ -20,16 +20,28 @@ from llmjax.ops.attention import full, kernel, ring, ulysses
 from llmjax.ops.attention.blockwise import Blockwise
 from llmjax.ops.attention.kernel import Kernel
 from llmjax.ops.attention.mask import Mask
-from llmjax.ops.attention.pallas_gpu import PallasGPU
-from llmjax.ops.attention.pallas_tpu import PallasTPU
 
 # attend(q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N) -> out_BTNH
 Attend = Callable[..., jax.Array]
 
+
+# Pallas takes a third of a second to import, so that only those who use it do.
+def _pallas_gpu(softcap: float) -> Kernel:
+    from llmjax.ops.attention.pallas_gpu import PallasGPU
+
+    return PallasGPU(softcap)
+
+
+def _pallas_tpu(softcap: float) -> Kernel:
+    from llmjax.ops.attention.pallas_tpu import PallasTPU
+
+    return PallasTPU(softcap)
+
+
 KERNELS: dict[str, Callable[[float], Kernel]] = {
     "blockwise": Blockwise,
-    "pallas_gpu": PallasGPU,
-    "pallas_tpu": PallasTPU,
+    "pallas_gpu": _pallas_gpu,
+    "pallas_tpu": _pallas_tpu,
 }
 # The kernel that compute.kernel=auto chooses on each platform.
 BEST_KERNEL = {"cpu": "blockwise", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}

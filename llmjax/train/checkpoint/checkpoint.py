@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, on_primary, together
 from llmjax.terminal.lines import warn
 from llmjax.terminal.stages import working
-from llmjax.train.checkpoint import orbax_files, shelf
+from llmjax.train.checkpoint import shelf
 from llmjax.train.checkpoint.config import CheckpointConfig
 from llmjax.train.checkpoint.digests import Damaged
 from llmjax.train.checkpoint.retention import Facts, best_of, kept, read_amended, write_amended
@@ -38,6 +39,13 @@ from llmjax.train.checkpoint.verification import find_damage, sort_checkpoints
 from llmjax.types import Params
 
 Value = TypeVar("Value")
+
+
+def _orbax() -> types.ModuleType:
+    """The module `orbax_files`, imported late: it takes half a second, in which a run can compile its step."""
+    from llmjax.train.checkpoint import orbax_files
+
+    return orbax_files
 
 
 class Checkpoints:
@@ -72,7 +80,7 @@ class Checkpoints:
             )
         self.config = config or CheckpointConfig()
         self.directory = os.path.abspath(directory)
-        orbax_files.be_quiet()
+        _orbax().be_quiet()
         self._folder, self._read_only = Path(self.directory), read_only
         self._check_meta, self._tell = check_meta, tell
         self._before_save, self._on_saved = before_save, on_saved
@@ -90,9 +98,7 @@ class Checkpoints:
         self._sweep()
         self._look()
         if not read_only:
-            self._manager = orbax_files.make_manager(
-                self.directory, self.config, self._facts, self._is_complete
-            )
+            self._manager = _orbax().make_manager(self.directory, self.config, self._facts, self._is_complete)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -134,7 +140,7 @@ class Checkpoints:
         self._saving = update, meta
         # A read-only directory has no manager, and is never saved to.
         assert self._manager is not None
-        if not orbax_files.start_saving(self._manager, update, state, meta):
+        if not _orbax().start_saving(self._manager, update, state, meta):
             raise RuntimeError(f"the checkpoint of update {update} was not saved in {self.directory}")
         return True
 
@@ -257,7 +263,7 @@ class Checkpoints:
     def _sweep(self) -> None:
         """Removes checkpoints that were moved to the folder of deleted ones."""
         if not self._read_only and hosts.is_primary():
-            shutil.rmtree(os.path.join(self.directory, orbax_files.DELETED), ignore_errors=True)
+            shutil.rmtree(os.path.join(self.directory, _orbax().DELETED), ignore_errors=True)
 
     def _is_complete(self) -> None:
         """Called by orbax, in the thread of a save, just before the checkpoint gets its name."""
@@ -382,4 +388,4 @@ class Checkpoints:
     def _read_state(self, update: int, abstract: Any, only: tuple[str, ...] = ()) -> Any:
         folder = self._folder / str(update) / shelf.STATE
         where = f"the checkpoint of update {update} in {self.directory}"
-        return orbax_files.read_state(folder, abstract, where, only)
+        return _orbax().read_state(folder, abstract, where, only)

@@ -55,17 +55,16 @@ class TrainState:
     rng: Array
 
 
-def init_state(
-    init_params: InitParams, engine: StateKeeper, rng: Array, param_specs: Specs, mesh: Mesh
-) -> TrainState:
+def init_state(init_params: InitParams, engine: StateKeeper, rng: Array, abstract: TrainState) -> TrainState:
     """A new state, made under jit with each array sharded from the start, so that none is ever whole on one device.
 
-    `init_params(rng)` gives unboxed parameters, and `param_specs` has their structure. The numbers do not depend on the
-    mesh.
+    `init_params(rng)` gives unboxed parameters, and `abstract` is what `abstract_state` says of the state. The numbers
+    do not depend on the mesh.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(init_params, engine, param_specs, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    (device, *_) = shardings.update.mesh.devices.flat
     # Drawing random numbers is much code that runs once: on the CPU, LLVM compiles it five times faster unoptimised.
-    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
     return jax.jit(_create(init_params, engine), out_shardings=shardings, compiler_options=options)(rng)
 
 
@@ -86,7 +85,8 @@ def abstract_state(
     init_params: InitParams, engine: StateKeeper, param_specs: Specs, mesh: Mesh
 ) -> TrainState:
     """The state as ShapeDtypeStructs with shardings, from which a step can be compiled or a checkpoint restored."""
-    state = jax.eval_shape(_create(init_params, engine), jax.random.key(0))
+    # Only the shape of a key is needed: a real one would be computed, for which jax compiles a program.
+    state = jax.eval_shape(_create(init_params, engine), jax.eval_shape(jax.random.key, 0))
     shardings = state_shardings(state, param_specs, mesh, offload=engine.optimizer.offload)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 

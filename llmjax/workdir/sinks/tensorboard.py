@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
-
-from tensorboardX import SummaryWriter
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 from llmjax.escapes import escape_surrogates
 from llmjax.workdir.samples import Sample
@@ -23,6 +23,10 @@ class TensorBoard:
         self._open(opening.update)
 
     def _open(self, update: int) -> None:
+        # Imported late, because the parameters of a new run are made, and its step compiles, before this is needed.
+        with _without_torch():
+            from tensorboardX import SummaryWriter
+
         self._opened += 1
         self._writer = SummaryWriter(
             str(self._folder),
@@ -59,6 +63,23 @@ class TensorBoard:
 
     def close(self, failed: bool) -> None:
         self._writer.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """A context manager in which torch cannot be imported, unless it is already.
+
+    tensorboardX imports torch where it is installed, which takes seconds, and does without it where it is not.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    # An import of a module that is None here fails as that of one which is not installed.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def _verbatim(text: str) -> str:

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from llmjax.ops.attention import full, ring, sequence_attention, ulysses
 from llmjax.ops.attention.mask import cross_mask, self_mask
+from llmjax.ops.attention.pallas_tpu import PallasTPU
 from llmjax.ops.attention.sequence_attention import Sharing, make_attend
 from tests.ops.attention.test_blockwise import assert_equal, assert_moves_alone, packed
 
@@ -66,7 +67,7 @@ def small_blocks(monkeypatch):
     """Of 4 tokens, so that a device has several; of the TPU kernel the smallest that there are, interpreted."""
     kernels = sequence_attention.KERNELS
     monkeypatch.setitem(kernels, "blockwise", functools.partial(kernels["blockwise"], block=4))
-    pallas = functools.partial(sequence_attention.KERNELS["pallas_tpu"], rows=128, keys=128, interpret=True)
+    pallas = functools.partial(PallasTPU, rows=128, keys=128, interpret=True)
     monkeypatch.setitem(sequence_attention.KERNELS, "pallas_tpu", pallas)
 
 

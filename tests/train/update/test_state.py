@@ -89,7 +89,11 @@ def numbers(state):
 @pytest.mark.parametrize("name", NAMES)
 def test_eight_devices_hold_the_numbers_of_one_each_its_own_shards(name):
     engine, mesh, single = engine_of(name), mesh_of(2, 2, 2), mesh_of(1, 1, 1)
-    make = functools.partial(init_state, init_params, engine, jax.random.key(3), SPECS)
+
+    def make(mesh):
+        abstract = abstract_state(init_params, engine, SPECS, mesh)
+        return init_state(init_params, engine, jax.random.key(3), abstract)
+
     one, eight = make(single), make(mesh)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
     jax.tree.map(close, numbers(one), numbers(eight))
@@ -144,7 +148,7 @@ def test_initialisation_holds_nothing_whole_on_one_device():
 def test_the_abstract_state_is_that_of_the_initialised_one():
     engine, mesh = engine_of("adamw"), mesh_of(2, 2, 2)
     abstract = abstract_state(init_params, engine, SPECS, mesh)
-    state = init_state(init_params, engine, jax.random.key(0), SPECS, mesh)
+    state = init_state(init_params, engine, jax.random.key(0), abstract)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(state)):
         assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, b.ndim)
@@ -169,7 +173,7 @@ def test_a_run_of_four_micro_steps_resumes_as_one_of_two_and_as_one_of_one(name)
         return list(update.reshape(k, -1))
 
     four = engine_of(name, 4)
-    state = init_state(init_params, four, jax.random.key(1), SPECS, mesh)
+    state = init_state(init_params, four, jax.random.key(1), abstract_state(init_params, four, SPECS, mesh))
     state = run(state, four, mesh, [micro for u in updates[:2] for micro in cut(u, 4)])
     saved = saved_state(state, four)
     saved = jax.tree.map(lambda x: x.copy(), saved)  # as a checkpoint would
@@ -188,6 +192,8 @@ def test_a_run_of_four_micro_steps_resumes_as_one_of_two_and_as_one_of_one(name)
 def test_a_new_state_can_be_donated():
     """No two of its arrays may share a buffer, though schedule-free starts with a copy of the parameters."""
     engine, mesh = engine_of("schedule_free_adamw", 1), mesh_of(1, 1, 1)
-    state = init_state(init_params, engine, jax.random.key(1), SPECS, mesh)
+    state = init_state(
+        init_params, engine, jax.random.key(1), abstract_state(init_params, engine, SPECS, mesh)
+    )
     run(state, engine, mesh, np.ones((1, 8), np.float32))
     assert state.params["embedding_VD"].is_deleted()

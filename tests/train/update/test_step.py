@@ -12,7 +12,7 @@ from sections import mesh_section, optimizer_of, optimizer_section
 from llmjax.parallel.mesh import make_mesh
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.in_place import InPlace
-from llmjax.train.update.state import init_state, state_shardings
+from llmjax.train.update.state import abstract_state, init_state, state_shardings
 from llmjax.train.update.step import make_eval_step, make_train_step
 from llmjax.types import Batch, LossSums
 
@@ -62,7 +62,12 @@ class Setup:
             self.traces += 1
             return loss_fn(*args)
 
-        self.state = init_state(init_params, self.engine, jax.random.key(0), SPECS, self.mesh)
+        self.state = init_state(
+            init_params,
+            self.engine,
+            jax.random.key(0),
+            abstract_state(init_params, self.engine, SPECS, self.mesh),
+        )
         shardings = state_shardings(self.state, SPECS, self.mesh)
         step = make_train_step(counted, self.engine.micro_step)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -1,5 +1,9 @@
 """The event files of a run hold the texts that it sampled, as they are."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from event_files import read_texts
 
@@ -51,3 +55,21 @@ def test_tensorboard_itself_reads_the_texts(tmp_path):
     accumulator = loader.EventAccumulator(str(tmp_path / FOLDER)).Reload()
     (event,) = accumulator.Tensors("sample/1/text_summary")
     assert event.step == 3 and b"text" in event.tensor_proto.string_val[0]
+
+
+def test_torch_is_not_imported_where_it_is_installed(tmp_path):
+    """tensorboardX imports torch if it can, which takes seconds; later imports of torch work as before."""
+    (tmp_path / "torch.py").write_text("print('torch was imported')\nTensor = int\n", encoding="utf-8")
+    code = (
+        "import sys, pathlib\n"
+        "from llmjax.workdir.sinks.contract import NOWHERE, Opening\n"
+        "from llmjax.workdir.sinks.tensorboard import TensorBoard\n"
+        "TensorBoard(Opening(pathlib.Path(sys.argv[1]), 0, NOWHERE, {}, print)).close(False)\n"
+        "assert 'torch' not in sys.modules and 'tensorboardX' in sys.modules\n"
+        "import torch\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "torch was imported\n"), done.stderr

@@ -12,7 +12,7 @@ from sections import mesh_section, optimizer_of, optimizer_section
 from configs.gpt2_124m import get_config
 from llmjax.config.reading import read_config
 from llmjax.models.gpt import GPT
-from llmjax.nn.config import resolve
+from llmjax.nn.config import block_config, resolve
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.mesh import make_mesh
@@ -84,7 +84,7 @@ def test_vectors_keep_their_whole_second_moment():
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_second_moments_of_gpt2_hold_less_than_a_hundredth_of_its_parameters(scan_layers):
     config = read_config(get_config().to_dict())
-    model = resolve(config.model)
+    model = resolve(block_config(config.model, *map(config.families.get, ("transformer", "experts"))))
     layout = Layout(make_mesh(mesh_section(data=1), jax.devices()[:1]))
     gpt = GPT(
         model,
