@@ -78,6 +78,8 @@ def config_json(variant: str) -> dict[str, Any]:
         "architectures": [name],
         "model_type": ARCHITECTURES[name].model_type,
         "rms_norm_eps": 1e-5,
+        # PyTorch gives the embedding of padding no gradient, which ours has as any other.
+        "pad_token_id": None,
         **VARIANTS[variant],
     }
 
