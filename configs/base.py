@@ -201,9 +201,7 @@ def get_config() -> ConfigDict:
     checkpoint.every = 100  # updates between checkpoints; 0 = only at the end
     checkpoint.keep = 2  # newest checkpoints to keep; the newest known to give a finite loss stays as well
     checkpoint.keep_best = True  # keeps the checkpoint with the lowest held-out loss as well
-    checkpoint.init_from = (
-        ""  # workdir or Hugging Face folder whose parameters and tokenizer a run begins with
-    )
+    checkpoint.init_from = ""  # workdir or Hugging Face folder with the parameters to begin with
     checkpoint.init_checkpoint = "latest"  # which of its checkpoints: latest | best | the number of an update
 
     # Where a run shows its metrics, besides its workdir.

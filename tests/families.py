@@ -37,6 +37,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "transformer.activation": "gelu", "transformer.norm": "layernorm", "transformer.use_bias": True,
         "model.tie_embeddings": False, "masked_language_model.whole_words": True,
     },
+    "gpt gemma": {
+        "transformer.num_heads": 4, "transformer.num_kv_heads": 2, "transformer.mlp_dim": 32,
+        "transformer.activation": "geglu", "transformer.norm_at": "both", "transformer.scale_embedding": True,
+        "transformer.score_dim": 7, "transformer.window": 5, "transformer.global_every": 2,
+        "transformer.local_rope_theta": 50.0, "model.logit_softcap": 5.0,
+    },
+    "gpt olmo2": {
+        "transformer.num_heads": 4, "transformer.mlp_dim": 32, "transformer.norm_at": "output",
+        "transformer.qk_norm_over": "all", "transformer.qkv_bias": True, "compute.tile": 16,
+    },
     "lstm": {},
     "lstm projected": {"lstm.hidden_dim": 24, "lstm.truncation": 7, "model.logit_softcap": 5.0},
     "lstm untied": {"lstm.hidden_dim": 24, "model.tie_embeddings": False, "compute.remat": "full"},

@@ -24,8 +24,7 @@ def read_period(config: Mapping[str, Any], default: int) -> int:
     if config.get("layer_types") is None:
         return period
     types = typed("layer_types", config["layer_types"], [])
-    if WITHOUT in types:
-        period = types.index(WITHOUT) + 1
+    period = types.index(WITHOUT) + 1 if WITHOUT in types else max(period, len(types) + 1)
     if types != layer_types(len(types), period):
         raise UserError(
             "config.json has layer_types in which the layers without a window are not every n-th; use a model in which "

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llmjax.nn.config import BlockConfig
+from llmjax.errors import choose
+from llmjax.nn.config import QK_NORM_OVER, BlockConfig
 from llmjax.nn.layers import Norm, add_bias, matrix, product, vector
 from llmjax.ops import rope
 from llmjax.ops.attention.mask import Mask
@@ -73,7 +74,7 @@ class Attention(nn.Module):
 
     def _normalize(self, norm: Norm, x_BTNH: jax.Array) -> jax.Array:
         """Normalised queries or keys: each head by itself, or all heads of a token together."""
-        if self.config.qk_norm_over == "head":
+        if not choose(QK_NORM_OVER, "transformer.qk_norm_over", self.config.qk_norm_over):
             return norm(x_BTNH)
         B, T, N, H = x_BTNH.shape
         return norm(x_BTNH.reshape(B, T, N * H)).reshape(B, T, N, H)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from llmjax.errors import UserError, choose
 from llmjax.nn.position import POSITIONS
@@ -18,11 +18,23 @@ from llmjax.ops.rope import SCALINGS
 from llmjax.ranges import COUNT, Range, Unset, check_ranges, unset
 
 DTYPES = ("float32", "bfloat16")
-# Where a layer normalises: what attention and feed-forward layer read, what they put out before it is added to the
-# residual stream (OLMo 2: Walsh et al. 2024), or both (Gemma 2: Riviere et al. 2024).
-NORM_AT = ("input", "output", "both")
-# What the norm of queries and keys averages over: each head by itself, or all heads (OLMo 2).
-QK_NORM_OVER = ("head", "all")
+
+
+class NormPlaces(NamedTuple):
+    """What is normalised: what attention and feed-forward layer read, and what they put out before it is added to the
+    residual stream."""
+
+    inputs: bool
+    outputs: bool
+
+
+NORM_AT = {
+    "input": NormPlaces(inputs=True, outputs=False),  # Xiong et al. 2020
+    "output": NormPlaces(inputs=False, outputs=True),  # OLMo 2: Walsh et al. 2024
+    "both": NormPlaces(inputs=True, outputs=True),  # Gemma 2: Riviere et al. 2024
+}
+# Whether the norm of queries and keys averages over all heads together (OLMo 2).
+QK_NORM_OVER = {"head": False, "all": True}
 # The names that a key may have. `model.family` is not among them: its table lies above, in `models/table.py`.
 CHOICES: dict[str, Collection[str]] = {
     "activation": ACTIVATIONS,

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from llmjax.errors import choose
 from llmjax.nn.attention import Attention, KeyValue, on_each_device
 from llmjax.nn.cache import write
-from llmjax.nn.config import BlockConfig, layer_windows
+from llmjax.nn.config import NORM_AT, BlockConfig, layer_windows
 from llmjax.nn.experts import Experts, Penalties
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import MLP, Norm
@@ -75,9 +76,11 @@ class Block(nn.Module):
     def setup(self) -> None:
         c = self.config
         norm = functools.partial(Norm, c.norm, c.norm_eps, c.use_bias)
-        if c.norm_at in ("input", "both"):
+        # What is normalised, see `NORM_AT`.
+        self.normed = choose(NORM_AT, "transformer.norm_at", c.norm_at)
+        if self.normed.inputs:
             self.attention_norm, self.mlp_norm = norm(), norm()
-        if c.norm_at in ("output", "both"):
+        if self.normed.outputs:
             self.attention_out_norm, self.mlp_out_norm = norm(), norm()
         self.attention = Attention(c, self.layout)
         if c.num_experts:
@@ -115,8 +118,8 @@ class Block(nn.Module):
         return BlockOutput(out[0], (k_BSKH, v_BSKH), *out[1:])
 
     def project(self, x_BTD: jax.Array, rotation: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values of the input, which is normalised first unless `norm_at` is output."""
-        if self.config.norm_at != "output":
+        """Queries, keys and values of the input, which is normalised first if `norm_at` says so."""
+        if self.normed.inputs:
             x_BTD = self.attention_norm(x_BTD)
         return self.attention.project(x_BTD, rotation)
 
@@ -140,20 +143,19 @@ class Block(nn.Module):
         `real_BT` is false for padding; only experts need it.
         """
         rate = self.config.dropout
-        norms = self.config.norm_at
         attention_BTD = self.attention.output(out_BTNH)
-        if norms != "input":
+        if self.normed.outputs:
             attention_BTD = self.attention_out_norm(attention_BTD)
         # Each place with dropout has its own salt: 0 for the embedding, then two per layer.
         x_BTD = x_BTD + dropout(attention_BTD, keys_BT, rate, 2 * layer + 1)
         penalties: Penalties = {}
-        into_BTD = x_BTD if norms == "output" else self.mlp_norm(x_BTD)
+        into_BTD = self.mlp_norm(x_BTD) if self.normed.inputs else x_BTD
         if self.config.num_experts:
             assert real_BT is not None  # experts are never computed in tiles
             mlp_BTD, penalties = self.experts(into_BTD, real_BT)
         else:
             mlp_BTD = self.mlp(into_BTD)
-        if norms != "input":
+        if self.normed.outputs:
             mlp_BTD = self.mlp_out_norm(mlp_BTD)
         x_BTD = x_BTD + dropout(mlp_BTD, keys_BT, rate, 2 * layer + 2)
         return x_BTD, attention_BTD, mlp_BTD, penalties

@@ -13,6 +13,7 @@ import numpy as np
 from llmjax.build.model import make_model
 from llmjax.config.imported import imported_config
 from llmjax.config.resolve import resolve_config
+from llmjax.convert.architectures.forms import PLUS_ONE, SAME
 from llmjax.convert.architectures.table import ARCHITECTURES
 from llmjax.convert.hf_folder import open_model
 from llmjax.convert.params import write_params
@@ -78,6 +79,8 @@ def config_json(variant: str) -> dict[str, Any]:
         "architectures": [name],
         "model_type": ARCHITECTURES[name].model_type,
         "rms_norm_eps": 1e-5,
+        # PyTorch gives the embedding of padding no gradient, which ours has as any other.
+        "pad_token_id": None,
         **VARIANTS[variant],
     }
 
@@ -149,7 +152,17 @@ def batch_of(tokens_BT: np.ndarray, segments_BT: np.ndarray) -> Batch:
 
 
 def tensors_of(source: Source, params: Params) -> dict[str, np.ndarray]:
-    """Parameters of ours, or their gradients, as tensors with the names that they have in the file of a source."""
+    """Parameters of ours as tensors with the names that they have in the file of a source."""
     places = source.places(params)
     names = source.match(places).names
     return {names[name]: array for name, array in write_params(places, params, "float32")}
+
+
+def gradients_of(source: Source, gradients: Params) -> dict[str, np.ndarray]:
+    """Gradients of ours as those of the tensors in the file of a source."""
+    # A scale that is stored less 1 has the same gradient.
+    places = {
+        name: dataclasses.replace(place, form=SAME) if place.form is PLUS_ONE else place
+        for name, place in source.places(gradients).items()
+    }
+    return dict(write_params(places, gradients, "float32"))

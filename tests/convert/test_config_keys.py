@@ -77,6 +77,23 @@ def test_what_we_cannot_do_costs_one_sentence(change, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_layers_without_a_window_are_every_nth():
+    config = random_models.config_json("Gemma3ForCausalLM")
+    sliding, full = "sliding_attention", "full_attention"
+
+    def period(**change):
+        return settings_of({**config, "layer_types": None, **change})["transformer.global_every"]
+
+    assert (period(), period(sliding_window_pattern=4), period(layer_types=[full] * 3)) == (6, 4, 1)
+    assert period(layer_types=[sliding, sliding, full, sliding]) == 3
+    # No layer of these is without a window.
+    assert period(layer_types=[sliding] * 9) == 10
+    with pytest.raises(UserError, match="the layers without a window are not every n-th"):
+        period(layer_types=[sliding, full, full])
+    with pytest.raises(UserError, match="layer_types='full', which is no list"):
+        period(layer_types="full")
+
+
 def test_older_and_newer_spellings_of_rotary_positions_say_the_same():
     old = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
     new = {"rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2}}

@@ -110,7 +110,7 @@ def test_logits_and_gradients_of_an_imported_model_are_those_of_transformers(
     (theirs * torch.as_tensor(seed_BTV)).sum().backward()
     assert difference(logits, theirs.detach().numpy()) <= TOLERANCE
 
-    ours = random_models.tensors_of(imported.source, gradients)
+    ours = random_models.gradients_of(imported.source, gradients)
     expected = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
