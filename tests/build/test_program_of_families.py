@@ -60,7 +60,11 @@ def program_for(variant, changes):
     return make_program(config, derived, V, devices, vocabulary=VOCABULARY)
 
 
-@pytest.fixture(scope="module", params=OTHERS)
+# One variant of each family, and the experts, are tried in every run of the tests.
+OFTEN = ("gpt experts", "bert local", "lstm projected")
+
+
+@pytest.fixture(scope="module", params=often(OTHERS, lambda variant: variant in OFTEN))
 def variant(request):
     return request.param, trace(program_for(request.param, {}))
 
