@@ -46,7 +46,7 @@ from llmjax.data.layout.layout import RowLayout
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.ring import Ring
 from llmjax.ops.attention.sequence_attention import Sharing, make_attend
-from llmjax.ops.loss import softmax_cross_entropy
+from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
 from llmjax.plan.compile import measure
 from llmjax.plan.hlo.flops import product_flops
 from llmjax.plan.hlo.parse import Instruction, Module, parse

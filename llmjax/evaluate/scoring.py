@@ -19,7 +19,7 @@ from llmjax.batch import empty_arrays
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.models.contract import Model
-from llmjax.ops.loss import Chunking, token_cross_entropy
+from llmjax.ops.losses.cross_entropy import Chunking, token_cross_entropy
 from llmjax.types import Batch, Params
 
 # The fields of a `Batch`, by name.
@@ -113,7 +113,7 @@ def make_token_losses(
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """Returns `token_losses(params, batch) -> (loss_BT, correct_BT)` for every position, whatever its weight.
 
-    See `ops.loss.token_cross_entropy` for the results and for the other arguments.
+    See `losses.cross_entropy.token_cross_entropy` for the results and for the other arguments.
     """
 
     def token_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

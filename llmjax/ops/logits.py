@@ -16,7 +16,7 @@ def softcap(logits: jax.Array, cap: float) -> jax.Array:
 
 def head_logits(hidden_BTD: jax.Array, head: Head) -> jax.Array:
     """float32 logits_BTV of all tokens at once, for generation. Training computes them in chunks instead
-    (`ops/loss.py`)."""
+    (`ops/losses/cross_entropy.py`)."""
     w_VD = head.w_VD.astype(hidden_BTD.dtype)
     # The matrix product adds up in float32, whatever the dtype of its operands: bfloat16 logits would be too coarse.
     logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD, preferred_element_type=jnp.float32)

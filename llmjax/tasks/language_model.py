@@ -7,7 +7,7 @@ import math
 import jax
 
 from llmjax.models.contract import Model
-from llmjax.ops.loss import softmax_cross_entropy
+from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
 from llmjax.scores import Score
 from llmjax.tasks.contract import Loss, Setting, Totals, with_penalties
 from llmjax.types import Batch, LossSums, Params

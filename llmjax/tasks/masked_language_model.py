@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.models.contract import Model
 from llmjax.ops.dropout import token_keys
-from llmjax.ops.loss import softmax_cross_entropy
+from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
 from llmjax.ops.seeds import make_key
 from llmjax.ranges import Range, Unset, check_ranges
 from llmjax.scores import Score

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from fake_models import Unigram
 from sections import block_section
+from tests.ops.test_loss import walk
 
 from llmjax.evaluate.scoring import Piece, make_token_losses, pack, score_pieces
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
 from llmjax.ops.logits import head_logits
-from llmjax.ops.loss import softmax_cross_entropy
+from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
 from llmjax.types import Batch
-from tests.ops.test_loss import walk
 
 V, T = 48, 24
 

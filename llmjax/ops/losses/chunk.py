@@ -1,5 +1,5 @@
 """One chunk of the loss: logits, softmax statistics and gradients, one block of vocabulary ids at a time
-(`ops/loss.py`)."""
+(`ops/losses/cross_entropy.py`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.ops.logits import softcap as cap_logits
-from llmjax.ops.loss_tiling import Tiling
+from llmjax.ops.losses.tiling import Tiling
 
 
 @dataclasses.dataclass(frozen=True)

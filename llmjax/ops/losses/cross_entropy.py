@@ -22,8 +22,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llmjax.ops.loss_chunk import Chunk, cast_weights
-from llmjax.ops.loss_tiling import CPU, OTHERS, TPU, Chunking, make_tiling
+from llmjax.ops.losses.chunk import Chunk, cast_weights
+from llmjax.ops.losses.tiling import CPU, OTHERS, TPU, Chunking, make_tiling
 from llmjax.types import Head, LossSums
 
 # The gradients of hidden_BTD, w_VD and bias_V.

@@ -1,4 +1,4 @@
-"""The sizes of the chunks of tokens and the blocks of vocabulary ids that the loss loops over (`ops/loss.py`)."""
+"""Sizes of the chunks of tokens and the blocks of vocabulary ids that the loss in `cross_entropy.py` loops over."""
 
 from __future__ import annotations
 

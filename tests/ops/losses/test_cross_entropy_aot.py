@@ -13,7 +13,7 @@ from sections import block_section, mesh_section
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
 from llmjax.ops.attention import blockwise
-from llmjax.ops.loss import softmax_cross_entropy
+from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
 from llmjax.plan.hlo.flops import product_flops

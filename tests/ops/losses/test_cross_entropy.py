@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llmjax.ops.loss import OTHERS, TPU, softmax_cross_entropy, token_cross_entropy
+from llmjax.ops.losses.cross_entropy import OTHERS, TPU, softmax_cross_entropy, token_cross_entropy
 from llmjax.types import Head
 
 B, T, D, V = 4, 16, 8, 24
