@@ -26,7 +26,7 @@ from llmjax.convert import certificate, hf_folder, llama2c
 from llmjax.convert.config_keys import TOKEN_IDS
 from llmjax.convert.places import places_of
 from llmjax.convert.source import Source
-from llmjax.convert.tokenizer_files import tokenizer_config
+from llmjax.convert.tokenizer_files import tokenizer_config, tokenizer_json
 from llmjax.data.tokenizer.imported import tokenizer_for
 from llmjax.data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from llmjax.data.tokenizer.tokenizer import MODEL_FILE, Tokenizer
@@ -196,12 +196,26 @@ def _save_tokenizer(model: Model, folder: pathlib.Path) -> None:
         for name in TOKENIZER_FILES:
             if (model.folder / name).is_file():
                 shutil.copyfile(model.folder / name, folder / name)
-    elif isinstance(model.tokenizer, SentencePieceTokenizer):
+    elif not isinstance(model.tokenizer, SentencePieceTokenizer):
+        warn("note: transformers has no tokenizer like that of this model; its folder gets none")
+    else:
         write_atomically(folder / MODEL_FILE, model.tokenizer.model)
         ids = {**model.ids, "unk_token_id": model.tokenizer.unk_id}
-        pieces = {name.removesuffix("_id"): model.tokenizer.piece(i) for name, i in ids.items()}
-        adds_space = bool(model.tokenizer.text_prefix)
-        write_json(folder / "tokenizer_config.json", tokenizer_config(pieces, adds_space))
+        names = {name.removesuffix("_id"): model.tokenizer.piece(i) for name, i in ids.items()}
+        if not model.tokenizer.is_bpe:
+            warn(
+                "note: only tokenizer.model is written, because tokenizer.json is made of lossless BPE models only"
+            )
+        else:
+            write_json(folder / "tokenizer.json", _tokenizer_json(model.tokenizer))
+            write_json(folder / "tokenizer_config.json", tokenizer_config(names))
+
+
+def _tokenizer_json(own: SentencePieceTokenizer) -> dict[str, Any]:
+    special = {own.pad_id, own.bos_id, own.eos_id, own.unk_id, own.mask_id, *own.reserved_ids}
+    pieces, scores = own.scored_pieces()
+    named = {i: pieces[i] for i in special}
+    return tokenizer_json(pieces, scores, named, own.bos_id, own.unk_id, bool(own.text_prefix))
 
 
 @contextlib.contextmanager

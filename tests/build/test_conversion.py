@@ -176,3 +176,34 @@ def test_verify_compares_logits_and_stops_a_wrong_conversion(stories, tmp_path, 
     monkeypatch.setattr(convert, "their_logits", lambda *words: right(*words) * 1.01)
     assert "the logits differ" in refused(capsys, "llmjax", "hf", stories, tmp_path / "x", "--verify")
     assert not (tmp_path / "x").exists()
+
+
+HARD = [
+    "", " ", "  two  spaces ", "\n\nlines\n", "tab\tt", "你好 é x", "fi\ufb01 \u3000 \u200b e\u0301", "😀🏳️‍🌈",
+    "1234567 3.14", "a" * 300, "def f(x):\n    return x ** 2  # ok",
+]  # fmt: skip
+
+
+@pytest.mark.interop
+def test_the_exported_tokenizer_gives_the_same_ids_as_ours(stories, trained, tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    for number, workdir in enumerate((stories, trained)):
+        folder = tmp_path / str(number)
+        assert convert_to("llmjax", "hf", workdir, folder) == 0
+        theirs, ours = (
+            tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
+            load_run(workdir).tokenizer,
+        )
+        for text in [*HARD, (tiny_run.ROOT / "README.zh.md").read_text(encoding="utf-8")]:
+            ids = theirs.encode(text).ids
+            assert ids == [ours.bos_id, *ours.encode(text)]
+            assert theirs.decode(ids) == text
+
+
+def test_a_tokenizer_that_transformers_lacks_is_said(tmp_path, capsys):
+    tiny_run.write_corpus(tmp_path / "corpus")
+    assert main.main(command(tmp_path, f"--workdir={tmp_path / 'run'}", train__num_updates=1)) == 0
+    capsys.readouterr()
+    assert convert_to("llmjax", "hf", tmp_path / "run", tmp_path / "hf") == 0
+    assert "transformers has no tokenizer like that of this model" in capsys.readouterr().err
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()

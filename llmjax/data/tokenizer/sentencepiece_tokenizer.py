@@ -91,6 +91,16 @@ class SentencePieceTokenizer:
         """The piece of the id `i`, as the model writes it: `<s>`, `▁the`."""
         return self._exact.id_to_piece(i)
 
+    def scored_pieces(self) -> tuple[list[str], list[float]]:
+        """All pieces by their ids, and their scores."""
+        ids = range(self.vocab_size)
+        return [self.piece(i) for i in ids], [self._exact.get_score(i) for i in ids]
+
+    @property
+    def is_bpe(self) -> bool:
+        """Whether the model merges pieces in an order, and spells unknown characters in bytes."""
+        return self.lossless and not is_unigram(self._model)
+
     def encode(self, text: str, continues: bool = False) -> list[int]:
         if not text:
             return []
