@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from fake_models import Unigram
 from sections import block_section
-from tests.ops.test_loss import walk
 
 from llmjax.evaluate.scoring import Piece, make_token_losses, pack, score_pieces
 from llmjax.models.gpt import GPT
@@ -16,6 +15,7 @@ from llmjax.nn.config import resolve
 from llmjax.ops.logits import head_logits
 from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
 from llmjax.types import Batch
+from tests.ops.losses.test_cross_entropy import walk
 
 V, T = 48, 24
 

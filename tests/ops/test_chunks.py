@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.ops.test_loss import entropy, expected, sums_and_gradients, walk
 
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.nn.token_tiles import by_tiles
@@ -19,6 +18,7 @@ from llmjax.parallel.rules import Layout
 from llmjax.types import Batch
 from tests.evaluate.fake_models import Copier
 from tests.ops.attention.test_blockwise import assert_equal, make_inputs, packed, run
+from tests.ops.losses.test_cross_entropy import entropy, expected, sums_and_gradients, walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 PRIMES = [n for n in range(2, 1100) if all(n % d for d in range(2, n))]

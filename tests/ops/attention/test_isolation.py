@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.ops.test_loss import entropy, walk
 
 from llmjax.ops.attention import blockwise, full, kernel, pallas_gpu, sequence_attention
 from llmjax.ops.attention.mask import self_mask
@@ -15,6 +14,7 @@ from llmjax.ops.dropout import dropout
 from llmjax.ops.losses.cross_entropy import OTHERS, TPU
 from tests.ops.attention import test_sequence_attention
 from tests.ops.attention.test_blockwise import packed
+from tests.ops.losses.test_cross_entropy import entropy, walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 T, GUILTY = 32, slice(10, 24)
