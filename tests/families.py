@@ -12,6 +12,7 @@ from llmjax.models.contract import Model
 from llmjax.models.table import FAMILIES
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
+from llmjax.tasks.table import TASKS
 
 V, T = 64, 24
 # Family and variant -> what the config of a tiny model of it has changed. Sizes are such that each of the mesh axes
@@ -52,6 +53,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lstm untied": {"lstm.hidden_dim": 24, "model.tie_embeddings": False, "compute.remat": "full"},
 }  # fmt: skip
 COMMON = {"model.num_layers": 2, "model.model_dim": 16, "model.init_std": 0.2, "data.seq_len": T}
+
+
+def family_for(task: str) -> str:
+    """The first family that sees what the task allows it to see."""
+    sight = TASKS[task].sees_both_sides
+    return next(name for name, family in FAMILIES.items() if family.sees_both_sides == sight)
 
 
 def family_of(variant: str) -> str:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from families import family_for
 
 from configs import base
 from llmjax.build.corpus import make_corpus
@@ -30,6 +31,7 @@ BOOKS = [
 def config_of(folder, **changes):
     """A tiny run on `folder`/corpus, or on the files of `folder` that `sources` names."""
     raw = base.get_config()
+    changes.setdefault("model__family", family_for(changes.get("task__name", "language_model")))
     raw.update_from_flattened_dict(
         tiny_run.SETTINGS
         | {"data.sources": (str(folder / "corpus"),), "data.cache_dir": str(folder / "cache")}

@@ -62,7 +62,7 @@ def test_layers_see_as_far_as_their_windows(compute):
     """Five layers in periods of two: the last one is left over."""
     expected = gradients(lambda p, x: by_hand(p, x, (3, 0, 3, 0, 3)), make_params(), X_BTD)
     block = make_block(compute)
-    got = gradients(lambda p, x: run_stack(block, p, x, NO_ROTATION, MASK), make_params(), X_BTD)
+    got = gradients(lambda p, x: run_stack(block, p, x, NO_ROTATION, MASK)[0], make_params(), X_BTD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
@@ -79,7 +79,7 @@ def test_layers_are_measured_with_their_windows():
 def test_local_layers_alone_reach_no_further_than_their_windows_together():
     block = make_block(LayerCompute(scan_layers=True), global_every=0)
     reach = jax.jit(
-        jax.grad(lambda x: jnp.sum(jnp.sin(run_stack(block, make_params(), x, NO_ROTATION, MASK)[0, 15])))
+        jax.grad(lambda x: jnp.sum(jnp.sin(run_stack(block, make_params(), x, NO_ROTATION, MASK)[0][0, 15])))
     )
     moved = np.abs(reach(X_BTD)[0]).sum(axis=1) > 0
     np.testing.assert_array_equal(moved, np.arange(T) >= 15 - L * (WINDOW - 1))

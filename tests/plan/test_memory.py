@@ -14,7 +14,8 @@ from llmjax.plan.memory import check_state_fits
 
 def program_of(**model):
     raw = get_config().to_dict()
-    raw["model"] |= {"num_layers": 1, **model}
+    for name, value in {"num_layers": 1, **model}.items():
+        raw["model" if name in raw["model"] else "transformer"][name] = value
     config, derived = resolve_config(read_config(raw), 1)
     return make_program(config, derived, 512, jax.devices()[:1])
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from families import family_for
 
 from configs import base
 from llmjax.build.corpus import make_corpus
@@ -17,7 +18,6 @@ from llmjax.config.resolve import resolve_config
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.packing.make_plan import plan_packing
 from llmjax.main import main
-from llmjax.models.table import FAMILIES
 from llmjax.tasks.table import TASKS
 
 
@@ -31,12 +31,6 @@ def write_rows(folder, task):
     ]
     (folder / "corpus").mkdir()
     (folder / "corpus" / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-
-
-def family_for(task):
-    """The first family that sees what the task allows it to see."""
-    sight = TASKS[task].sees_both_sides
-    return next(name for name, family in FAMILIES.items() if family.sees_both_sides == sight)
 
 
 def program_for(folder, task, devices, **changes):

@@ -34,7 +34,7 @@ def test_tables_and_the_output_head_are_no_matrices_of_the_inside_and_vectors_ar
         assert Role.of(axes).is_vector and Role.of(axes).sides == ((), ())
 
 
-@pytest.mark.parametrize("axes", [("embed", "gates"), ("batch", "embed"), ("length",)])
+@pytest.mark.parametrize("axes", [("embed", "petals"), ("batch", "embed"), ("length",)])
 def test_an_axis_that_no_rule_knows_for_parameters_is_refused(axes):
     with pytest.raises(UserError, match="logical axis"):
         Role.of(axes)
