@@ -1,6 +1,8 @@
 """A small bidirectional encoder in the style of ModernBERT: masked language modelling with whole words, local layers.
 
-python -m llmjax.main --config=configs/bert_small.py
+    python -m llmjax.main --config=configs/bert_small.py
+
+Smaller forms of it are trained by the tests. The run itself has not been made to its end.
 """
 
 from ml_collections import ConfigDict

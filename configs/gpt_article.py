@@ -3,7 +3,8 @@
     python -m llmjax.main --config=configs/gpt_article.py
 
 An update reads 1,000 packed sequences of 10 tokens, in 4 micro-steps of 250. The documents are those of `base`, cut
-into such short sequences.
+into such short sequences. The run ends at 1.83 bits per byte of held-out text (gzip 1.99, xz 1.76) after 2 min 47 s on
+2 cores of an Intel Xeon that had other work as well (2026-11-29, Python 3.11, whose library is the text).
 """
 
 from ml_collections import ConfigDict

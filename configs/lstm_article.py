@@ -1,6 +1,8 @@
 """A recurrent language model: 2 layers of long short-term memory, 1024 wide, over 10,000 words embedded in 512.
 
-python -m llmjax.main --config=configs/lstm_article.py
+    python -m llmjax.main --config=configs/lstm_article.py
+
+Its updates are timed by `tools/bench_models.py`. The run itself has not been made to its end.
 """
 
 from ml_collections import ConfigDict
