@@ -1,6 +1,6 @@
 """Tiny Shakespeare by bytes, as quickly as possible to a held-out loss of 1.88 nats per character.
 
-python -m llmjax.main --config=configs/shakespeare.py --config.data.sources=tinyshakespeare.txt
+    python -m llmjax.main --config=configs/shakespeare.py --config.data.sources=tinyshakespeare.txt
 
 The text is github.com/karpathy/char-rnn, data/tinyshakespeare/input.txt, of which the last tenth is held out, as in
 nanoGPT. Ends at 1.865 and 1.870 nats per character there with the seeds 7 and 8 (2 cores of an Intel Xeon, 2026-11-29),
