@@ -15,7 +15,7 @@ The rival is the recipe for a CPU in the README of nanoGPT, in PyTorch without c
 contexts of 64 characters, 12 of them an update, AdamW with beta2 = 0.99, 100 updates of warmup, a cosine to a tenth of
 the learning rate, no dropout. Its time is that of a process that imports torch, trains and evaluates once. Its learning
 rate and its number of updates were searched as well, with fewer tries than ours and on other seeds than those that are
-timed: `RIVAL` has the fastest that reached the loss (`experiments/README.md`). The output has one JSON object in each line.
+timed: `RIVAL` has the fastest that was tried (`experiments/README.md`). The output has one JSON object in each line.
 """
 
 from __future__ import annotations

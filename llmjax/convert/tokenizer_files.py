@@ -56,7 +56,7 @@ def tokenizer_json(
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [begin, text],
-            "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 0}}],
+            "pair": [begin, text, {"Sequence": {"type_id": 0, "id": "B"}}],
             "special_tokens": {pieces[bos]: {"id": pieces[bos], "ids": [bos], "tokens": [pieces[bos]]}},
         },
         "decoder": {
