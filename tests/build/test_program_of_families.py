@@ -36,7 +36,7 @@ CUTS = {
     "mesh": ({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, True),
     "data": ({"mesh.data": 8}, False),
     "fsdp": ({"mesh.fsdp": 8}, False),
-    "tensor": ({"mesh.data": 1, "mesh.tensor": 8}, False),
+    "tensor": ({"mesh.data": 4, "mesh.tensor": 2}, False),
     "fused on a mesh": (
         {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "compute.engine": "fused"}, True,
     ),
