@@ -32,7 +32,7 @@ def test_a_preset_is_as_the_table_says(name):
     family = FAMILIES[config.model.family]
     shown = [config.model.family, config.model.num_layers, config.model.model_dim]
     if "transformer" in family.sections:
-        sections = family.resolve(config.model, config.families, config.data.seq_len)
+        sections = family.resolve(config.model, config.families, config.data.seq_len, config.compute)
         t = sections["transformer"]
         position = t.position if t.rope_scaling == "none" else f"{t.position}, {t.rope_scaling}"
         shown += [t.num_heads, t.num_kv_heads, position, t.norm, t.activation, t.window or ""]

@@ -1,6 +1,6 @@
 """Converts a model between llmjax, Hugging Face transformers and llama2.c, with a certificate beside the result.
 
-    python -m tools.convert --from hf --to llmjax SmolLM2-135M runs/smollm2
+    python -m tools.convert --from hf --to llmjax TinyLlama-1.1B runs/tinyllama
     python -m tools.convert --from llmjax --to hf runs/base exported --verify
     python -m tools.convert --from llama2c --to hf stories260K.bin exported
 

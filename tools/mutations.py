@@ -126,7 +126,11 @@ def _what_compiles(config: Config) -> Config:
 def _shapes(config: Config, derived: Derived, vocab_size: int, num_devices: int) -> None:
     """Makes the program and the shapes of its state and batch, and raises what they raise."""
     program = make_program(
-        config, derived, vocab_size, jax.devices()[:num_devices], vocabulary=words_without_text(vocab_size)
+        config,
+        derived,
+        vocab_size,
+        jax.devices()[:num_devices],
+        vocabulary=lambda: words_without_text(vocab_size),
     )
     jax.tree.map(lambda x: math.prod(x.shape), (program.abstract_state(), program.placement.abstract_batch()))
 

@@ -120,7 +120,13 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
         raise UserError(f"{workdir} holds no run; give the workdir of one")
     tokenizer = own_tokenizer(workdir)
     trained = complete_config(saved, workdir)
-    names = ("model", *choose(FAMILIES, "model.family", trained["model"]["family"]).sections)
+    family = choose(FAMILIES, "model.family", trained["model"]["family"])
+    if family.sees_both_sides:
+        raise UserError(
+            f"{workdir} holds a model of model.family={trained['model']['family']!r}, which is not converted yet; give "
+            "a run of a family that predicts the next token"
+        )
+    names = ("model", *family.sections)
     settings = {f"{section}.{key}": value for section in names for key, value in trained[section].items()}
     config = imported_config({**settings, "data.seq_len": trained["data"]["seq_len"]})
     # An optimizer that averages keeps a part of the parameters in its state. Nothing else of the run matters here.

@@ -56,7 +56,6 @@ class Corpus:
     hold_out: str
     held_out_files: tuple[SourceFile, ...]
 
-    @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """What a task may know of the ids of the tokenizer."""
         return vocabulary_of(self.tokenizer)

@@ -19,20 +19,27 @@ from llmjax.types import LossSums
 
 
 def make_task_loss(
-    config: Config, model: Model, layout: Layout, vocabulary: Vocabulary | None = None, *, training: bool
+    config: Config,
+    model: Model,
+    layout: Layout,
+    vocabulary: Callable[[], Vocabulary] | None = None,
+    *,
+    training: bool,
 ) -> Callable[..., LossSums]:
     """The loss of the config's task on a model laid out by `layout`: of training, with all terms, or of evaluation.
 
-    `vocabulary` are the ids of the tokenizer, which some tasks need.
+    `vocabulary` gives the ids of the tokenizer, which some tasks need.
     """
-    z_loss = config.train.z_loss if training else 0.0
-    return TASKS[config.task.name].make_loss(
-        model,
-        Setting(config.tasks.get(config.task.name), config.seed, vocabulary, training),
-        z_loss=z_loss,
+    setting = Setting(
+        keys=config.tasks.get(config.task.name),
+        seed=config.seed,
+        vocabulary=vocabulary,
+        training=training,
+        z_loss=config.train.z_loss if training else 0.0,
         shards=batch_shards(layout),
         vocab_shards=layout.axis_size("tensor"),
     )
+    return TASKS[config.task.name].make_loss(model, setting)
 
 
 def batch_shards(layout: Layout) -> tuple[int, int]:

@@ -66,7 +66,7 @@ class Program:
     eval_step: Callable[[Params, Batch], LossSums]
     statistics: Callable[[Params, Batch], dict]
     token_losses: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
-    vocabulary: Vocabulary | None
+    vocabulary: Callable[[], Vocabulary] | None
 
     @property
     def layout(self) -> Layout:
@@ -79,6 +79,11 @@ class Program:
         if params is not None:
             return state_around(params, self.engine, rng, self.param_specs, self.mesh)
         return init_state(self.model.init, self.engine, rng, self.state_shape)
+
+    def changed(self, config: Config, derived: Derived) -> Program:
+        """The program of another config, for the same tokenizer and devices."""
+        devices = list(self.mesh.devices.flat)
+        return make_program(config, derived, self.model.vocab_size, devices, vocabulary=self.vocabulary)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
@@ -174,11 +179,11 @@ def make_program(
     devices: Sequence[jax.Device] | None = None,
     *,
     accumulates: bool = False,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: Callable[[], Vocabulary] | None = None,
 ) -> Program:
     """The program of a checked `config` on `devices` (default: all). Nothing is compiled or allocated yet.
 
-    vocabulary   the ids of the tokenizer, for tasks that replace tokens
+    vocabulary   gives the ids of the tokenizer, to tasks that replace tokens
     accumulates  the state must be able to hold a partial update, even if no update of `config` has more than one
                  micro-step: a run may resume in the middle of an update of an earlier config
     """

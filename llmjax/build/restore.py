@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import describe_difference
-from llmjax.build.program import Program, make_program
+from llmjax.build.program import Program
 from llmjax.config.reading import read_optimizer
 from llmjax.convert.hf_folder import is_model_folder, open_model
 from llmjax.errors import UserError
@@ -126,13 +126,7 @@ def initial_params(program: Program) -> tuple[int, Params]:
     # An optimizer that averages keeps a part of the parameters to evaluate with in its state.
     if any(section != getattr(config, name) for name, section in trained_with.items()):
         config = dataclasses.replace(config, **trained_with)
-        program = make_program(
-            config,
-            program.derived,
-            program.model.vocab_size,
-            list(program.mesh.devices.flat),
-            vocabulary=program.vocabulary,
-        )
+        program = program.changed(config, program.derived)
     return load_params(program, source, config.checkpoint.init_checkpoint, "checkpoint.init_checkpoint")
 
 

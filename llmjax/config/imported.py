@@ -8,6 +8,7 @@ from typing import Any
 from llmjax.config.file import load_config_file
 from llmjax.config.reading import read_config
 from llmjax.config.schema import Config
+from llmjax.models.table import FAMILIES
 
 # The sequences of an update. A choice: nothing is trained with this config, but any usual number of devices must divide
 # it, since every mode checks that they share the work.
@@ -38,7 +39,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     values = config.to_dict()
     settings = {
         f"{section}.{key}": value
-        for section in ("model", "transformer")
+        for section in ("model", *FAMILIES[config.model.family].sections)
         for key, value in values[section].items()
     }
     return {**settings, "data.seq_len": config.data.seq_len}

@@ -70,13 +70,8 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     check_task_reads(config.task.name, config.tasks)
     _check_sight(config)
     check_optimizer_reads(config.optimizer.name, config.optimizers)
-    if config.compute.tile and config.families["experts"].num_experts:
-        raise UserError(
-            f"compute.tile={config.compute.tile} computes feed-forward layers in tiles, and experts.num_experts="
-            f"{config.families['experts'].num_experts} sorts all tokens; set compute.tile=0"
-        )
     T = config.data.seq_len
-    config = dataclasses.replace(config, **family.resolve(config.model, config.families, T))
+    config = dataclasses.replace(config, **family.resolve(config.model, config.families, T, config.compute))
     data, fsdp, seq, tensor = mesh_shape(config.mesh, num_devices)
     if T % seq:
         raise UserError(f"data.seq_len={T} is not divisible by mesh.seq={seq}; change one of them")

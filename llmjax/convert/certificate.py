@@ -29,8 +29,8 @@ def model_facts(settings: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
         "settings": dict(sorted(settings.items())),
         "output matrix": "the embedding" if settings["model.tie_embeddings"] else "one of its own",
         "rotary positions": {**rope, "pairs": "dimension i with i + head_dim / 2"}
-        if settings["transformer.position"] == "rope"
-        else f"none, positions are {settings['transformer.position']}",
+        if (position := settings.get("transformer.position", "not told to the model")) == "rope"
+        else f"none, positions are {position}",
     }
 
 

@@ -106,7 +106,7 @@ def make_generator(
         rngs_B = jax.vmap(functools.partial(_key, config.seed))(index_B, number_B)
         B, T = tokens_BT.shape
         cache = model.make_cache(B, T + round_up(config.max_tokens))
-        valid_BT = jnp.arange(tokens_BT.shape[1])[None, :] < lengths_B[:, None]
+        valid_BT = jnp.arange(T)[None, :] < lengths_B[:, None]
         logits_BTV, cache = model.decode(params, tokens_BT, cache, valid_BT)
         # Prompts are padded at the right, so the next token follows from the logits at the last valid position.
         last_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
@@ -126,10 +126,7 @@ def make_generator(
         prompts = [prompts[i] for i in index]
         lengths = np.array([len(p) for p in prompts], np.int32)
         limits = _room(lengths, config.max_tokens, model.position_limit)
-        width = width_of(int(lengths.max()))
-        tokens = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
+        tokens = _padded(prompts, width_of(int(lengths.max())))
         next_B, cache, rngs_B = prefill(
             params, tokens, lengths, (first + index).astype(np.int32), number.astype(np.uint32)
         )
@@ -145,6 +142,14 @@ def make_generator(
             next_B, cache = extend(params, next_B, cache, rngs_B, np.int32(step))
 
     return generate
+
+
+def _padded(prompts: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """tokens_BT, int32: the prompts in rows of `width` tokens, padded at the right."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens
 
 
 def _room(lengths: np.ndarray, max_tokens: int, position_limit: int) -> np.ndarray:

@@ -12,12 +12,13 @@ from typing import Any
 
 from llmjax.models.contract import Model
 from llmjax.nn.config import ModelConfig
+from llmjax.nn.layer_compute import LayerCompute
 
 # The sections of all families, by their names.
 Sections = Mapping[str, Any]
 
 
-def _as_they_are(model: ModelConfig, sections: Sections, seq_len: int) -> Sections:
+def _as_they_are(model: ModelConfig, sections: Sections, seq_len: int, compute: LayerCompute) -> Sections:
     return sections
 
 
@@ -32,8 +33,8 @@ class Family:
     model           called with the fields of `GPT`, in their order and by their names
     sections        the sections of the config that the family reads besides `model`, with their dataclasses
     compute         the keys of the section `compute` that it reads, of those in `LayerCompute`
-    resolve         (model, sections, data.seq_len) -> the sections with derived sizes filled in; UserError for keys
-                    that contradict each other
+    resolve         (model, sections, data.seq_len, compute) -> the sections with derived sizes filled in; UserError
+                    for keys that contradict each other
     config          (model, sections) -> the first argument of `model`
     split           (sections) -> the sizes that mesh.tensor must divide, by their whole keys
     rows            (sections) -> the sizes that mesh.fsdp must divide, besides model.model_dim
@@ -49,7 +50,7 @@ class Family:
     model: Callable[..., Model]
     sections: Mapping[str, type] = dataclasses.field(default_factory=dict)
     compute: tuple[str, ...] = ()
-    resolve: Callable[[ModelConfig, Sections, int], Sections] = _as_they_are
+    resolve: Callable[[ModelConfig, Sections, int, LayerCompute], Sections] = _as_they_are
     config: Callable[[ModelConfig, Sections], Any] = _only_model
     split: Callable[[Sections], Mapping[str, int]] = lambda sections: {}
     rows: Callable[[Sections], Mapping[str, int]] = lambda sections: {}

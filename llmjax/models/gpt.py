@@ -35,6 +35,7 @@ from llmjax.ops.attention.mask import Mask, self_mask
 from llmjax.ops.dropout import dropout, token_keys
 from llmjax.ops.logits import head_logits
 from llmjax.parallel.rules import Layout, is_axes, partition_spec
+from llmjax.ranges import check_unread
 from llmjax.types import Batch, Head, Output, Params
 
 
@@ -216,16 +217,19 @@ class GPT:
     def cost(self, attended: float, tokens_per_device: float, seq_len: int) -> Cost:
         return Cost(self._flops_per_token(attended), self._activation_bytes(tokens_per_device, seq_len))
 
+    @property
+    def _mlp_width(self) -> int:
+        """The hidden width of the feed-forward layers that one token goes through: of some experts, or of one MLP."""
+        c = self.config
+        return c.expert_dim * (c.experts_per_token + c.shared_experts) if c.num_experts else c.mlp_dim
+
     def _flops_per_token(self, attended: float) -> float:
         """6 per weight of a matrix product (Kaplan et al. 2020), and 12 N H per attended key and layer. Lookups are
         free."""
         c = self.config
         attention = c.model_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-        width = c.mlp_dim
-        if c.num_experts:
-            # A token goes through some of the experts, and the router through all.
-            width = c.expert_dim * (c.experts_per_token + c.shared_experts)
-        mlp = c.model_dim * (width * (ACTIVATIONS[c.activation].projections + 1) + c.num_experts)
+        # The router reads a token once for each expert.
+        mlp = c.model_dim * (self._mlp_width * (ACTIVATIONS[c.activation].projections + 1) + c.num_experts)
         weights = c.num_layers * (attention + mlp) + self.vocab_size * c.model_dim
         # A layer with a window attends to `window` keys at most.
         keys = sum(min(attended, window or attended) for window in layer_windows(c))
@@ -238,8 +242,7 @@ class GPT:
         # before and after their norm and rotation, and once more in the layout of attention; the hidden layer before,
         # in and after the activation (of one tile, with tiles); and all scores, if attention keeps them.
         queries, keys = (heads * c.head_dim / tensor for heads in (c.num_heads, c.num_kv_heads))
-        width = c.expert_dim * (c.experts_per_token + c.shared_experts) if c.num_experts else c.mlp_dim
-        hidden, projections = width / tensor, ACTIVATIONS[c.activation].projections
+        hidden, projections = self._mlp_width / tensor, ACTIVATIONS[c.activation].projections
         at_once = min(1.0, how.tile / tokens) if how.tile else 1.0
         layer = 6 * c.model_dim + 5 * queries + 6 * keys + (1 + 2 * projections) * hidden * at_once
         if self.holds_scores:
@@ -253,7 +256,14 @@ class GPT:
         )
 
 
-def _resolve(model: ModelConfig, sections: Sections, seq_len: int) -> Sections:
+def _resolve(model: ModelConfig, sections: Sections, seq_len: int, compute: LayerCompute) -> Sections:
+    if not sections["experts"].num_experts:
+        check_unread("experts", sections["experts"], "experts.num_experts=0", "experts.num_experts")
+    elif compute.tile:
+        raise UserError(
+            f"compute.tile={compute.tile} computes feed-forward layers in tiles, and experts.num_experts="
+            f"{sections['experts'].num_experts} sorts all tokens; set compute.tile=0"
+        )
     config = resolve(block_config(model, sections["transformer"], sections["experts"]))
 
     def own(section: type) -> dict[str, Any]:

@@ -234,7 +234,7 @@ class LSTM:
         return Cost(6.0 * weights, int(tokens_per_device * width * itemsize))
 
 
-def _resolve(model: ModelConfig, sections: Sections, seq_len: int) -> Sections:
+def _resolve(model: ModelConfig, sections: Sections, seq_len: int, compute: LayerCompute) -> Sections:
     own = sections["lstm"]
     if own.truncation > seq_len:
         raise UserError(

@@ -37,8 +37,7 @@ def make_filler(program: Program, corpus: Corpus) -> Callable[[Params, Watch], l
     arrays["tokens"][0, :length] = store.tokens(doc, 0, length)
     arrays["segments"][0, :length] = 1
     arrays["positions"][0, :length] = np.arange(length)
-    model, vocabulary = program.model, program.vocabulary
-    assert vocabulary is not None  # the task has been made with it
+    model, vocabulary = program.model, corpus.vocabulary()
     keys, seed = program.config.tasks[program.config.task.name], program.config.seed
 
     def fill(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -52,7 +52,7 @@ def load(request: Request) -> Loaded:
     """The checkpoint that `request` names, with the tokenizer of its run."""
     tokenizer = own_tokenizer(request.workdir)
     program = make_program(
-        request.config, request.derived, tokenizer.vocab_size, vocabulary=vocabulary_of(tokenizer)
+        request.config, request.derived, tokenizer.vocab_size, vocabulary=lambda: vocabulary_of(tokenizer)
     )
     with working("reading the checkpoint"):
         update, params = load_params(program, request.workdir, request.checkpoint)

@@ -32,7 +32,9 @@ def run(request: Request) -> int:
     config, derived, workdir = request.config, request.derived, request.workdir
     if config.plan.topology:
         size = planned_vocab_size(config.tokenizer)
-        program = make_program(config, derived, size, request.devices, vocabulary=words_without_text(size))
+        program = make_program(
+            config, derived, size, request.devices, vocabulary=lambda: words_without_text(size)
+        )
         # In a document as long as the row, a token attends to half of the row on average.
         rows = describe_program(program, attended=(config.data.seq_len + 1) / 2)
     else:

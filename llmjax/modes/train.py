@@ -118,12 +118,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
             write_beginning(program, corpus, workdir, position, finished)
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
-        for remark in [] if finished else remarks(program, so_far, position.tokens):
-            say(f"note: {remark}\n")
-        ready = f"ready after {format_duration(time.perf_counter() - request.started)}"
-        done = f"finished: {position.update:,} updates are done, and train.num_updates="
-        done += f"{config.train.num_updates} asks for no more"
-        say(done if finished else f"{ready}; the first update compiles")
+        say_beginning(program, so_far, position, finished, request.started)
         # Where a sink cannot be had on the first process, none may go on to wait for it.
         recorder = together(lambda: open_recorder(program, workdir, position, stop))
         run = make_run(program, corpus, workdir, checkpoints, stop, check_lock, recorder.samples, ahead.wait)
@@ -136,11 +131,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
                 recorder.summarize(summary_numbers(result))
         except (TrainingFailed, FollowUpFailed) as error:
             if hosts.is_primary():
-                complain(str(error))
-                # A training that failed goes back to a checkpoint from before the stopped update.
-                if isinstance(error, TrainingFailed):
-                    standing.remove_partial_update(workdir)
-                write_report(workdir)
+                leave_failed(workdir, error)
             return 1
     if hosts.is_primary() and result.position.partial_update is None:
         standing.remove_partial_update(workdir)
@@ -159,6 +150,28 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         complain(describe_failure(saved, what, error))
         return 1
     return stop.exit_code if result.stopped else 0
+
+
+def leave_failed(workdir: pathlib.Path, error: TrainingFailed | FollowUpFailed) -> None:
+    """Tells the error of a run, and writes its report."""
+    complain(str(error))
+    # A training that failed goes back to a checkpoint from before the stopped update.
+    if isinstance(error, TrainingFailed):
+        standing.remove_partial_update(workdir)
+    write_report(workdir)
+
+
+def say_beginning(
+    program: Program, so_far: dict | None, position: Position, finished: bool, started: float
+) -> None:
+    """Says what a user should know of the run before its first update, and that it begins, or that it is finished."""
+    if finished:
+        done, asked = f"{position.update:,} updates are done", program.config.train.num_updates
+        say(f"finished: {done}, and train.num_updates={asked} asks for no more")
+        return
+    for remark in remarks(program, so_far, position.tokens):
+        say(f"note: {remark}\n")
+    say(f"ready after {format_duration(time.perf_counter() - started)}; the first update compiles")
 
 
 def _compile_ahead(program: Program, is_new: bool) -> CompileAhead:

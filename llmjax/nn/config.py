@@ -172,7 +172,11 @@ def resolve(config: BlockConfig) -> BlockConfig:
     config = dataclasses.replace(
         config, num_kv_heads=kv_heads, head_dim=head_dim, mlp_dim=mlp_dim, expert_dim=expert_dim
     )
-    _check_experts(config)
+    if config.num_experts and config.experts_per_token > config.num_experts:
+        raise UserError(
+            f"experts.experts_per_token={config.experts_per_token} is more than experts.num_experts="
+            f"{config.num_experts}; change one of them"
+        )
     even = POSITIONS[config.position].even
     section, size = ("model", config.model_dim) if even == "model_dim" else ("transformer", head_dim)
     if even and size % 2:
@@ -187,23 +191,6 @@ def resolve(config: BlockConfig) -> BlockConfig:
             "keep and lower; use wider heads or another scaling"
         )
     return config
-
-
-def _check_experts(config: BlockConfig) -> None:
-    """Raises UserError if the keys of a mixture of experts do not fit together, or if there is none to read them."""
-    if config.num_experts:
-        if config.experts_per_token > config.num_experts:
-            raise UserError(
-                f"experts.experts_per_token={config.experts_per_token} is more than experts.num_experts="
-                f"{config.num_experts}; change one of them"
-            )
-        return
-    for key, value in unset(ExpertsConfig).items():
-        if getattr(config, key) != value:
-            raise UserError(
-                f"experts.{key}={getattr(config, key)} is without effect for experts.num_experts=0; set "
-                f"experts.num_experts, or leave experts.{key} at {value}"
-            )
 
 
 def _check_rope_scaling(config: TransformerConfig) -> None:

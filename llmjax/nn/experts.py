@@ -33,8 +33,15 @@ class Experts(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Penalties]:
-        """out_BTD and the loss terms of each token. `real_BT` is false for padding, which has none."""
+    def __call__(
+        self, x_BTD: jax.Array, real_BT: jax.Array, alone: bool = False
+    ) -> tuple[jax.Array, Penalties]:
+        """out_BTD and the loss terms of each token.
+
+        real_BT  false for padding, which has no loss terms
+        alone    whether the compiler splits the work, and not `jax.shard_map`, for rows that the devices of a batch
+                 cannot share evenly: those of generation
+        """
         c = self.config
         D, E, F = c.model_dim, c.num_experts, c.expert_dim
         std, out_std = c.init_std, c.init_std * (2 * c.num_layers) ** -0.5
@@ -49,7 +56,7 @@ class Experts(nn.Module):
         # A choice between experts is not smooth, so that it is made in float32.
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD, w_router_DE, preferred_element_type=jnp.float32)
         experts_BTJ, gates_BTJ, probabilities_BTE = route(logits_BTE, c.experts_per_token, c.normalize_gates)
-        out_BTD = self._on_each_device(activation.function)(
+        out_BTD = self._on_each_device(activation.function, Layout() if alone else self.layout)(
             x_BTD, experts_BTJ, gates_BTJ, w_up_EDF, w_gate_EDF, w_down_EDF
         )
         if c.shared_experts:
@@ -63,12 +70,14 @@ class Experts(nn.Module):
         }
         return self.layout.constrain(out_BTD, "batch", "length", None), penalties
 
-    def _on_each_device(self, activation: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-        """`run_experts` on each device of the mesh, for its own tokens and its part of the width of every expert.
+    def _on_each_device(
+        self, activation: Callable[[jax.Array], jax.Array], layout: Layout
+    ) -> Callable[..., jax.Array]:
+        """`run_experts` on each device of `layout`, for its own tokens and its part of the width of every expert.
 
         Sorting all tokens of a batch would bring them all to every device. Each device sorts its own.
         """
-        layout, dtype = self.layout, self.config.dtype
+        dtype = self.config.dtype
         axes = () if layout.mesh is None else {*layout.mesh.axis_names} - {*layout.manual}
 
         def run(

@@ -114,7 +114,8 @@ class Block(nn.Module):
         out_BTNH = self.mix_tokens(
             q_BTNH, k_BSKH, v_BSKH, mask, Layout() if cached is not None else self.layout
         )
-        out = self.finish(x_BTD, out_BTNH, keys_BT, layer, mask.q_segments_BT > 0)
+        real_BT = mask.q_segments_BT > 0
+        out = self.finish(x_BTD, out_BTNH, keys_BT, layer, real_BT, alone=cached is not None)
         return BlockOutput(out[0], (k_BSKH, v_BSKH), *out[1:])
 
     def project(self, x_BTD: jax.Array, rotation: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -137,10 +138,11 @@ class Block(nn.Module):
         keys_BT: jax.Array | None,
         layer: int | jax.Array,
         real_BT: jax.Array | None = None,
+        alone: bool = False,
     ) -> tuple[jax.Array, jax.Array, jax.Array, Penalties]:
         """x_BTD after the block, what attention and MLP added to it, and loss terms of experts.
 
-        `real_BT` is false for padding; only experts need it.
+        `real_BT` is false for padding; only experts need it, and `alone`, see `Experts`.
         """
         rate = self.config.dropout
         attention_BTD = self.attention.output(out_BTNH)
@@ -152,7 +154,7 @@ class Block(nn.Module):
         into_BTD = self.mlp_norm(x_BTD) if self.normed.inputs else x_BTD
         if self.config.num_experts:
             assert real_BT is not None  # experts are never computed in tiles
-            mlp_BTD, penalties = self.experts(into_BTD, real_BT)
+            mlp_BTD, penalties = self.experts(into_BTD, real_BT, alone)
         else:
             mlp_BTD = self.mlp(into_BTD)
         if self.normed.outputs:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from llmjax.build.compiled_programs import without_cache
-from llmjax.build.program import Program, make_program
+from llmjax.build.program import Program
 from llmjax.errors import UserError
 from llmjax.plan.communication import describe_communication
 from llmjax.plan.summary import tree_bytes_per_device
@@ -156,14 +156,7 @@ def with_micro_batch(program: Program, size: int) -> Program:
     cut = dataclasses.replace(
         batch, micro_batch_size=size, accumulation_steps=batch.sequences_per_update // size
     )
-    derived = program.derived.with_batch(program.config, cut)
-    return make_program(
-        program.config,
-        derived,
-        program.model.vocab_size,
-        list(program.mesh.devices.flat),
-        vocabulary=program.vocabulary,
-    )
+    return program.changed(program.config, program.derived.with_batch(program.config, cut))
 
 
 def largest_that_fits(

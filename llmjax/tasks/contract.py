@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.models.contract import Model
+from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
 from llmjax.scores import Score
 from llmjax.types import Batch, LossSums, Output, Params
 
@@ -38,16 +39,52 @@ class Totals:
 class Setting:
     """What a task is told when its loss is made.
 
-    keys        the task's own section of the config, if it has one
-    seed        the seed of the run
-    vocabulary  the ids of the tokenizer, for a task that replaces tokens; None where nobody knows them
-    training    whether the loss is trained on, and has the terms that a model adds to it (`Output.penalties`)
+    keys          the task's own section of the config, if it has one
+    seed          the seed of the run
+    vocabulary    gives the ids of the tokenizer, to a task that replaces tokens; None where nobody knows them
+    training      whether the loss is trained on, and has the terms that a model adds to it (`Output.penalties`)
+    z_loss        the weight of the loss term log(Z)**2, where Z is the softmax normaliser; 0 in evaluations
+    shards        the numbers of devices over which the batch B and the positions T are split
+    vocab_shards  the number of devices over which the vocabulary V is split
     """
 
     keys: Any = None
     seed: int = 0
-    vocabulary: Vocabulary | None = None
+    vocabulary: Callable[[], Vocabulary] | None = None
     training: bool = True
+    z_loss: float = 0.0
+    shards: tuple[int, int] = (1, 1)
+    vocab_shards: int = 1
+
+
+# batch -> (the batch as the model reads it, targets_BT, weights_BT)
+Prepare = Callable[[Batch], tuple[Batch, jax.Array, jax.Array]]
+
+
+def token_loss(model: Model, setting: Setting, prepare: Prepare) -> Loss:
+    """Returns the cross-entropy of the tokens that `prepare` asks for, as loss(params, batch, rng) -> LossSums.
+
+    The metrics of the result are `accuracy`, the summed weight of the targets that are the model's most likely token,
+    `z_loss` if there is one, the sum of that loss term, and in training the sums of the terms that the model adds, such
+    as the load balance of experts. Only `objective` contains these terms, not `loss`.
+    """
+
+    def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
+        batch, targets_BT, weights_BT = prepare(batch)
+        output = model.apply(params, batch, rng=rng)
+        # The loss takes hidden states and head: it computes the logits in chunks and never holds all of them.
+        sums = softmax_cross_entropy(
+            output.hidden_BTD,
+            model.head(params),
+            targets_BT,
+            weights_BT,
+            z_loss=setting.z_loss,
+            shards=setting.shards,
+            vocab_shards=setting.vocab_shards,
+        )
+        return with_penalties(sums, output, weights_BT) if setting.training else sums
+
+    return loss
 
 
 def with_penalties(sums: LossSums, output: Output, weights_BT: jax.Array) -> LossSums:
@@ -87,24 +124,8 @@ class Task(Protocol):
         This holds if every token of the text is a target once.
         """
 
-    def make_loss(
-        self,
-        model: Model,
-        setting: Setting,
-        *,
-        z_loss: float,
-        shards: tuple[int, int] = (1, 1),
-        vocab_shards: int = 1,
-    ) -> Loss:
-        """Returns the loss function of this task, loss(params, batch, rng) -> LossSums.
-
-        Args:
-          model: computes the hidden states and has the head for the logits.
-          setting: the keys of the task, the seed and the vocabulary.
-          z_loss: the weight of the additional loss term log(Z)**2, where Z is the softmax normaliser; 0 in evaluations.
-          shards: the numbers of devices over which the batch B and the positions T are split.
-          vocab_shards: the number of devices over which the vocabulary V is split.
-        """
+    def make_loss(self, model: Model, setting: Setting) -> Loss:
+        """Returns the loss function of this task for a model, loss(params, batch, rng) -> LossSums."""
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
         """Computes the value of every score, and of further metrics, by name."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from llmjax.models.contract import Model
 from llmjax.scores import Score
-from llmjax.tasks.contract import Loss, Setting, Totals
-from llmjax.tasks.language_model import make_loss
+from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
+from llmjax.tasks.language_model import next_tokens
 
 
 class Copy:
@@ -24,18 +24,8 @@ class Copy:
         Score("loss", "held-out loss", "nats per token", digits=4),
     )
 
-    def make_loss(
-        self,
-        model: Model,
-        setting: Setting,
-        *,
-        z_loss: float,
-        shards: tuple[int, int] = (1, 1),
-        vocab_shards: int = 1,
-    ) -> Loss:
-        return make_loss(
-            model, z_loss=z_loss, shards=shards, vocab_shards=vocab_shards, training=setting.training
-        )
+    def make_loss(self, model: Model, setting: Setting) -> Loss:
+        return token_loss(model, setting, next_tokens)
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
         """`accuracy` is the share of targets that are the model's most likely token. `loss` is in nats per target."""

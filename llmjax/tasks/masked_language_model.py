@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.data.tokenizer.vocabulary import Vocabulary
+from llmjax.errors import UserError
 from llmjax.models.contract import Model
 from llmjax.ops.dropout import token_keys
-from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
 from llmjax.ops.seeds import make_key
 from llmjax.ranges import Range, Unset, check_ranges
 from llmjax.scores import Score
-from llmjax.tasks.contract import Loss, Setting, Totals, with_penalties
-from llmjax.types import Batch, LossSums, Params
+from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
+from llmjax.types import Batch
 
 # What the draws of a token are told apart by.
 SELECT, ACT, REPLACE = range(3)
@@ -40,6 +40,12 @@ class MaskedLanguageModelConfig:
 
     def __post_init__(self) -> None:
         check_ranges("masked_language_model", self)
+        # A sum of decimals may be a rounding above 1.
+        if self.mask_share + self.random_share > 1 + 1e-9:
+            raise UserError(
+                f"masked_language_model.mask_share={self.mask_share} and masked_language_model.random_share="
+                f"{self.random_share} are more than 1 together; lower one of them"
+            )
 
 
 class MaskedLanguageModel:
@@ -55,35 +61,16 @@ class MaskedLanguageModel:
         Score("accuracy", "masked tokens found", higher_is_better=True, digits=4),
     )
 
-    def make_loss(
-        self,
-        model: Model,
-        setting: Setting,
-        *,
-        z_loss: float,
-        shards: tuple[int, int] = (1, 1),
-        vocab_shards: int = 1,
-    ) -> Loss:
-        keys, vocabulary = setting.keys, setting.vocabulary
-        if vocabulary is None:
+    def make_loss(self, model: Model, setting: Setting) -> Loss:
+        if setting.vocabulary is None:
             raise ValueError("masked language modelling needs the vocabulary of the tokenizer")
+        vocabulary = setting.vocabulary()
 
-        def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
-            masked, chosen_BT = mask_tokens(batch, keys, vocabulary, setting.seed)
-            output = model.apply(params, masked, rng=rng)
-            weights_BT = chosen_BT.astype(jnp.float32)
-            sums = softmax_cross_entropy(
-                output.hidden_BTD,
-                model.head(params),
-                batch.tokens,
-                weights_BT,
-                z_loss=z_loss,
-                shards=shards,
-                vocab_shards=vocab_shards,
-            )
-            return with_penalties(sums, output, weights_BT) if setting.training else sums
+        def prepare(batch: Batch) -> tuple[Batch, jax.Array, jax.Array]:
+            masked, chosen_BT = mask_tokens(batch, setting.keys, vocabulary, setting.seed)
+            return masked, batch.tokens, chosen_BT.astype(jnp.float32)
 
-        return loss
+        return token_loss(model, setting, prepare)
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
         """`loss` is in nats per masked token, and `perplexity` its exponential. `accuracy` is the share of the masked

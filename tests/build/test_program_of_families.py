@@ -57,7 +57,7 @@ def program_for(variant, changes):
     many = any(key.startswith("mesh.") for key in changes)
     devices = jax.devices() if many else jax.devices()[:1]
     config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
-    return make_program(config, derived, V, devices, vocabulary=VOCABULARY)
+    return make_program(config, derived, V, devices, vocabulary=lambda: VOCABULARY)
 
 
 # One variant of each family, and the experts, are tried in every run of the tests.

@@ -26,7 +26,7 @@ def model():
 def gradient(model):
     """(batch) -> the gradient of the sum of the penalties, and of the whole objective."""
     params = jax.jit(model.init)(jax.random.key(0))
-    loss = LanguageModel().make_loss(model, Setting(), z_loss=0.0)
+    loss = LanguageModel().make_loss(model, Setting())
 
     @functools.partial(jax.jit, static_argnums=1)
     def gradients(batch, term):
@@ -55,7 +55,7 @@ def test_evaluation_has_none_of_these_terms(model):
     params = jax.jit(model.init)(jax.random.key(0))
     batch = packed_batch(ROWS)
     trained, evaluated = (
-        LanguageModel().make_loss(model, Setting(training=training), z_loss=0.0)(params, batch, None)
+        LanguageModel().make_loss(model, Setting(training=training))(params, batch, None)
         for training in (True, False)
     )
     assert {"balance_loss", "router_z_loss"} <= trained.metrics.keys()

@@ -8,13 +8,15 @@ from llmjax import main
 from llmjax.models.table import FAMILIES
 from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 
-OTHERS = [name for name in FAMILIES if name != "gpt"]
+# What is tried -> its family. A mixture of experts is a GPT with other layers.
+OTHERS = {**{name: name for name in FAMILIES if name != "gpt"}, "experts": "gpt"}
 
 
-def settings_of(family, **changes):
-    """What a command of this family sets, with `changes`."""
-    task = "masked_language_model" if FAMILIES[family].sees_both_sides else "language_model"
-    return {"model__family": family, "task__name": task, **changes}
+def settings_of(name, **changes):
+    """What a command for a name of `OTHERS` sets, with `changes`."""
+    task = "masked_language_model" if FAMILIES[OTHERS[name]].sees_both_sides else "language_model"
+    experts = {"experts__num_experts": 2, "experts__expert_dim": 16} if name == "experts" else {}
+    return {"model__family": OTHERS[name], "task__name": task, **experts, **changes}
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -47,7 +49,7 @@ def test_a_run_that_is_stopped_and_resumed_has_the_losses_of_one_that_was_not(
 def test_it_is_evaluated_and_continues_texts_in_every_language(folder, trained, family, capsys):
     said = run(capsys, command(folder, f"--workdir={trained}", "--mode=evaluate", **settings_of(family)))
     assert "held-out loss" in said
-    if FAMILIES[family].sees_both_sides:
+    if FAMILIES[OTHERS[family]].sees_both_sides:
         said = refuse(capsys, ["llmjax", f"--workdir={trained}", "--mode=generate", "--prompt=春江 stone"])
         assert "task.name='masked_language_model' fills in masks and continues no text" in said
         return
@@ -57,9 +59,10 @@ def test_it_is_evaluated_and_continues_texts_in_every_language(folder, trained, 
 
 def test_a_plan_says_the_family_and_its_cost(folder, family, capsys):
     said = run(capsys, command(folder, f"--workdir={folder / 'plan'}", "--mode=plan", **settings_of(family)))
-    assert f"{family}, " in said and "FLOP per token" in said
+    assert f"{OTHERS[family]}, " in said and "FLOP per token" in said
 
 
 def test_no_run_begins_with_the_parameters_of_another_family(folder, trained, family, tmp_path, capsys):
     said = refuse(capsys, command(folder, f"--workdir={tmp_path}", checkpoint__init_from=trained))
-    assert f"model.family='gpt', but the run in checkpoint.init_from='{trained}' has '{family}'" in said
+    key = {"experts": "experts.num_experts=0"}.get(family, "model.family='gpt'")
+    assert key in said and f"the run in checkpoint.init_from='{trained}' has" in said

@@ -9,6 +9,7 @@ from sections import section
 
 from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.data.tokenizer.vocabulary import begins_word, vocabulary_of
+from llmjax.errors import UserError
 from llmjax.tasks.masked_language_model import mask_tokens
 from llmjax.types import Batch
 
@@ -105,6 +106,21 @@ def test_all_tokens_of_a_word_are_chosen_together(document):
     firsts = chosen[:, [word[0] for word in words]]
     np.testing.assert_allclose(firsts.mean(), 0.5, atol=0.03)
     np.testing.assert_allclose((firsts[:, 1:] & firsts[:, :-1]).mean(), 0.25, atol=0.03)
+
+
+def test_shares_that_are_more_than_all_are_refused():
+    with pytest.raises(
+        UserError, match=r"mask_share=0.8 and .*random_share=0.3 are more than 1 together; lower one"
+    ):
+        keys(random_share=0.3)
+    assert keys(mask_share=0.7, random_share=0.3).random_share == 0.3
+
+
+def test_a_tokenizer_without_a_mask_is_refused():
+    tokenizer = ByteTokenizer()
+    tokenizer.mask_id = tokenizer.unk_id
+    with pytest.raises(UserError, match="the tokenizer has no piece <mask>"):
+        vocabulary_of(tokenizer)
 
 
 @pytest.mark.parametrize("piece, begins", [

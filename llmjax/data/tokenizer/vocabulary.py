@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from llmjax.data.tokenizer.tokenizer import Tokenizer
+from llmjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +31,12 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """The vocabulary of a tokenizer."""
+    """The vocabulary of a tokenizer. UserError if it has no piece of its own for a mask."""
+    if tokenizer.mask_id == tokenizer.unk_id:
+        raise UserError(
+            "the tokenizer has no piece <mask>, which a masked token is read as; leave tokenizer.path empty to train "
+            "one that has it"
+        )
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.unk_id}
     special.update(tokenizer.reserved_ids)
     pieces = [tokenizer.id_to_bytes(i) for i in range(tokenizer.vocab_size)]

@@ -11,7 +11,7 @@ at a time. A block leaves behind exp(logit - largest logit so far) in the dtype 
 of the softmax (online softmax: Milakov and Gimelshein 2018). After the last block the denominator is known, and the
 numerators are turned into gradients in place.
 
-`loss_tiling` decides the sizes of chunks and blocks, and `loss_chunk` computes one chunk.
+`tiling.py` decides the sizes of chunks and blocks, and `chunk.py` computes one chunk.
 """
 
 from __future__ import annotations
@@ -172,23 +172,14 @@ def _sum_chunks(
         chunk = Chunk(tiling, softcap, w, bias_ZV, h_XYCD, targets_XYC)
         largest_XYC, total_XYC, target_XYC, kept = chunk.read(tuple(more[3:]))
         lse_XYC = largest_XYC + jnp.log(total_XYC)
-        found = {
-            "loss": jnp.sum(weights_XYC * (lse_XYC - target_XYC)),
-            "accuracy": jnp.sum(jnp.where(target_XYC >= largest_XYC, weights_XYC, 0.0)),
-        }
-        if z_loss:
-            found["z_loss"] = jnp.sum(weights_XYC * (z_loss * jnp.square(lse_XYC)))
+        found = _found(z_loss, weights_XYC, lse_XYC, target_XYC, largest_XYC)
         sums = jax.tree.map(jnp.add, sums, found)
         if not gradients:
             return (sums,)
         # d objective / d logit_v = weight * (1 + 2 z_loss lse) * softmax_v, minus weight for the target id. softmax_v
         # is numerator_v / total.
         scale_XYC = weights_XYC * (1.0 + 2.0 * z_loss * lse_XYC) / total_XYC
-        # In float32, because the two terms nearly cancel for a target that is predicted well.
-        dtarget_XYC = scale_XYC * jnp.exp(target_XYC - largest_XYC) - weights_XYC
-        if softcap:
-            # The derivative of softcap c * tanh(x / c), from its value y, is 1 - (y / c)^2.
-            dtarget_XYC *= 1.0 - jnp.square(target_XYC / softcap)
+        dtarget_XYC = _target_gradient(softcap, weights_XYC, scale_XYC, target_XYC, largest_XYC)
         dh, dw, dbias = more[:3]
         factors = largest_XYC, scale_XYC, dtarget_XYC
         dlogits, dw, dbias = chunk.add_gradients(kept, *factors, dw, dbias, dw_dims)
@@ -215,6 +206,35 @@ def _sum_chunks(
     dw_ZVD = jnp.einsum(f"{dw_dims}->ZVD", more[1])
     dbias_V = None if bias_V is None else jnp.sum(more[2], (0, 1)).reshape(-1).astype(bias_V.dtype)
     return sums, (tiling.join(more[0], B, T), dw_ZVD.reshape(w_VD.shape).astype(w_VD.dtype), dbias_V)
+
+
+def _found(
+    z_loss: float, weights_XYC: jax.Array, lse_XYC: jax.Array, target_XYC: jax.Array, largest_XYC: jax.Array
+) -> dict[str, jax.Array]:
+    """The sums over the tokens of a chunk, from their log-sum-exp, target logit and largest logit."""
+    found = {
+        "loss": jnp.sum(weights_XYC * (lse_XYC - target_XYC)),
+        "accuracy": jnp.sum(jnp.where(target_XYC >= largest_XYC, weights_XYC, 0.0)),
+    }
+    if z_loss:
+        found["z_loss"] = jnp.sum(weights_XYC * (z_loss * jnp.square(lse_XYC)))
+    return found
+
+
+def _target_gradient(
+    softcap: float,
+    weights_XYC: jax.Array,
+    scale_XYC: jax.Array,
+    target_XYC: jax.Array,
+    largest_XYC: jax.Array,
+) -> jax.Array:
+    """The gradient of the target logits of a chunk. `scale_XYC` turns exp(logit - largest) into a gradient."""
+    # In float32, because the two terms nearly cancel for a target that is predicted well.
+    dtarget_XYC = scale_XYC * jnp.exp(target_XYC - largest_XYC) - weights_XYC
+    if softcap:
+        # The derivative of softcap c * tanh(x / c), from its value y, is 1 - (y / c)^2.
+        dtarget_XYC *= 1.0 - jnp.square(target_XYC / softcap)
+    return dtarget_XYC
 
 
 def _score_chunks(

@@ -20,7 +20,8 @@ from llmjax.plan.hlo.flops import product_flops
 from llmjax.plan.hlo.parse import parse
 from llmjax.plan.hlo.traffic import collectives
 from llmjax.plan.topology import topology_devices
-from llmjax.tasks.language_model import make_loss
+from llmjax.tasks.contract import Setting
+from llmjax.tasks.language_model import LanguageModel
 from llmjax.types import Batch, Head
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -93,7 +94,7 @@ def test_an_unembedding_split_over_fsdp_is_brought_together_once_for_all_chunks(
     sizes = {"num_layers": 1, "model_dim": width, "num_heads": 2, "mlp_dim": 512, "tie_embeddings": False}
     config = resolve(block_section(**sizes, dtype="bfloat16"))
     model = GPT(config, vocab, length, Layout(mesh), blockwise.attend)
-    loss = make_loss(model, z_loss=0.0, shards=(8, 1))
+    loss = LanguageModel().make_loss(model, Setting(shards=(8, 1)))
 
     def abstract(shape, dtype, *axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))

@@ -21,7 +21,8 @@ from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, partition_spec
 from llmjax.plan.hlo.parse import loops, parse
 from llmjax.plan.hlo.traffic import collectives
-from llmjax.tasks.language_model import make_loss
+from llmjax.tasks.contract import Setting
+from llmjax.tasks.language_model import LanguageModel
 from llmjax.train.update.fused import MANUAL, make_update_sums
 from llmjax.train.update.gradients import MAIN, micro_gradients
 from llmjax.types import Batch, LossSums
@@ -240,7 +241,7 @@ def model_loss(sizes, gather, compute=LayerCompute(), **shape):  # noqa: B008
         attend = make_attend(compute.kernel, Sharing("gather", "seq", sizes[2], 1, others))
     model = GPT(config, VOCAB, LENGTH, layout, attend, compute=compute)
     shards = (layout.axis_size("data") * layout.axis_size("fsdp"), layout.axis_size("seq"))
-    loss = make_loss(model, z_loss=1e-3, shards=shards)
+    loss = LanguageModel().make_loss(model, Setting(z_loss=1e-3, shards=shards))
     return loss, specs_of(model.axes()), fresh_params(config)
 
 

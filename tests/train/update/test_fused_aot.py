@@ -19,7 +19,8 @@ from llmjax.parallel.rules import Layout, partition_spec
 from llmjax.plan.hlo.parse import parse
 from llmjax.plan.hlo.traffic import collectives
 from llmjax.plan.topology import topology_devices
-from llmjax.tasks.language_model import make_loss
+from llmjax.tasks.contract import Setting
+from llmjax.tasks.language_model import LanguageModel
 from llmjax.train.update.fused import MANUAL, make_update_sums
 from llmjax.types import Batch
 
@@ -45,7 +46,7 @@ def compiled(capacity, gather="update", **sizes):
     model = GPT(
         config, VOCAB, LENGTH, layout, blockwise.attend, compute=LayerCompute(scan_layers=True, remat="full")
     )
-    loss = make_loss(model, z_loss=0.0, shards=(layout.axis_size("fsdp"), 1))
+    loss = LanguageModel().make_loss(model, Setting(shards=(layout.axis_size("fsdp"), 1)))
     specs = jax.tree.map(partition_spec, model.axes(), is_leaf=lambda x: isinstance(x, tuple))
     window = jax.jit(make_update_sums(loss, mesh, specs, BY_NAME, gather=gather, compute_dtype=config.dtype))
 

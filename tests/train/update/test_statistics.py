@@ -19,7 +19,8 @@ from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
-from llmjax.tasks.language_model import make_loss
+from llmjax.tasks.contract import Setting
+from llmjax.tasks.language_model import LanguageModel
 from llmjax.train.update.statistics import make_statistics
 from llmjax.types import Batch
 
@@ -49,7 +50,7 @@ def make_model(layout=None, **compute):
 
 
 def loss_of(model):
-    return make_loss(model, z_loss=0.0)
+    return LanguageModel().make_loss(model, Setting())
 
 
 @functools.partial(jax.jit, static_argnums=0)
