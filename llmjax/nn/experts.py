@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -77,7 +78,7 @@ class Experts(nn.Module):
 
         Sorting all tokens of a batch would bring them all to every device. Each device sorts its own.
         """
-        dtype = self.config.dtype
+        dtype: Any = self.config.dtype
         axes = () if layout.mesh is None else {*layout.mesh.axis_names} - {*layout.manual}
 
         def run(
@@ -90,6 +91,9 @@ class Experts(nn.Module):
         ) -> jax.Array:
             B, T, D = x_BTD.shape
             x_XD, experts_XJ, gates_XJ = (x.reshape(B * T, -1) for x in (x_BTD, experts_BTJ, gates_BTJ))
+            x_XD, w_up_EDF, w_gate_EDF, w_down_EDF = jax.tree.map(
+                lambda x: x.astype(dtype), (x_XD, w_up_EDF, w_gate_EDF, w_down_EDF)
+            )
             out_XD = run_experts(x_XD, experts_XJ, gates_XJ, w_up_EDF, w_gate_EDF, w_down_EDF, activation)
             if "tensor" in axes:
                 # The devices of `tensor` have a part of F each, over which the last product sums.
@@ -103,7 +107,7 @@ class Experts(nn.Module):
             return without_axes(partition_spec(names), layout.manual)
 
         tokens, weights = spec("batch", "length", None), spec(None, None, "mlp")
-        return jax.shard_map(
+        split = jax.shard_map(
             run,
             mesh=None if layout.manual else layout.mesh,
             in_specs=(tokens, tokens, tokens, weights, weights, weights),
@@ -111,3 +115,16 @@ class Experts(nn.Module):
             axis_names=axes,
             check_vma=False,
         )
+
+        def gathered(w_EDF: jax.Array) -> jax.Array:
+            return layout.constrain(w_EDF, None, None, "mlp")
+
+        def run_split(x_BTD: jax.Array, experts_BTJ: jax.Array, gates_BTJ: jax.Array, *weights: Any) -> jax.Array:
+            # The gradients are summed over devices in the dtype of what goes in here: in float32. What the devices
+            # hand each other on the way forward, they did before, in the shorter dtype.
+            x_BTD, weights = jax.tree.map(
+                lambda x: x.astype(jnp.float32), (x_BTD, jax.tree.map(gathered, weights))
+            )
+            return split(x_BTD, experts_BTJ, gates_BTJ, *weights)
+
+        return run_split

@@ -51,6 +51,10 @@ def family(request):
     return made(request.param)
 
 
+def test_every_family_has_a_variant():
+    assert {families.family_of(variant) for variant in families.VARIANTS} == FAMILIES.keys()
+
+
 def test_axes_name_every_dimension_and_give_every_parameter_a_role(family):
     params, axes = jax.eval_shape(family.model.init, jax.random.key(0)), family.model.axes()
     assert jax.tree.structure(params) == jax.tree.structure(axes, is_leaf=is_axes)
