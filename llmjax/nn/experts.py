@@ -119,7 +119,9 @@ class Experts(nn.Module):
         def gathered(w_EDF: jax.Array) -> jax.Array:
             return layout.constrain(w_EDF, None, None, "mlp")
 
-        def run_split(x_BTD: jax.Array, experts_BTJ: jax.Array, gates_BTJ: jax.Array, *weights: Any) -> jax.Array:
+        def run_split(
+            x_BTD: jax.Array, experts_BTJ: jax.Array, gates_BTJ: jax.Array, *weights: Any
+        ) -> jax.Array:
             # The gradients are summed over devices in the dtype of what goes in here: in float32. What the devices
             # hand each other on the way forward, they did before, in the shorter dtype.
             x_BTD, weights = jax.tree.map(
