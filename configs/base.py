@@ -89,10 +89,11 @@ def get_config() -> ConfigDict:
     tokenizer.num_reserved = 16  # ids kept free for special tokens to come
 
     c.data = data = ConfigDict()
-    data.sources = ("stdlib",)  # files, directories, globs: text, JSON (.gz .zst .bz2 .xz) and Parquet
-    data.text_field = "text"  # the field of JSON and Parquet rows with the text: a string or a list of lines
-    data.on_bad_text = "error"  # text not of the encoding, or null: error | skip | replace (null: skip)
-    data.encoding = "utf-8"  # of text and JSON: utf-8, gb18030, big5, shift_jis, utf-16, latin-1 ...
+    data.sources = ("stdlib",)  # files, folders, globs: text, JSON, .csv, .tsv (.gz .zst .bz2 .xz), Parquet
+    data.text_field = "text"  # the field with the text, in JSON, Parquet, tables: a string or a list of lines
+    data.columns = ()  # the names of the columns of .csv and .tsv files; () = their first line has them
+    data.on_bad_text = "error"  # text not of the encoding, null, rows that lack cells: error | skip | replace
+    data.encoding = "utf-8"  # of text, JSON and tables: utf-8, gb18030, big5, shift_jis, utf-16, latin-1 ...
     data.follow_links = False  # follows links that lead out of a folder which is searched
     data.max_expansion = 250  # times its size that a compressed file may unpack to; 16 MiB always may
     data.seq_len = 512  # T, the tokens of a packed sequence

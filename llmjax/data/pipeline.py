@@ -43,10 +43,11 @@ class DataConfig:
     """The `data` section of the config.
 
     sources            the files that are read: files, directories, globs, or "stdlib"
-    text_field         the field of JSON lines and Parquet rows that holds the text
+    text_field         the field of JSON lines, Parquet rows and tables that holds the text
+    columns            the names of the columns of .csv and .tsv files; () means that their first line has them
     on_bad_text        what to do with text that is not of the encoding, and with null: "error", "skip" the document, or
                        "replace" the bytes (and skip null)
-    encoding           the encoding of text and JSON, by any name that Python knows
+    encoding           the encoding of text, JSON and tables, by any name that Python knows
     follow_links       whether links that lead out of a folder which is searched are followed
     max_expansion      how many times its own size a compressed file may unpack to; the first 16 MiB always may
     seq_len            T, the positions of a packed sequence
@@ -82,20 +83,32 @@ class DataConfig:
     hold_out: Annotated[str, Unset("documents")]
     held_out_sources: Annotated[tuple[str, ...], Unset(())]
     split_on: Annotated[str, Unset("")]
+    columns: Annotated[tuple[str, ...], Unset(())]
 
     def __post_init__(self):
         check_ranges("data", self)
         _require(self.sources, self, "sources", "must name at least one file, directory or glob")
-        _require(self.text_field, self, "text_field", "must name a field of the JSON lines or Parquet rows")
+        _require(
+            self.text_field, self, "text_field", "must name a field of the JSON lines, Parquet rows or tables"
+        )
         _require(self.on_bad_text in BAD_TEXT, self, "on_bad_text", f"must be one of {', '.join(BAD_TEXT)}")
         check_encoding(self.encoding)
         _require(self.hold_out in HOLD_OUT, self, "hold_out", f"must be one of {', '.join(HOLD_OUT)}")
         compile_split_on(self.split_on)
+        _require(
+            len({*self.columns}) == len(self.columns), self, "columns", "must name each column only once"
+        )
+        _require(
+            not self.columns or self.text_field in self.columns,
+            self,
+            "columns",
+            f"must name data.text_field={self.text_field!r}, the column of the text",
+        )
 
     @property
     def reading(self) -> Reading:
         """How files are read."""
-        return Reading((self.text_field,), self.on_bad_text, self.encoding, self.max_expansion)
+        return Reading((self.text_field,), self.on_bad_text, self.encoding, self.max_expansion, self.columns)
 
 
 def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:

@@ -1,7 +1,7 @@
 """Reads the documents of a file, whatever its format.
 
-`read_parts` streams one file. A row of JSON or Parquet is a document, and so is a whole file of plain text. A long
-document comes in parts, so that no more than one part is in memory. `read_records` puts the parts together.
+`read_parts` streams one file. A row of JSON, Parquet or a table is a document, and so is a whole file of plain text. A
+long document comes in parts, so that no more than one part is in memory. `read_records` puts the parts together.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.parquet import read_parquet
 from llmjax.data.sources.reading import Parts, Reading, ReadStats
 from llmjax.data.sources.rows import begins_with_row, has_field, read_rows
+from llmjax.data.sources.tables import has_column, read_table
 from llmjax.data.sources.text import read_text
 from llmjax.errors import UserError
 
@@ -24,6 +25,7 @@ from llmjax.errors import UserError
 READERS: dict[str, Callable[[SourceFile, Reading, ReadStats], Parts]] = {
     "parquet": read_parquet,
     "rows": read_rows,
+    "table": read_table,
     "text": read_text,
 }
 # How files are read if a caller does not say: UTF-8, the field "text", an error for text that cannot be read.
@@ -149,5 +151,6 @@ def detect_format(file: SourceFile, reading: Reading = _READING) -> str:
 
 
 def has_text(path: str, reading: Reading = _READING) -> bool:
-    """Whether the JSON file at `path` is a corpus and not, say, settings: its first object has the text field."""
-    return has_field(SourceFile(path, path, 1, ""), reading)
+    """Whether the file of JSON or the table at `path` is a corpus and not, say, settings: it has the text field."""
+    has = {"rows": has_field, "table": has_column}[format_of(path) or ""]
+    return has(SourceFile(path, path, 1, ""), reading)

@@ -69,6 +69,8 @@ def cached_tokenizer(
         reading.encoding,
         TRAINER_VERSION,
     ]
+    if reading.columns:
+        settings += ["columns", reading.columns]
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
     # lexists, because a broken link in place of the folder counts as damage and must be replaced.
     if os.path.lexists(directory):
@@ -142,6 +144,8 @@ def cached_store(
         settings += ["cutting", cutting.split_on, cutting.tail]
     if any(file.held_out for file in files):
         settings += ["held out", [file.held_out for file in files]]
+    if reading.columns:
+        settings += ["columns", reading.columns]
     directory = Path(cache_dir) / f"store-{_key(corpus_fingerprint(files), settings)}"
 
     def build(progress: Callable[[int, int], None] | None) -> Store:
