@@ -34,12 +34,15 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "where everything of a run is written and found", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(MODES), "what to do", flag_values=values)
     flags.DEFINE_multi_string(
-        "prompt", [], "generate: a text to continue; may be given several times", flag_values=values
+        "prompt", [], "a text to continue or classify; may be given several times", flag_values=values
     )
-    flags.DEFINE_string("prompt_file", None, "generate: a file with one prompt a line", flag_values=values)
+    flags.DEFINE_string(
+        "prompt_file", None, "a file with a text a line to continue or classify", flag_values=values
+    )
     flags.DEFINE_boolean(
         "interactive", False, "generate: continue each line that is typed", flag_values=values
     )
+    flags.DEFINE_boolean("jsonl", False, "classify: print a line of JSON for each text", flag_values=values)
     flags.DEFINE_string(
         "profile",
         None,

@@ -58,7 +58,7 @@ COMMON = {"model.num_layers": 2, "model.model_dim": 16, "model.init_std": 0.2, "
 def family_for(task: str) -> str:
     """The first family that sees what the task allows it to see."""
     sight = TASKS[task].sees_both_sides
-    return next(name for name, family in FAMILIES.items() if family.sees_both_sides == sight)
+    return next(name for name, family in FAMILIES.items() if sight in (None, family.sees_both_sides))
 
 
 def family_of(variant: str) -> str:

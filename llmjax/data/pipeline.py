@@ -122,7 +122,7 @@ def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:
 FIELDS_OF_COLUMN = {
     "weights": (),
     "source": ("source_tokens", "source_segments", "source_positions"),
-    "label": (),
+    "label": ("labels",),
 }
 
 
@@ -130,8 +130,8 @@ class PackedSequences:
     """Random access to packed sequences by number. It can be pickled if the store can.
 
     Args:
-      store: a `Store`, or an object with its methods `tokens` and `name`, and `weights` and `source` if `columns` names
-        them.
+      store: a `Store`, or an object with its methods `tokens` and `name`, and `weights`, `source` and `labels` if
+        `columns` names them.
       plan: which pieces of which documents share a row.
       seed: decides the order of the rows in each epoch.
       repeat: what the sequence numbers from `plan.num_rows` on mean. True, for training: the next epochs. False, for
@@ -191,7 +191,19 @@ class PackedSequences:
             "positions": positions,
             "index": (indices % 2**31).astype(np.int32),
         }
+        if "label" in self.columns:
+            arrays["labels"] = self._read_labels(counts, pieces, segments)
         return arrays | self._read_source(counts, pieces) if "source" in self.columns else arrays
+
+    def _read_labels(self, counts: np.ndarray, pieces: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        """The label of the document of each token, int32 [B, T], 0 on padding; row b has counts[b] of the `pieces`."""
+        labels, at = np.zeros(segments.shape, np.int32), 0
+        for row, count in enumerate(counts.tolist()):
+            own = self.store.labels[self.plan.docs[pieces[at : at + count]]]
+            # Segments count the pieces of a row from 1 on.
+            labels[row] = np.concatenate([[0], own])[segments[row]]
+            at += count
+        return labels
 
     def _fill_weights(self, weights: np.ndarray, counts: np.ndarray, pieces: np.ndarray) -> None:
         """Writes the loss weights from the store into `weights` [B, T]; row b has counts[b] of the `pieces`."""

@@ -112,11 +112,12 @@ def check_continues(program: Program) -> None:
     """UserError where the model continues no text, and where its task reads a second stream of tokens, which a text by
     itself does not bring."""
     name = program.config.task.name
-    if program.task.sees_both_sides:
-        raise UserError(
-            f"task.name={name!r} fills in masks and continues no text; use --mode=evaluate, or train a model with "
-            "task.name=language_model"
-        )
+    refused = {
+        "fill_masks": "fills in masks and continues no text; use --mode=evaluate",
+        "classify": "gives labels to texts and continues none; use --mode=classify",
+    }
+    if reason := refused.get(program.task.use):
+        raise UserError(f"task.name={name!r} {reason}, or train a model with task.name=language_model")
     if "source" in program.derived.examples.columns:
         raise UserError(f"task.name={name!r} reads two texts, and a prompt is one; use --mode=evaluate")
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 import llmjax
+from llmjax import confusion
 from llmjax.build.corpus import Corpus
 from llmjax.build.placement import Feed
 from llmjax.build.program import Program
@@ -25,8 +26,10 @@ from llmjax.build.restore import (
     open_checkpoints,
     restore,
 )
+from llmjax.errors import choose
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.files import write_atomically
+from llmjax.modes.classify import make_labeller
 from llmjax.modes.evaluate import score_held_out
 from llmjax.modes.fill_masks import make_filler
 from llmjax.modes.generate import make_sampler
@@ -41,10 +44,19 @@ from llmjax.train.update.state import TrainState
 from llmjax.train.update.step import Metrics, TrainStep
 from llmjax.types import Batch, Params
 from llmjax.workdir import standing
+from llmjax.workdir.contents import write_json
 from llmjax.workdir.samples import Sample, write_samples
 
 # The packages whose versions a checkpoint records, because they decide a run's numbers.
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+
+
+# What a trained model is used for (`Task.use`) -> what makes the samples of a run.
+SAMPLERS: dict[str, Callable[[Program, Corpus], Callable[[Params, Watch], list[tuple[str, str]]]]] = {
+    "generate": make_sampler,
+    "fill_masks": make_filler,
+    "classify": make_labeller,
+}
 
 
 def make_run(
@@ -65,8 +77,7 @@ def make_run(
     """
     config = program.config
     step = _Step(program.train_step, compiled)
-    make_texts = make_filler if program.task.sees_both_sides else make_sampler
-    texts = make_texts(program, corpus)
+    texts = choose(SAMPLERS, "the use of a task", program.task.use)(program, corpus)
     parts = _Parts(step, program, corpus, workdir, stop, check_lock, on_samples, texts)
     return Run(
         steering=program.steering,
@@ -149,7 +160,11 @@ class _Parts:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         params = self.program.eval_params(state)
-        return score_held_out(self.program, self.corpus, params, self.stop.watch)
+        details: list[dict[str, Any]] = []
+        results = score_held_out(self.program, self.corpus, params, self.stop.watch, details.append)
+        if details and hosts.is_primary():
+            write_json(self.workdir / confusion.FILE, {"update": int(state.update), **details[0]})
+        return results
 
     def sample(self, state: TrainState, update: int) -> None:
         # Every process takes part in the sampling, and the first one writes.

@@ -29,5 +29,6 @@ MODES = {
     "train": Mode(needs="nothing", flags=("profile",)),
     "evaluate": Mode(needs="parameters", flags=("checkpoint",)),
     "generate": Mode(needs="run", flags=("checkpoint", "prompt", "prompt_file", "interactive")),
+    "classify": Mode(needs="run", flags=("checkpoint", "prompt", "prompt_file", "jsonl")),
     "plan": Mode(needs="nothing", for_topology=True),
 }

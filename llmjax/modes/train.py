@@ -10,12 +10,14 @@ A workdir holds
     summary.json      results and commands           documents/      texts behind spikes and dropped micro-steps
     report.html       all of it as one page          partial_update/ an update stopped between its micro-steps
     profile/          traces that --profile asked for
+    classes.json      for classification: the confusion matrix of the newest evaluation
     wandb.json        the id of its W&B run, and wandb/ with the files of W&B, where metrics.wandb asks for it
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pathlib
 import time
@@ -23,6 +25,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from llmjax import confusion
 from llmjax.build.compile_ahead import CompileAhead
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import (
@@ -40,7 +43,7 @@ from llmjax.errors import UserError
 from llmjax.escapes import complain
 from llmjax.files import write_atomically
 from llmjax.modes.corpus import read_corpus
-from llmjax.modes.evaluate import describe_compression
+from llmjax.modes.evaluate import describe_compression, describe_details
 from llmjax.modes.loop_parts import make_run
 from llmjax.modes.probe import make_probes, probe
 from llmjax.modes.request import Request
@@ -52,6 +55,7 @@ from llmjax.plan.summary import describe
 from llmjax.quantities import format_duration
 from llmjax.report.report import write_report
 from llmjax.scores import FILE, Score, describe_scores, scores_as_json
+from llmjax.tasks.contract import HasDetails
 from llmjax.tasks.table import TASKS
 from llmjax.terminal.lines import format_table, indent, say, warn
 from llmjax.terminal.stages import working
@@ -66,6 +70,15 @@ from llmjax.workdir.contents import commands, saved_config, write_json
 from llmjax.workdir.recorder import Recorder
 from llmjax.workdir.samples import read_samples
 from llmjax.workdir.sinks.table import check_sinks
+
+# What a model is used for (`Task.use`) -> the words around a sample: before its text, and what the model did.
+SAMPLED = {
+    "generate": ("after", "the model continued"),
+    "fill_masks": ("of", "the model made"),
+    "classify": ("for", "the model gave"),
+}
+# The most characters of a sample in the command that is shown at the end. Choices: half of a text has another label.
+LONGEST_OPENING = {"generate": 20, "fill_masks": 20, "classify": 60}
 
 
 def run(request: Request) -> int:
@@ -269,16 +282,11 @@ def finish(
     if result.position.evaluation is not None:
         results = describe_scores(scores, result.position.evaluation) | describe_compression(task, corpus)
     samples, _ = read_samples(workdir)
-    opening = (
-        samples[-1].prompt.strip().split("\n")[0][:20]
-        if samples and config.data.sources != ("stdlib",)
-        else "import "
-    )
+    opening = "import "
+    if samples and config.data.sources != ("stdlib",):
+        opening = samples[-1].prompt.strip().split("\n")[0][: LONGEST_OPENING[task.use]]
     done = math.ceil(result.position.tokens / (config.train.tokens_per_update or 1))
-    following = commands(workdir, max(config.train.num_updates, done), opening)
-    if task.sees_both_sides:
-        # Such a model continues no text.
-        del following["generate"]
+    following = commands(workdir, max(config.train.num_updates, done), opening, task.use)
     write_json(
         workdir / "summary.json",
         {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},
@@ -293,9 +301,11 @@ def finish(
         say(f"\nstopped {where} and saved; go on with\n  {following['resume']}")
         return
     if samples:
-        before, did = ("of", "the model made") if task.sees_both_sides else ("after", "the model continued")
+        before, did = SAMPLED[task.use]
         say(f"\nsample: {before}\n{indent(samples[-1].prompt)}\n{did}\n{indent(samples[-1].text)}")
     rows = format_table(results | {"report": str(report)})
+    if (workdir / confusion.FILE).exists() and isinstance(task, HasDetails):
+        rows += "\n" + describe_details(json.loads((workdir / confusion.FILE).read_text(encoding="utf-8")))
     seconds = format_duration(result.position.seconds)
     say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before; that took {seconds}\n{rows}")
     say(f"\nnext\n{format_table(following)}")

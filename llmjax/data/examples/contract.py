@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 
@@ -17,7 +17,7 @@ class Example:
     weights  the loss weights of the tokens as targets: runs of (number of tokens, weight) that cover `tokens`
     source   the token ids of a second stream, which the model reads but does not predict, such as the source of a
              translation
-    label    the number of a class
+    label    the number of a class, counted from 0
     """
 
     tokens: Sequence[int]
@@ -51,6 +51,14 @@ class Examples(Protocol):
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
         """Makes the example of one record, which has all `fields`."""
+
+
+@runtime_checkable
+class Settled(Protocol):
+    """Examples that depend on more keys of the config than `data.text_field`."""
+
+    def settled(self, keys: Any, seq_len: int) -> Examples:
+        """These examples as `keys`, the section of the task, and data.seq_len ask for them."""
 
 
 @runtime_checkable

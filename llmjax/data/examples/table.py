@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llmjax.data.examples.classified import Classified
 from llmjax.data.examples.contract import Examples
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.documents import Documents
@@ -13,4 +14,5 @@ EXAMPLES: dict[str, Callable[[str], Examples]] = {
     "language_model": Documents,
     "masked_language_model": Documents,
     "copy": Copies,
+    "classification": Classified,
 }

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from llmjax.data.sources.encoding import open_text
-from llmjax.data.sources.formats import PARQUET_MAGIC, VAGUE_SUFFIXES, format_of, suffix_of
+from llmjax.data.sources.formats import PARQUET_MAGIC, VAGUE_SUFFIXES, format_of, suffix_of, uncompressed_name
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.parquet import read_parquet
 from llmjax.data.sources.reading import Parts, Reading, ReadStats
@@ -28,6 +29,9 @@ READERS: dict[str, Callable[[SourceFile, Reading, ReadStats], Parts]] = {
     "table": read_table,
     "text": read_text,
 }
+# Fields that every document has, whatever its format: the name of its file without suffixes, and the name of the folder
+# of the file. No reader is asked for them, see `places_of`.
+FILE, FOLDER = "<file>", "<folder>"
 # How files are read if a caller does not say: UTF-8, the field "text", an error for text that cannot be read.
 _READING = Reading()
 
@@ -109,6 +113,18 @@ def whole(parts: Iterator[RecordPart]) -> Iterator[RecordPart]:
             field = next(iter(part.record.fields))
             yield part._replace(record=Record(part.record.name, {field: "".join(held)}), first=True)
             held = []
+
+
+def places_of(file: SourceFile) -> dict[str, str]:
+    """The values of the fields `FILE` and `FOLDER` for the documents of a file: `pos` and `train` for
+    `train/pos.txt.gz`."""
+    folder, name = os.path.split(os.path.abspath(file.path))
+    return {FILE: os.path.splitext(uncompressed_name(name))[0], FOLDER: os.path.basename(folder)}
+
+
+def fields_within(fields: Iterable[str]) -> tuple[str, ...]:
+    """The fields that a reader is asked for."""
+    return tuple(field for field in fields if field not in (FILE, FOLDER))
 
 
 def read_texts(file: SourceFile, reading: Reading = _READING) -> Iterator[Iterator[str]]:

@@ -17,7 +17,7 @@ from llmjax.data.sources.cutting import WHOLE, Cutting
 from llmjax.data.sources.fingerprint import corpus_fingerprint, file_digest
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import Reading
-from llmjax.data.sources.records import read_texts
+from llmjax.data.sources.records import FOLDER, places_of, read_texts
 from llmjax.data.store.build import DOCUMENTS, READING, build_store
 from llmjax.data.store.columns import FORMAT_VERSION
 from llmjax.data.store.store import Store, open_store
@@ -146,6 +146,9 @@ def cached_store(
         settings += ["held out", [file.held_out for file in files]]
     if reading.columns:
         settings += ["columns", reading.columns]
+    # The names of files are part of the fingerprint, and those of their folders are not always.
+    if FOLDER in examples.fields:
+        settings += ["folders", [places_of(file)[FOLDER] for file in files]]
     directory = Path(cache_dir) / f"store-{_key(corpus_fingerprint(files), settings)}"
 
     def build(progress: Callable[[int, int], None] | None) -> Store:
