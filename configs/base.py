@@ -72,9 +72,7 @@ def get_config() -> ConfigDict:
     lstm.truncation = 0  # tokens over which gradients flow back; the state flows further; 0 = all
 
     c.task = task = ConfigDict()
-    task.name = (
-        "language_model"  # language_model: the next token | masked_language_model | classification | copy
-    )
+    task.name = "language_model"  # language_model | masked_language_model | classification | copy
 
     c.masked_language_model = masked_language_model = ConfigDict()
     masked_language_model.rate = 0.15  # share of the tokens that are to be predicted
@@ -84,9 +82,7 @@ def get_config() -> ConfigDict:
 
     # A label for every text. Texts of more than data.seq_len tokens are cut at the end, which the plan says.
     c.classification = classification = ConfigDict()
-    classification.label_from = (
-        "field"  # field of the record | file (pos.txt.gz: pos) | folder (pos/1.txt: pos)
-    )
+    classification.label_from = "field"  # field | file (pos.txt.gz: pos) | folder (pos/1.txt: pos)
     classification.label_field = "label"  # the field with the label, in JSON, Parquet and tables
     classification.labels = ()  # the labels in their order; () = all that data.sources have, sorted
     classification.pool = "auto"  # what is looked at: last token | mean | first token; auto: last, bert: mean

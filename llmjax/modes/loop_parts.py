@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 import llmjax
-from llmjax import confusion
 from llmjax.build.corpus import Corpus
 from llmjax.build.placement import Feed
 from llmjax.build.program import Program
@@ -35,6 +34,7 @@ from llmjax.modes.fill_masks import make_filler
 from llmjax.modes.generate import make_sampler
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
+from llmjax.scores import CLASSES_FILE
 from llmjax.terminal.stages import working
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run import Run
@@ -163,7 +163,7 @@ class _Parts:
         details: list[dict[str, Any]] = []
         results = score_held_out(self.program, self.corpus, params, self.stop.watch, details.append)
         if details and hosts.is_primary():
-            write_json(self.workdir / confusion.FILE, {"update": int(state.update), **details[0]})
+            write_json(self.workdir / CLASSES_FILE, {"update": int(state.update), **details[0]})
         return results
 
     def sample(self, state: TrainState, update: int) -> None:

@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from llmjax import confusion
 from llmjax.build.compile_ahead import CompileAhead
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import (
@@ -54,7 +53,7 @@ from llmjax.plan.memory import check_state_fits
 from llmjax.plan.summary import describe
 from llmjax.quantities import format_duration
 from llmjax.report.report import write_report
-from llmjax.scores import FILE, Score, describe_scores, scores_as_json
+from llmjax.scores import CLASSES_FILE, FILE, Score, describe_scores, scores_as_json
 from llmjax.tasks.contract import HasDetails
 from llmjax.tasks.table import TASKS
 from llmjax.terminal.lines import format_table, indent, say, warn
@@ -304,8 +303,8 @@ def finish(
         before, did = SAMPLED[task.use]
         say(f"\nsample: {before}\n{indent(samples[-1].prompt)}\n{did}\n{indent(samples[-1].text)}")
     rows = format_table(results | {"report": str(report)})
-    if (workdir / confusion.FILE).exists() and isinstance(task, HasDetails):
-        rows += "\n" + describe_details(json.loads((workdir / confusion.FILE).read_text(encoding="utf-8")))
+    if (workdir / CLASSES_FILE).exists() and isinstance(task, HasDetails):
+        rows += "\n" + describe_details(json.loads((workdir / CLASSES_FILE).read_text(encoding="utf-8")))
     seconds = format_duration(result.position.seconds)
     say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before; that took {seconds}\n{rows}")
     say(f"\nnext\n{format_table(following)}")

@@ -11,7 +11,6 @@ import itertools
 import pathlib
 from collections.abc import Callable
 
-from llmjax import confusion
 from llmjax.files import write_atomically
 from llmjax.quantities import format_duration, format_number
 from llmjax.report import chart_axes, chart_drawing, charts, curves, probe_charts
@@ -19,6 +18,7 @@ from llmjax.report.page_parts import as_entries, entry_table, flatten, folded, s
 from llmjax.report.record_tables import draw_classes, draw_evaluations, draw_events
 from llmjax.report.results import draw_tiles
 from llmjax.report.run_files import Run, read_run
+from llmjax.scores import CLASSES_FILE
 from llmjax.workdir import samples
 from llmjax.workdir.metrics import number
 
@@ -217,7 +217,7 @@ SECTIONS: dict[Callable[[Run], str], str] = {
     _curves: "metrics.jsonl",
     lambda run: draw_events(run.metrics): "metrics.jsonl",
     _probes: "probes.json",
-    draw_classes: confusion.FILE,
+    draw_classes: CLASSES_FILE,
     draw_evaluations: "metrics.jsonl",
     _samples: samples.FILE,
     _commands: "summary.json",

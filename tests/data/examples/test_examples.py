@@ -65,6 +65,8 @@ def test_both_halves_of_every_task_have_the_same_names():
 def test_examples_can_be_pickled_and_fill_the_columns_that_they_name(task):
     examples = pickle.loads(pickle.dumps(EXAMPLES[task]("text")))
     assert repr(examples) == repr(EXAMPLES[task]("text")) != repr(EXAMPLES[task]("body"))
+    if "label" in examples.columns:
+        examples = dataclasses.replace(examples, labels=("c", "人工 ab"))
     assert set(examples.columns) <= set(OPTIONAL_COLUMNS) == set(FIELDS_OF_COLUMN)
     records = [{field: "人工 ab" for field in examples.fields}, dict.fromkeys(examples.fields, "c")]
     encoded = encode_records(BYTES, examples, records)
