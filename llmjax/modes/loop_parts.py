@@ -25,11 +25,11 @@ from llmjax.build.restore import (
     open_checkpoints,
     restore,
 )
+from llmjax.errors import choose
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.files import write_atomically
 from llmjax.modes.evaluate import score_held_out
-from llmjax.modes.fill_masks import make_filler
-from llmjax.modes.generate import make_sampler
+from llmjax.modes.samples import SAMPLES
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
 from llmjax.terminal.stages import working
@@ -65,8 +65,7 @@ def make_run(
     """
     config = program.config
     step = _Step(program.train_step, compiled)
-    make_texts = make_filler if program.task.sees_both_sides else make_sampler
-    texts = make_texts(program, corpus)
+    texts = choose(SAMPLES, "task.use", program.task.use).make(program, corpus)
     parts = _Parts(step, program, corpus, workdir, stop, check_lock, on_samples, texts)
     return Run(
         steering=program.steering,

@@ -36,7 +36,7 @@ from llmjax.build.restore import (
     resume_or_init,
 )
 from llmjax.config.schema import Config
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.escapes import complain
 from llmjax.files import write_atomically
 from llmjax.modes.corpus import read_corpus
@@ -44,6 +44,7 @@ from llmjax.modes.evaluate import describe_compression
 from llmjax.modes.loop_parts import make_run
 from llmjax.modes.probe import make_probes, probe
 from llmjax.modes.request import Request
+from llmjax.modes.samples import SAMPLES
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import on_primary, together
 from llmjax.plan.advice import remarks
@@ -276,9 +277,10 @@ def finish(
     )
     done = math.ceil(result.position.tokens / (config.train.tokens_per_update or 1))
     following = commands(workdir, max(config.train.num_updates, done), opening)
-    if task.sees_both_sides:
-        # Such a model continues no text.
-        del following["generate"]
+    told = choose(SAMPLES, "task.use", task.use)
+    # A model is used in one way.
+    for command in {kind.command for kind in SAMPLES.values()} - {told.command, ""}:
+        del following[command]
     write_json(
         workdir / "summary.json",
         {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},
@@ -293,8 +295,7 @@ def finish(
         say(f"\nstopped {where} and saved; go on with\n  {following['resume']}")
         return
     if samples:
-        before, did = ("of", "the model made") if task.sees_both_sides else ("after", "the model continued")
-        say(f"\nsample: {before}\n{indent(samples[-1].prompt)}\n{did}\n{indent(samples[-1].text)}")
+        say(f"\nsample: {told.before}\n{indent(samples[-1].prompt)}\n{told.did}\n{indent(samples[-1].text)}")
     rows = format_table(results | {"report": str(report)})
     seconds = format_duration(result.position.seconds)
     say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before; that took {seconds}\n{rows}")

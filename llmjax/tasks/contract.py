@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.models.contract import Model
 from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
+from llmjax.ops.losses.label_smoothing import smoothing_sum
 from llmjax.scores import Score
 from llmjax.types import Batch, LossSums, Output, Params
 
@@ -61,28 +62,36 @@ class Setting:
 Prepare = Callable[[Batch], tuple[Batch, jax.Array, jax.Array]]
 
 
-def token_loss(model: Model, setting: Setting, prepare: Prepare) -> Loss:
+def token_loss(model: Model, setting: Setting, prepare: Prepare, label_smoothing: float = 0.0) -> Loss:
     """Returns the cross-entropy of the tokens that `prepare` asks for, as loss(params, batch, rng) -> LossSums.
 
     The metrics of the result are `accuracy`, the summed weight of the targets that are the model's most likely token,
     `z_loss` if there is one, the sum of that loss term, and in training the sums of the terms that the model adds, such
-    as the load balance of experts. Only `objective` contains these terms, not `loss`.
+    as the load balance of experts and label smoothing. Only `objective` contains these terms, not `loss`.
     """
 
     def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
         batch, targets_BT, weights_BT = prepare(batch)
-        output = model.apply(params, batch, rng=rng)
+        output, head = model.apply(params, batch, rng=rng), model.head(params)
         # The loss takes hidden states and head: it computes the logits in chunks and never holds all of them.
         sums = softmax_cross_entropy(
             output.hidden_BTD,
-            model.head(params),
+            head,
             targets_BT,
             weights_BT,
             z_loss=setting.z_loss,
             shards=setting.shards,
             vocab_shards=setting.vocab_shards,
         )
-        return with_penalties(sums, output, weights_BT) if setting.training else sums
+        if not setting.training:
+            return sums
+        sums = with_penalties(sums, output, weights_BT)
+        if not label_smoothing:
+            return sums
+        added = smoothing_sum(output.hidden_BTD, head, targets_BT, weights_BT, label_smoothing)
+        return dataclasses.replace(
+            sums, objective=sums.main + added, metrics=sums.metrics | {"label_smoothing": added}
+        )
 
     return loss
 
@@ -112,6 +121,13 @@ class Task(Protocol):
     @property
     def sees_both_sides(self) -> bool:
         """Whether the model may see the tokens after one that it predicts. If not, it must not."""
+
+    @property
+    def use(self) -> str:
+        """What a trained model is used for, which decides what its samples are and which mode uses it.
+
+        "continue" goes on with a text, "fill" fills in masks, and "translate" writes a text after it has read another.
+        """
 
     @property
     def scores(self) -> tuple[Score, ...]:

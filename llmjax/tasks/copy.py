@@ -17,6 +17,7 @@ class Copy:
 
     section = None
     sees_both_sides = False
+    use = "continue"
     compresses_text = False
 
     scores = (

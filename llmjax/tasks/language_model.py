@@ -17,6 +17,7 @@ class LanguageModel:
 
     section = None
     sees_both_sides = False
+    use = "continue"
     compresses_text = True
 
     scores = (

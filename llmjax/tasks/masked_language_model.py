@@ -53,6 +53,7 @@ class MaskedLanguageModel:
 
     section = MaskedLanguageModelConfig
     sees_both_sides = True
+    use = "fill"
     compresses_text = False
 
     scores = (

@@ -69,5 +69,6 @@ def commands(workdir: pathlib.Path, num_updates: int, prompt: str) -> dict[str, 
         "train on": f"{run} --config.train.num_updates={2 * num_updates or 100}",
         "evaluate": f"{run} --mode=evaluate",
         "generate": f"{run} --mode=generate --prompt={quote(prompt)}",
+        "translate": f"{run} --mode=translate --prompt={quote(prompt)}",
         "report": f"{quote(python)} -m webbrowser {quote(workdir / 'report.html')}",
     }
