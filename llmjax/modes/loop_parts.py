@@ -29,7 +29,7 @@ from llmjax.errors import choose
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.files import write_atomically
 from llmjax.modes.evaluate import score_held_out
-from llmjax.modes.samples import SAMPLES
+from llmjax.modes.samples.table import SAMPLES
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
 from llmjax.terminal.stages import working

@@ -44,7 +44,7 @@ from llmjax.modes.evaluate import describe_compression
 from llmjax.modes.loop_parts import make_run
 from llmjax.modes.probe import make_probes, probe
 from llmjax.modes.request import Request
-from llmjax.modes.samples import SAMPLES
+from llmjax.modes.samples.table import SAMPLES
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import on_primary, together
 from llmjax.plan.advice import remarks

@@ -55,7 +55,9 @@ def family_sections():
 
 def program_for(variant, changes):
     raw = base.get_config()
-    raw.update_from_flattened_dict(families.settings(variant) | COMMON | TRAINED | GENTLE.get(variant, {}) | changes)
+    raw.update_from_flattened_dict(
+        families.settings(variant) | COMMON | TRAINED | GENTLE.get(variant, {}) | changes
+    )
     many = any(key.startswith("mesh.") for key in changes)
     devices = jax.devices() if many else jax.devices()[:1]
     config, derived = resolve_config(read_config(raw.to_dict()), len(devices))

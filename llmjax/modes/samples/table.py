@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
-from llmjax.modes.fill_masks import make_filler
 from llmjax.modes.generate import make_sampler
+from llmjax.modes.samples.fill_masks import make_filler
 from llmjax.modes.translate import make_translation
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
