@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
     lstm.truncation = 0  # tokens over which gradients flow back; the state flows further; 0 = all
 
     c.task = task = ConfigDict()
-    task.name = "language_model"  # language_model | masked_language_model | translation | copy
+    task.name = "language_model"  # or masked_language_model | translation | classification | copy
 
     c.masked_language_model = masked_language_model = ConfigDict()
     masked_language_model.rate = 0.15  # share of the tokens that are to be predicted
@@ -88,6 +88,13 @@ def get_config() -> ConfigDict:
     translation.source_field = "source"  # the field of a record with the text that is translated
     translation.label_smoothing = 0.0  # share of each target that is spread over all ids in training; 0 = off
 
+    # A label for every text. Texts of more than data.seq_len tokens are cut at the end, which the plan says.
+    c.classification = classification = ConfigDict()
+    classification.label_from = "field"  # field of a record | file (pos.txt.gz) | folder (pos/1.txt)
+    classification.label_field = "label"  # the field with the label, in JSON, Parquet and tables
+    classification.labels = ()  # the labels in their order; () = all that data.sources have, sorted
+    classification.pool = "auto"  # what is looked at: last token | mean | first token; auto: last, bert: mean
+
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte
     tokenizer.path = ""  # an existing SentencePiece .model to use; "" = train one
@@ -97,10 +104,11 @@ def get_config() -> ConfigDict:
     tokenizer.num_reserved = 16  # ids kept free for special tokens to come
 
     c.data = data = ConfigDict()
-    data.sources = ("stdlib",)  # files, directories, globs: text, JSON (.gz .zst .bz2 .xz) and Parquet
-    data.text_field = "text"  # the field of JSON and Parquet rows with the text: a string or a list of lines
-    data.on_bad_text = "error"  # text not of the encoding, or null: error | skip | replace (null: skip)
-    data.encoding = "utf-8"  # of text and JSON: utf-8, gb18030, big5, shift_jis, utf-16, latin-1 ...
+    data.sources = ("stdlib",)  # files, folders, globs: text, JSON, .csv, .tsv (.gz .zst .bz2 .xz), Parquet
+    data.text_field = "text"  # the field with the text, in JSON, Parquet, tables: a string or a list of lines
+    data.columns = ()  # the names of the columns of .csv and .tsv files; () = their first line has them
+    data.on_bad_text = "error"  # text not of the encoding, null, rows that lack cells: error | skip | replace
+    data.encoding = "utf-8"  # of text, JSON and tables: utf-8, gb18030, big5, shift_jis, utf-16, latin-1 ...
     data.follow_links = False  # follows links that lead out of a folder which is searched
     data.max_expansion = 250  # times its size that a compressed file may unpack to; 16 MiB always may
     data.seq_len = 512  # T, the tokens of a packed sequence

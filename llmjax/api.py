@@ -7,6 +7,7 @@
     run.generate("import ")           # what the model writes after the prompt
     run.score("a text of your own")   # how well the model predicts it
     run.generate("import ", num_samples=3)                     # a list of three texts
+    llmjax.load("runs/spam").classify("a text").label          # for a run with task.name=classification
     llmjax.load("runs/mine", checkpoint="best").generate("import ", temperature=0.0)
 
 The command line runs the same modes. Mistakes raise `llmjax.errors.UserError` with one sentence.
@@ -34,6 +35,7 @@ from llmjax.errors import UserError
 from llmjax.evaluate.scoring import Piece, score_pieces
 from llmjax.flags import load_config, name_of, set_key, takes_list
 from llmjax.modes import dispatch
+from llmjax.modes.classify import Answer, TextClassifier
 from llmjax.modes.corpus import read_corpus
 from llmjax.modes.evaluate import score_held_out
 from llmjax.modes.generate import Loaded, Writer, check_continues
@@ -175,9 +177,25 @@ class Run:
         loss, count = float(sums.loss[0]), int(sums.count[0])
         return {"loss": loss / count, "tokens": count, "bits_per_byte": loss / math.log(2) / size}
 
+    @overload
+    def classify(self, texts: str) -> Answer: ...
+
+    @overload
+    def classify(self, texts: list[str]) -> list[Answer]: ...
+
+    def classify(self, texts: str | list[str]) -> Answer | list[Answer]:
+        """The `label` of a text and its `probabilities`, {label: probability}; for a list of texts a list of these."""
+        asked = [texts] if isinstance(texts, str) else list(texts)
+        for text in asked:
+            _check_text("text", text)
+        classifier = TextClassifier(self._loaded)
+        with self._reusing_programs():
+            answers = classifier.classify(asked)
+        return answers[0] if isinstance(texts, str) else answers
+
     def evaluate(self) -> dict[str, float]:
         """The scores of the task on the held-out documents, which it says where they are not those of the run."""
-        loaded, request = self._loaded, self._request()
+        loaded, request = self._loaded, self._request(mode="evaluate")
         corpus = read_corpus(request.config, request.derived, self.workdir)
         if corpus.held_out is None:
             raise UserError(
@@ -197,9 +215,9 @@ class Run:
     def _loaded(self) -> Loaded:
         return load_checkpoint(self._request())
 
-    def _request(self, changes: Mapping[str, Any] | None = None) -> Any:
+    def _request(self, changes: Mapping[str, Any] | None = None, mode: str = "generate") -> Any:
         raw = _changed(self.config, changes)
-        return dispatch.make_request("generate", raw, self.workdir, checkpoint=self.checkpoint)
+        return dispatch.make_request(mode, raw, self.workdir, checkpoint=self.checkpoint)
 
 
 def _pieces(tokens: list[int], seq_len: int) -> Iterator[Piece]:

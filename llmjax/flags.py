@@ -34,11 +34,12 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "where everything of a run is written and found", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(MODES), "what to do", flag_values=values)
     flags.DEFINE_multi_string(
-        "prompt", [], "generate, translate: a text; may be given several times", flag_values=values
+        "prompt",
+        [],
+        "a text to go on with, classify or translate; may be given several times",
+        flag_values=values,
     )
-    flags.DEFINE_string(
-        "prompt_file", None, "generate, translate: a file with a text a line", flag_values=values
-    )
+    flags.DEFINE_string("prompt_file", None, "a file with a text a line for the same", flag_values=values)
     flags.DEFINE_boolean(
         "interactive", False, "generate, translate: read each line that is typed", flag_values=values
     )
@@ -48,6 +49,7 @@ def make_flags() -> flags.FlagValues:
         "translate: a file with the right translations, for BLEU and chrF",
         flag_values=values,
     )
+    flags.DEFINE_boolean("jsonl", False, "classify: print a line of JSON for each text", flag_values=values)
     flags.DEFINE_string(
         "profile",
         None,

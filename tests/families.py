@@ -70,13 +70,13 @@ def goes_with(family: str, task: str) -> bool:
     """Whether the task can train the family: whether the family sees and reads what the task has."""
     kind = FAMILIES[family]
     reads = "source" in columns_of(family, task)
-    return kind.sees_both_sides == TASKS[task].sees_both_sides and kind.reads_source == reads
+    return TASKS[task].sees_both_sides in (None, kind.sees_both_sides) and kind.reads_source == reads
 
 
 def columns_of(family: str, task: str) -> tuple[str, ...]:
     """The optional columns of the examples that the task makes for the family."""
     keys = read_config(get_config().to_dict()).tasks.get(task)
-    return EXAMPLES[task](ExampleSetting("text", keys, FAMILIES[family].reads_source)).columns
+    return EXAMPLES[task](ExampleSetting("text", T, keys, FAMILIES[family].reads_source)).columns
 
 
 def families_for(task: str) -> list[str]:

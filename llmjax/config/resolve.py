@@ -9,6 +9,7 @@ from llmjax.config.schema import Config
 from llmjax.data.examples.contract import Examples, ExampleSetting
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.layout.layout import RowLayout
+from llmjax.data.sources.records import fields_within
 from llmjax.data.tokenizer.kinds import KINDS
 from llmjax.errors import UserError, choose
 from llmjax.evaluate.probes.suite import PROBES
@@ -122,10 +123,7 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
             "change one of them"
         )
     _check_smoothing(config)
-    task = config.task.name
-    examples = EXAMPLES[task](
-        ExampleSetting(config.data.text_field, config.tasks.get(task), family.reads_source)
-    )
+    examples = make_examples(config)
     _check_source(config, examples)
     _check_cutting(config, examples)
     source_len = _source_len(config, examples)
@@ -138,13 +136,20 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     )
 
 
+def make_examples(config: Config) -> Examples:
+    """What turns records into examples of the config's task."""
+    data, name = config.data, config.task.name
+    reads_source = FAMILIES[config.model.family].reads_source
+    return EXAMPLES[name](ExampleSetting(data.text_field, data.seq_len, config.tasks.get(name), reads_source))
+
+
 def _check_sight(config: Config) -> None:
     """UserError where the family sees the tokens that the task predicts, or does not see those that it may."""
     family, task = config.model.family, config.task.name
     sees, may_see = FAMILIES[family].sees_both_sides, TASKS[task].sees_both_sides
-    if sees != may_see:
+    if may_see is not None and sees != may_see:
         side = "both sides of a token" if may_see else "only what comes before a token"
-        tasks = [name for name, kind in TASKS.items() if kind.sees_both_sides == sees]
+        tasks = [name for name, kind in TASKS.items() if kind.sees_both_sides in (sees, None)]
         families = [name for name, kind in FAMILIES.items() if kind.sees_both_sides == may_see]
         raise UserError(
             f"task.name={task!r} needs a family that sees {side}, not model.family={family!r}; set "
@@ -153,6 +158,11 @@ def _check_sight(config: Config) -> None:
     if sees and config.evaluate.probes:
         raise UserError(
             f"evaluate.probes={config.evaluate.probes} predict the next token, which model.family={family!r} sees; "
+            "set evaluate.probes to ()"
+        )
+    if may_see is None and config.evaluate.probes:
+        raise UserError(
+            f"evaluate.probes={config.evaluate.probes} predict the next token, which task.name={task!r} does not; "
             "set evaluate.probes to ()"
         )
 
@@ -185,7 +195,18 @@ def _check_source(config: Config, examples: Examples) -> None:
 
 def _check_cutting(config: Config, examples: Examples) -> None:
     """UserError for keys that cut documents if those of the task have more than a text, such as a translation."""
-    data, number = config.data, len(examples.fields)
+    data, number = config.data, len(fields_within(examples.fields))
+    if "label" in examples.columns:
+        if data.hold_out == "tails":
+            raise UserError(
+                f"data.hold_out='tails' cuts texts, and for task.name={config.task.name!r} each has a label as a "
+                "whole; set it to documents"
+            )
+        if data.length_points:
+            raise UserError(
+                f"data.length_points={data.length_points} cuts rows, and for task.name={config.task.name!r} the texts "
+                "in them have labels as a whole; set data.length_points to ()"
+            )
     for key, value, whole in (("split_on", data.split_on, ""), ("hold_out", data.hold_out, "documents")):
         if number > 1 and value not in (whole, "auto"):
             raise UserError(

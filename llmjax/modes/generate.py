@@ -117,7 +117,8 @@ def run_interactive(request: Request) -> int:
 
 # What the tasks of each `Task.use` do instead of continuing a text, and the mode for it.
 OTHER_USES = {
-    "fill": ("fills in masks and continues no text", "--mode=evaluate"),
+    "fill_masks": ("fills in masks and continues no text", "--mode=evaluate"),
+    "classify": ("gives labels to texts and continues none", "--mode=classify"),
     "translate": ("writes a text after it has read another, and continues none", "--mode=translate"),
 }
 
@@ -126,7 +127,7 @@ def check_continues(program: Program) -> None:
     """UserError where the model continues no text, and where its task reads a second stream of tokens, which a text by
     itself does not bring."""
     name, use = program.config.task.name, program.task.use
-    if use != "continue":
+    if use != "generate":
         does, mode = choose(OTHER_USES, "task.use", use)
         raise UserError(
             f"task.name={name!r} {does}; use {mode}, or train a model with task.name=language_model"

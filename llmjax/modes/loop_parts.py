@@ -32,6 +32,7 @@ from llmjax.modes.evaluate import score_held_out
 from llmjax.modes.samples.table import SAMPLES
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
+from llmjax.scores import confusion
 from llmjax.terminal.stages import working
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run import Run
@@ -41,6 +42,7 @@ from llmjax.train.update.state import TrainState
 from llmjax.train.update.step import Metrics, TrainStep
 from llmjax.types import Batch, Params
 from llmjax.workdir import standing
+from llmjax.workdir.contents import write_json
 from llmjax.workdir.samples import Sample, write_samples
 
 # The packages whose versions a checkpoint records, because they decide a run's numbers.
@@ -148,7 +150,11 @@ class _Parts:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         params = self.program.eval_params(state)
-        return score_held_out(self.program, self.corpus, params, self.stop.watch)
+        details: list[dict[str, Any]] = []
+        results = score_held_out(self.program, self.corpus, params, self.stop.watch, details.append)
+        if details and hosts.is_primary():
+            write_json(self.workdir / confusion.FILE, {"update": int(state.update), **details[0]})
+        return results
 
     def sample(self, state: TrainState, update: int) -> None:
         # Every process takes part in the sampling, and the first one writes.

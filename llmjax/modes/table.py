@@ -36,5 +36,6 @@ MODES = {
         flags=("checkpoint", "prompt", "prompt_file", "interactive", "references"),
         keeps_empty=True,
     ),
+    "classify": Mode(needs="run", flags=("checkpoint", "prompt", "prompt_file", "jsonl")),
     "plan": Mode(needs="nothing", for_topology=True),
 }

@@ -38,6 +38,8 @@ RULES: dict[str, Axis] = {
     "vocab": Axis(("tensor",), "rows"),
     "positions": Axis((), "rows"),
     "classes": Axis(("tensor",), "classes"),
+    # The classes of a text. They are few, and their number is any, so that every device has all of them.
+    "labels": Axis((), "classes"),
     # Dimensions of matrices along the residual stream: `embed` reads from it, `residual` adds to it.
     "embed": Axis(("fsdp", "seq"), "inputs"),
     "residual": Axis(("fsdp", "seq"), "outputs"),

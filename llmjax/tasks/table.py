@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from llmjax.errors import choose
 from llmjax.ranges import Unset, check_unread
+from llmjax.tasks.classification import Classification
 from llmjax.tasks.contract import Task
 from llmjax.tasks.copy import Copy
 from llmjax.tasks.language_model import LanguageModel
@@ -20,6 +21,7 @@ TASKS: dict[str, Task] = {
     "masked_language_model": MaskedLanguageModel(),
     "translation": Translation(),
     "copy": Copy(),
+    "classification": Classification(),
 }
 # The sections of tasks, which have the names of the tasks, with their dataclasses.
 SECTIONS: dict[str, type] = {name: task.section for name, task in TASKS.items() if task.section}

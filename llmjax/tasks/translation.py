@@ -13,7 +13,7 @@ from typing import Annotated
 from llmjax.errors import UserError
 from llmjax.models.contract import Model
 from llmjax.ranges import Range, Unset, check_ranges
-from llmjax.scores import Score
+from llmjax.scores.score import Score
 from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
 from llmjax.tasks.language_model import next_tokens
 

@@ -13,6 +13,7 @@ from families import families_for
 
 from configs import base
 from llmjax.build.corpus import make_corpus
+from llmjax.build.labels import with_labels
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
@@ -31,6 +32,8 @@ def write_rows(folder):
         {name: " ".join(rng.choices(tiny_run.WORDS, k=rng.randint(2, 6))) for name in fields}
         for _ in range(200)
     ]
+    for row in rows:
+        row["label"] = rng.choice(tiny_run.WORDS[:3])
     (folder / "corpus").mkdir()
     (folder / "corpus" / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
@@ -43,7 +46,7 @@ def program_for(folder, task, family, devices, **changes):
     raw.update_from_flattened_dict(
         settings | {key.replace("__", "."): value for key, value in changes.items()}
     )
-    config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
+    config, derived = with_labels(*resolve_config(read_config(raw.to_dict()), len(devices)))
     corpus = make_corpus(config, derived)
     program = make_program(
         config, derived, corpus.tokenizer.vocab_size, devices, vocabulary=corpus.vocabulary

@@ -17,7 +17,7 @@ class Example:
     weights  the loss weights of the tokens as targets: runs of (number of tokens, weight) that cover `tokens`
     source   the token ids of a second stream, which the model reads but does not predict, such as the source of a
              translation
-    label    the number of a class
+    label    the number of a class, counted from 0
     """
 
     tokens: Sequence[int]
@@ -31,11 +31,13 @@ class ExampleSetting:
     """What the host half of a task is made from.
 
     text_field    the field of a record that holds its text
+    seq_len       T, the positions of a packed sequence
     keys          the task's own section of the config, if it has one
     reads_source  whether the model family reads a second stream of tokens
     """
 
     text_field: str
+    seq_len: int
     keys: Any = None
     reads_source: bool = False
 

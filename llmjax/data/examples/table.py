@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llmjax.data.examples.classified import make_classified
 from llmjax.data.examples.contract import Examples, ExampleSetting
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.documents import Documents
@@ -16,5 +17,6 @@ EXAMPLES: dict[str, Callable[[ExampleSetting], Examples]] = {
     "translation": lambda setting: Translations(
         setting.keys.source_field, setting.text_field, setting.reads_source
     ),
+    "classification": make_classified,
     "copy": lambda setting: Copies(setting.text_field),
 }

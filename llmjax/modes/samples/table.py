@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
+from llmjax.modes.classify import make_labeller
 from llmjax.modes.generate import make_sampler
 from llmjax.modes.samples.fill_masks import make_filler
 from llmjax.modes.translate import make_translation
@@ -24,17 +25,21 @@ class Samples:
     make     a function of (program, corpus) that returns the `Sample`
     before   the word before what the model was given
     did      what the model did with it
-    command  the key of `workdir.contents.commands` by which a user goes on; "" for none
+    mode     the mode that uses the model; "" for none
+    opening  the most characters of a sample that the command shown at the end has as its prompt. A choice: half of a
+             text may have another label
     """
 
     make: Callable[[Program, Corpus], Sample]
     before: str
     did: str
-    command: str
+    mode: str
+    opening: int = 20
 
 
 SAMPLES = {
-    "continue": Samples(make_sampler, "after", "the model continued", "generate"),
-    "fill": Samples(make_filler, "of", "the model made", ""),
-    "translate": Samples(make_translation, "of", "the model made", "translate"),
+    "generate": Samples(make_sampler, "after", "the model continued", "generate"),
+    "fill_masks": Samples(make_filler, "of", "the model made", ""),
+    "classify": Samples(make_labeller, "for", "the model gave", "classify", opening=60),
+    "translate": Samples(make_translation, "of", "the model made", "translate", opening=60),
 }
