@@ -90,7 +90,7 @@ def test_the_mesh_offers_every_layout():
 
 
 def test_the_source_of_a_document_follows_its_new_number_and_keeps_its_place():
-    lengths, layout = [3, 9, 2, 2], RowLayout("documents", 2, block=1)
+    lengths, layout = [1, 2, 4, 9], RowLayout("documents", 2, block=1)
     segments = np.repeat([1, 2, 3, 4], lengths)[None].astype(np.int32)
     tokens = 10 * segments
     sources = np.array([[1, 1, 2, 3, 4, 4, 0, 0]], np.int32)
