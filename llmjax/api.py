@@ -40,6 +40,7 @@ from llmjax.modes.corpus import read_corpus
 from llmjax.modes.evaluate import score_held_out
 from llmjax.modes.generate import Loaded, Writer, check_continues
 from llmjax.modes.generate import load as load_checkpoint
+from llmjax.modes.translate import check_translates, translate
 from llmjax.terminal.lines import say
 from llmjax.workdir.contents import check_place
 from llmjax.workdir.metrics import Metrics, read_metrics
@@ -135,9 +136,25 @@ class Run:
             loaded.program,
             config=dataclasses.replace(loaded.program.config, generate=changed.config.generate),
         )
+        check_continues(program)
         with self._reusing_programs():
             (texts,) = Writer(dataclasses.replace(loaded, program=program)).write([prompt])
         return texts[0] if num_samples is None else texts
+
+    def translate(self, text: str, **settings: Any) -> str:
+        """What the model writes after it has read `text`, for a run of the task `translation`.
+
+        `settings` are keys of the section `generate`: num_beams=5.
+        """
+        _check_text("text", text)
+        changed = self._request({f"generate.{key}": value for key, value in settings.items()})
+        program = self._loaded.program
+        program = dataclasses.replace(
+            program, config=dataclasses.replace(program.config, generate=changed.config.generate)
+        )
+        check_translates(program)
+        with self._reusing_programs():
+            return translate(Writer(dataclasses.replace(self._loaded, program=program)), [text])[0]
 
     def score(self, text: str) -> dict[str, float]:
         """How well the model predicts `text` and its end, read in pieces of at most data.seq_len tokens.

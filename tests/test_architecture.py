@@ -103,6 +103,7 @@ HOST_SIDE = (
     "data",
     "report",
     "batch",
+    "scores",
     "escapes",
     "failures",
     "files",

@@ -6,7 +6,7 @@ import dataclasses
 
 from llmjax.config.reading import did_you_mean
 from llmjax.config.schema import Config
-from llmjax.data.examples.contract import Examples, Settled
+from llmjax.data.examples.contract import Examples, ExampleSetting
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.layout.layout import RowLayout
 from llmjax.data.sources.records import fields_within
@@ -122,9 +122,15 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
             "change one of them"
         )
+    _check_smoothing(config)
     examples = make_examples(config)
+    _check_source(config, examples)
     _check_cutting(config, examples)
     source_len = _source_len(config, examples)
+    if source_len % seq:
+        raise UserError(
+            f"data.source_len={source_len} is not divisible by mesh.seq={seq}; change one of them"
+        )
     return config, Derived(
         batch, batch_schedule, length_schedule, sharing, reason, layout, examples, source_len
     )
@@ -132,10 +138,9 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
 
 def make_examples(config: Config) -> Examples:
     """What turns records into examples of the config's task."""
-    examples = EXAMPLES[config.task.name](config.data.text_field)
-    if isinstance(examples, Settled):
-        return examples.settled(config.tasks[config.task.name], config.data.seq_len)
-    return examples
+    data, name = config.data, config.task.name
+    reads_source = FAMILIES[config.model.family].reads_source
+    return EXAMPLES[name](ExampleSetting(data.text_field, data.seq_len, config.tasks.get(name), reads_source))
 
 
 def _check_sight(config: Config) -> None:
@@ -160,6 +165,32 @@ def _check_sight(config: Config) -> None:
             f"evaluate.probes={config.evaluate.probes} predict the next token, which task.name={task!r} does not; "
             "set evaluate.probes to ()"
         )
+
+
+def _check_smoothing(config: Config) -> None:
+    smoothing = getattr(config.tasks.get(config.task.name), "label_smoothing", 0.0)
+    if smoothing and config.model.logit_softcap:
+        raise UserError(
+            f"translation.label_smoothing={smoothing} needs logits without a soft-cap; set model.logit_softcap=0, "
+            "or translation.label_smoothing=0"
+        )
+
+
+def _check_source(config: Config, examples: Examples) -> None:
+    """UserError where the family does not read the second stream of the task, or waits for one in vain."""
+    family, task = config.model.family, config.task.name
+    if FAMILIES[family].reads_source == ("source" in examples.columns):
+        return
+    if FAMILIES[family].reads_source:
+        raise UserError(
+            f"model.family={family!r} reads a second text, which task.name={task!r} does not have; set "
+            "task.name=translation, or another model.family"
+        )
+    families = " or ".join(name for name, kind in FAMILIES.items() if kind.reads_source)
+    raise UserError(
+        f"task.name={task!r} has a second text, which model.family={family!r} does not read; set "
+        f"model.family={families}"
+    )
 
 
 def _check_cutting(config: Config, examples: Examples) -> None:
@@ -194,6 +225,15 @@ def _source_len(config: Config, examples: Examples) -> int:
                 "tokens; set it to 0"
             )
         return 0
+    table, length = (
+        FAMILIES[config.model.family].position_table(config.families),
+        data.source_len or data.seq_len,
+    )
+    if table and length > data.seq_len:
+        raise UserError(
+            f"data.source_len={length} is more than data.seq_len={data.seq_len}, for which {table} has positions; "
+            "lower it, or raise data.seq_len"
+        )
     if data.length_points:
         raise UserError(
             f"data.length_points={data.length_points} cuts rows, and task.name={name!r} has a second stream of tokens "
@@ -204,7 +244,7 @@ def _source_len(config: Config, examples: Examples) -> int:
             f"evaluate.probes={config.evaluate.probes} are texts of one stream, and task.name={name!r} has two; "
             "set evaluate.probes to ()"
         )
-    return data.source_len or data.seq_len
+    return length
 
 
 def choose_layout(config: Config, chunks: int) -> RowLayout:

@@ -70,6 +70,9 @@ class Classifier:
     def make_cache(self, batch: int, slots: int) -> Cache:
         return self.base.make_cache(batch, slots)
 
+    def select_rows(self, cache: Cache, rows_B: jax.Array) -> Cache:
+        return self.base.select_rows(cache, rows_B)
+
     def decode(
         self, params: Params, tokens_BT: jax.Array, cache: Cache, valid_BT: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:

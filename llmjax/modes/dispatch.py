@@ -39,19 +39,14 @@ def run(
     prompts: Sequence[str],
     checkpoint: str,
     interactive: bool = False,
+    references: pathlib.Path | None = None,
     profile: range = range(0),
     jsonl: bool = False,
 ) -> int:
     """Runs the mode `name`, a key of `MODES`, and returns the exit code. See `make_request` for what can be wrong."""
-    request = make_request(
-        name,
-        raw,
-        workdir,
-        prompts=prompts,
-        checkpoint=checkpoint,
-        interactive=interactive,
-        profile=profile,
-        jsonl=jsonl,
+    request = make_request(name, raw, workdir, prompts=prompts, checkpoint=checkpoint)
+    request = dataclasses.replace(
+        request, interactive=interactive, references=references, profile=profile, jsonl=jsonl
     )
     config = request.config
     with reuse_programs(cache_directory(config), config.compute.compilation_cache_mb):
@@ -65,9 +60,6 @@ def make_request(
     *,
     prompts: Sequence[str] = (),
     checkpoint: str = "latest",
-    interactive: bool = False,
-    profile: range = range(0),
-    jsonl: bool = False,
 ) -> Request:
     """Reads and checks everything that the user asks for, before anything expensive starts.
 
@@ -77,9 +69,6 @@ def make_request(
       workdir: the folder of the run.
       prompts: texts to continue or to classify.
       checkpoint: `latest`, `best`, or the number of an update.
-      interactive: whether the texts to continue are lines of standard input.
-      profile: the updates to trace, an empty range for none.
-      jsonl: whether the results are lines of JSON.
 
     Raises `UserError` for a mistake in the config or on the command line, for a workdir that the mode cannot use, and
     if the processes of a run were asked for different things.
@@ -107,9 +96,7 @@ def make_request(
         seen = {"the config": f"one of digest {standing.digest_of(config.to_dict())}"}
         seen |= standing.describe(workdir, folders=name == "train")
         check_same(seen, "give every process the same command, and a --workdir on a disk that they share")
-    return Request(
-        config, derived, workdir, devices, tuple(prompts), checkpoint, started, interactive, profile, jsonl
-    )
+    return Request(config, derived, workdir, devices, tuple(prompts), checkpoint, started)
 
 
 def check_workdir(mode: Mode, config: Config, workdir: pathlib.Path) -> Config:

@@ -27,7 +27,8 @@ from llmjax.modes.probe import make_probes, probe
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.report.report import write_report
-from llmjax.scores import confusion_rows, describe_scores, table_rows
+from llmjax.scores import confusion
+from llmjax.scores.score import describe_scores
 from llmjax.tasks.contract import HasDetails, Task
 from llmjax.terminal.lines import format_columns, format_table, say
 from llmjax.terminal.stages import StageProgress, working
@@ -38,8 +39,6 @@ from llmjax.workdir.contents import saved_config
 
 # The most bytes of held-out text that are compressed with gzip and xz. A choice: it takes a few seconds.
 COMPRESSED = 8 * 2**20
-# The most classes for which the whole confusion matrix is printed. A choice: it fits into 80 columns.
-PRINTED = 8
 
 
 def run(request: Request) -> int:
@@ -130,10 +129,10 @@ def _refuse_new(sentence: str) -> None:
 def describe_details(details: Mapping[str, Any]) -> str:
     """What a task says besides its scores, for the terminal: tables of its classes and of what they were taken for."""
     labels, matrix = details["labels"], np.asarray(details["confusion"])
-    text = f"\nby class\n{format_columns(*table_rows(labels, matrix))}"
-    if len(labels) <= PRINTED:
+    text = f"\nby class\n{format_columns(*confusion.table_rows(labels, matrix))}"
+    if len(labels) <= confusion.PRINTED:
         text += "\n\ntexts of each class, by what they were taken for\n"
-        text += format_columns(*confusion_rows(labels, matrix))
+        text += format_columns(*confusion.confusion_rows(labels, matrix))
     return text
 
 

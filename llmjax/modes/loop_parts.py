@@ -28,13 +28,11 @@ from llmjax.build.restore import (
 from llmjax.errors import choose
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.files import write_atomically
-from llmjax.modes.classify import make_labeller
 from llmjax.modes.evaluate import score_held_out
-from llmjax.modes.fill_masks import make_filler
-from llmjax.modes.generate import make_sampler
+from llmjax.modes.samples.table import SAMPLES
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
-from llmjax.scores import CLASSES_FILE
+from llmjax.scores import confusion
 from llmjax.terminal.stages import working
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run import Run
@@ -49,14 +47,6 @@ from llmjax.workdir.samples import Sample, write_samples
 
 # The packages whose versions a checkpoint records, because they decide a run's numbers.
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
-
-
-# What a trained model is used for (`Task.use`) -> what makes the samples of a run.
-SAMPLERS: dict[str, Callable[[Program, Corpus], Callable[[Params, Watch], list[tuple[str, str]]]]] = {
-    "generate": make_sampler,
-    "fill_masks": make_filler,
-    "classify": make_labeller,
-}
 
 
 def make_run(
@@ -77,7 +67,7 @@ def make_run(
     """
     config = program.config
     step = _Step(program.train_step, compiled)
-    texts = choose(SAMPLERS, "the use of a task", program.task.use)(program, corpus)
+    texts = choose(SAMPLES, "task.use", program.task.use).make(program, corpus)
     parts = _Parts(step, program, corpus, workdir, stop, check_lock, on_samples, texts)
     return Run(
         steering=program.steering,
@@ -163,7 +153,7 @@ class _Parts:
         details: list[dict[str, Any]] = []
         results = score_held_out(self.program, self.corpus, params, self.stop.watch, details.append)
         if details and hosts.is_primary():
-            write_json(self.workdir / CLASSES_FILE, {"update": int(state.update), **details[0]})
+            write_json(self.workdir / confusion.FILE, {"update": int(state.update), **details[0]})
         return results
 
     def sample(self, state: TrainState, update: int) -> None:

@@ -24,6 +24,7 @@ class Request:
     checkpoint     `latest`, `best` or the number of an update
     started        `time.perf_counter()` when the process began
     interactive    whether the texts to continue are lines of standard input, one after the other
+    references     the file with the right translations, if there is one
     profile        the updates to trace, an empty range for none
     jsonl          whether the results are lines of JSON
     """
@@ -36,5 +37,6 @@ class Request:
     checkpoint: str
     started: float
     interactive: bool = False
+    references: pathlib.Path | None = None
     profile: range = range(0)
     jsonl: bool = False

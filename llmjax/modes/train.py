@@ -38,7 +38,7 @@ from llmjax.build.restore import (
     resume_or_init,
 )
 from llmjax.config.schema import Config
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.escapes import complain
 from llmjax.files import write_atomically
 from llmjax.modes.corpus import read_corpus
@@ -46,6 +46,7 @@ from llmjax.modes.evaluate import describe_compression, describe_details
 from llmjax.modes.loop_parts import make_run
 from llmjax.modes.probe import make_probes, probe
 from llmjax.modes.request import Request
+from llmjax.modes.samples.table import SAMPLES
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import on_primary, together
 from llmjax.plan.advice import remarks
@@ -53,7 +54,8 @@ from llmjax.plan.memory import check_state_fits
 from llmjax.plan.summary import describe
 from llmjax.quantities import format_duration
 from llmjax.report.report import write_report
-from llmjax.scores import CLASSES_FILE, FILE, Score, describe_scores, scores_as_json
+from llmjax.scores import confusion
+from llmjax.scores.score import FILE, Score, describe_scores, scores_as_json
 from llmjax.tasks.contract import HasDetails
 from llmjax.tasks.table import TASKS
 from llmjax.terminal.lines import format_table, indent, say, warn
@@ -69,15 +71,6 @@ from llmjax.workdir.contents import commands, saved_config, write_json
 from llmjax.workdir.recorder import Recorder
 from llmjax.workdir.samples import read_samples
 from llmjax.workdir.sinks.table import check_sinks
-
-# What a model is used for (`Task.use`) -> the words around a sample: before its text, and what the model did.
-SAMPLED = {
-    "generate": ("after", "the model continued"),
-    "fill_masks": ("of", "the model made"),
-    "classify": ("for", "the model gave"),
-}
-# The most characters of a sample in the command that is shown at the end. Choices: half of a text has another label.
-LONGEST_OPENING = {"generate": 20, "fill_masks": 20, "classify": 60}
 
 
 def run(request: Request) -> int:
@@ -282,10 +275,11 @@ def finish(
         results = describe_scores(scores, result.position.evaluation) | describe_compression(task, corpus)
     samples, _ = read_samples(workdir)
     opening = "import "
+    told = choose(SAMPLES, "task.use", task.use)
     if samples and config.data.sources != ("stdlib",):
-        opening = samples[-1].prompt.strip().split("\n")[0][: LONGEST_OPENING[task.use]]
+        opening = samples[-1].prompt.strip().split("\n")[0][: told.opening]
     done = math.ceil(result.position.tokens / (config.train.tokens_per_update or 1))
-    following = commands(workdir, max(config.train.num_updates, done), opening, task.use)
+    following = commands(workdir, max(config.train.num_updates, done), opening, told.mode)
     write_json(
         workdir / "summary.json",
         {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},
@@ -300,11 +294,10 @@ def finish(
         say(f"\nstopped {where} and saved; go on with\n  {following['resume']}")
         return
     if samples:
-        before, did = SAMPLED[task.use]
-        say(f"\nsample: {before}\n{indent(samples[-1].prompt)}\n{did}\n{indent(samples[-1].text)}")
+        say(f"\nsample: {told.before}\n{indent(samples[-1].prompt)}\n{told.did}\n{indent(samples[-1].text)}")
     rows = format_table(results | {"report": str(report)})
-    if (workdir / CLASSES_FILE).exists() and isinstance(task, HasDetails):
-        rows += "\n" + describe_details(json.loads((workdir / CLASSES_FILE).read_text(encoding="utf-8")))
+    if (workdir / confusion.FILE).exists() and isinstance(task, HasDetails):
+        rows += "\n" + describe_details(json.loads((workdir / confusion.FILE).read_text(encoding="utf-8")))
     seconds = format_duration(result.position.seconds)
     say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before; that took {seconds}\n{rows}")
     say(f"\nnext\n{format_table(following)}")

@@ -33,7 +33,7 @@ class Axis:
 RULES: dict[str, Axis] = {
     "batch": Axis(("data", "fsdp")),
     "length": Axis(("seq",)),
-    "source_length": Axis(),
+    "source_length": Axis(("seq",)),
     "layers": Axis((), "stack"),
     "vocab": Axis(("tensor",), "rows"),
     "positions": Axis((), "rows"),

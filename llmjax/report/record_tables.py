@@ -7,7 +7,7 @@ from llmjax.report import curves
 from llmjax.report.page_parts import figure_table, folded, section
 from llmjax.report.results import FEW_DIGITS
 from llmjax.report.run_files import Run
-from llmjax.scores import confusion_rows, table_rows
+from llmjax.scores import confusion
 from llmjax.workdir.metrics import Metrics, column
 
 # A table of more rows than this is folded. A choice: about half a screen.
@@ -48,8 +48,8 @@ def draw_classes(run: Run) -> str:
     if not run.classes:
         return ""
     labels, matrix = [str(label) for label in run.classes["labels"]], np.asarray(run.classes["confusion"])
-    body = figure_table(*table_rows(labels, matrix))
-    table = figure_table(*confusion_rows(labels, matrix))
+    body = figure_table(*confusion.table_rows(labels, matrix))
+    table = figure_table(*confusion.confusion_rows(labels, matrix))
     title = "Texts of each class, by what they were taken for"
     body += folded(title, table) if len(labels) > LONG else f"<h3>{title}</h3>{table}"
     rows = [

@@ -18,7 +18,7 @@ from llmjax.report.page_parts import as_entries, entry_table, flatten, folded, s
 from llmjax.report.record_tables import draw_classes, draw_evaluations, draw_events
 from llmjax.report.results import draw_tiles
 from llmjax.report.run_files import Run, read_run
-from llmjax.scores import CLASSES_FILE
+from llmjax.scores import confusion
 from llmjax.workdir import samples
 from llmjax.workdir.metrics import number
 
@@ -217,7 +217,7 @@ SECTIONS: dict[Callable[[Run], str], str] = {
     _curves: "metrics.jsonl",
     lambda run: draw_events(run.metrics): "metrics.jsonl",
     _probes: "probes.json",
-    draw_classes: CLASSES_FILE,
+    draw_classes: confusion.FILE,
     draw_evaluations: "metrics.jsonl",
     _samples: samples.FILE,
     _commands: "summary.json",

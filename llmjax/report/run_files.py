@@ -4,7 +4,8 @@ import dataclasses
 import json
 import pathlib
 
-from llmjax.scores import CLASSES_FILE, Score, read_scores
+from llmjax.scores import confusion
+from llmjax.scores.score import Score, read_scores
 from llmjax.workdir import samples
 from llmjax.workdir.metrics import Metrics, read_metrics
 from llmjax.workdir.samples import Sample, read_samples
@@ -45,7 +46,7 @@ def read_run(workdir: pathlib.Path) -> Run:
     metrics = read_metrics(workdir / "metrics.jsonl")
     if metrics.unreadable:
         troubles.append(f"metrics.jsonl: {metrics.unreadable:,} unreadable lines were left out.")
-    names = ("config.json", "summary.json", "probes.json", CLASSES_FILE)
+    names = ("config.json", "summary.json", "probes.json", confusion.FILE)
     config, summary, probes, classes = (_read_dict(workdir / name, troubles) for name in names)
     scores = read_scores(workdir) or _scores_without_a_file(metrics)
     texts = _read_samples(workdir, troubles)

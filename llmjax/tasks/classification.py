@@ -22,7 +22,8 @@ from llmjax.models.contract import Model
 from llmjax.ops.logits import head_logits
 from llmjax.ops.segments import segment_sums
 from llmjax.ranges import Unset
-from llmjax.scores import Score, accuracy, calibration_error, macro_f1, matthews
+from llmjax.scores import confusion
+from llmjax.scores.score import Score
 from llmjax.tasks.contract import Loss, Setting, Totals, with_penalties
 from llmjax.types import Batch, LossSums, Params
 
@@ -99,17 +100,17 @@ class Classification:
         return loss
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
-        """`loss` is in nats per text. The other scores follow from the confusion matrix, see `llmjax/scores.py`."""
+        """`loss` is in nats per text. The other scores follow from the confusion matrix (`scores/confusion.py`)."""
         # The scores below are shares of texts, and would be numbers even where nothing can be computed any more.
         if not math.isfinite(totals.loss):
             return dict.fromkeys((score.name for score in self.scores), math.nan)
         matrix, bins = totals.metrics["confusion"], totals.metrics["calibration"]
         return {
-            "accuracy": accuracy(matrix),
-            "macro_f1": macro_f1(matrix),
-            "matthews": matthews(matrix),
+            "accuracy": confusion.accuracy(matrix),
+            "macro_f1": confusion.macro_f1(matrix),
+            "matthews": confusion.matthews(matrix),
             "loss": totals.loss / totals.weight,
-            "calibration_error": calibration_error(bins),
+            "calibration_error": confusion.calibration_error(bins),
         }
 
     def details(self, totals: Totals, keys: ClassificationConfig) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def text_sums(
     """The sums over all texts, from the logits at their last tokens, which alone have weight.
 
     An evaluation has two further sums, which are arrays: `confusion` float32 [C, C], how many texts of each class were
-    taken for each class, and `calibration` float32 [BINS, 3], see `calibration_error` in `llmjax/scores.py`.
+    taken for each class, and `calibration` float32 [BINS, 3], see `confusion.calibration_error`.
     """
     C = logits_BTC.shape[-1]
     # Tokens without weight, such as padding, may hold infinities. A product with 0 would make NaN of them.

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.models.contract import Model
 from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
-from llmjax.scores import Score
+from llmjax.ops.losses.label_smoothing import smoothing_sum
+from llmjax.scores.score import Score
 from llmjax.types import Batch, LossSums, Output, Params
 
 # loss(params, batch, rng) -> LossSums. Without `rng` the model runs without dropout.
@@ -63,28 +64,36 @@ class Setting:
 Prepare = Callable[[Batch], tuple[Batch, jax.Array, jax.Array]]
 
 
-def token_loss(model: Model, setting: Setting, prepare: Prepare) -> Loss:
+def token_loss(model: Model, setting: Setting, prepare: Prepare, label_smoothing: float = 0.0) -> Loss:
     """Returns the cross-entropy of the tokens that `prepare` asks for, as loss(params, batch, rng) -> LossSums.
 
     The metrics of the result are `accuracy`, the summed weight of the targets that are the model's most likely token,
     `z_loss` if there is one, the sum of that loss term, and in training the sums of the terms that the model adds, such
-    as the load balance of experts. Only `objective` contains these terms, not `loss`.
+    as the load balance of experts and label smoothing. Only `objective` contains these terms, not `loss`.
     """
 
     def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
         batch, targets_BT, weights_BT = prepare(batch)
-        output = model.apply(params, batch, rng=rng)
+        output, head = model.apply(params, batch, rng=rng), model.head(params)
         # The loss takes hidden states and head: it computes the logits in chunks and never holds all of them.
         sums = softmax_cross_entropy(
             output.hidden_BTD,
-            model.head(params),
+            head,
             targets_BT,
             weights_BT,
             z_loss=setting.z_loss,
             shards=setting.shards,
             vocab_shards=setting.vocab_shards,
         )
-        return with_penalties(sums, output, weights_BT) if setting.training else sums
+        if not setting.training:
+            return sums
+        sums = with_penalties(sums, output, weights_BT)
+        if not label_smoothing:
+            return sums
+        added = smoothing_sum(output.hidden_BTD, head, targets_BT, weights_BT, label_smoothing)
+        return dataclasses.replace(
+            sums, objective=sums.main + added, metrics=sums.metrics | {"label_smoothing": added}
+        )
 
     return loss
 
@@ -118,7 +127,11 @@ class Task(Protocol):
 
     @property
     def use(self) -> str:
-        """What a trained model is used for: `generate` to continue texts, `fill_masks`, or `classify` to label them."""
+        """What a trained model is used for, which decides what its samples are and which mode uses it.
+
+        It is `generate` to continue a text, `fill_masks`, `classify` to label a text, or `translate` to write a text
+        after another was read.
+        """
 
     @property
     def scores(self) -> tuple[Score, ...]:

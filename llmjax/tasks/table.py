@@ -13,11 +13,13 @@ from llmjax.tasks.contract import Task
 from llmjax.tasks.copy import Copy
 from llmjax.tasks.language_model import LanguageModel
 from llmjax.tasks.masked_language_model import MaskedLanguageModel
+from llmjax.tasks.translation import Translation
 
 # The device half of each task; `data/examples/table.py` has the host half under the same names.
 TASKS: dict[str, Task] = {
     "language_model": LanguageModel(),
     "masked_language_model": MaskedLanguageModel(),
+    "translation": Translation(),
     "copy": Copy(),
     "classification": Classification(),
 }

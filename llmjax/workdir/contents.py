@@ -54,22 +54,21 @@ def saved_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     return saved
 
 
-def commands(workdir: pathlib.Path, num_updates: int, prompt: str, use: str = "generate") -> dict[str, str]:
+def commands(workdir: pathlib.Path, num_updates: int, prompt: str, mode: str = "generate") -> dict[str, str]:
     """Label -> a shell command that uses the run in `workdir`.
 
     num_updates  of the run; "train on" asks for twice as many
-    prompt       of the command that generates or classifies
-    use          what the model is used for (`Task.use`); some uses have no command
+    prompt       of the command that uses the model
+    mode         the mode that uses it; "" for none
     """
     python = pathlib.Path(sys.executable)
     here = pathlib.Path.cwd()
     python = python.relative_to(here) if python.is_relative_to(here) else python
     run = f"{quote(python)} -m llmjax.main --workdir={quote(workdir)}"
-    uses = {"generate", "classify"} & {use}
     return {
         "resume": run,
         "train on": f"{run} --config.train.num_updates={2 * num_updates or 100}",
         "evaluate": f"{run} --mode=evaluate",
-        **{mode: f"{run} --mode={mode} --prompt={quote(prompt)}" for mode in uses},
+        **({mode: f"{run} --mode={mode} --prompt={quote(prompt)}"} if mode else {}),
         "report": f"{quote(python)} -m webbrowser {quote(workdir / 'report.html')}",
     }

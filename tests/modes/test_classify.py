@@ -13,7 +13,7 @@ import tiny_run
 import llmjax
 from llmjax import main
 from llmjax.modes.classify import TextClassifier
-from llmjax.scores import CLASSES_FILE
+from llmjax.scores.confusion import FILE as CLASSES_FILE
 from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 
 SETTINGS = {

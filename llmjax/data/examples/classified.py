@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from llmjax.data.examples.contract import Example
+from llmjax.data.examples.contract import Example, ExampleSetting
 from llmjax.data.sources.records import FILE, FOLDER
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
@@ -22,25 +22,19 @@ class Classified:
     text_field   the field of a record that holds its text
     label_field  the field that holds its label
     labels       all labels; an example has the number of its own
-    max_tokens   a longer example is cut at its end, and then has no eos; 0 means that none is cut
+    max_tokens   a longer example is cut at its end, and then has no eos
     """
 
     text_field: str
-    label_field: str = "label"
-    labels: tuple[str, ...] = ()
-    max_tokens: int = 0
+    label_field: str
+    labels: tuple[str, ...]
+    max_tokens: int
     version: ClassVar[int] = 1
     columns: ClassVar[tuple[str, ...]] = ("weights", "label")
 
     @property
     def fields(self) -> tuple[str, ...]:
         return (self.text_field, self.label_field)
-
-    def settled(self, keys: Any, seq_len: int) -> Classified:
-        """These examples as the section `classification` asks for them, cut to fit into a row."""
-        field = PLACES.get(keys.label_from, keys.label_field)
-        # A row of T positions reads T tokens and has one more as its last target.
-        return dataclasses.replace(self, label_field=field, labels=keys.labels, max_tokens=seq_len + 1)
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
         label = str(record[self.label_field])
@@ -49,5 +43,13 @@ class Classified:
                 f"the label {label!r} is not one of classification.labels={self.labels}; correct it, or name it there"
             )
         tokens = [tokenizer.bos_id, *tokenizer.encode(str(record[self.text_field])), tokenizer.eos_id]
-        tokens = tokens[: self.max_tokens or None]
+        tokens = tokens[: self.max_tokens]
         return Example(tokens, ((len(tokens) - 1, 0.0), (1, 1.0)), label=self.labels.index(label))
+
+
+def make_classified(setting: ExampleSetting) -> Classified:
+    """The examples as the section `classification` asks for them, cut to fit into a row."""
+    keys = setting.keys
+    field = PLACES.get(keys.label_from, keys.label_field)
+    # A row of T positions reads T tokens and has one more as its last target.
+    return Classified(setting.text_field, field, keys.labels, setting.seq_len + 1)

@@ -26,6 +26,22 @@ class Example:
     label: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class ExampleSetting:
+    """What the host half of a task is made from.
+
+    text_field    the field of a record that holds its text
+    seq_len       T, the positions of a packed sequence
+    keys          the task's own section of the config, if it has one
+    reads_source  whether the model family reads a second stream of tokens
+    """
+
+    text_field: str
+    seq_len: int
+    keys: Any = None
+    reads_source: bool = False
+
+
 # The fields of `Example` that a store holds only for tasks that fill them.
 OPTIONAL_COLUMNS = ("weights", "source", "label")
 
@@ -53,12 +69,32 @@ class Examples(Protocol):
         """Makes the example of one record, which has all `fields`."""
 
 
-@runtime_checkable
-class Settled(Protocol):
-    """Examples that depend on more keys of the config than `data.text_field`."""
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a model is given before it writes: the beginning of its stream, and its second stream, if it has one."""
 
-    def settled(self, keys: Any, seq_len: int) -> Examples:
-        """These examples as `keys`, the section of the task, and data.seq_len ask for them."""
+    tokens: Sequence[int]
+    source: Sequence[int] = ()
+
+
+@runtime_checkable
+class Prompting(Protocol):
+    """A task whose model is given a text and writes another, instead of going on with the text."""
+
+    def encode_prompt(self, text: str, tokenizer: Tokenizer) -> Prompt:
+        """What the model is given for `text`."""
+
+
+@runtime_checkable
+class HeldOutBy(Protocol):
+    """A task for which only some fields of a record decide whether the record is held out.
+
+    Records that are alike in these fields are on the same side. Without it, all fields decide.
+    """
+
+    @property
+    def held_out_by(self) -> tuple[str, ...]:
+        """The names of these fields."""
 
 
 @runtime_checkable
