@@ -16,11 +16,17 @@ def get_config() -> ConfigDict:
     c.task.update(name="translation")
     c.translation.update(source_field="en", label_smoothing=0.1)
     c.tokenizer.update(vocab_size=6144)
-    c.data.update(sources=("cmn.tsv",), columns=("en", "zh", "attribution"), text_field="zh", seq_len=256)
-    c.train.update(num_updates=800, tokens_per_update=4096)
+    c.data.update(
+        sources=("cmn.tsv",),
+        columns=("en", "zh", "attribution"),
+        text_field="zh",
+        seq_len=256,
+        source_len=320,
+    )
+    c.train.update(num_updates=400, tokens_per_update=4096)
     c.compute.update(accumulation_steps=1)
-    c.optimizer.update(learning_rate=1e-2, warmup_updates=80)
-    c.evaluate.update(every=200)
-    c.checkpoint.update(every=200)
+    c.optimizer.update(learning_rate=1e-2, warmup_updates=40)
+    c.evaluate.update(every=100)
+    c.checkpoint.update(every=100)
     c.generate.update(num_beams=4, max_tokens=64)
     return c
