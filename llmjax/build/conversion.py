@@ -24,6 +24,7 @@ from llmjax.config.resolve import resolve_config
 from llmjax.config.schema import Config
 from llmjax.convert import certificate, hf_folder, llama2c
 from llmjax.convert.config_keys import TOKEN_IDS
+from llmjax.convert.gguf import model as gguf_model
 from llmjax.convert.places import places_of
 from llmjax.convert.source import Source
 from llmjax.convert.tokenizer_files import tokenizer_config, tokenizer_json
@@ -44,6 +45,7 @@ from llmjax.workdir.contents import write_json
 # What is opened, by --from.
 OPEN: dict[str, Callable[[pathlib.Path], Source]] = {
     "hf": hf_folder.open_model,
+    "gguf": gguf_model.open_model,
     "llama2c": llama2c.open_model,
 }
 # Files of a tokenizer beside weights, which are copied from one folder of transformers to another.
@@ -159,8 +161,8 @@ def save_as_run(model: Model, workdir: pathlib.Path, facts: Mapping[str, Any]) -
     """Writes a workdir from which `--mode=generate` and `checkpoint.init_from` work. UserError without a tokenizer."""
     if model.tokenizer is None:
         raise UserError(
-            f"{model.facts['path']} has no tokenizer that is read here (a SentencePiece tokenizer.model, or "
-            "tok*.bin of llama2.c); name one with --tokenizer"
+            f"{model.facts['path']} has no tokenizer that is read here (tokenizer.model, tokenizer.json, vocab.json "
+            "with merges.txt, or tok*.bin of llama2.c); name one with --tokenizer"
         )
     config = imported_config(model.settings, str(workdir.absolute() / "tokenizer"))
     config, _ = resolve_config(config, 1)

@@ -11,7 +11,7 @@ from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import describe_difference
 from llmjax.build.program import Program
 from llmjax.config.reading import read_optimizer
-from llmjax.convert.hf_folder import is_model_folder, open_model
+from llmjax.convert.foreign import is_foreign, open_foreign
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, together
@@ -111,12 +111,12 @@ def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, Pos
 def initial_params(program: Program) -> tuple[int, Params]:
     """The update and parameters of the checkpoint that checkpoint.init_from and checkpoint.init_checkpoint name.
 
-    The update is 0 for a model of `transformers`. Its tensors are read one at a time, into the layout of the mesh.
+    The update is 0 for a model of another program. Its tensors are read one at a time, into the layout of the mesh.
     """
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
-    if is_model_folder(source):
-        return 0, open_model(source).read(program.abstract_saved().params)
+    if is_foreign(source):
+        return 0, open_foreign(source).read(program.abstract_saved().params)
     saved = saved_config(source)
     if saved is None:
         raise UserError(
