@@ -43,6 +43,8 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
         return
     source = pathlib.Path(name)
     check_name(f"checkpoint.init_from={name!r}", source, "move that run")
+    if source.suffix == ".gguf" and not source.is_file():
+        raise UserError(f"checkpoint.init_from={name!r} does not exist; fetch the file, or correct its path")
     if is_foreign(source):
         _check_foreign(config, source)
         return

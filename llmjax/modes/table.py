@@ -28,6 +28,6 @@ class Mode:
 MODES = {
     "train": Mode(needs="nothing", flags=("profile",)),
     "evaluate": Mode(needs="parameters", flags=("checkpoint",)),
-    "generate": Mode(needs="run", flags=("checkpoint", "prompt", "prompt_file", "interactive")),
+    "generate": Mode(needs="parameters", flags=("checkpoint", "prompt", "prompt_file", "interactive")),
     "plan": Mode(needs="nothing", for_topology=True),
 }
