@@ -53,6 +53,6 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "wandb": ["wandb>=0.19.10"],
         "test": TEST,
-        "interop": ["torch==2.13.0", "transformers>=4.50", *CONVERT],
+        "interop": ["torch==2.13.0", "transformers>=4.50", "accelerate>=1.1", *CONVERT],
     },
 )

@@ -1,16 +1,28 @@
 """GGUF files that are written as llama.cpp writes them: the same model as the folder of transformers."""
 
+import json
+import tracemalloc
+
 import gguf
 import jax
 import numpy as np
 import pytest
 from gguf_models import ARCHITECTURES, write_gguf
-from random_models import VARIANTS, Imported, model_of, one_text, read, write
+from random_models import VARIANTS, Imported, V, config_json, model_of, one_text, read, write
+from safetensors.numpy import save_file
 
+from llmjax.build.model import make_model
+from llmjax.config.imported import imported_config
+from llmjax.config.resolve import resolve_config
 from llmjax.convert.architectures.gguf import FAMILIES
+from llmjax.convert.gguf.export import Export
 from llmjax.convert.gguf.model import open_model
 from llmjax.convert.gguf.rope_factors import make_factors, read_factors
+from llmjax.convert.gguf.writing import header_bytes, size_of, type_of
+from llmjax.convert.hf_folder import open_model as open_folder
 from llmjax.errors import UserError
+from llmjax.parallel.mesh import make_mesh
+from llmjax.parallel.rules import Layout
 
 # Gemma: scores are divided by the root of a head's width, and every 6th layer of Gemma 3 has no window, with a base of
 # 10000 in the others; a file says none of it.
@@ -61,6 +73,97 @@ def test_numbers_of_any_type_are_read_as_what_they_mean(tmp_path, kind):
     for tensor in reader.tensors:
         expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(source.tensors[tensor.name].read().astype(np.float32), expected)
+
+
+def written(tmp_path, imported, dtype="float32"):
+    folder = tmp_path / dtype
+    folder.mkdir()
+    Export({**imported.source.settings, "model.family": "gpt"}, V, dtype, {}).write(folder, imported.params)
+    return folder / "model.gguf"
+
+
+@EACH
+def test_an_exported_file_is_the_one_that_llama_cpp_would_write(tmp_path, variant):
+    folder = folder_of(tmp_path, variant)
+    theirs = gguf.GGUFReader(write_gguf(tmp_path / "a.gguf", folder))
+    imported = read(folder)
+    ours = gguf.GGUFReader(written(tmp_path, imported))
+    expected = {tensor.name: tensor.data for tensor in theirs.tensors}
+    found = {tensor.name: tensor.data for tensor in ours.tensors}
+    assert found.keys() == expected.keys()
+    for name, data in expected.items():
+        # Gemma: 1 is added and taken off in float32.
+        np.testing.assert_allclose(found[name], data, rtol=1e-6 if "norm" in name or "freqs" in name else 0)
+    facts = {name: field.contents() for name, field in ours.fields.items()}
+    for name, field in theirs.fields.items():
+        if not name.startswith("GGUF."):
+            assert facts[name] == field.contents(), name
+    again = read_gguf(tmp_path / "float32" / "model.gguf")
+    jax.tree.map(np.testing.assert_array_equal, again.params, imported.params)
+
+
+@pytest.mark.parametrize(
+    "dtype, kinds", [("float16", {"F16"}), ("bfloat16", {"BF16"}), ("q8_0", {"Q8_0", "F16"})]
+)
+def test_matrices_are_written_in_the_type_that_was_asked_for(tmp_path, dtype, kinds):
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "head_dim": 8}
+    imported = read(folder_of(tmp_path, "LlamaForCausalLM", **sizes))
+    path = written(tmp_path, imported, dtype)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert {kind for name, kind in types.items() if "norm" not in name} == kinds
+    assert {kind for name, kind in types.items() if "norm" in name} == {"F32"}
+    # 40 columns are no multiple of a block of 32.
+    assert (types["blk.0.ffn_down.weight"] == "F16") == (dtype != "bfloat16")
+
+    def close(ours, theirs):
+        np.testing.assert_allclose(ours, theirs, atol=0.005 * np.abs(theirs).max())
+
+    jax.tree.map(close, read_gguf(path).params, imported.params)
+
+
+@pytest.mark.parametrize(
+    "variant, changes, message",
+    [
+        ("MistralForCausalLM", {}, "transformer.window=5 is not what GGUF files have"),
+        ("Olmo2ForCausalLM", {}, "is not what GGUF files have"),
+        ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 12}, "score_dim=12 cannot be said in a GGUF file of gemma2"),
+        ("Gemma3ForCausalLM", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
+         "global_every=1 cannot be said"),
+    ],
+)  # fmt: skip
+def test_what_a_file_cannot_say_is_one_sentence_and_writes_nothing(tmp_path, variant, changes, message):
+    imported = read(folder_of(tmp_path, variant, **changes))
+    with pytest.raises(UserError, match=message):
+        written(tmp_path, imported)
+    assert not list((tmp_path / "float32").iterdir())
+
+
+def test_the_host_holds_one_tensor_of_a_file_and_not_the_file(tmp_path):
+    """A sparse file of 24 layers of zeros in Q8_0, of which numpy holds a few tensors at a time as float32."""
+    sizes = {"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 2048, "head_dim": 16}
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config_json("LlamaForCausalLM") | sizes))
+    save_file({}, tmp_path / "folder" / "model.safetensors")
+    settings = {**open_folder(tmp_path / "folder").settings, "model.family": "gpt"}
+    export = Export(settings, V, "q8_0", {})
+    config, derived = resolve_config(imported_config(settings), 1)
+    model = make_model(config, derived, V, Layout(make_mesh(config.mesh, jax.devices()[:1])))
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = {name: place.shape for name, place in export.places(abstract).items()}
+    header = header_bytes(export.facts(), shapes, export.types(abstract))
+    size = sum(-(-size_of(shape, type_of(shape, "q8_0")) // 32) * 32 for shape in shapes.values())
+    with open(tmp_path / "a.gguf", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)
+    source = open_model(tmp_path / "a.gguf")
+    largest, whole = max(map(np.prod, shapes.values())) * 4, sum(map(np.prod, shapes.values())) * 4
+    assert whole > 60 * largest and source.tensors["blk.7.ffn_up.weight"].dtype == "Q8_0"
+    tracemalloc.start()
+    params = source.read(abstract)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 * largest + 4 * 2**20
+    assert all(not leaf.any() for leaf in jax.tree.leaves(params))
 
 
 def test_an_unsupported_family_is_refused_with_a_list_of_those_there_are(tmp_path):

@@ -14,6 +14,7 @@ from llmjax.errors import UserError
 from llmjax.gguf.header import read_header
 
 EMBEDDING = "token_embd.weight"
+CHAT_TEMPLATE = "tokenizer.chat_template"
 
 
 def open_model(path: pathlib.Path) -> Source:
@@ -26,6 +27,11 @@ def open_model(path: pathlib.Path) -> Source:
     tensors = open_tensors(path, header)
     if EMBEDDING not in tensors or len(tensors[EMBEDDING].shape) != 2:
         raise UserError(f"{path} lacks the tensor {EMBEDDING}, a matrix; fetch it again")
+    if config["num_hidden_layers"] > len(tensors):
+        raise UserError(
+            f"{path} has {name}.block_count={config['num_hidden_layers']} and {len(tensors)} tensors; it is damaged, "
+            "so fetch it again"
+        )
     config["tie_word_embeddings"] = family.tensors.output not in tensors
     if ROPE_FACTORS in tensors:
         scaling = read_factors(tensors[ROPE_FACTORS].read(), config.get("rope_theta", family.theirs.rope))
@@ -43,4 +49,5 @@ def open_model(path: pathlib.Path) -> Source:
         path if "tokenizer.ggml.model" in header.facts else None,
         tuple(not_read(name, family, header.facts)),
         {ours: header.facts.get(theirs) for ours, theirs in IDS.items()},
+        template if isinstance(template := header.facts.get(CHAT_TEMPLATE), str) else "",
     )

@@ -61,6 +61,7 @@ def definition(
     splitting: Splitting,
     special: Sequence[int],
     added: Sequence[int] = (),
+    begin: int | None = None,
 ) -> str:
     """The contents of tokenizer.json.
 
@@ -68,6 +69,7 @@ def definition(
     merges   the pairs of pieces that BPE merges, the first comes first
     special  ids that stand for no text
     added    ids of pieces that are cut out of a text before anything else, written as they are
+    begin    the id that programs of Hugging Face put before a text
     """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     split = [
@@ -85,7 +87,7 @@ def definition(
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, plain]},
-        "post_processor": None,
+        "post_processor": None if begin is None else begin_with(begin, pieces[begin]),
         "decoder": {**plain, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -101,6 +103,18 @@ def definition(
         },
     }
     return json.dumps(contents, ensure_ascii=False)
+
+
+def begin_with(i: int, piece: str) -> dict[str, Any]:
+    """The part of tokenizer.json that puts the id `i` before a text."""
+    begin: dict[str, Any] = {"SpecialToken": {"id": piece, "type_id": 0}}
+    texts: list[dict[str, Any]] = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, texts[0]],
+        "pair": [begin, *texts],
+        "special_tokens": {piece: {"id": piece, "ids": [i], "tokens": [piece]}},
+    }
 
 
 def splitting_named(name: Any) -> Splitting:

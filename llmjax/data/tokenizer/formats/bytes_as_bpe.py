@@ -16,4 +16,5 @@ def as_bpe(tokenizer: ByteTokenizer) -> JsonTokenizer:
     ids = SpecialIds(
         tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.mask_id
     )
-    return JsonTokenizer(definition(pieces, [], SPLITTINGS["gpt-2"], range(len(silent))), ids)
+    silent_ids = range(len(silent))
+    return JsonTokenizer(definition(pieces, [], SPLITTINGS["gpt-2"], silent_ids, begin=tokenizer.bos_id), ids)

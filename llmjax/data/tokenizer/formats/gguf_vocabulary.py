@@ -73,8 +73,10 @@ def _byte_bpe(facts: Mapping[str, Any]) -> Tokenizer:
     pairs = [(merge[: (cut := merge.find(" ", 1))], merge[cut + 1 :]) for merge in merges]
     silent = [i for i, kind in enumerate(types) if kind in (CONTROL, UNUSED, UNKNOWN)]
     added = [i for i, kind in enumerate(types) if kind == USER_DEFINED]
-    text = definition(pieces, pairs, splitting_named(facts.get(SPLITTING)), silent, added)
-    return JsonTokenizer(text, SpecialIds(**_ids(facts, len(pieces))))
+    ids = _ids(facts, len(pieces))
+    begin = ids.get("bos") if facts.get(ADDS_BOS) is True else None
+    text = definition(pieces, pairs, splitting_named(facts.get(SPLITTING)), silent, added, begin)
+    return JsonTokenizer(text, SpecialIds(**ids))
 
 
 # By the fact tokenizer.ggml.model.
@@ -130,7 +132,7 @@ def gguf_facts(tokenizer: Tokenizer) -> dict[str, Any]:
             f"GGUF files have no tokenizer like {type(tokenizer).__name__}; export the model with --to hf"
         )
     ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk", "mask")}
-    return {**facts, **{IDS[name]: i for name, i in ids.items()}, ADDS_BOS: True}
+    return {ADDS_BOS: True, **facts, **{IDS[name]: i for name, i in ids.items()}}
 
 
 def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
@@ -158,4 +160,12 @@ def _of_json(tokenizer: JsonTokenizer) -> dict[str, Any]:
     added = {token["id"] for token in contents.get("added_tokens") or () if not token.get("special")}
     silent = [not tokenizer.id_to_bytes(i) for i in range(tokenizer.vocab_size)]
     types = [CONTROL if silent[i] else USER_DEFINED if i in added else NORMAL for i in range(len(pieces))]
-    return {MODEL: "gpt2", SPLITTING: name_of(contents), TOKENS: pieces, TYPES: types, MERGES: merges}
+    return {
+        MODEL: "gpt2",
+        SPLITTING: name_of(contents),
+        TOKENS: pieces,
+        TYPES: types,
+        MERGES: merges,
+        # Whether programs of Hugging Face put anything before a text is said by this part.
+        ADDS_BOS: "SpecialToken" in json.dumps(contents.get("post_processor")),
+    }
