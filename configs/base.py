@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.seed = 0  # decides the initial parameters, the order of the data and the dropout
 
     c.model = model = ConfigDict()
-    model.family = "gpt"  # gpt: a decoder | bert: an encoder | lstm: a recurrent network
+    model.family = "gpt"  # gpt: a decoder | bert: an encoder | encoder_decoder | lstm: a recurrent network
     model.num_layers = 4  # L
     model.model_dim = 128  # D, width of the embeddings and the residual stream
     model.tie_embeddings = True  # uses the embedding as the output matrix
@@ -26,14 +26,14 @@ def get_config() -> ConfigDict:
     model.init_std = 0.02  # standard deviation of matrices; gpt: of residual outputs / sqrt(2 x num_layers)
     model.dtype = "float32"  # float32 | bfloat16, of the computation; parameters, softmax, loss: float32
 
-    # The layers of a Transformer, for the families gpt and bert. As with the optimizers below: a key of a family that
+    # The layers of a Transformer, for all families but lstm. As with the optimizers below: a key of a family that
     # the run does not use may not be changed.
     c.transformer = transformer = ConfigDict()
     transformer.num_heads = 4  # N, the query heads
     transformer.num_kv_heads = 0  # K, key/value heads; 0 = num_heads, 1 = multi-query, between: grouped
     transformer.head_dim = 0  # H, the width of a head; 0 = model_dim / num_heads
     transformer.mlp_dim = 0  # F; 0 = 4 D, or for swiglu 8/3 D rounded up to a multiple of 64
-    transformer.activation = "swiglu"  # swiglu | geglu | gelu | relu2
+    transformer.activation = "swiglu"  # swiglu | geglu | gelu | relu | relu2
     transformer.norm = "rmsnorm"  # rmsnorm | layernorm
     transformer.norm_eps = 1e-6  # added to the variance
     transformer.position = "rope"  # rope | learned | sinusoidal
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     transformer.rope_original_len = 0  # the T trained at before, for rope_scaling yarn and llama3
     transformer.qk_norm = True  # RMSNorm of queries and keys, per head
     transformer.qk_norm_over = "head"  # what qk_norm averages over: head | all heads together
-    transformer.norm_at = "input"  # of attention and feed-forward layer: input | output | both
+    transformer.norm_at = "input"  # of each layer: input | output | both | sum: of x + layer(x)
     transformer.scale_embedding = False  # multiplies embedded tokens by the root of model_dim
     transformer.score_dim = 0  # attention scores are divided by the root of this; 0 = head_dim
     transformer.use_bias = False  # gives linear layers and LayerNorm a bias
@@ -67,18 +67,33 @@ def get_config() -> ConfigDict:
     c.bert = bert = ConfigDict()
     bert.transform = True  # a dense layer, an activation and a norm before the output matrix
 
+    c.encoder_decoder = encoder_decoder = ConfigDict()
+    encoder_decoder.encoder_layers = 0  # layers of the encoder; 0 = model.num_layers, those of the decoder
+
     c.lstm = lstm = ConfigDict()
     lstm.hidden_dim = 0  # M, width of the hidden and the cell state of each layer; 0 = model_dim
     lstm.truncation = 0  # tokens over which gradients flow back; the state flows further; 0 = all
 
     c.task = task = ConfigDict()
-    task.name = "language_model"  # language_model: predict the next token | masked_language_model | copy
+    task.name = "language_model"  # or masked_language_model | translation | classification | copy
 
     c.masked_language_model = masked_language_model = ConfigDict()
     masked_language_model.rate = 0.15  # share of the tokens that are to be predicted
     masked_language_model.mask_share = 0.8  # share of these that the model reads as a mask
     masked_language_model.random_share = 0.1  # share of these that it reads as a random token; the rest stay
     masked_language_model.whole_words = False  # chooses all tokens of a word together
+
+    # What is written is data.text_field.
+    c.translation = translation = ConfigDict()
+    translation.source_field = "source"  # the field of a record with the text that is translated
+    translation.label_smoothing = 0.0  # share of each target that is spread over all ids in training; 0 = off
+
+    # A label for every text. Texts of more than data.seq_len tokens are cut at the end, which the plan says.
+    c.classification = classification = ConfigDict()
+    classification.label_from = "field"  # field of a record | file (pos.txt.gz) | folder (pos/1.txt)
+    classification.label_field = "label"  # the field with the label, in JSON, Parquet and tables
+    classification.labels = ()  # the labels in their order; () = all that data.sources have, sorted
+    classification.pool = "auto"  # what is looked at: last token | mean | first token; auto: last, bert: mean
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte
@@ -89,10 +104,11 @@ def get_config() -> ConfigDict:
     tokenizer.num_reserved = 16  # ids kept free for special tokens to come
 
     c.data = data = ConfigDict()
-    data.sources = ("stdlib",)  # files, directories, globs: text, JSON (.gz .zst .bz2 .xz) and Parquet
-    data.text_field = "text"  # the field of JSON and Parquet rows with the text: a string or a list of lines
-    data.on_bad_text = "error"  # text not of the encoding, or null: error | skip | replace (null: skip)
-    data.encoding = "utf-8"  # of text and JSON: utf-8, gb18030, big5, shift_jis, utf-16, latin-1 ...
+    data.sources = ("stdlib",)  # files, folders, globs: text, JSON, .csv, .tsv (.gz .zst .bz2 .xz), Parquet
+    data.text_field = "text"  # the field with the text, in JSON, Parquet, tables: a string or a list of lines
+    data.columns = ()  # the names of the columns of .csv and .tsv files; () = their first line has them
+    data.on_bad_text = "error"  # text not of the encoding, null, rows that lack cells: error | skip | replace
+    data.encoding = "utf-8"  # of text, JSON and tables: utf-8, gb18030, big5, shift_jis, utf-16, latin-1 ...
     data.follow_links = False  # follows links that lead out of a folder which is searched
     data.max_expansion = 250  # times its size that a compressed file may unpack to; 16 MiB always may
     data.seq_len = 512  # T, the tokens of a packed sequence
@@ -216,6 +232,8 @@ def get_config() -> ConfigDict:
     generate.top_p = 0.95  # samples among the likeliest tokens that have this probability together; 1 = off
     generate.seed = 0  # decides the sampling
     generate.num_samples = 1  # texts per prompt, in mode generate
+    generate.num_beams = 1  # texts side by side in beam search, the likeliest as a whole; 1 = samples
+    generate.length_penalty = 1.0  # beam search divides log-probabilities by the length to this power
 
     c.plan = plan = ConfigDict()
     plan.topology = ""  # compile for this TPU (v5p:4x4x4; v5e:4x4*2 = two slices), not the devices at hand

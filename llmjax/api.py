@@ -7,6 +7,7 @@
     run.generate("import ")           # what the model writes after the prompt
     run.score("a text of your own")   # how well the model predicts it
     run.generate("import ", num_samples=3)                     # a list of three texts
+    llmjax.load("runs/spam").classify("a text").label          # for a run with task.name=classification
     llmjax.load("runs/mine", checkpoint="best").generate("import ", temperature=0.0)
 
 The command line runs the same modes. Mistakes raise `llmjax.errors.UserError` with one sentence.
@@ -34,10 +35,12 @@ from llmjax.errors import UserError
 from llmjax.evaluate.scoring import Piece, score_pieces
 from llmjax.flags import load_config, name_of, set_key, takes_list
 from llmjax.modes import dispatch
+from llmjax.modes.classify import Answer, TextClassifier
 from llmjax.modes.corpus import read_corpus
 from llmjax.modes.evaluate import score_held_out
 from llmjax.modes.generate import Loaded, Writer, check_continues
 from llmjax.modes.generate import load as load_checkpoint
+from llmjax.modes.translate import check_translates, translate
 from llmjax.terminal.lines import say
 from llmjax.workdir.contents import check_place
 from llmjax.workdir.metrics import Metrics, read_metrics
@@ -133,9 +136,25 @@ class Run:
             loaded.program,
             config=dataclasses.replace(loaded.program.config, generate=changed.config.generate),
         )
+        check_continues(program)
         with self._reusing_programs():
             (texts,) = Writer(dataclasses.replace(loaded, program=program)).write([prompt])
         return texts[0] if num_samples is None else texts
+
+    def translate(self, text: str, **settings: Any) -> str:
+        """What the model writes after it has read `text`, for a run of the task `translation`.
+
+        `settings` are keys of the section `generate`: num_beams=5.
+        """
+        _check_text("text", text)
+        changed = self._request({f"generate.{key}": value for key, value in settings.items()})
+        program = self._loaded.program
+        program = dataclasses.replace(
+            program, config=dataclasses.replace(program.config, generate=changed.config.generate)
+        )
+        check_translates(program)
+        with self._reusing_programs():
+            return translate(Writer(dataclasses.replace(self._loaded, program=program)), [text])[0]
 
     def score(self, text: str) -> dict[str, float]:
         """How well the model predicts `text` and its end, read in pieces of at most data.seq_len tokens.
@@ -158,9 +177,25 @@ class Run:
         loss, count = float(sums.loss[0]), int(sums.count[0])
         return {"loss": loss / count, "tokens": count, "bits_per_byte": loss / math.log(2) / size}
 
+    @overload
+    def classify(self, texts: str) -> Answer: ...
+
+    @overload
+    def classify(self, texts: list[str]) -> list[Answer]: ...
+
+    def classify(self, texts: str | list[str]) -> Answer | list[Answer]:
+        """The `label` of a text and its `probabilities`, {label: probability}; for a list of texts a list of these."""
+        asked = [texts] if isinstance(texts, str) else list(texts)
+        for text in asked:
+            _check_text("text", text)
+        classifier = TextClassifier(self._loaded)
+        with self._reusing_programs():
+            answers = classifier.classify(asked)
+        return answers[0] if isinstance(texts, str) else answers
+
     def evaluate(self) -> dict[str, float]:
         """The scores of the task on the held-out documents, which it says where they are not those of the run."""
-        loaded, request = self._loaded, self._request()
+        loaded, request = self._loaded, self._request(mode="evaluate")
         corpus = read_corpus(request.config, request.derived, self.workdir)
         if corpus.held_out is None:
             raise UserError(
@@ -180,9 +215,9 @@ class Run:
     def _loaded(self) -> Loaded:
         return load_checkpoint(self._request())
 
-    def _request(self, changes: Mapping[str, Any] | None = None) -> Any:
+    def _request(self, changes: Mapping[str, Any] | None = None, mode: str = "generate") -> Any:
         raw = _changed(self.config, changes)
-        return dispatch.make_request("generate", raw, self.workdir, checkpoint=self.checkpoint)
+        return dispatch.make_request(mode, raw, self.workdir, checkpoint=self.checkpoint)
 
 
 def _pieces(tokens: list[int], seq_len: int) -> Iterator[Piece]:

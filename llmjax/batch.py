@@ -55,6 +55,8 @@ class Batch:
     index      the packed sequence number. Together with the column, it determines random draws such as dropout
     columns    the column of the packed sequence that each token comes from; None if tokens lie in their order
 
+    labels     the class of the document of each token, for tasks that have classes
+
     A task with a second stream, such as translation, has S positions of it in each row:
 
     source_tokens     the ids of the second stream
@@ -69,6 +71,7 @@ class Batch:
     positions: Any = _field("batch", "length")
     index: Any = _field("batch")
     columns: Any = _field("batch", "length", optional=True)
+    labels: Any = _field("batch", "length", optional=True)
     source_tokens: Any = _field("batch", "source_length", optional=True)
     source_segments: Any = _field("batch", "source_length", optional=True)
     source_positions: Any = _field("batch", "source_length", optional=True)

@@ -34,12 +34,22 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "where everything of a run is written and found", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(MODES), "what to do", flag_values=values)
     flags.DEFINE_multi_string(
-        "prompt", [], "generate: a text to continue; may be given several times", flag_values=values
+        "prompt",
+        [],
+        "a text to go on with, classify or translate; may be given several times",
+        flag_values=values,
     )
-    flags.DEFINE_string("prompt_file", None, "generate: a file with one prompt a line", flag_values=values)
+    flags.DEFINE_string("prompt_file", None, "a file with a text a line for the same", flag_values=values)
     flags.DEFINE_boolean(
-        "interactive", False, "generate: continue each line that is typed", flag_values=values
+        "interactive", False, "generate, translate: read each line that is typed", flag_values=values
     )
+    flags.DEFINE_string(
+        "references",
+        None,
+        "translate: a file with the right translations, for BLEU and chrF",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean("jsonl", False, "classify: print a line of JSON for each text", flag_values=values)
     flags.DEFINE_string(
         "profile",
         None,
@@ -256,8 +266,10 @@ def read_prompts(values: flags.FlagValues) -> list[str]:
             text = data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt_file={path} is not UTF-8 at byte {error.start}; correct it") from None
-        lines = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line]
-        if not lines:
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+        if not MODES[values.mode].keeps_empty:
+            lines = [line for line in lines if line]
+        if not any(lines):
             raise UserError(
                 f"--prompt_file={path} has no line with text; write one prompt a line, or leave it out"
             )

@@ -3,6 +3,8 @@
     train     train, or continue training, in --workdir (default: runs/NAME for configs/NAME.py); the default mode
     evaluate  report the held-out loss of a checkpoint, or of --config.checkpoint.init_from before there is one
     generate  continue each --prompt, each line of --prompt_file, or with --interactive each line that is typed
+    translate write the translation of each of these texts, for a run of the task translation
+    classify  label each --prompt, each line of --prompt_file, or without both each line of standard input
     plan      explain the config and compile its step, for these devices or --config.plan.topology, without running it
 
 With --workdir alone, the config saved there is used. SIGTERM and Ctrl-C stop a training run after saving it, and the
@@ -72,7 +74,9 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
                 prompts=prompts,
                 checkpoint=values.checkpoint,
                 interactive=values.interactive,
+                references=None if values.references is None else pathlib.Path(values.references),
                 profile=profile,
+                jsonl=values.jsonl,
             )
     except BrokenPipeError:
         from llmjax.terminal.progress import silence

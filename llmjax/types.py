@@ -35,7 +35,7 @@ class LossSums:
     loss       float32 [], the sum of weight * loss: the number that is reported, compared and limited
     weight     float32 [], the sum of weights
     metrics    dict of float32 [], further sums over the same tokens, such as `accuracy`, the weight of correct
-               targets
+               targets. In an evaluation they may be arrays, such as a confusion matrix
     auxiliary  (sum, weight) of each further loss term with a weight of its own; the sum includes its coefficient
     objective  float32 [], the sum of `loss` and further terms over the same tokens, which are also in `metrics`.
                Training takes its gradient, and then `loss` has none. None if there are no such terms

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from configs.base import get_config
 from llmjax.build.model import make_model
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
+from llmjax.data.examples.contract import ExampleSetting
+from llmjax.data.examples.table import EXAMPLES
 from llmjax.models.contract import Model
 from llmjax.models.table import FAMILIES
 from llmjax.parallel.mesh import make_mesh
@@ -48,6 +52,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "transformer.num_heads": 4, "transformer.mlp_dim": 32, "transformer.norm_at": "output",
         "transformer.qk_norm_over": "all", "transformer.qkv_bias": True, "compute.tile": 16,
     },
+    "encoder_decoder": {"transformer.num_heads": 4, "transformer.mlp_dim": 32},
+    "encoder_decoder original": {
+        "transformer.num_heads": 4, "transformer.mlp_dim": 32, "transformer.norm_at": "sum",
+        "transformer.position": "sinusoidal", "transformer.norm": "layernorm", "transformer.activation": "gelu",
+        "transformer.use_bias": True, "transformer.qk_norm": False, "encoder_decoder.encoder_layers": 3,
+        "translation.label_smoothing": 0.1, "compute.scan_layers": True, "data.source_len": 16,
+    },
     "lstm": {},
     "lstm projected": {"lstm.hidden_dim": 24, "lstm.truncation": 7, "model.logit_softcap": 5.0},
     "lstm untied": {"lstm.hidden_dim": 24, "model.tie_embeddings": False, "compute.remat": "full"},
@@ -55,10 +66,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
 COMMON = {"model.num_layers": 2, "model.model_dim": 16, "model.init_std": 0.2, "data.seq_len": T}
 
 
+def goes_with(family: str, task: str) -> bool:
+    """Whether the task can train the family: whether the family sees and reads what the task has."""
+    kind = FAMILIES[family]
+    reads = "source" in columns_of(family, task)
+    return TASKS[task].sees_both_sides in (None, kind.sees_both_sides) and kind.reads_source == reads
+
+
+def columns_of(family: str, task: str) -> tuple[str, ...]:
+    """The optional columns of the examples that the task makes for the family."""
+    keys = read_config(get_config().to_dict()).tasks.get(task)
+    return EXAMPLES[task](ExampleSetting("text", T, keys, FAMILIES[family].reads_source)).columns
+
+
+def families_for(task: str) -> list[str]:
+    """A family for each form that the examples of the task have."""
+    first: dict[tuple[str, ...], str] = {}
+    for family in FAMILIES:
+        if goes_with(family, task):
+            first.setdefault(columns_of(family, task), family)
+    return list(first.values())
+
+
 def family_for(task: str) -> str:
-    """The first family that sees what the task allows it to see."""
-    sight = TASKS[task].sees_both_sides
-    return next(name for name, family in FAMILIES.items() if family.sees_both_sides == sight)
+    """The first family that the task can train."""
+    return families_for(task)[0]
+
+
+def task_for(family: str) -> str:
+    """The first task that can train the family."""
+    return next(task for task in TASKS if goes_with(family, task))
 
 
 def family_of(variant: str) -> str:
@@ -69,8 +106,7 @@ def family_of(variant: str) -> str:
 def settings(variant: str) -> dict[str, Any]:
     """The keys of a config of this variant that differ from configs/base.py, {whole key: value}."""
     family = family_of(variant)
-    task = "masked_language_model" if FAMILIES[family].sees_both_sides else "language_model"
-    return COMMON | VARIANTS[variant] | {"model.family": family, "task.name": task}
+    return COMMON | VARIANTS[variant] | {"model.family": family, "task.name": task_for(family)}
 
 
 def make(variant: str, **changes: Any) -> Model:
@@ -83,6 +119,21 @@ def make(variant: str, **changes: Any) -> Model:
     )
     config, derived = resolve_config(read_config(raw.to_dict()), 1)
     return make_model(config, derived, V, Layout(make_mesh(config.mesh, _first_device())))
+
+
+def source_of(segments: np.ndarray, length: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The source fields of a batch whose documents lie as in `segments`, [B, T]: `length` positions in each row."""
+    names = ("source_tokens", "source_segments", "source_positions")
+    arrays = {name: np.zeros((len(segments), length), np.int32) for name in names}
+    for row, documents in enumerate(segments):
+        count, start = documents.max(), 0
+        for segment in range(1, count + 1):
+            n = int(rng.integers(1, length // count + 1))
+            arrays["source_tokens"][row, start : start + n] = rng.integers(1, V, n)
+            arrays["source_segments"][row, start : start + n] = segment
+            arrays["source_positions"][row, start : start + n] = np.arange(n)
+            start += n
+    return arrays
 
 
 def _first_device() -> list[Any]:

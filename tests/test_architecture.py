@@ -108,6 +108,7 @@ HOST_SIDE = (
     "data",
     "report",
     "batch",
+    "scores",
     "escapes",
     "failures",
     "files",

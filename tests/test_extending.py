@@ -1,5 +1,6 @@
 """docs/extending.md does what it says: its files and lines, put into a copy of the code, train and answer."""
 
+import email.message
 import gzip
 import json
 import pathlib
@@ -126,16 +127,17 @@ def test_a_new_family_task_and_optimizer_train_together_and_a_new_sink_and_mode_
 
 
 def test_files_of_a_new_format_are_read_like_any_other(copy):
-    folder = copy / "tables"
+    folder = copy / "mails"
     folder.mkdir()
-    rows = "\n".join(f'{i},"石,云 {i}"' for i in range(50))
-    (folder / "a.csv.gz").write_bytes(gzip.compress(f"number,text\n{rows}".encode("gb18030")))
-    settings = {
-        **tiny_run.SETTINGS, "data.sources": folder, "data.cache_dir": copy / "cache", "data.encoding": "gb18030",
-    }  # fmt: skip
+    for i in range(50):
+        message = email.message.EmailMessage()
+        message["Subject"] = f"Nr. {i}"
+        message.set_content(f"石，云 {i}", charset="gb18030")
+        (folder / f"{i}.eml.gz").write_bytes(gzip.compress(bytes(message)))
+    settings = {**tiny_run.SETTINGS, "data.sources": folder, "data.cache_dir": copy / "cache"}
     words = [f"--config.{key}={value}" for key, value in settings.items()]
-    out = run(copy, "--config=base", f"--workdir={copy / 'csv'}", "--mode=plan", *words)
-    assert "50 documents, " in out and "1 file" in out
+    out = run(copy, "--config=base", f"--workdir={copy / 'mail'}", "--mode=plan", *words)
+    assert "50 documents, " in out and "50 files" in out
 
 
 def test_a_new_activation_is_chosen_by_its_name(copy):

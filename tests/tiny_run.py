@@ -58,7 +58,7 @@ def write_corpus(folder: pathlib.Path, documents: int = 40, words: int = 60, tex
 
 def settings_of(family: str) -> dict[str, object]:
     """`SETTINGS` for a model family, without the keys of the section `transformer` if it does not read them."""
-    reads = family in ("gpt", "bert")
+    reads = family in ("gpt", "bert", "encoder_decoder")
     return {key: value for key, value in SETTINGS.items() if reads or not key.startswith("transformer.")}
 
 

@@ -34,6 +34,8 @@ from llmjax.errors import UserError, choose
 from llmjax.files import new_folder, write_atomically
 from llmjax.models.table import FAMILIES
 from llmjax.ops.logits import head_logits
+from llmjax.tasks.contract import AddsParameters
+from llmjax.tasks.table import TASKS
 from llmjax.terminal.lines import warn
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run_position import Position
@@ -124,6 +126,11 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
         raise UserError(
             f"{workdir} holds a model of model.family={trained['model']['family']!r}, which is not converted yet; give "
             "a run of a family that predicts the next token"
+        )
+    if isinstance(TASKS[trained["task"]["name"]], AddsParameters):
+        raise UserError(
+            f"{workdir} holds a model of task.name={trained['task']['name']!r}, whose head for labels is not converted "
+            "yet; give a run of another task"
         )
     names = ("model", *family.sections)
     settings = {f"{section}.{key}": value for section in names for key, value in trained[section].items()}

@@ -81,8 +81,9 @@ def make_store(
     elif not data.held_out_fraction:
         kind = NOTHING
     elif kind == "auto":
-        # Only a document of one text can be cut.
-        kind = _choose(data, files) if len(examples.fields) == 1 else DOCUMENTS
+        # Only a document of one text can be cut, and not one that has a label: that is of the whole text.
+        can_cut = len(examples.fields) == 1 and "label" not in examples.columns
+        kind = _choose(data, files) if can_cut else DOCUMENTS
     if kind != TAILS:
         store = make(cutting=Cutting(data.split_on))
         if kind != "auto":

@@ -13,7 +13,7 @@ from llmjax.models.table import FAMILIES
 from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.rules import Layout
-from llmjax.tasks.contract import Setting
+from llmjax.tasks.contract import AddsParameters, Setting
 from llmjax.tasks.table import TASKS
 from llmjax.types import LossSums
 
@@ -30,7 +30,19 @@ def make_task_loss(
 
     `vocabulary` gives the ids of the tokenizer, which some tasks need.
     """
-    setting = Setting(
+    setting = make_setting(config, layout, vocabulary, training=training)
+    return TASKS[config.task.name].make_loss(model, setting)
+
+
+def make_setting(
+    config: Config,
+    layout: Layout,
+    vocabulary: Callable[[], Vocabulary] | None = None,
+    *,
+    training: bool,
+) -> Setting:
+    """What the config's task is told, see `make_task_loss` for the arguments."""
+    return Setting(
         keys=config.tasks.get(config.task.name),
         seed=config.seed,
         vocabulary=vocabulary,
@@ -38,8 +50,8 @@ def make_task_loss(
         z_loss=config.train.z_loss if training else 0.0,
         shards=batch_shards(layout),
         vocab_shards=layout.axis_size("tensor"),
+        sees_both_sides=FAMILIES[config.model.family].sees_both_sides,
     )
-    return TASKS[config.task.name].make_loss(model, setting)
 
 
 def batch_shards(layout: Layout) -> tuple[int, int]:
@@ -48,12 +60,12 @@ def batch_shards(layout: Layout) -> tuple[int, int]:
 
 
 def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout) -> Model:
-    """The model of a resolved `config`."""
+    """The model of a resolved `config`, with the parameters that its task adds."""
     assert layout.mesh is not None  # a program always has one
     kernel, _ = choose_kernel(config.compute.kernel, layout.mesh.devices.flat[0].platform)
     family = choose(FAMILIES, "model.family", config.model.family)
     attend = make_attend(kernel, derived.sharing)
-    return family.model(
+    model = family.model(
         family.config(config.model, config.families),
         vocab_size,
         config.data.seq_len,
@@ -62,3 +74,7 @@ def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout
         holds_scores=kernel == "full",
         compute=config.compute,
     )
+    task = TASKS[config.task.name]
+    if isinstance(task, AddsParameters):
+        return task.make_model(model, config.tasks[config.task.name], config.model.init_std)
+    return model

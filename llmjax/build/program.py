@@ -237,7 +237,8 @@ def make_program(
         train_step=jax.jit(
             step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)
         ),
-        eval_step=jax.jit(make_eval_step(held_out_loss)),
+        # Sums are complete on every device, also those that are arrays.
+        eval_step=jax.jit(make_eval_step(held_out_loss), out_shardings=Layout(mesh).sharding()),
         statistics=jax.jit(make_statistics(model.activations, loss, roles)),
         token_losses=jax.jit(token_losses, out_shardings=Layout(mesh).sharding(None, None)),
         vocabulary=vocabulary,

@@ -7,14 +7,20 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 
+import jax
+
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import describe_difference
 from llmjax.build.program import Program
-from llmjax.config.reading import read_optimizer
+from llmjax.config.reading import read_optimizer, read_task
+from llmjax.config.schema import Config
 from llmjax.convert.foreign import is_foreign, open_foreign
 from llmjax.errors import UserError
+from llmjax.ops.seeds import make_key
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, together
+from llmjax.tasks.contract import AddsParameters
+from llmjax.tasks.table import TASKS
 from llmjax.terminal.lines import say, warn
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.checkpoint.config import CheckpointConfig
@@ -85,7 +91,7 @@ def resume_or_init(
                 warn(f"no checkpoint in {workdir} has shown a finite loss; the run begins again")
             params = None
             if program.config.checkpoint.init_from:
-                update, params = initial_params(program)
+                update, params = initial_params(program, lambda sentence: say(f"note: {sentence}"))
                 say(
                     f"beginning with the parameters of update {update} of {program.config.checkpoint.init_from}"
                 )
@@ -108,26 +114,78 @@ def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, Pos
     return program.resumed(saved), Position.from_meta(meta)
 
 
-def initial_params(program: Program) -> tuple[int, Params]:
+def initial_params(
+    program: Program, tell: Callable[[str], None] = lambda sentence: None
+) -> tuple[int, Params]:
     """The update and parameters of the checkpoint that checkpoint.init_from and checkpoint.init_checkpoint name.
 
     The update is 0 for a model of another program. Its tensors are read one at a time, into the layout of the mesh.
+    What the task adds to a model, such as a head for classes, begins anew if the other model was not trained on the
+    same task with the same labels; `tell` is called with a sentence about that.
     """
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
     if is_foreign(source):
-        return 0, open_foreign(source).read(program.abstract_saved().params)
+        wanted = program.abstract_saved().params
+        added = _added(config)
+        params = open_foreign(source).read({name: x for name, x in wanted.items() if name not in added})
+        return 0, _with_added(program, params, added, tell)
     saved = saved_config(source)
     if saved is None:
         raise UserError(
             f"checkpoint.init_from={config.checkpoint.init_from!r} has lost its config.json; restore it"
         )
     trained_with = read_optimizer(saved, source)
+    there = dataclasses.replace(config, **read_task(saved, source))
+    # Both are empty for most tasks.
+    ours, theirs = _added(config), _added(there)
+    if (ours or theirs) and not has_same_head(config, there):
+        trained_with |= read_task(saved, source)
     # An optimizer that averages keeps a part of the parameters to evaluate with in its state.
+    loader = program
     if any(section != getattr(config, name) for name, section in trained_with.items()):
-        config = dataclasses.replace(config, **trained_with)
-        program = program.changed(config, program.derived)
-    return load_params(program, source, config.checkpoint.init_checkpoint, "checkpoint.init_checkpoint")
+        loader = program.changed(dataclasses.replace(config, **trained_with), program.derived)
+    which = config.checkpoint.init_checkpoint
+    update, params = load_params(loader, source, which, "checkpoint.init_checkpoint")
+    if has_same_head(config, there):
+        return update, params
+    params = {name: x for name, x in params.items() if name not in theirs}
+    return update, _with_added(program, params, ours, tell)
+
+
+def has_same_head(config: Config, other: Config) -> bool:
+    """Whether what the tasks of two configs add to a model means the same."""
+    name = config.task.name
+    labels = [getattr(each.tasks.get(name), "labels", ()) for each in (config, other)]
+    return name == other.task.name and labels[0] == labels[1]
+
+
+def _added(config: Config) -> tuple[str, ...]:
+    """The entries of the tree of parameters that the task of a config adds."""
+    task = TASKS[config.task.name]
+    return task.added if isinstance(task, AddsParameters) else ()
+
+
+def _with_added(
+    program: Program, params: Params, added: tuple[str, ...], tell: Callable[[str], None]
+) -> Params:
+    """`params` with newly initialised parameters for the entries `added`."""
+    if not added:
+        return params
+    source, name = program.config.checkpoint.init_from, program.config.task.name
+    tell(
+        f"checkpoint.init_from={source!r} has all parameters but {' and '.join(added)}, which task.name={name!r} adds "
+        "and which begins anew"
+    )
+    wanted = program.abstract_saved().params
+    shardings = {name: jax.tree.map(lambda x: x.sharding, wanted[name]) for name in added}
+    rng = jax.random.split(make_key(program.config.seed))[0]
+
+    def init(rng: jax.Array) -> Params:
+        whole = program.model.init(rng)
+        return {name: whole[name] for name in added}
+
+    return {**params, **jax.jit(init, out_shardings=shardings)(rng)}
 
 
 def load_params(

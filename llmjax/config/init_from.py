@@ -16,7 +16,7 @@ import jax
 
 from llmjax.config.imported import imported_config
 from llmjax.config.resolve import resolve_config
-from llmjax.config.resume import check_init, check_resume, keep_hold_out
+from llmjax.config.resume import check_init, check_resume, keep_choices
 from llmjax.config.schema import Config
 from llmjax.convert import foreign
 from llmjax.convert.foreign import is_foreign, open_foreign
@@ -146,7 +146,7 @@ def as_begun(config: Config, workdir: pathlib.Path) -> Config:
     """`config` as training would go on with the run in `workdir`; unchanged if training would not go on with it."""
     try:
         saved = saved_config(workdir)
-        kept = config if saved is None else keep_hold_out(saved, config, str(workdir))
+        kept = config if saved is None else keep_choices(saved, config, str(workdir))
         return kept if resumes(kept, workdir) else config
     except UserError:
         return config

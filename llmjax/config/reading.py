@@ -18,6 +18,7 @@ from llmjax.config.schema import Config
 from llmjax.data.sources.listing import split_sources
 from llmjax.errors import UserError
 from llmjax.ranges import older, shown
+from llmjax.tasks.table import SECTIONS as TASK_SECTIONS
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
 
 
@@ -94,6 +95,12 @@ def read_optimizer(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
     }
 
 
+def read_task(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
+    """The section `task` and the sections of all tasks in the saved config of the run in `workdir`."""
+    complete, hints = complete_config(saved, workdir), _hints(Config)
+    return {name: _read_section(hints[name], complete[name], f"{name}.") for name in ("task", *TASK_SECTIONS)}
+
+
 def _read_section(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
     """The dataclass `cls` with the values of `raw`, which must have exactly its keys."""
     hints = _hints(cls)
@@ -137,6 +144,9 @@ def _read_value(value: Any, hint: Any, key: str) -> Any:
         values = (value,) if isinstance(value, str) else value
         if isinstance(values, list | tuple) and all(isinstance(v, str) for v in values):
             _check_text(value, values, key)
+            # Several values are whole as they are. A single one may be what the command line was given.
+            if key in WHOLE and len(values) > 1:
+                return tuple(values)
             split = SPLIT.get(key, _split_at_commas)
             return tuple(part for v in values for part in split(v))
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
@@ -154,6 +164,10 @@ def _split_at_commas(text: str) -> tuple[str, ...]:
 
 # Lists whose parts may hold commas -> what tells them apart.
 SPLIT = {"data.sources": split_sources, "data.held_out_sources": split_sources}
+
+
+# Lists whose values may hold commas if there are several of them.
+WHOLE = ("classification.labels", "data.columns")
 
 
 def _whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:

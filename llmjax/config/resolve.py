@@ -6,9 +6,10 @@ import dataclasses
 
 from llmjax.config.reading import did_you_mean
 from llmjax.config.schema import Config
-from llmjax.data.examples.contract import Examples
+from llmjax.data.examples.contract import Examples, ExampleSetting
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.layout.layout import RowLayout
+from llmjax.data.sources.records import fields_within
 from llmjax.data.tokenizer.kinds import KINDS
 from llmjax.errors import UserError, choose
 from llmjax.evaluate.probes.suite import PROBES
@@ -121,21 +122,34 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
             "change one of them"
         )
-    examples = EXAMPLES[config.task.name](config.data.text_field)
+    _check_smoothing(config)
+    examples = make_examples(config)
+    _check_source(config, examples)
     _check_cutting(config, examples)
     source_len = _source_len(config, examples)
+    if source_len % seq:
+        raise UserError(
+            f"data.source_len={source_len} is not divisible by mesh.seq={seq}; change one of them"
+        )
     return config, Derived(
         batch, batch_schedule, length_schedule, sharing, reason, layout, examples, source_len
     )
+
+
+def make_examples(config: Config) -> Examples:
+    """What turns records into examples of the config's task."""
+    data, name = config.data, config.task.name
+    reads_source = FAMILIES[config.model.family].reads_source
+    return EXAMPLES[name](ExampleSetting(data.text_field, data.seq_len, config.tasks.get(name), reads_source))
 
 
 def _check_sight(config: Config) -> None:
     """UserError where the family sees the tokens that the task predicts, or does not see those that it may."""
     family, task = config.model.family, config.task.name
     sees, may_see = FAMILIES[family].sees_both_sides, TASKS[task].sees_both_sides
-    if sees != may_see:
+    if may_see is not None and sees != may_see:
         side = "both sides of a token" if may_see else "only what comes before a token"
-        tasks = [name for name, kind in TASKS.items() if kind.sees_both_sides == sees]
+        tasks = [name for name, kind in TASKS.items() if kind.sees_both_sides in (sees, None)]
         families = [name for name, kind in FAMILIES.items() if kind.sees_both_sides == may_see]
         raise UserError(
             f"task.name={task!r} needs a family that sees {side}, not model.family={family!r}; set "
@@ -146,11 +160,53 @@ def _check_sight(config: Config) -> None:
             f"evaluate.probes={config.evaluate.probes} predict the next token, which model.family={family!r} sees; "
             "set evaluate.probes to ()"
         )
+    if may_see is None and config.evaluate.probes:
+        raise UserError(
+            f"evaluate.probes={config.evaluate.probes} predict the next token, which task.name={task!r} does not; "
+            "set evaluate.probes to ()"
+        )
+
+
+def _check_smoothing(config: Config) -> None:
+    smoothing = getattr(config.tasks.get(config.task.name), "label_smoothing", 0.0)
+    if smoothing and config.model.logit_softcap:
+        raise UserError(
+            f"translation.label_smoothing={smoothing} needs logits without a soft-cap; set model.logit_softcap=0, "
+            "or translation.label_smoothing=0"
+        )
+
+
+def _check_source(config: Config, examples: Examples) -> None:
+    """UserError where the family does not read the second stream of the task, or waits for one in vain."""
+    family, task = config.model.family, config.task.name
+    if FAMILIES[family].reads_source == ("source" in examples.columns):
+        return
+    if FAMILIES[family].reads_source:
+        raise UserError(
+            f"model.family={family!r} reads a second text, which task.name={task!r} does not have; set "
+            "task.name=translation, or another model.family"
+        )
+    families = " or ".join(name for name, kind in FAMILIES.items() if kind.reads_source)
+    raise UserError(
+        f"task.name={task!r} has a second text, which model.family={family!r} does not read; set "
+        f"model.family={families}"
+    )
 
 
 def _check_cutting(config: Config, examples: Examples) -> None:
     """UserError for keys that cut documents if those of the task have more than a text, such as a translation."""
-    data, number = config.data, len(examples.fields)
+    data, number = config.data, len(fields_within(examples.fields))
+    if "label" in examples.columns:
+        if data.hold_out == "tails":
+            raise UserError(
+                f"data.hold_out='tails' cuts texts, and for task.name={config.task.name!r} each has a label as a "
+                "whole; set it to documents"
+            )
+        if data.length_points:
+            raise UserError(
+                f"data.length_points={data.length_points} cuts rows, and for task.name={config.task.name!r} the texts "
+                "in them have labels as a whole; set data.length_points to ()"
+            )
     for key, value, whole in (("split_on", data.split_on, ""), ("hold_out", data.hold_out, "documents")):
         if number > 1 and value not in (whole, "auto"):
             raise UserError(
@@ -169,6 +225,15 @@ def _source_len(config: Config, examples: Examples) -> int:
                 "tokens; set it to 0"
             )
         return 0
+    table, length = (
+        FAMILIES[config.model.family].position_table(config.families),
+        data.source_len or data.seq_len,
+    )
+    if table and length > data.seq_len:
+        raise UserError(
+            f"data.source_len={length} is more than data.seq_len={data.seq_len}, for which {table} has positions; "
+            "lower it, or raise data.seq_len"
+        )
     if data.length_points:
         raise UserError(
             f"data.length_points={data.length_points} cuts rows, and task.name={name!r} has a second stream of tokens "
@@ -179,7 +244,7 @@ def _source_len(config: Config, examples: Examples) -> int:
             f"evaluate.probes={config.evaluate.probes} are texts of one stream, and task.name={name!r} has two; "
             "set evaluate.probes to ()"
         )
-    return data.source_len or data.seq_len
+    return length
 
 
 def choose_layout(config: Config, chunks: int) -> RowLayout:

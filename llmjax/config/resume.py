@@ -90,6 +90,23 @@ def keep_hold_out(saved: Mapping[str, Any], config: Config, workdir: str) -> Con
     return dataclasses.replace(config, data=dataclasses.replace(config.data, hold_out=hold_out))
 
 
+def keep_labels(saved: Mapping[str, Any], config: Config, workdir: str) -> Config:
+    """`config` with the labels of the run saved in `workdir`, if `config` leaves them to be found.
+
+    The numbers of the classes are those of the labels in this order, whatever documents are read later.
+    """
+    keys, complete = config.tasks["classification"], complete_config(saved, workdir)
+    if keys.labels or complete["task"]["name"] != config.task.name:
+        return config
+    labels = tuple(complete["classification"]["labels"])
+    return dataclasses.replace(config, **{"classification": dataclasses.replace(keys, labels=labels)})
+
+
+def keep_choices(saved: Mapping[str, Any], config: Config, workdir: str) -> Config:
+    """`config` with everything that the run saved in `workdir` has chosen and that `config` leaves open."""
+    return keep_labels(saved, keep_hold_out(saved, config, workdir), workdir)
+
+
 # The keys of `model` that do not shape the parameters. Each family has further ones in its sections.
 FREE_ON_INIT = ("model.logit_softcap", "model.dropout", "model.init_std", "model.dtype")
 

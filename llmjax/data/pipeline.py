@@ -43,10 +43,11 @@ class DataConfig:
     """The `data` section of the config.
 
     sources            the files that are read: files, directories, globs, or "stdlib"
-    text_field         the field of JSON lines and Parquet rows that holds the text
+    text_field         the field of JSON lines, Parquet rows and tables that holds the text
+    columns            the names of the columns of .csv and .tsv files; () means that their first line has them
     on_bad_text        what to do with text that is not of the encoding, and with null: "error", "skip" the document, or
                        "replace" the bytes (and skip null)
-    encoding           the encoding of text and JSON, by any name that Python knows
+    encoding           the encoding of text, JSON and tables, by any name that Python knows
     follow_links       whether links that lead out of a folder which is searched are followed
     max_expansion      how many times its own size a compressed file may unpack to; the first 16 MiB always may
     seq_len            T, the positions of a packed sequence
@@ -82,20 +83,32 @@ class DataConfig:
     hold_out: Annotated[str, Unset("documents")]
     held_out_sources: Annotated[tuple[str, ...], Unset(())]
     split_on: Annotated[str, Unset("")]
+    columns: Annotated[tuple[str, ...], Unset(())]
 
     def __post_init__(self):
         check_ranges("data", self)
         _require(self.sources, self, "sources", "must name at least one file, directory or glob")
-        _require(self.text_field, self, "text_field", "must name a field of the JSON lines or Parquet rows")
+        _require(
+            self.text_field, self, "text_field", "must name a field of the JSON lines, Parquet rows or tables"
+        )
         _require(self.on_bad_text in BAD_TEXT, self, "on_bad_text", f"must be one of {', '.join(BAD_TEXT)}")
         check_encoding(self.encoding)
         _require(self.hold_out in HOLD_OUT, self, "hold_out", f"must be one of {', '.join(HOLD_OUT)}")
         compile_split_on(self.split_on)
+        _require(
+            len({*self.columns}) == len(self.columns), self, "columns", "must name each column only once"
+        )
+        _require(
+            not self.columns or self.text_field in self.columns,
+            self,
+            "columns",
+            f"must name data.text_field={self.text_field!r}, the column of the text",
+        )
 
     @property
     def reading(self) -> Reading:
         """How files are read."""
-        return Reading((self.text_field,), self.on_bad_text, self.encoding, self.max_expansion)
+        return Reading((self.text_field,), self.on_bad_text, self.encoding, self.max_expansion, self.columns)
 
 
 def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:
@@ -109,7 +122,7 @@ def _require(holds: Any, config: DataConfig, key: str, rule: str) -> None:
 FIELDS_OF_COLUMN = {
     "weights": (),
     "source": ("source_tokens", "source_segments", "source_positions"),
-    "label": (),
+    "label": ("labels",),
 }
 
 
@@ -117,8 +130,8 @@ class PackedSequences:
     """Random access to packed sequences by number. It can be pickled if the store can.
 
     Args:
-      store: a `Store`, or an object with its methods `tokens` and `name`, and `weights` and `source` if `columns` names
-        them.
+      store: a `Store`, or an object with its methods `tokens` and `name`, and `weights`, `source` and `labels` if
+        `columns` names them.
       plan: which pieces of which documents share a row.
       seed: decides the order of the rows in each epoch.
       repeat: what the sequence numbers from `plan.num_rows` on mean. True, for training: the next epochs. False, for
@@ -178,7 +191,19 @@ class PackedSequences:
             "positions": positions,
             "index": (indices % 2**31).astype(np.int32),
         }
+        if "label" in self.columns:
+            arrays["labels"] = self._read_labels(counts, pieces, segments)
         return arrays | self._read_source(counts, pieces) if "source" in self.columns else arrays
+
+    def _read_labels(self, counts: np.ndarray, pieces: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        """The label of the document of each token, int32 [B, T], 0 on padding; row b has counts[b] of the `pieces`."""
+        labels, at = np.zeros(segments.shape, np.int32), 0
+        for row, count in enumerate(counts.tolist()):
+            own = self.store.labels[self.plan.docs[pieces[at : at + count]]]
+            # Segments count the pieces of a row from 1 on.
+            labels[row] = np.concatenate([[0], own])[segments[row]]
+            at += count
+        return labels
 
     def _fill_weights(self, weights: np.ndarray, counts: np.ndarray, pieces: np.ndarray) -> None:
         """Writes the loss weights from the store into `weights` [B, T]; row b has counts[b] of the `pieces`."""

@@ -7,10 +7,11 @@ import dataclasses
 import gzip
 import lzma
 import math
-from collections.abc import Callable, Iterable
-from typing import Annotated
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any
 
 import jax
+import numpy as np
 
 from llmjax.errors import UserError
 from llmjax.ranges import COUNT, Range, Unset, check_ranges
@@ -59,8 +60,15 @@ def evaluate(
     weight = math.fsum(float(s.weight) for s in fetched)
     if not weight:
         raise UserError("the held-out set has no targets; raise data.held_out_fraction or add documents")
-    metrics = {name: math.fsum(float(s.metrics[name]) for s in fetched) for name in fetched[0].metrics}
+    metrics = {name: _sum([s.metrics[name] for s in fetched]) for name in fetched[0].metrics}
     return Totals(math.fsum(float(s.loss) for s in fetched), weight, metrics, num_bytes)
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """The sum of float32 values in float64, as a float or, of arrays, as an array of numpy."""
+    if np.ndim(values[0]):
+        return np.sum(np.asarray(values, np.float64), axis=0)
+    return math.fsum(float(value) for value in values)
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.models.contract import Cache, Model
+from llmjax.models.contract import Cache, Model, ReadsSource
 from llmjax.ops.logits import sample
 from llmjax.ops.seeds import make_key
 from llmjax.ranges import FOLD, Range, Unset, check_ranges
@@ -34,6 +34,8 @@ class GenerateConfig:
     top_p        sample only from the most likely tokens that together reach this probability; 1 is off
     seed         the seed of sampling
     num_samples  how many texts are sampled for each prompt
+    num_beams    W, the continuations of a prompt that beam search keeps side by side; 1 samples instead
+    length_penalty  the power of the length by which beam search divides a log-probability
     """
 
     max_tokens: Annotated[int, Range(1, 2**20)]
@@ -42,14 +44,26 @@ class GenerateConfig:
     top_p: Annotated[float, Range(0, 1, above=True)]
     seed: Annotated[int, Range(0, FOLD)]
     num_samples: Annotated[int, Range(1, 1024), Unset(1)]
+    num_beams: Annotated[int, Range(1, 1024), Unset(1)]
+    length_penalty: Annotated[float, Range(-1e3, 1e3), Unset(1.0)]
 
     def __post_init__(self):
         check_ranges("generate", self)
+        if self.num_beams == 1 and self.length_penalty != 1.0:
+            raise UserError(
+                f"generate.length_penalty={self.length_penalty} is without effect for generate.num_beams=1; set "
+                "generate.num_beams, or leave it at 1.0"
+            )
+        if self.num_samples > self.num_beams > 1:
+            raise UserError(
+                f"generate.num_samples={self.num_samples} is more than generate.num_beams={self.num_beams}, the texts "
+                "that beam search finds; lower it, or raise generate.num_beams"
+            )
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken, so that all samples of a prompt are alike."""
-        return self.temperature == 0 or self.top_k == 1
+        return self.num_beams == 1 and (self.temperature == 0 or self.top_k == 1)
 
 
 def round_up(n: int, multiple: int = SLOTS) -> int:
@@ -62,14 +76,38 @@ def power_of_two(n: int) -> int:
     return max(SLOTS, 1 << (n - 1).bit_length())
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Texts of different lengths as the rows of an array.
+
+    tokens_BT  int32, padded at the right
+    lengths_B  int32, the tokens of each text
+    """
+
+    tokens_BT: Any
+    lengths_B: Any
+
+    def valid_BT(self) -> jax.Array:
+        """bool, false for padding."""
+        return jnp.arange(self.tokens_BT.shape[1])[None, :] < self.lengths_B[:, None]
+
+
 class Generate(Protocol):
     """What `make_generator` returns."""
 
     def __call__(
-        self, params: Params, prompts: Sequence[Sequence[int]], first: int = 0
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        first: int = 0,
+        sources: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[list[int | None]]:
-        """Yields a token id per sample at a time, and None for a sample that ended. `first` is the index of the first
-        prompt, on which the samples depend."""
+        """Yields a token id per sample at a time, and None for a sample that ended.
+
+        first    the index of the first prompt, on which the samples depend
+        sources  the second text of each prompt, for a model that reads one
+        """
 
 
 def make_generator(
@@ -100,16 +138,9 @@ def make_generator(
 
     # Keys and cache are made within this program: made outside of it, each operation would be a program of its own.
     @jax.jit
-    def prefill(
-        params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, index_B: jax.Array, number_B: jax.Array
-    ):
+    def prefill(params: Params, prompts: Rows, sources: Rows | None, index_B: jax.Array, number_B: jax.Array):
         rngs_B = jax.vmap(functools.partial(_key, config.seed))(index_B, number_B)
-        B, T = tokens_BT.shape
-        cache = model.make_cache(B, T + round_up(config.max_tokens))
-        valid_BT = jnp.arange(T)[None, :] < lengths_B[:, None]
-        logits_BTV, cache = model.decode(params, tokens_BT, cache, valid_BT)
-        # Prompts are padded at the right, so the next token follows from the logits at the last valid position.
-        last_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        last_BV, cache = read_prompts(model, params, prompts, sources, round_up(config.max_tokens))
         return choose(last_BV, rngs_B, jnp.zeros((), jnp.int32)), cache, rngs_B
 
     @functools.partial(jax.jit, donate_argnums=2)
@@ -118,19 +149,22 @@ def make_generator(
         return choose(logits_BTV[:, 0], rngs_B, step), cache
 
     def generate(
-        params: Params, prompts: Sequence[Sequence[int]], first: int = 0
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        first: int = 0,
+        sources: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[list[int | None]]:
         if not prompts:
             return
         index, number = np.divmod(np.arange(len(prompts) * config.num_samples), config.num_samples)
-        prompts = [prompts[i] for i in index]
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        limits = _room(lengths, config.max_tokens, model.position_limit)
-        tokens = _padded(prompts, width_of(int(lengths.max())))
+        rows = make_rows([prompts[i] for i in index], width_of)
+        read = None if sources is None else make_rows([sources[i] for i in index], width_of)
+        limits = room(rows, read, config.max_tokens, model.position_limit)
         next_B, cache, rngs_B = prefill(
-            params, tokens, lengths, (first + index).astype(np.int32), number.astype(np.uint32)
+            params, rows, read, (first + index).astype(np.int32), number.astype(np.uint32)
         )
-        ended = np.zeros(len(prompts), bool)
+        count = len(index)
+        ended = np.zeros(count, bool)
         for step in range(1, limits.max() + 1):
             # This waits for the device. The next step is dispatched only if some prompt goes on.
             ids = np.asarray(next_B)
@@ -144,29 +178,50 @@ def make_generator(
     return generate
 
 
-def _padded(prompts: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    """tokens_BT, int32: the prompts in rows of `width` tokens, padded at the right."""
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    return tokens
+def make_rows(texts: Sequence[Sequence[int]], width_of: Callable[[int], int]) -> Rows:
+    """The texts as rows, padded at the right to `width_of(tokens of the longest)`."""
+    lengths = np.array([len(text) for text in texts], np.int32)
+    tokens = np.zeros((len(texts), width_of(int(lengths.max()))), np.int32)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+    return Rows(tokens, lengths)
 
 
-def _room(lengths: np.ndarray, max_tokens: int, position_limit: int) -> np.ndarray:
-    """How many tokens each prompt, of `lengths` tokens, is continued by at most: int [prompts].
+def read_prompts(
+    model: Model, params: Params, prompts: Rows, sources: Rows | None, slots: int
+) -> tuple[jax.Array, Cache]:
+    """logits_BV of the token after each prompt, and a cache with the prompts and room for `slots` more tokens."""
+    B, T = prompts.tokens_BT.shape
+    cache = model.make_cache(B, T + slots)
+    if sources is not None:
+        assert isinstance(model, ReadsSource)  # only the prompts of such a model have sources
+        cache = model.read_source(params, jnp.asarray(sources.tokens_BT), sources.valid_BT(), cache)
+    logits_BTV, cache = model.decode(params, jnp.asarray(prompts.tokens_BT), cache, prompts.valid_BT())
+    # Prompts are padded at the right, so the next token follows from the logits at the last valid position.
+    last_BV = jnp.take_along_axis(logits_BTV, (prompts.lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return last_BV, cache
 
-    Raises UserError for an empty prompt, and for one that has more tokens than the model has positions.
+
+def room(prompts: Rows, sources: Rows | None, max_tokens: int, position_limit: int) -> np.ndarray:
+    """How many tokens each prompt is continued by at most: int [prompts].
+
+    Raises UserError for an empty prompt, and for a prompt or source that has more tokens than the model has positions.
     """
+    lengths = np.asarray(prompts.lengths_B)
     if not lengths.all():
         raise UserError("an empty prompt has nothing to continue; begin it with the bos token")
     limits = np.full(len(lengths), max_tokens)
-    if position_limit:
-        limits = np.minimum(limits, position_limit - lengths + 1)
-        if limits.min() < 1:
-            raise UserError(
-                f"the longest prompt has {lengths.max()} tokens but the model holds {position_limit} positions; "
-                "shorten it"
-            )
+    if not position_limit:
+        return limits
+    limits = np.minimum(limits, position_limit - lengths + 1)
+    # All positions that a source needs are those of its own tokens.
+    longest = max(
+        int(lengths.max()) - 1, 0 if sources is None else int(np.asarray(sources.lengths_B).max()) - 1
+    )
+    if longest >= position_limit:
+        raise UserError(
+            f"the longest prompt has {longest + 1} tokens but the model holds {position_limit} positions; shorten it"
+        )
     return limits
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -63,6 +63,9 @@ class Model(Protocol):
         Where `valid_BT` is false, the token is padding and its logits mean nothing.
         """
 
+    def select_rows(self, cache: Cache, rows_B: jax.Array) -> Cache:
+        """The cache whose row b is row rows_B[b] of `cache`, for beam search."""
+
     def cost(self, attended: float, tokens_per_device: float, seq_len: int) -> Cost:
         """The cost of a micro-step.
 
@@ -70,6 +73,14 @@ class Model(Protocol):
         tokens_per_device  the tokens of a micro-step divided by the devices that share them
         seq_len            the length of a row
         """
+
+
+@runtime_checkable
+class ReadsSource(Protocol):
+    """What a family has besides that reads a second text, as its `Family.reads_source` says."""
+
+    def read_source(self, params: Params, tokens_BS: jax.Array, valid_BS: jax.Array, cache: Cache) -> Cache:
+        """The cache with the source that each row is written from. Where `valid_BS` is false, there is padding."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,8 @@ class Family:
     position_table  (sections) -> the setting by which documents may not be longer than data.seq_len, as
                     `key='value'`; "" where they may
     sees_both_sides whether a token sees those after it, so that the family cannot predict the next one
+    reads_source    whether the family reads a second text beside the one that it predicts, as in translation. Only
+                    tasks that have one can train it, and they can train no other family
     free_on_init    the keys of `sections`, with the name of their section, that do not shape the parameters, so that
                     a run may begin with the parameters of a run that has another value
     """
@@ -57,4 +59,5 @@ class Family:
     heads: Callable[[Sections], tuple[int, int] | None] = lambda sections: None
     position_table: Callable[[Sections], str] = lambda sections: ""
     sees_both_sides: bool = False
+    reads_source: bool = False
     free_on_init: tuple[str, ...] = ()

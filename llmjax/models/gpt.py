@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.errors import UserError, choose
-from llmjax.models.contract import Cost, box_axes, unbox
+from llmjax.models.contract import Cache, Cost, box_axes, unbox
 from llmjax.models.family import Family, Sections
-from llmjax.nn.cache import Cache, append_tokens, make_cache
+from llmjax.nn.cache import append_tokens, make_cache, select_rows
 from llmjax.nn.config import (
+    NORM_AT,
     BlockConfig,
     ExpertsConfig,
     ModelConfig,
@@ -27,7 +28,7 @@ from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import Norm, look_up, matrix
 from llmjax.nn.position import POSITIONS
 from llmjax.nn.remat import Widths, kept_width
-from llmjax.nn.stack import Block, Rotations, decode_stack, init_stack, measure_stack, run_stack
+from llmjax.nn.stack import Block, Rotations, Source, decode_stack, init_stack, measure_stack, run_stack
 from llmjax.ops import rope
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.attention import full
@@ -91,6 +92,11 @@ class GPT:
     def _final_norm(self) -> Norm:
         return Norm(self.config.norm, self.config.norm_eps, self.config.use_bias)
 
+    @property
+    def _ends_normalized(self) -> bool:
+        """Whether the last layer puts out normalised states, so that there is no final norm."""
+        return NORM_AT[self.config.norm_at].sums
+
     def _init_boxed(self, rng: jax.Array) -> Params:
         """Parameters in flax's metadata boxes. Their values depend on the seed and the config, not on the mesh."""
         rng_embedding, rng_layers, rng_norm = jax.random.split(rng, 3)
@@ -98,13 +104,15 @@ class GPT:
         x_BTD = jnp.zeros((1, 2, self.config.model_dim), self.config.dtype)
         index_BT = jnp.zeros((1, 2), jnp.int32)
         block = Block(self.config, Layout(), full.attend)
-        return {
+        params = {
             "embedding": self._embedding.init(rng_embedding)["params"],
             "layers": init_stack(
                 block, rng_layers, x_BTD, self._rotations(index_BT).everywhere, self_mask(index_BT, index_BT)
             ),
-            "final_norm": self._final_norm.init(rng_norm, x_BTD)["params"],
         }
+        if not self._ends_normalized:
+            params["final_norm"] = self._final_norm.init(rng_norm, x_BTD)["params"]
+        return params
 
     def init(self, rng: jax.Array) -> Params:
         return unbox(self._init_boxed(rng))
@@ -134,6 +142,8 @@ class GPT:
         return self.layout.constrain(x_BTD.astype(c.dtype), "batch", "length", None)
 
     def _normalize(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+        if self._ends_normalized:
+            return x_BTD
         hidden_BTD: Any = self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
         return hidden_BTD
 
@@ -141,6 +151,10 @@ class GPT:
         """The causal mask. Segments and positions of whole rows are gathered on every device once, for all layers."""
         whole = (self.layout.constrain(x, "batch", None) for x in (batch.segments, batch.positions))
         return self_mask(*whole)
+
+    def _source(self, params: Params, batch: Batch, rng: jax.Array | None) -> Source | None:
+        """The second text of the batch, encoded, for a family that reads one."""
+        return None
 
     def apply(self, params: Params, batch: Batch, *, rng: jax.Array | None = None) -> Output:
         keys_BT = None
@@ -162,7 +176,14 @@ class GPT:
             )
         rotations = self._rotations(batch.positions)
         x_BTD, penalties = run_stack(
-            self._block, params["layers"], x_BTD, rotations, mask, keys_BT=keys_BT, specs=specs
+            self._block,
+            params["layers"],
+            x_BTD,
+            rotations,
+            mask,
+            keys_BT=keys_BT,
+            specs=specs,
+            source=self._source(params, batch, rng),
         )
         return Output(self._normalize(params, x_BTD), penalties=penalties)
 
@@ -170,7 +191,10 @@ class GPT:
         x_BTD = self._embed(params, batch.tokens, batch.positions)
         mask = self._mask(batch)
         rotations = self._rotations(batch.positions)
-        return measure_stack(self._block, params["layers"], x_BTD, rotations, mask, batch.segments > 0)
+        source = self._source(params, batch, None)
+        return measure_stack(
+            self._block, params["layers"], x_BTD, rotations, mask, batch.segments > 0, source
+        )
 
     def _output_table(self, params: Params) -> jax.Array:
         return params["embedding"]["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"]
@@ -188,9 +212,25 @@ class GPT:
         c = self.config
         return make_cache(c.num_layers, batch, slots, c.num_kv_heads, c.head_dim, c.dtype)
 
+    def select_rows(self, cache: Cache, rows_B: jax.Array) -> Cache:
+        return select_rows(cache, rows_B)
+
     def decode(
         self, params: Params, tokens_BT: jax.Array, cache: Cache, valid_BT: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
+        block = Block(self.config, self.layout, full.attend_in_cache)
+        return self._decode(block, params, tokens_BT, cache, valid_BT, None)
+
+    def _decode(
+        self,
+        block: Block,
+        params: Params,
+        tokens_BT: jax.Array,
+        cache: Cache,
+        valid_BT: jax.Array | None,
+        source: Source | None,
+    ) -> tuple[jax.Array, Cache]:
+        """`decode`, with the layers of `block` and the keys and values of a second text, if there is one."""
         c = self.config
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         slot = cache.used
@@ -198,7 +238,6 @@ class GPT:
         # Keys of new tokens go into the cache first, so that the tokens also attend to each other.
         mask = Mask(segments_BT, cache.segments_BS, positions_BT, cache.positions_BS)
         x_BTD = self._embed(params, tokens_BT, positions_BT)
-        block = Block(self.config, self.layout, full.attend_in_cache)
         x_BTD, (k_LBSKH, v_LBSKH) = decode_stack(
             block,
             params["layers"],
@@ -207,6 +246,7 @@ class GPT:
             mask,
             (cache.k_LBSKH, cache.v_LBSKH),
             slot,
+            source,
         )
         hidden_BTD = self._normalize(params, x_BTD)
         # Generation has few tokens, so the output matrix stays split.
@@ -264,18 +304,27 @@ def _resolve(model: ModelConfig, sections: Sections, seq_len: int, compute: Laye
             f"compute.tile={compute.tile} computes feed-forward layers in tiles, and experts.num_experts="
             f"{sections['experts'].num_experts} sorts all tokens; set compute.tile=0"
         )
-    config = resolve(block_config(model, sections["transformer"], sections["experts"]))
+    return {**sections, **resolve_blocks(model, sections["transformer"], sections["experts"], seq_len)}
+
+
+def resolve_blocks(
+    model: ModelConfig, transformer: TransformerConfig, experts: ExpertsConfig, seq_len: int
+) -> Sections:
+    """The sections `transformer` and `experts` with derived sizes filled in."""
+    config = resolve(block_config(model, transformer, experts))
 
     def own(section: type) -> dict[str, Any]:
         return {field.name: getattr(config, field.name) for field in dataclasses.fields(section)}
 
-    transformer, experts = TransformerConfig(**own(TransformerConfig)), ExpertsConfig(**own(ExpertsConfig))
-    if transformer.window > seq_len:
+    if config.window > seq_len:
         raise UserError(
-            f"transformer.window={transformer.window} is longer than data.seq_len={seq_len}; use at most {seq_len}, "
+            f"transformer.window={config.window} is longer than data.seq_len={seq_len}; use at most {seq_len}, "
             "or 0 for no window"
         )
-    return {**sections, "transformer": transformer, "experts": experts}
+    return {
+        "transformer": TransformerConfig(**own(TransformerConfig)),
+        "experts": ExpertsConfig(**own(ExpertsConfig)),
+    }
 
 
 def _split(sections: Sections) -> dict[str, int]:
@@ -289,11 +338,13 @@ def _split(sections: Sections) -> dict[str, int]:
     return sizes
 
 
-def _heads(sections: Sections) -> tuple[int, int]:
+def heads_of(sections: Sections) -> tuple[int, int]:
+    """The numbers of query heads and of key/value heads."""
     return sections["transformer"].num_heads, sections["transformer"].num_kv_heads
 
 
-def _position_table(sections: Sections) -> str:
+def position_table_of(sections: Sections) -> str:
+    """The setting by which positions are embeddings in a table, if they are."""
     position = sections["transformer"].position
     return f"transformer.position={position!r}" if POSITIONS[position].table else ""
 
@@ -305,8 +356,8 @@ GPT_FAMILY = Family(
     resolve=_resolve,
     config=lambda model, sections: block_config(model, sections["transformer"], sections["experts"]),
     split=_split,
-    heads=_heads,
-    position_table=_position_table,
+    heads=heads_of,
+    position_table=position_table_of,
     # How rotary positions turn, and which keys attention sees.
     free_on_init=tuple(
         f"transformer.{key}"

@@ -200,6 +200,10 @@ class LSTM:
     def make_cache(self, batch: int, slots: int) -> Cache:
         return tuple(lstm.zero_state(batch, self.config.hidden_dim) for _ in range(self.config.num_layers))
 
+    def select_rows(self, cache: Cache, rows_B: jax.Array) -> Cache:
+        selected: Cache = jax.tree.map(lambda x_BM: x_BM[rows_B], cache)
+        return selected
+
     def decode(
         self, params: Params, tokens_BT: jax.Array, cache: Cache, valid_BT: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:

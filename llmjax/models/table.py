@@ -6,6 +6,7 @@ import dataclasses
 
 from llmjax.errors import UserError, choose
 from llmjax.models.bert import BERT_FAMILY
+from llmjax.models.encoder_decoder import ENCODER_DECODER_FAMILY
 from llmjax.models.family import Family, Sections
 from llmjax.models.gpt import GPT_FAMILY
 from llmjax.models.lstm import LSTM_FAMILY
@@ -16,6 +17,7 @@ FAMILIES: dict[str, Family] = {
     "gpt": GPT_FAMILY,
     "bert": BERT_FAMILY,
     "lstm": LSTM_FAMILY,
+    "encoder_decoder": ENCODER_DECODER_FAMILY,
 }
 # The sections of all families, with their dataclasses. Families may share one.
 SECTIONS: dict[str, type] = {

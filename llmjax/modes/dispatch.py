@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pathlib
 import time
@@ -12,10 +13,11 @@ import jax
 
 from llmjax.build.compiled_programs import reuse_programs
 from llmjax.build.corpus import cache_directory
+from llmjax.build.labels import with_labels
 from llmjax.config.init_from import as_begun, check_initial
 from llmjax.config.reading import read_config
-from llmjax.config.resolve import resolve_config
-from llmjax.config.resume import check_resume, keep_hold_out
+from llmjax.config.resolve import make_examples, resolve_config
+from llmjax.config.resume import check_resume, keep_choices
 from llmjax.config.schema import Config
 from llmjax.errors import UserError, choose
 from llmjax.modes.request import Request
@@ -37,11 +39,14 @@ def run(
     prompts: Sequence[str],
     checkpoint: str,
     interactive: bool = False,
+    references: pathlib.Path | None = None,
     profile: range = range(0),
+    jsonl: bool = False,
 ) -> int:
     """Runs the mode `name`, a key of `MODES`, and returns the exit code. See `make_request` for what can be wrong."""
-    request = make_request(
-        name, raw, workdir, prompts=prompts, checkpoint=checkpoint, interactive=interactive, profile=profile
+    request = make_request(name, raw, workdir, prompts=prompts, checkpoint=checkpoint)
+    request = dataclasses.replace(
+        request, interactive=interactive, references=references, profile=profile, jsonl=jsonl
     )
     config = request.config
     with reuse_programs(cache_directory(config), config.compute.compilation_cache_mb):
@@ -55,8 +60,6 @@ def make_request(
     *,
     prompts: Sequence[str] = (),
     checkpoint: str = "latest",
-    interactive: bool = False,
-    profile: range = range(0),
 ) -> Request:
     """Reads and checks everything that the user asks for, before anything expensive starts.
 
@@ -64,10 +67,8 @@ def make_request(
       name: the mode, a key of `MODES`.
       raw: the config as nested dicts.
       workdir: the folder of the run.
-      prompts: texts to continue.
+      prompts: texts to continue or to classify.
       checkpoint: `latest`, `best`, or the number of an update.
-      interactive: whether the texts to continue are lines of standard input.
-      profile: the updates to trace, an empty range for none.
 
     Raises `UserError` for a mistake in the config or on the command line, for a workdir that the mode cannot use, and
     if the processes of a run were asked for different things.
@@ -86,12 +87,16 @@ def make_request(
     # For a named topology there is one process, and no workdir is looked at.
     if not on_topology:
         config = together(lambda: check_workdir(mode, config, workdir))
+    # A mode that needs a run and nothing else reads no documents, and the config of a run has its labels.
+    if mode.needs == "run":
+        derived = dataclasses.replace(derived, examples=make_examples(config))
+    else:
+        config, derived = together(lambda: with_labels(config, derived))
+    if not on_topology:
         seen = {"the config": f"one of digest {standing.digest_of(config.to_dict())}"}
         seen |= standing.describe(workdir, folders=name == "train")
         check_same(seen, "give every process the same command, and a --workdir on a disk that they share")
-    return Request(
-        config, derived, workdir, devices, tuple(prompts), checkpoint, started, interactive, profile
-    )
+    return Request(config, derived, workdir, devices, tuple(prompts), checkpoint, started)
 
 
 def check_workdir(mode: Mode, config: Config, workdir: pathlib.Path) -> Config:
@@ -105,7 +110,7 @@ def check_workdir(mode: Mode, config: Config, workdir: pathlib.Path) -> Config:
         return as_begun(config, workdir)
     saved = standing.config_of(workdir, warn)
     if saved is not None:
-        config = keep_hold_out(saved, config, str(workdir))
+        config = keep_choices(saved, config, str(workdir))
         check_resume(saved, config, str(workdir))
     elif mode.needs == "run" or (mode.needs == "parameters" and not config.checkpoint.init_from):
         raise UserError(f"--workdir={workdir} holds no run; train there first, or give another --workdir")

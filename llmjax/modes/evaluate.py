@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import (
@@ -24,9 +27,10 @@ from llmjax.modes.probe import make_probes, probe
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.report.report import write_report
-from llmjax.scores import describe_scores
-from llmjax.tasks.contract import Task
-from llmjax.terminal.lines import format_table, say
+from llmjax.scores import confusion
+from llmjax.scores.score import describe_scores
+from llmjax.tasks.contract import HasDetails, Task
+from llmjax.terminal.lines import format_columns, format_table, say
 from llmjax.terminal.stages import StageProgress, working
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Batch, Params
@@ -59,7 +63,7 @@ def run(request: Request) -> int:
     with working("reading the checkpoint"):
         if untrained:
             workdir = pathlib.Path(config.checkpoint.init_from)
-            update, params = initial_params(program)
+            update, params = initial_params(program, _refuse_new)
         else:
             update, params = load_params(program, workdir, checkpoint)
     # A model of another program does not say what it was trained on.
@@ -68,7 +72,8 @@ def run(request: Request) -> int:
             say(f"{different}; what follows is of those here\n")
         if hosts.is_primary():
             mend_tokenizer(workdir, corpus, different)
-    results = score_held_out(program, corpus, params)
+    details: list[dict[str, Any]] = []
+    results = score_held_out(program, corpus, params, on_details=details.append)
     rows = {
         "checkpoint": f"update {update} of {workdir}",
         "held out": f"{corpus.held_out_plan.num_documents:,} documents, {corpus.held_out_bytes:,} bytes, "
@@ -79,6 +84,8 @@ def run(request: Request) -> int:
             rows | describe_scores(program.task.scores, results) | describe_compression(program.task, corpus)
         )
     )
+    for each in details:
+        say(describe_details(each))
     if asked:
         probe(program, asked, params, update, workdir)
         if hosts.is_primary():
@@ -86,10 +93,17 @@ def run(request: Request) -> int:
     return 0
 
 
-def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watch = iter) -> dict[str, float]:
+def score_held_out(
+    program: Program,
+    corpus: Corpus,
+    params: Params,
+    watch: Watch = iter,
+    on_details: Callable[[dict[str, Any]], None] = lambda details: None,
+) -> dict[str, float]:
     """The scores of the task over all held-out targets, {name: value}.
 
-    `watch` passes on the batches that it is given, and may stop in between.
+    watch       passes on the batches that it is given, and may stop in between
+    on_details  called with what a task has to say besides its scores, if there is anything
     """
     # The callers have found out that there is a held-out part.
     assert corpus.held_out is not None
@@ -101,7 +115,25 @@ def score_held_out(program: Program, corpus: Corpus, params: Params, watch: Watc
     ):
         batches = _counted(feed, lambda count: progress("evaluating", min(count * size, rows), rows))
         totals = evaluate(program.eval_step, params, watch(batches), corpus.held_out_bytes)
-    return program.task.evaluate(totals)
+    task = program.task
+    if isinstance(task, HasDetails):
+        on_details(task.details(totals, program.config.tasks[program.config.task.name]))
+    return task.evaluate(totals)
+
+
+def _refuse_new(sentence: str) -> None:
+    """Raises UserError if there is no run, and the model of checkpoint.init_from has not all parameters of the task."""
+    raise UserError(f"{sentence}; train first, and then evaluate the run")
+
+
+def describe_details(details: Mapping[str, Any]) -> str:
+    """What a task says besides its scores, for the terminal: tables of its classes and of what they were taken for."""
+    labels, matrix = details["labels"], np.asarray(details["confusion"])
+    text = f"\nby class\n{format_columns(*confusion.table_rows(labels, matrix))}"
+    if len(labels) <= confusion.PRINTED:
+        text += "\n\ntexts of each class, by what they were taken for\n"
+        text += format_columns(*confusion.confusion_rows(labels, matrix))
+    return text
 
 
 def _counted(batches: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Batch]:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,11 +15,13 @@ from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program, make_program
 from llmjax.build.restore import initial_params, load_params
 from llmjax.config.init_from import own_tokenizer, with_tokenizer
+from llmjax.data.examples.contract import Prompt, Prompting
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llmjax.data.tokenizer.vocabulary import vocabulary_of
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.escapes import show
+from llmjax.generate.beam_search import Search, make_beam_search
 from llmjax.generate.generate import (
     Generate,
     GenerateConfig,
@@ -81,9 +84,11 @@ def run(request: Request) -> int:
     """Continues the prompts. A single text is streamed; several are shown one after the other when all are done."""
     if request.interactive:
         return run_interactive(request)
-    prompts, num_samples = list(request.prompts) or [""], request.config.generate.num_samples
-    streams = len(prompts) * num_samples == 1 and hosts.is_primary()
-    writer = Writer(load(request))
+    prompts, config = list(request.prompts) or [""], request.config.generate
+    streams = len(prompts) * config.num_samples * config.num_beams == 1 and hosts.is_primary()
+    loaded = load(request)
+    check_continues(loaded.program)
+    writer = Writer(loaded)
     if streams:
         # The prompt comes with the first token: until then its line tells what goes on.
         pieces = iter(prompts)
@@ -110,7 +115,9 @@ def run_interactive(request: Request) -> int:
         raise UserError(
             "--interactive=true reads the lines of one terminal, and there are several processes; use --prompt_file"
         )
-    writer, streams = Writer(load(request), power_of_two), request.config.generate.num_samples == 1
+    loaded, config = load(request), request.config.generate
+    check_continues(loaded.program)
+    writer, streams = Writer(loaded, power_of_two), config.num_samples * config.num_beams == 1
     typed = sys.stdin.isatty() and sys.stdout.isatty()
 
     def write(number: int, line: str, watch: Watch) -> None:
@@ -126,30 +133,39 @@ def run_interactive(request: Request) -> int:
     return 0
 
 
+# What the tasks of each `Task.use` do instead of continuing a text, and the mode for it.
+OTHER_USES = {
+    "fill_masks": ("fills in masks and continues no text", "--mode=evaluate"),
+    "classify": ("gives labels to texts and continues none", "--mode=classify"),
+    "translate": ("writes a text after it has read another, and continues none", "--mode=translate"),
+}
+
+
 def check_continues(program: Program) -> None:
     """UserError where the model continues no text, and where its task reads a second stream of tokens, which a text by
     itself does not bring."""
-    name = program.config.task.name
-    if program.task.sees_both_sides:
+    name, use = program.config.task.name, program.task.use
+    if use != "generate":
+        does, mode = choose(OTHER_USES, "task.use", use)
         raise UserError(
-            f"task.name={name!r} fills in masks and continues no text; use --mode=evaluate, or train a model with "
-            "task.name=language_model"
+            f"task.name={name!r} {does}; use {mode}, or train a model with task.name=language_model"
         )
     if "source" in program.derived.examples.columns:
         raise UserError(f"task.name={name!r} reads two texts, and a prompt is one; use --mode=evaluate")
 
 
 class Writer:
-    """Continues prompts with a loaded checkpoint. Lengths that were seen before compile nothing.
+    """Writes after prompts with a loaded checkpoint. Lengths that were seen before compile nothing.
 
-    Raises UserError where the task of the run reads two texts or continues none.
+    A task that is `Prompting` writes another text than the prompt, and all others go on with it.
     """
 
     def __init__(self, loaded: Loaded, width_of: Callable[[int], int] = round_up):
-        check_continues(loaded.program)
         self._loaded = loaded
         self._config = loaded.program.config.generate
-        self._generate = generator(loaded.program, loaded.tokenizer, self._config, width_of)
+        self._examples = loaded.program.derived.examples
+        make = searcher if self._config.num_beams > 1 else generator
+        self._generate: Any = make(loaded.program, loaded.tokenizer, self._config, width_of)
 
     def write(
         self,
@@ -164,12 +180,27 @@ class Writer:
         watch    sees each token go by, and may end all texts early
         first    the number of the first prompt, on which the samples depend
         """
-        loaded, num_samples = self._loaded, self._config.num_samples
-        tokenizer = loaded.tokenizer
-        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-        self._remark(max(map(len, ids), default=0))
+        loaded, num_samples, examples = self._loaded, self._config.num_samples, self._examples
+        tokenizer, writes_anew = loaded.tokenizer, isinstance(examples, Prompting)
+        read = [
+            examples.encode_prompt(prompt, tokenizer)
+            if isinstance(examples, Prompting)
+            else Prompt([tokenizer.bos_id, *tokenizer.encode(prompt)])
+            for prompt in prompts
+        ]
+        ids, sources = [prompt.tokens for prompt in read], sources_of(read)
+        self._remark(max(map(len, [*ids, *(sources or ())]), default=0))
+        if self._config.num_beams > 1:
+            with working("searching"):
+                found = self._generate(loaded.params, ids, sources, watch)
+            return [
+                [tokenizer.decode(text, continues=not writes_anew and bool(prompt)) for text in texts]
+                for prompt, texts in zip(prompts, found, strict=True)
+            ]
         decoders = [
-            StreamDecoder(tokenizer, continues=bool(prompt)) for prompt in prompts for _ in range(num_samples)
+            StreamDecoder(tokenizer, continues=not writes_anew and bool(prompt))
+            for prompt in prompts
+            for _ in range(num_samples)
         ]
         texts = [""] * len(decoders)
 
@@ -177,7 +208,7 @@ class Writer:
             texts[row] += text
             on_text(row, text)
 
-        tokens = iter(watch(self._generate(loaded.params, ids, first)))
+        tokens = iter(watch(self._generate(loaded.params, ids, first, sources)))
         with working("reading the prompt"):
             first_tokens = list(itertools.islice(tokens, 1))
         for new in itertools.chain(first_tokens, tokens):
@@ -208,6 +239,11 @@ class Writer:
                 warn(f"note: {note}")
 
 
+def sources_of(prompts: Sequence[Prompt]) -> list[Sequence[int]] | None:
+    """The second stream of each prompt; None where they have none."""
+    return [prompt.source for prompt in prompts] if any(prompt.source for prompt in prompts) else None
+
+
 def make_sampler(program: Program, corpus: Corpus) -> Callable[[Params, Watch], list[tuple[str, str]]]:
     """A function (params, watch) -> [(prompt, continuation)], which is compiled once for a whole run.
 
@@ -236,11 +272,24 @@ def generator(
     width_of: Callable[[int], int] = round_up,
 ) -> Generate:
     """Sampling with the settings in `config`; ids that stand for no text, other than the end, are never drawn."""
-    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
     return make_generator(
-        program.model,
-        config,
-        eos_id=tokenizer.eos_id,
-        banned_ids=sorted(special - {tokenizer.eos_id}),
-        width_of=width_of,
+        program.model, config, eos_id=tokenizer.eos_id, banned_ids=_no_text(tokenizer), width_of=width_of
     )
+
+
+def searcher(
+    program: Program,
+    tokenizer: Tokenizer,
+    config: GenerateConfig,
+    width_of: Callable[[int], int] = round_up,
+) -> Search:
+    """Beam search with the settings in `config`, in which ids that stand for no text never appear."""
+    return make_beam_search(
+        program.model, config, eos_id=tokenizer.eos_id, banned_ids=_no_text(tokenizer), width_of=width_of
+    )
+
+
+def _no_text(tokenizer: Tokenizer) -> list[int]:
+    """The ids that stand for no text, other than the end."""
+    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
+    return sorted(special - {tokenizer.eos_id})

@@ -64,6 +64,14 @@ def _typed_line() -> str:
             complain("the line is not text in the encoding of this terminal; type it again")
 
 
+def piped_lines() -> Iterator[str]:
+    """The lines of standard input that are not empty, without their ends."""
+    for number in itertools.count():
+        if not (line := _piped_line(number)):
+            return
+        yield line
+
+
 def _piped_line(number: int) -> str:
     """The next line of standard input that is not empty, without its end; "" where there is none."""
     while data := sys.stdin.buffer.readline():

@@ -25,13 +25,14 @@ from llmjax.build.restore import (
     open_checkpoints,
     restore,
 )
+from llmjax.errors import choose
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.files import write_atomically
 from llmjax.modes.evaluate import score_held_out
-from llmjax.modes.fill_masks import make_filler
-from llmjax.modes.generate import make_sampler
+from llmjax.modes.samples.table import SAMPLES
 from llmjax.parallel import hosts
 from llmjax.parallel.devices import peak_flops
+from llmjax.scores import confusion
 from llmjax.terminal.stages import working
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.loop.run import Run
@@ -41,6 +42,7 @@ from llmjax.train.update.state import TrainState
 from llmjax.train.update.step import Metrics, TrainStep
 from llmjax.types import Batch, Params
 from llmjax.workdir import standing
+from llmjax.workdir.contents import write_json
 from llmjax.workdir.samples import Sample, write_samples
 
 # The packages whose versions a checkpoint records, because they decide a run's numbers.
@@ -65,8 +67,7 @@ def make_run(
     """
     config = program.config
     step = _Step(program.train_step, compiled)
-    make_texts = make_filler if program.task.sees_both_sides else make_sampler
-    texts = make_texts(program, corpus)
+    texts = choose(SAMPLES, "task.use", program.task.use).make(program, corpus)
     parts = _Parts(step, program, corpus, workdir, stop, check_lock, on_samples, texts)
     return Run(
         steering=program.steering,
@@ -149,7 +150,11 @@ class _Parts:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         params = self.program.eval_params(state)
-        return score_held_out(self.program, self.corpus, params, self.stop.watch)
+        details: list[dict[str, Any]] = []
+        results = score_held_out(self.program, self.corpus, params, self.stop.watch, details.append)
+        if details and hosts.is_primary():
+            write_json(self.workdir / confusion.FILE, {"update": int(state.update), **details[0]})
+        return results
 
     def sample(self, state: TrainState, update: int) -> None:
         # Every process takes part in the sampling, and the first one writes.

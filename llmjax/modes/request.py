@@ -20,11 +20,13 @@ class Request:
     derived        what follows from the config, see `config/resolve.py`
     workdir        the folder to which a run writes everything and from which it reads
     devices        the devices to run on, or those of a named topology to compile for
-    prompts        the texts to continue
+    prompts        the texts to continue or to classify
     checkpoint     `latest`, `best` or the number of an update
     started        `time.perf_counter()` when the process began
     interactive    whether the texts to continue are lines of standard input, one after the other
+    references     the file with the right translations, if there is one
     profile        the updates to trace, an empty range for none
+    jsonl          whether the results are lines of JSON
     """
 
     config: Config
@@ -35,4 +37,6 @@ class Request:
     checkpoint: str
     started: float
     interactive: bool = False
+    references: pathlib.Path | None = None
     profile: range = range(0)
+    jsonl: bool = False

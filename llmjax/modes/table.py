@@ -16,6 +16,7 @@ class Mode:
     needs         what the mode needs: "nothing", a "run" in the workdir, or "parameters", which may be those of a run
                   in the workdir or of the run that checkpoint.init_from names
     flags         the flags of the command line that this mode uses and other modes may not
+    keeps_empty   whether empty lines of --prompt_file are prompts, so that every line has its answer
     for_topology  whether the mode compiles for the devices that plan.topology names, if it names any. It then looks at
                   no workdir
     """
@@ -23,11 +24,18 @@ class Mode:
     needs: str
     flags: tuple[str, ...] = ()
     for_topology: bool = False
+    keeps_empty: bool = False
 
 
 MODES = {
     "train": Mode(needs="nothing", flags=("profile",)),
     "evaluate": Mode(needs="parameters", flags=("checkpoint",)),
     "generate": Mode(needs="parameters", flags=("checkpoint", "prompt", "prompt_file", "interactive")),
+    "translate": Mode(
+        needs="run",
+        flags=("checkpoint", "prompt", "prompt_file", "interactive", "references"),
+        keeps_empty=True,
+    ),
+    "classify": Mode(needs="run", flags=("checkpoint", "prompt", "prompt_file", "jsonl")),
     "plan": Mode(needs="nothing", for_topology=True),
 }

@@ -10,12 +10,14 @@ A workdir holds
     summary.json      results and commands           documents/      texts behind spikes and dropped micro-steps
     report.html       all of it as one page          partial_update/ an update stopped between its micro-steps
     profile/          traces that --profile asked for
+    classes.json      for classification: the confusion matrix of the newest evaluation
     wandb.json        the id of its W&B run, and wandb/ with the files of W&B, where metrics.wandb asks for it
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pathlib
 import time
@@ -36,14 +38,15 @@ from llmjax.build.restore import (
     resume_or_init,
 )
 from llmjax.config.schema import Config
-from llmjax.errors import UserError
+from llmjax.errors import UserError, choose
 from llmjax.escapes import complain
 from llmjax.files import write_atomically
 from llmjax.modes.corpus import read_corpus
-from llmjax.modes.evaluate import describe_compression
+from llmjax.modes.evaluate import describe_compression, describe_details
 from llmjax.modes.loop_parts import make_run
 from llmjax.modes.probe import make_probes, probe
 from llmjax.modes.request import Request
+from llmjax.modes.samples.table import SAMPLES
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import on_primary, together
 from llmjax.plan.advice import remarks
@@ -51,7 +54,9 @@ from llmjax.plan.memory import check_state_fits
 from llmjax.plan.summary import describe
 from llmjax.quantities import format_duration
 from llmjax.report.report import write_report
-from llmjax.scores import FILE, Score, describe_scores, scores_as_json
+from llmjax.scores import confusion
+from llmjax.scores.score import FILE, Score, describe_scores, scores_as_json
+from llmjax.tasks.contract import HasDetails
 from llmjax.tasks.table import TASKS
 from llmjax.terminal.lines import format_table, indent, say, warn
 from llmjax.terminal.stages import working
@@ -269,16 +274,12 @@ def finish(
     if result.position.evaluation is not None:
         results = describe_scores(scores, result.position.evaluation) | describe_compression(task, corpus)
     samples, _ = read_samples(workdir)
-    opening = (
-        samples[-1].prompt.strip().split("\n")[0][:20]
-        if samples and config.data.sources != ("stdlib",)
-        else "import "
-    )
+    opening = "import "
+    told = choose(SAMPLES, "task.use", task.use)
+    if samples and config.data.sources != ("stdlib",):
+        opening = samples[-1].prompt.strip().split("\n")[0][: told.opening]
     done = math.ceil(result.position.tokens / (config.train.tokens_per_update or 1))
-    following = commands(workdir, max(config.train.num_updates, done), opening)
-    if task.sees_both_sides:
-        # Such a model continues no text.
-        del following["generate"]
+    following = commands(workdir, max(config.train.num_updates, done), opening, told.mode)
     write_json(
         workdir / "summary.json",
         {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},
@@ -293,9 +294,10 @@ def finish(
         say(f"\nstopped {where} and saved; go on with\n  {following['resume']}")
         return
     if samples:
-        before, did = ("of", "the model made") if task.sees_both_sides else ("after", "the model continued")
-        say(f"\nsample: {before}\n{indent(samples[-1].prompt)}\n{did}\n{indent(samples[-1].text)}")
+        say(f"\nsample: {told.before}\n{indent(samples[-1].prompt)}\n{told.did}\n{indent(samples[-1].text)}")
     rows = format_table(results | {"report": str(report)})
+    if (workdir / confusion.FILE).exists() and isinstance(task, HasDetails):
+        rows += "\n" + describe_details(json.loads((workdir / confusion.FILE).read_text(encoding="utf-8")))
     seconds = format_duration(result.position.seconds)
     say(f"\ndone after {seconds}\n{rows}" if trained else f"\nfinished before; that took {seconds}\n{rows}")
     say(f"\nnext\n{format_table(following)}")

@@ -23,7 +23,7 @@ KeyValue = tuple[jax.Array, jax.Array]
 
 
 class Attention(nn.Module):
-    """The parameters of self-attention, and its token-wise parts: the projections before and after the heads."""
+    """The parameters of attention, and its token-wise parts: the projections before and after the heads."""
 
     config: BlockConfig
     layout: Layout
@@ -53,24 +53,40 @@ class Attention(nn.Module):
     def project(self, x_BTD: jax.Array, rotation: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q_BTNH, k_BTKH and v_BTKH of x_BTD. Queries and keys are rotated by `rotation`, the cos and sin of their
         positions."""
-        c, (B, T, D) = self.config, x_BTD.shape
-        q_BTNH, k_BTKH, v_BTKH = (
-            product(x_BTD, w.reshape(D, -1), self.layout).reshape(B, T, -1, c.head_dim)
-            for w in (self.wq_DNH, self.wk_DKH, self.wv_DKH)
-        )
+        return self.queries(x_BTD, rotation), *self.keys_values(x_BTD, rotation)
+
+    def queries(self, x_BTD: jax.Array, rotation: KeyValue | None) -> jax.Array:
+        """q_BTNH of x_BTD."""
+        c = self.config
+        q_BTNH = self._heads(x_BTD, self.wq_DNH)
         if c.use_bias or c.qkv_bias:
-            q_BTNH, k_BTKH = add_bias(q_BTNH, self.q_bias), add_bias(k_BTKH, self.k_bias)
-            v_BTKH = add_bias(v_BTKH, self.v_bias)
+            q_BTNH = add_bias(q_BTNH, self.q_bias)
         if c.qk_norm:
             # QK-norm keeps attention scores bounded (Henry et al. 2020; Dehghani et al. 2023).
-            q_BTNH, k_BTKH = self._normalize(self.q_norm, q_BTNH), self._normalize(self.k_norm, k_BTKH)
+            q_BTNH = self._normalize(self.q_norm, q_BTNH)
         if rotation is not None:
-            q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
+            q_BTNH = rope.rotate(q_BTNH, *rotation)
         if c.score_dim and c.score_dim != c.head_dim:
             # Every algorithm of attention divides by the root of head_dim.
             q_BTNH = q_BTNH * jnp.asarray((c.head_dim / c.score_dim) ** 0.5, q_BTNH.dtype)
-        q_BTNH = self.layout.constrain(q_BTNH, "batch", "length", "heads", "head_dim")
-        return q_BTNH, k_BTKH, v_BTKH
+        return self.layout.constrain(q_BTNH, "batch", "length", "heads", "head_dim")
+
+    def keys_values(self, x_BSD: jax.Array, rotation: KeyValue | None) -> KeyValue:
+        """k_BSKH and v_BSKH of x_BSD."""
+        c = self.config
+        k_BSKH, v_BSKH = self._heads(x_BSD, self.wk_DKH), self._heads(x_BSD, self.wv_DKH)
+        if c.use_bias or c.qkv_bias:
+            k_BSKH, v_BSKH = add_bias(k_BSKH, self.k_bias), add_bias(v_BSKH, self.v_bias)
+        if c.qk_norm:
+            k_BSKH = self._normalize(self.k_norm, k_BSKH)
+        if rotation is not None:
+            k_BSKH = rope.rotate(k_BSKH, *rotation)
+        return k_BSKH, v_BSKH
+
+    def _heads(self, x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+        """The product of x_BTD with a matrix of several heads, [B, T, N, H]."""
+        B, T, D = x_BTD.shape
+        return product(x_BTD, w_DNH.reshape(D, -1), self.layout).reshape(B, T, -1, self.config.head_dim)
 
     def _normalize(self, norm: Norm, x_BTNH: jax.Array) -> jax.Array:
         """Normalised queries or keys: each head by itself, or all heads of a token together."""

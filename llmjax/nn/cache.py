@@ -39,6 +39,18 @@ def make_cache(num_layers: int, batch: int, slots: int, kv_heads: int, head_dim:
     return Cache(kv, kv, per_slot, per_slot, jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32))
 
 
+def select_rows(cache: Cache, rows_B: jax.Array) -> Cache:
+    """The cache whose row b is row rows_B[b] of `cache`."""
+    return Cache(
+        cache.k_LBSKH[:, rows_B],
+        cache.v_LBSKH[:, rows_B],
+        cache.segments_BS[rows_B],
+        cache.positions_BS[rows_B],
+        cache.next_position_B[rows_B],
+        cache.used,
+    )
+
+
 def append_tokens(cache: Cache, valid_BT: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
     """Claims slots for T tokens per row. Returns the cache, and segments_BT and positions_BT of the new tokens.
 

@@ -21,17 +21,19 @@ DTYPES = ("float32", "bfloat16")
 
 
 class NormPlaces(NamedTuple):
-    """What is normalised: what attention and feed-forward layer read, and what they put out before it is added to the
-    residual stream."""
+    """What is normalised: what attention and feed-forward layer read, what they put out before it is added to the
+    residual stream, or the sum of both. With sums, the last layer leaves nothing for a final norm to do."""
 
-    inputs: bool
-    outputs: bool
+    inputs: bool = False
+    outputs: bool = False
+    sums: bool = False
 
 
 NORM_AT = {
-    "input": NormPlaces(inputs=True, outputs=False),  # Xiong et al. 2020
-    "output": NormPlaces(inputs=False, outputs=True),  # OLMo 2: Walsh et al. 2024
+    "input": NormPlaces(inputs=True),  # Xiong et al. 2020
+    "output": NormPlaces(outputs=True),  # OLMo 2: Walsh et al. 2024
     "both": NormPlaces(inputs=True, outputs=True),  # Gemma 2: Riviere et al. 2024
+    "sum": NormPlaces(sums=True),  # Vaswani et al. 2017
 }
 # Whether the norm of queries and keys averages over all heads together (OLMo 2).
 QK_NORM_OVER = {"head": False, "all": True}

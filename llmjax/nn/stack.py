@@ -1,4 +1,4 @@
-"""The pre-norm Transformer block, and the stack of blocks: scanned or unrolled, with remat.
+"""The Transformer block, and the stack of blocks: scanned or unrolled, with remat.
 
 The parameters of all layers are stacked along a leading `layers` dimension in both cases, so `scan_layers` changes
 how the model is compiled but not the checkpoint format.
@@ -43,6 +43,19 @@ class Rotations(NamedTuple):
         return self.in_windows if window else self.everywhere
 
 
+class Source(NamedTuple):
+    """What a layer reads of a second text, the source: its encoded tokens, or the keys and values made of them.
+
+    mask       which tokens of the source each query sees
+    x_BSD      the encoded tokens, ready to be projected
+    kv         keys and values of this layer, in generation, where they are made once
+    """
+
+    mask: Mask
+    x_BSD: jax.Array | None = None
+    kv: KeyValue | None = None
+
+
 class BlockOutput(NamedTuple):
     """The output of a block.
 
@@ -62,7 +75,8 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm: Xiong et al. 2020).
 
-    With `norm_at` output, it is x + norm(attention(x)), and with both, x + norm(attention(norm(x))).
+    With `norm_at` output, it is x + norm(attention(x)), with both, x + norm(attention(norm(x))), and with sum,
+    norm(x + attention(x)).
 
     `project` and `finish` work on each token separately. `mix_tokens` between them calls `attend`, one of the
     algorithms of `ops/attention`.
@@ -82,6 +96,8 @@ class Block(nn.Module):
             self.attention_norm, self.mlp_norm = norm(), norm()
         if self.normed.outputs:
             self.attention_out_norm, self.mlp_out_norm = norm(), norm()
+        if self.normed.sums:
+            self.attention_sum_norm, self.mlp_sum_norm = norm(), norm()
         self.attention = Attention(c, self.layout)
         if c.num_experts:
             self.experts = Experts(c, self.layout)
@@ -97,6 +113,7 @@ class Block(nn.Module):
         layer: int | jax.Array = 0,
         cached: KeyValue | None = None,
         slot: jax.Array | None = None,
+        source: Source | None = None,
     ) -> BlockOutput:
         """The output of the block.
 
@@ -104,6 +121,7 @@ class Block(nn.Module):
         keys_BT   random keys for dropout; None turns dropout off
         layer     the index of the layer, which tells its dropout masks apart
         cached    cached keys and values, into which the new ones are written from `slot` on
+        source    a second text, for a block that reads one
         """
         q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD, rotation)
         if cached is not None:
@@ -114,9 +132,18 @@ class Block(nn.Module):
         out_BTNH = self.mix_tokens(
             q_BTNH, k_BSKH, v_BSKH, mask, Layout() if cached is not None else self.layout
         )
+        x_BTD, attention_BTD = self.add_attention(x_BTD, out_BTNH, keys_BT, layer)
+        if source is not None:
+            x_BTD = self.read_source(x_BTD, source, keys_BT, layer)
         real_BT = mask.q_segments_BT > 0
-        out = self.finish(x_BTD, out_BTNH, keys_BT, layer, real_BT, alone=cached is not None)
-        return BlockOutput(out[0], (k_BSKH, v_BSKH), *out[1:])
+        x_BTD, mlp_BTD, penalties = self.add_mlp(x_BTD, keys_BT, layer, real_BT, alone=cached is not None)
+        return BlockOutput(x_BTD, (k_BSKH, v_BSKH), attention_BTD, mlp_BTD, penalties)
+
+    def read_source(
+        self, x_BTD: jax.Array, source: Source, keys_BT: jax.Array | None, layer: int | jax.Array
+    ) -> jax.Array:
+        """x_BTD after attention to the source, which only `SourceBlock` has."""
+        raise NotImplementedError
 
     def project(self, x_BTD: jax.Array, rotation: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of the input, which is normalised first if `norm_at` says so."""
@@ -132,24 +159,35 @@ class Block(nn.Module):
         return on_each_device(attend, layout)(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N=self.attention.sink_bias)
 
     def finish(
-        self,
-        x_BTD: jax.Array,
-        out_BTNH: jax.Array,
-        keys_BT: jax.Array | None,
-        layer: int | jax.Array,
-        real_BT: jax.Array | None = None,
-        alone: bool = False,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, Penalties]:
-        """x_BTD after the block, what attention and MLP added to it, and loss terms of experts.
+        self, x_BTD: jax.Array, out_BTNH: jax.Array, keys_BT: jax.Array | None, layer: int | jax.Array
+    ) -> jax.Array:
+        """x_BTD after the block, for layers that are computed in tiles, which have no experts."""
+        x_BTD, _ = self.add_attention(x_BTD, out_BTNH, keys_BT, layer)
+        return self.add_mlp(x_BTD, keys_BT, layer)[0]
 
-        `real_BT` is false for padding; only experts need it, and `alone`, see `Experts`.
-        """
-        rate = self.config.dropout
+    def add_attention(
+        self, x_BTD: jax.Array, out_BTNH: jax.Array, keys_BT: jax.Array | None, layer: int | jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x_BTD with the output of attention added to it, and this output."""
         attention_BTD = self.attention.output(out_BTNH)
         if self.normed.outputs:
             attention_BTD = self.attention_out_norm(attention_BTD)
         # Each place with dropout has its own salt: 0 for the embedding, then two per layer.
-        x_BTD = x_BTD + dropout(attention_BTD, keys_BT, rate, 2 * layer + 1)
+        x_BTD = x_BTD + dropout(attention_BTD, keys_BT, self.config.dropout, 2 * layer + 1)
+        return self.attention_sum_norm(x_BTD) if self.normed.sums else x_BTD, attention_BTD
+
+    def add_mlp(
+        self,
+        x_BTD: jax.Array,
+        keys_BT: jax.Array | None,
+        layer: int | jax.Array,
+        real_BT: jax.Array | None = None,
+        alone: bool = False,
+    ) -> tuple[jax.Array, jax.Array, Penalties]:
+        """x_BTD with the output of the feed-forward layer added to it, this output, and loss terms of experts.
+
+        `real_BT` is false for padding; only experts need it, and `alone`, see `Experts`.
+        """
         penalties: Penalties = {}
         into_BTD = self.mlp_norm(x_BTD) if self.normed.inputs else x_BTD
         if self.config.num_experts:
@@ -159,8 +197,8 @@ class Block(nn.Module):
             mlp_BTD = self.mlp(into_BTD)
         if self.normed.outputs:
             mlp_BTD = self.mlp_out_norm(mlp_BTD)
-        x_BTD = x_BTD + dropout(mlp_BTD, keys_BT, rate, 2 * layer + 2)
-        return x_BTD, attention_BTD, mlp_BTD, penalties
+        x_BTD = x_BTD + dropout(mlp_BTD, keys_BT, self.config.dropout, 2 * layer + 2)
+        return self.mlp_sum_norm(x_BTD) if self.normed.sums else x_BTD, mlp_BTD, penalties
 
 
 def unstack(stacked: Any, n: int) -> list[Any]:
@@ -187,12 +225,14 @@ def run_stack(
     *,
     keys_BT: jax.Array | None = None,
     specs: Any = None,
+    source: Source | None = None,
 ) -> tuple[jax.Array, Penalties]:
     """x after all layers, and the loss terms of each token, added up over the layers. Each layer uses `mask` with its
     own window.
 
     params  the parameters of all layers, stacked along a leading dimension
     specs   the PartitionSpecs of the parameters of one layer; needed only if layers are computed in tiles
+    source  the second text, which every layer reads
     """
     c, compute = block.config, block.compute
 
@@ -205,7 +245,7 @@ def run_stack(
             x_BTD = checkpoint_name(x_BTD, RESIDUAL)
             if compute.tile:
                 return _tiled_layer(block, layer_params, specs, x_BTD, rotation, layer_mask, keys_BT, i), {}
-            out = _output(block, layer_params, x_BTD, rotation, layer_mask, keys_BT, i)
+            out = _output(block, layer_params, x_BTD, rotation, layer_mask, keys_BT, i, None, None, source)
             return out.x_BTD, out.penalties
 
         return remat(layer, compute.remat, compute.offload)(x_BTD, *scanned)
@@ -239,7 +279,9 @@ def _tiled_layer(
     def finish(params: Params, arrays: Any) -> jax.Array:
         x_BTD, out_BTNH, keys_BT = arrays
         params, layer = params["modules"], params["layer"]
-        return inner.apply({"params": params}, x_BTD, out_BTNH, keys_BT, layer, method="finish")[0]
+        # flax's types do not say that `apply` returns nothing else here.
+        after_BTD: Any = inner.apply({"params": params}, x_BTD, out_BTNH, keys_BT, layer, method="finish")
+        return after_BTD
 
     def of(tree: Any, *names: str) -> Any:
         # A block has some of the norms only.
@@ -251,7 +293,9 @@ def _tiled_layer(
     out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="mix_tokens")
     # In a scan, the layer index is a traced value. The function inside `jax.shard_map` must not close over traced
     # values, so the index is passed as an argument.
-    names = ("attention", "attention_out_norm", "mlp_norm", "mlp", "mlp_out_norm")
+    names = (
+        "attention", "attention_out_norm", "attention_sum_norm", "mlp_norm", "mlp", "mlp_out_norm", "mlp_sum_norm",
+    )  # fmt: skip
     mine = {"modules": of(params, *names), "layer": jnp.asarray(layer)}
     return tiles(
         finish, mine, {"modules": of(specs, *names), "layer": PartitionSpec()}, (x_BTD, out_BTNH, keys_BT)
@@ -307,16 +351,26 @@ def decode_stack(
     mask: Mask,
     cached_LBSKH: KeyValue,
     slot: jax.Array,
+    source: Source | None = None,
 ) -> tuple[jax.Array, KeyValue]:
-    """x after all layers, and the cached keys and values of every layer, with the new ones written from `slot` on."""
+    """x after all layers, and the cached keys and values of every layer, with the new ones written from `slot` on.
 
-    def body(x: jax.Array, scanned: tuple[Params, KeyValue], window: int) -> tuple[jax.Array, KeyValue]:
-        layer_params, cached = scanned
+    `source.kv` has the keys and values of all layers, stacked.
+    """
+
+    def body(
+        x: jax.Array, scanned: tuple[Params, KeyValue, KeyValue | None], window: int
+    ) -> tuple[jax.Array, KeyValue]:
+        layer_params, cached, source_kv = scanned
+        of_layer = None if source is None else source._replace(kv=source_kv)
         layer_mask = dataclasses.replace(mask, window=window)
-        out = _output(block, layer_params, x, rotations.of(window), layer_mask, None, 0, cached, slot)
+        out = _output(
+            block, layer_params, x, rotations.of(window), layer_mask, None, 0, cached, slot, of_layer
+        )
         return out.x_BTD, out.kv
 
-    return _scan_layers(block.config, body, x_BTD, (params, cached_LBSKH))
+    sources = None if source is None else source.kv
+    return _scan_layers(block.config, body, x_BTD, (params, cached_LBSKH, sources))
 
 
 def measure_stack(
@@ -326,6 +380,7 @@ def measure_stack(
     rotations: Rotations,
     mask: Mask,
     real_BT: jax.Array,
+    source: Source | None = None,
 ) -> dict[str, jax.Array]:
     """Root mean squares over the positions where `real_BT`, float32 [L], for each layer.
 
@@ -341,7 +396,7 @@ def measure_stack(
 
     def body(x: jax.Array, layer_params: Params, window: int) -> tuple[jax.Array, dict[str, jax.Array]]:
         layer_mask = dataclasses.replace(mask, window=window)
-        out = _output(block, layer_params, x, rotations.of(window), layer_mask)
+        out = _output(block, layer_params, x, rotations.of(window), layer_mask, None, 0, None, None, source)
         measured = {
             "residual_rms": rms(out.x_BTD),
             "attention_rms": rms(out.attention_BTD),

@@ -44,5 +44,6 @@ ACTIVATIONS = {
     "swiglu": Activation(jax.nn.silu, gated=True),  # Shazeer 2020
     "geglu": Activation(jax.nn.gelu, gated=True),  # Shazeer 2020
     "gelu": Activation(jax.nn.gelu),  # Hendrycks and Gimpel 2016
+    "relu": Activation(jax.nn.relu),  # Vaswani et al. 2017
     "relu2": Activation(_relu2),  # So et al. 2021
 }

@@ -33,11 +33,13 @@ class Axis:
 RULES: dict[str, Axis] = {
     "batch": Axis(("data", "fsdp")),
     "length": Axis(("seq",)),
-    "source_length": Axis(),
+    "source_length": Axis(("seq",)),
     "layers": Axis((), "stack"),
     "vocab": Axis(("tensor",), "rows"),
     "positions": Axis((), "rows"),
     "classes": Axis(("tensor",), "classes"),
+    # The classes of a text. They are few, and their number is any, so that every device has all of them.
+    "labels": Axis((), "classes"),
     # Dimensions of matrices along the residual stream: `embed` reads from it, `residual` adds to it.
     "embed": Axis(("fsdp", "seq"), "inputs"),
     "residual": Axis(("fsdp", "seq"), "outputs"),

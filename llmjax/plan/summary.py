@@ -11,6 +11,7 @@ import numpy as np
 from llmjax.build.corpus import Corpus
 from llmjax.build.hold_out import DOCUMENTS, NOTHING, TAILS
 from llmjax.build.program import Program
+from llmjax.config.schema import Config
 from llmjax.data.pipeline import DataConfig
 from llmjax.data.sources.cutting import TAIL
 from llmjax.data.sources.listing import Listing
@@ -20,6 +21,9 @@ from llmjax.quantities import format_bytes, format_number, format_quantity
 from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.schedules import describe_schedule
 from llmjax.train.steering.controller import RULES
+
+# The most labels that are counted one by one. A choice: more do not fit into a line.
+MOST_NAMED = 8
 
 
 def tree_bytes_per_device(tree: object) -> int:
@@ -46,6 +50,7 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
         f"({size / tokens:.2f} bytes per token){held}"
         f"{_describe_cuts(corpus, program.config.data)}{_describe_left_out(store.header)}",
         "held out": _describe_held_out(corpus, program.config.data),
+        **_describe_labels(corpus, program.config),
         "files": _describe_files(corpus.listing),
         "tokenizer": _describe_tokenizer(program.config.tokenizer, corpus.tokenizer.vocab_size),
         "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
@@ -145,6 +150,25 @@ def _describe_held_out(corpus: Corpus, data: DataConfig) -> str:
             text += f"; data.hold_out={data.hold_out} is not used"
     same = corpus.held_out_duplicates
     return f"{text}; {same:,} of {number:,} are trained on too, word for word" if same else text
+
+
+def _describe_labels(corpus: Corpus, config: Config) -> dict[str, str]:
+    """How many texts have each label, and how many texts are cut; nothing for a task without labels."""
+    store = corpus.store
+    if store.labels is None:
+        return {}
+    labels = config.tasks[config.task.name].labels
+    counts = np.bincount(store.labels, minlength=len(labels))
+    named = [f"{label} {count:,}" for label, count in zip(labels, counts.tolist())]
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    text = f"{len(labels)}: {', '.join(named[:MOST_NAMED])}{more}"
+    # A text that was cut has no end.
+    limit = config.data.seq_len
+    full = np.flatnonzero(store.lengths == limit + 1)
+    cut = sum(int(store.tokens(int(doc), limit)[0]) != corpus.tokenizer.eos_id for doc in full)
+    if cut:
+        text += f"; {cut:,} text{'s'[: cut != 1]} of more than data.seq_len={limit:,} tokens, cut at the end"
+    return {"labels": text}
 
 
 def _describe_files(listing: Listing) -> str:

@@ -7,6 +7,7 @@ from llmjax.report import curves
 from llmjax.report.page_parts import figure_table, folded, section
 from llmjax.report.results import FEW_DIGITS
 from llmjax.report.run_files import Run
+from llmjax.scores import confusion
 from llmjax.workdir.metrics import Metrics, column
 
 # A table of more rows than this is folded. A choice: about half a screen.
@@ -40,6 +41,25 @@ def draw_evaluations(run: Run) -> str:
     if len(lines) > LONG:
         table = folded(f"All {len(lines):,} evaluations", table)
     return section("Held-out evaluations", table)
+
+
+def draw_classes(run: Run) -> str:
+    """The section of a classification: the scores of each class, what each was taken for, and the calibration."""
+    if not run.classes:
+        return ""
+    labels, matrix = [str(label) for label in run.classes["labels"]], np.asarray(run.classes["confusion"])
+    body = figure_table(*confusion.table_rows(labels, matrix))
+    table = figure_table(*confusion.confusion_rows(labels, matrix))
+    title = "Texts of each class, by what they were taken for"
+    body += folded(title, table) if len(labels) > LONG else f"<h3>{title}</h3>{table}"
+    rows = [
+        [f"{count:,.0f}", f"{confidence / count:.4f}", f"{right / count:.4f}"]
+        for count, confidence, right in run.classes["calibration"]
+        if count
+    ]
+    calibration = figure_table(["texts", "mean confidence", "accuracy"], rows)
+    body += folded("Calibration: is a model that is 90 % sure right in 90 %?", calibration)
+    return section("Classes", f'{body}<p class="note">After update {run.classes["update"]:,.0f}.</p>')
 
 
 def draw_events(metrics: Metrics) -> str:

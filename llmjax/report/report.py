@@ -15,9 +15,10 @@ from llmjax.files import write_atomically
 from llmjax.quantities import format_duration, format_number
 from llmjax.report import chart_axes, chart_drawing, charts, curves, probe_charts
 from llmjax.report.page_parts import as_entries, entry_table, flatten, folded, section
-from llmjax.report.record_tables import draw_evaluations, draw_events
+from llmjax.report.record_tables import draw_classes, draw_evaluations, draw_events
 from llmjax.report.results import draw_tiles
 from llmjax.report.run_files import Run, read_run
+from llmjax.scores import confusion
 from llmjax.workdir import samples
 from llmjax.workdir.metrics import number
 
@@ -28,7 +29,8 @@ EARLIER_SAMPLES = 10
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
-    """Writes `workdir`/report.html from config.json, metrics.jsonl, summary.json, probes.json and samples.jsonl.
+    """Writes `workdir`/report.html from config.json, metrics.jsonl, summary.json, probes.json, classes.json and
+    samples.jsonl.
 
     A file that does not exist has no section on the page. A file that cannot be read is named on the page. An older
     page is replaced in one step, so a reader never sees half a page. Returns the path of the page.
@@ -215,6 +217,7 @@ SECTIONS: dict[Callable[[Run], str], str] = {
     _curves: "metrics.jsonl",
     lambda run: draw_events(run.metrics): "metrics.jsonl",
     _probes: "probes.json",
+    draw_classes: confusion.FILE,
     draw_evaluations: "metrics.jsonl",
     _samples: samples.FILE,
     _commands: "summary.json",

@@ -8,7 +8,7 @@ import numpy as np
 from llmjax.quantities import format_number
 from llmjax.report.page_parts import as_entries
 from llmjax.report.run_files import Run
-from llmjax.scores import Score
+from llmjax.scores.score import Score
 from llmjax.workdir.metrics import column
 
 # (label, value, note under the value)

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import pathlib
 
-from llmjax.scores import Score, read_scores
+from llmjax.scores import confusion
+from llmjax.scores.score import Score, read_scores
 from llmjax.workdir import samples
 from llmjax.workdir.metrics import Metrics, read_metrics
 from llmjax.workdir.samples import Sample, read_samples
@@ -24,6 +25,7 @@ class Run:
     samples   the texts that the run sampled, the newest last
     troubles  one sentence for each file that exists and cannot be read or shown
     probes    the results of the probes of long context, from probes.json
+    classes   the confusion matrix of the newest evaluation, from classes.json
     scores    the names, units and directions of the scores of an evaluation, the main score first
     """
 
@@ -35,6 +37,7 @@ class Run:
     troubles: list[str]
     probes: dict = dataclasses.field(default_factory=dict)
     scores: tuple[Score, ...] = ()
+    classes: dict = dataclasses.field(default_factory=dict)
 
 
 def read_run(workdir: pathlib.Path) -> Run:
@@ -43,12 +46,11 @@ def read_run(workdir: pathlib.Path) -> Run:
     metrics = read_metrics(workdir / "metrics.jsonl")
     if metrics.unreadable:
         troubles.append(f"metrics.jsonl: {metrics.unreadable:,} unreadable lines were left out.")
-    config, summary, probes = (
-        _read_dict(workdir / name, troubles) for name in ("config.json", "summary.json", "probes.json")
-    )
+    names = ("config.json", "summary.json", "probes.json", confusion.FILE)
+    config, summary, probes, classes = (_read_dict(workdir / name, troubles) for name in names)
     scores = read_scores(workdir) or _scores_without_a_file(metrics)
     texts = _read_samples(workdir, troubles)
-    return Run(workdir.resolve().name, config, metrics, summary, texts, troubles, probes, scores)
+    return Run(workdir.resolve().name, config, metrics, summary, texts, troubles, probes, scores, classes)
 
 
 def _read_samples(workdir: pathlib.Path, troubles: list[str]) -> list[Sample]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.models.contract import Model
 from llmjax.ops.losses.cross_entropy import softmax_cross_entropy
-from llmjax.scores import Score
+from llmjax.ops.losses.label_smoothing import smoothing_sum
+from llmjax.scores.score import Score
 from llmjax.types import Batch, LossSums, Output, Params
 
 # loss(params, batch, rng) -> LossSums. Without `rng` the model runs without dropout.
@@ -25,13 +26,13 @@ class Totals:
 
     loss       the sum of weight * loss, in nats
     weight     the sum of the weights of the targets
-    metrics    further sums over the same targets, by name, as in `LossSums`
+    metrics    further sums over the same targets, by name, as in `LossSums`; arrays become float64 arrays of numpy
     num_bytes  the UTF-8 bytes of the held-out text
     """
 
     loss: float
     weight: float
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, Any]
     num_bytes: int
 
 
@@ -46,6 +47,7 @@ class Setting:
     z_loss        the weight of the loss term log(Z)**2, where Z is the softmax normaliser; 0 in evaluations
     shards        the numbers of devices over which the batch B and the positions T are split
     vocab_shards  the number of devices over which the vocabulary V is split
+    sees_both_sides  whether the model sees the tokens after each token
     """
 
     keys: Any = None
@@ -55,34 +57,43 @@ class Setting:
     z_loss: float = 0.0
     shards: tuple[int, int] = (1, 1)
     vocab_shards: int = 1
+    sees_both_sides: bool = False
 
 
 # batch -> (the batch as the model reads it, targets_BT, weights_BT)
 Prepare = Callable[[Batch], tuple[Batch, jax.Array, jax.Array]]
 
 
-def token_loss(model: Model, setting: Setting, prepare: Prepare) -> Loss:
+def token_loss(model: Model, setting: Setting, prepare: Prepare, label_smoothing: float = 0.0) -> Loss:
     """Returns the cross-entropy of the tokens that `prepare` asks for, as loss(params, batch, rng) -> LossSums.
 
     The metrics of the result are `accuracy`, the summed weight of the targets that are the model's most likely token,
     `z_loss` if there is one, the sum of that loss term, and in training the sums of the terms that the model adds, such
-    as the load balance of experts. Only `objective` contains these terms, not `loss`.
+    as the load balance of experts and label smoothing. Only `objective` contains these terms, not `loss`.
     """
 
     def loss(params: Params, batch: Batch, rng: jax.Array | None) -> LossSums:
         batch, targets_BT, weights_BT = prepare(batch)
-        output = model.apply(params, batch, rng=rng)
+        output, head = model.apply(params, batch, rng=rng), model.head(params)
         # The loss takes hidden states and head: it computes the logits in chunks and never holds all of them.
         sums = softmax_cross_entropy(
             output.hidden_BTD,
-            model.head(params),
+            head,
             targets_BT,
             weights_BT,
             z_loss=setting.z_loss,
             shards=setting.shards,
             vocab_shards=setting.vocab_shards,
         )
-        return with_penalties(sums, output, weights_BT) if setting.training else sums
+        if not setting.training:
+            return sums
+        sums = with_penalties(sums, output, weights_BT)
+        if not label_smoothing:
+            return sums
+        added = smoothing_sum(output.hidden_BTD, head, targets_BT, weights_BT, label_smoothing)
+        return dataclasses.replace(
+            sums, objective=sums.main + added, metrics=sums.metrics | {"label_smoothing": added}
+        )
 
     return loss
 
@@ -110,8 +121,17 @@ class Task(Protocol):
         """The dataclass of the section of the config that has the name of the task; None if it has no keys."""
 
     @property
-    def sees_both_sides(self) -> bool:
-        """Whether the model may see the tokens after one that it predicts. If not, it must not."""
+    def sees_both_sides(self) -> bool | None:
+        """Whether the model may see the tokens after one that it predicts. If not, it must not. None if the task
+        predicts no token, so that any model will do."""
+
+    @property
+    def use(self) -> str:
+        """What a trained model is used for, which decides what its samples are and which mode uses it.
+
+        It is `generate` to continue a text, `fill_masks`, `classify` to label a text, or `translate` to write a text
+        after another was read.
+        """
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -129,3 +149,23 @@ class Task(Protocol):
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
         """Computes the value of every score, and of further metrics, by name."""
+
+
+@runtime_checkable
+class AddsParameters(Protocol):
+    """A task whose model has parameters that models of other tasks lack, such as a head for classes."""
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The entries of the tree of parameters that the task adds."""
+
+    def make_model(self, model: Model, keys: Any, init_std: float) -> Model:
+        """The model of the task: `model` with further parameters. `keys` is the section of the task."""
+
+
+@runtime_checkable
+class HasDetails(Protocol):
+    """A task whose evaluation gives more than scores, such as a confusion matrix."""
+
+    def details(self, totals: Totals, keys: Any) -> dict[str, Any]:
+        """What the report shows besides the scores, as JSON holds it. `keys` is the section of the task."""

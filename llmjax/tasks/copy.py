@@ -7,7 +7,7 @@ cannot (Jelassi et al. 2024, "Repeat After Me", arXiv 2402.01032).
 from __future__ import annotations
 
 from llmjax.models.contract import Model
-from llmjax.scores import Score
+from llmjax.scores.score import Score
 from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
 from llmjax.tasks.language_model import next_tokens
 
@@ -17,6 +17,7 @@ class Copy:
 
     section = None
     sees_both_sides = False
+    use = "generate"
     compresses_text = False
 
     scores = (

@@ -7,7 +7,7 @@ import math
 import jax
 
 from llmjax.models.contract import Model
-from llmjax.scores import Score
+from llmjax.scores.score import Score
 from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
 from llmjax.types import Batch
 
@@ -17,6 +17,7 @@ class LanguageModel:
 
     section = None
     sees_both_sides = False
+    use = "generate"
     compresses_text = True
 
     scores = (

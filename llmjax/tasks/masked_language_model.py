@@ -19,7 +19,7 @@ from llmjax.models.contract import Model
 from llmjax.ops.dropout import token_keys
 from llmjax.ops.seeds import make_key
 from llmjax.ranges import Range, Unset, check_ranges
-from llmjax.scores import Score
+from llmjax.scores.score import Score
 from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
 from llmjax.types import Batch
 
@@ -53,6 +53,7 @@ class MaskedLanguageModel:
 
     section = MaskedLanguageModelConfig
     sees_both_sides = True
+    use = "fill_masks"
     compresses_text = False
 
     scores = (

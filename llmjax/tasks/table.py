@@ -8,16 +8,20 @@ from typing import Annotated, Any
 
 from llmjax.errors import choose
 from llmjax.ranges import Unset, check_unread
+from llmjax.tasks.classification import Classification
 from llmjax.tasks.contract import Task
 from llmjax.tasks.copy import Copy
 from llmjax.tasks.language_model import LanguageModel
 from llmjax.tasks.masked_language_model import MaskedLanguageModel
+from llmjax.tasks.translation import Translation
 
 # The device half of each task; `data/examples/table.py` has the host half under the same names.
 TASKS: dict[str, Task] = {
     "language_model": LanguageModel(),
     "masked_language_model": MaskedLanguageModel(),
+    "translation": Translation(),
     "copy": Copy(),
+    "classification": Classification(),
 }
 # The sections of tasks, which have the names of the tasks, with their dataclasses.
 SECTIONS: dict[str, type] = {name: task.section for name, task in TASKS.items() if task.section}

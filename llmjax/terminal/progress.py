@@ -15,7 +15,7 @@ from typing import Any
 
 from llmjax.escapes import show
 from llmjax.quantities import format_duration, format_number
-from llmjax.scores import Score
+from llmjax.scores.score import Score
 from llmjax.terminal.bar import Bar, above_bars
 
 # The least seconds between two plain lines. A choice.

@@ -54,11 +54,12 @@ def saved_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     return saved
 
 
-def commands(workdir: pathlib.Path, num_updates: int, prompt: str) -> dict[str, str]:
+def commands(workdir: pathlib.Path, num_updates: int, prompt: str, mode: str = "generate") -> dict[str, str]:
     """Label -> a shell command that uses the run in `workdir`.
 
     num_updates  of the run; "train on" asks for twice as many
-    prompt       of the command that generates
+    prompt       of the command that uses the model
+    mode         the mode that uses it; "" for none
     """
     python = pathlib.Path(sys.executable)
     here = pathlib.Path.cwd()
@@ -68,6 +69,6 @@ def commands(workdir: pathlib.Path, num_updates: int, prompt: str) -> dict[str, 
         "resume": run,
         "train on": f"{run} --config.train.num_updates={2 * num_updates or 100}",
         "evaluate": f"{run} --mode=evaluate",
-        "generate": f"{run} --mode=generate --prompt={quote(prompt)}",
+        **({mode: f"{run} --mode={mode} --prompt={quote(prompt)}"} if mode else {}),
         "report": f"{quote(python)} -m webbrowser {quote(workdir / 'report.html')}",
     }

@@ -39,7 +39,7 @@ from typing import Any, TextIO
 
 from llmjax.files import write_atomically
 from llmjax.parallel import hosts
-from llmjax.scores import Score
+from llmjax.scores.score import Score
 from llmjax.terminal.progress import Progress
 from llmjax.workdir.metrics import read_line
 from llmjax.workdir.samples import Sample

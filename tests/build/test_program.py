@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from families import source_of
 from some_slow import often
 
 from configs import base
@@ -60,6 +61,8 @@ def lay_out(batch, layout):
         for name in ("tokens", "targets", "weights", "positions"):
             out[name][b] = batch[name][b, order]
         out["segments"][b] = segment_of[segments[order]]
+        if "source_segments" in batch:
+            out["source_segments"][b] = segment_of[batch["source_segments"][b]]
         if layout.moves:
             out.setdefault("columns", np.empty_like(out["segments"]))[b] = order
     return out
@@ -71,6 +74,8 @@ def trace(program, seed=0, layout=RowLayout()):  # noqa: B008
     size = program.batch.micro_batch_size
     for update in range(UPDATES):
         whole = ragged_batch(rng, 16) | {"index": np.arange(16, dtype=np.int32) + 16 * update}
+        if program.derived.source_len:
+            whole |= source_of(whole["segments"], program.derived.source_len, rng)
         whole = lay_out(whole, layout)
         order, sums = steering.decide(steering.start(), update * 16 * T).inputs, []
         parts = [{k: v[start : start + size] for k, v in whole.items()} for start in range(0, 16, size)]

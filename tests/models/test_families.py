@@ -10,6 +10,7 @@ import pytest
 from families import T, V
 from test_gpt import every_bias, packed_batch
 
+from llmjax.batch import along
 from llmjax.errors import UserError
 from llmjax.models.contract import Model
 from llmjax.models.table import FAMILIES
@@ -65,17 +66,38 @@ def test_axes_name_every_dimension_and_give_every_parameter_a_role(family):
     assert any(jax.tree.leaves(Roles(axes).map(lambda role, x: role.is_hidden_matrix, params)))
 
 
+def batch_for(family, lengths):
+    """Packed documents of these lengths in each row, with sources if the family reads them."""
+    batch = packed_batch(lengths)
+    if not reads_source(family):
+        return batch
+    return dataclasses.replace(batch, **families.source_of(batch.segments, 18, np.random.default_rng(5)))
+
+
+def reads_source(family):
+    return FAMILIES[family.model.config.family].reads_source
+
+
 def alone(batch, row, start, n):
     """The document of `n` tokens from column `start` of a row, alone in a row of its own."""
     tokens = np.zeros((1, T), np.int32)
     tokens[0, :n] = batch.tokens[row, start : start + n]
     segments = (np.arange(T)[None] < n).astype(np.int32)
     positions = np.arange(T, dtype=np.int32)[None] * segments
-    return Batch(tokens, tokens, segments.astype(np.float32), segments, positions, np.zeros(1, np.int32))
+    source = {}
+    if batch.source_tokens is not None:
+        own = batch.source_segments[row] == batch.segments[row, start]
+        source = {name: np.zeros((1, 18), np.int32) for name in along("source_length")}
+        for name in ("source_tokens", "source_positions"):
+            source[name][0, : own.sum()] = getattr(batch, name)[row, own]
+        source["source_segments"][0, : own.sum()] = 1
+    return Batch(
+        tokens, tokens, segments.astype(np.float32), segments, positions, np.zeros(1, np.int32), **source
+    )
 
 
 def test_packed_logits_equal_each_document_alone(family):
-    batch = packed_batch([LENGTHS, [24]])
+    batch = batch_for(family, [LENGTHS, [24]])
     packed, start = family.logits(batch), 0
     for n in LENGTHS:
         logits = family.logits(alone(batch, 0, start, n))
@@ -89,11 +111,15 @@ def test_cached_decode_equals_the_full_pass_with_prompts_of_different_lengths(fa
             family.model.decode(family.params, np.zeros((1, 1), np.int32), family.model.make_cache(1, 1))
         return
     model, decode = family.model, jax.jit(family.model.decode)
-    batch = packed_batch([[20], [13]])
+    batch = batch_for(family, [[20], [13]])
     expected = family.logits(batch)
     prompt = np.array([5, 3])
     valid = np.arange(5)[None] < prompt[:, None]
     cache = model.make_cache(2, 5 + 10)
+    if reads_source(family):
+        cache = jax.jit(model.read_source)(
+            family.params, batch.source_tokens, batch.source_segments > 0, cache
+        )
     logits, cache = decode(family.params, jnp.where(valid, batch.tokens[:, :5], 0), cache, valid)
     for b, n in enumerate(prompt):
         np.testing.assert_allclose(logits[b, :n], expected[b, :n], **CLOSE)
@@ -104,7 +130,7 @@ def test_cached_decode_equals_the_full_pass_with_prompts_of_different_lengths(fa
 
 
 def test_no_gradient_and_nothing_that_is_not_finite_crosses_documents(family):
-    batch, model = packed_batch([LENGTHS]), family.model
+    batch, model = batch_for(family, [LENGTHS]), family.model
     table = family.params["embedding"]["embedding_VD"]
 
     def second_document(noise_TD):
@@ -124,10 +150,32 @@ def test_no_gradient_and_nothing_that_is_not_finite_crosses_documents(family):
     np.testing.assert_array_equal(spoiled_gradient[7:18], gradient[7:18])
 
 
+@pytest.mark.parametrize("variant", [v for v in families.VARIANTS if v.startswith("encoder_decoder")])
+def test_a_document_reads_its_own_source_alone(variant):
+    family = made(variant)
+    batch, model, params = batch_for(family, [LENGTHS]), family.model, family.params
+    table = params["embedding"]["embedding_VD"]
+
+    def second_document(noise_SD):
+        rows = jnp.concatenate([table, table[batch.source_tokens[0]] + noise_SD])
+        moved = dataclasses.replace(batch, source_tokens=V + jnp.arange(18, dtype=jnp.int32)[None])
+        tables = params | {"embedding": {**params["embedding"], "embedding_VD": rows}}
+        return jnp.sum(jnp.sin(model.apply(tables, moved).hidden_BTD[0, 7:18]))
+
+    function = jax.jit(jax.value_and_grad(second_document))
+    value, gradient = function(jnp.zeros((18, 16)))
+    own = batch.source_segments[0] == 2
+    by_token = np.abs(gradient).sum(axis=1)
+    assert (by_token[own] > 0).all() and (by_token[~own] == 0).all()
+    spoiled_value, spoiled_gradient = function(jnp.where(own[:, None], jnp.zeros((18, 16)), jnp.nan))
+    np.testing.assert_array_equal(spoiled_value, value)
+    np.testing.assert_array_equal(spoiled_gradient[own], gradient[own])
+
+
 @pytest.mark.parametrize("variant", families.VARIANTS)
 def test_dropout_follows_the_sequence_not_its_place_in_the_batch(variant):
     family = made(variant, model__dropout=0.3)
-    batch, rng = packed_batch([[24]] * 4), jax.random.key(5)
+    batch, rng = batch_for(family, [[24]] * 4), jax.random.key(5)
     whole = family.logits(batch, rng)
     half = family.logits(jax.tree.map(lambda x: x[2:], batch), rng)
     np.testing.assert_allclose(whole[2:], half, rtol=1e-5, atol=1e-5)
@@ -136,7 +184,7 @@ def test_dropout_follows_the_sequence_not_its_place_in_the_batch(variant):
 
 
 def test_statistics_have_a_number_for_each_layer_and_ignore_padding(family):
-    batch = packed_batch([LENGTHS])
+    batch = batch_for(family, [LENGTHS])
     measured = family.model.activations(family.params, batch)
     assert measured and all(x.shape == (2,) and (x > 0).all() for x in measured.values())
     padding = dataclasses.replace(batch, tokens=np.where(batch.segments > 0, batch.tokens, 9))

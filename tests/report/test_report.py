@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from llmjax.report import report
-from llmjax.scores import FILE, Score, scores_as_json
+from llmjax.scores.score import FILE, Score, scores_as_json
 from llmjax.tasks.language_model import LanguageModel
 from llmjax.workdir.samples import Sample, write_samples
 

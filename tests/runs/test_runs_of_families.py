@@ -2,6 +2,7 @@
 
 import pytest
 import tiny_run
+from families import task_for
 from tiny_run import command
 
 from llmjax import main
@@ -14,9 +15,8 @@ OTHERS = {**{name: name for name in FAMILIES if name != "gpt"}, "experts": "gpt"
 
 def settings_of(name, **changes):
     """What a command for a name of `OTHERS` sets, with `changes`."""
-    task = "masked_language_model" if FAMILIES[OTHERS[name]].sees_both_sides else "language_model"
     experts = {"experts__num_experts": 2, "experts__expert_dim": 16} if name == "experts" else {}
-    return {"model__family": OTHERS[name], "task__name": task, **experts, **changes}
+    return {"model__family": OTHERS[name], "task__name": task_for(OTHERS[name]), **experts, **changes}
 
 
 @pytest.fixture(scope="module", params=OTHERS)

@@ -1,5 +1,6 @@
 """Every task has the same loss however its work is divided, and a complete run of it works."""
 
+import functools
 import json
 import random
 import types
@@ -8,40 +9,44 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from families import family_for
+from families import families_for
 
 from configs import base
 from llmjax.build.corpus import make_corpus
+from llmjax.build.labels import with_labels
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.packing.make_plan import plan_packing
 from llmjax.main import main
 from llmjax.tasks.table import TASKS
 
+# Each task with a family for each form of its examples.
+CASES = [(task, family) for task in TASKS for family in families_for(task)]
 
-def write_rows(folder, task):
-    """A corpus of JSON lines with random words in every field that the task reads."""
-    rng = random.Random(0)
-    fields = EXAMPLES[task]("text").fields
+
+def write_rows(folder):
+    """A corpus of JSON lines with random words in the fields that tasks read."""
+    rng, fields = random.Random(0), ("text", "source")
     rows = [
         {name: " ".join(rng.choices(tiny_run.WORDS, k=rng.randint(2, 6))) for name in fields}
         for _ in range(200)
     ]
+    for row in rows:
+        row["label"] = rng.choice(tiny_run.WORDS[:3])
     (folder / "corpus").mkdir()
     (folder / "corpus" / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
-def program_for(folder, task, devices, **changes):
+def program_for(folder, task, family, devices, **changes):
     raw = base.get_config()
     settings = tiny_run.SETTINGS | {"task.name": task, "data.sources": (str(folder / "corpus"),),
                                     "data.cache_dir": str(folder / "cache"), "transformer.num_heads": 2,
-                                    "data.seq_len": 64, "model.family": family_for(task)}  # fmt: skip
+                                    "data.seq_len": 64, "model.family": family}  # fmt: skip
     raw.update_from_flattened_dict(
         settings | {key.replace("__", "."): value for key, value in changes.items()}
     )
-    config, derived = resolve_config(read_config(raw.to_dict()), len(devices))
+    config, derived = with_labels(*resolve_config(read_config(raw.to_dict()), len(devices)))
     corpus = make_corpus(config, derived)
     program = make_program(
         config, derived, corpus.tokenizer.vocab_size, devices, vocabulary=corpus.vocabulary
@@ -61,24 +66,23 @@ def one_update(program, corpus):
     return total, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_every_task_gives_the_same_update_however_its_work_is_divided(task, tmp_path):
-    write_rows(tmp_path, task)
-    whole, params = one_update(*program_for(tmp_path, task, jax.devices()[:1], compute__accumulation_steps=1))
-    cut, others = one_update(
-        *program_for(tmp_path, task, jax.devices()[:4], mesh__seq=2, compute__accumulation_steps=4)
-    )
+@pytest.mark.parametrize("task, family", CASES)
+def test_every_task_gives_the_same_update_however_its_work_is_divided(task, family, tmp_path):
+    write_rows(tmp_path)
+    make = functools.partial(program_for, tmp_path, task, family)
+    whole, params = one_update(*make(jax.devices()[:1], compute__accumulation_steps=1))
+    cut, others = one_update(*make(jax.devices()[:4], mesh__seq=2, compute__accumulation_steps=4))
     assert whole["weight"] == cut["weight"] > 0
     assert cut == pytest.approx(whole, rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, others)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_run_of_every_task_reports_its_scores_and_keeps_the_best(task, tmp_path):
-    write_rows(tmp_path, task)
+@pytest.mark.parametrize("task, family", CASES)
+def test_a_run_of_every_task_reports_its_scores_and_keeps_the_best(task, family, tmp_path):
+    write_rows(tmp_path)
     workdir = tmp_path / "work"
     settings = {"task__name": task, "data__seq_len": 64, "compute__accumulation_steps": 1}
-    settings["model__family"] = family_for(task)
+    settings["model__family"] = family
     main(tiny_run.command(tmp_path, f"--workdir={workdir}", **settings))
     scores = TASKS[task].scores
     assert [score["name"] for score in json.loads((workdir / "scores.json").read_text())] == [
@@ -91,7 +95,7 @@ def test_a_run_of_every_task_reports_its_scores_and_keeps_the_best(task, tmp_pat
 
 def test_the_copy_task_gives_weight_to_the_copies_alone(tmp_path):
     tiny_run.write_corpus(tmp_path / "corpus", 60, words=6)
-    program, corpus = program_for(tmp_path, "copy", jax.devices()[:1])
+    program, corpus = program_for(tmp_path, "copy", "gpt", jax.devices()[:1])
     store, plan = corpus.store, corpus.held_out_plan
     with program.placement.batches(corpus.held_out, stop=plan.num_rows, batch_size=1) as batches:
         weight = sum(float(np.sum(batch.weights)) for batch in batches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 
@@ -17,13 +17,29 @@ class Example:
     weights  the loss weights of the tokens as targets: runs of (number of tokens, weight) that cover `tokens`
     source   the token ids of a second stream, which the model reads but does not predict, such as the source of a
              translation
-    label    the number of a class
+    label    the number of a class, counted from 0
     """
 
     tokens: Sequence[int]
     weights: Sequence[tuple[int, float]] = ()
     source: Sequence[int] = ()
     label: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSetting:
+    """What the host half of a task is made from.
+
+    text_field    the field of a record that holds its text
+    seq_len       T, the positions of a packed sequence
+    keys          the task's own section of the config, if it has one
+    reads_source  whether the model family reads a second stream of tokens
+    """
+
+    text_field: str
+    seq_len: int
+    keys: Any = None
+    reads_source: bool = False
 
 
 # The fields of `Example` that a store holds only for tasks that fill them.
@@ -51,6 +67,34 @@ class Examples(Protocol):
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
         """Makes the example of one record, which has all `fields`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a model is given before it writes: the beginning of its stream, and its second stream, if it has one."""
+
+    tokens: Sequence[int]
+    source: Sequence[int] = ()
+
+
+@runtime_checkable
+class Prompting(Protocol):
+    """A task whose model is given a text and writes another, instead of going on with the text."""
+
+    def encode_prompt(self, text: str, tokenizer: Tokenizer) -> Prompt:
+        """What the model is given for `text`."""
+
+
+@runtime_checkable
+class HeldOutBy(Protocol):
+    """A task for which only some fields of a record decide whether the record is held out.
+
+    Records that are alike in these fields are on the same side. Without it, all fields decide.
+    """
+
+    @property
+    def held_out_by(self) -> tuple[str, ...]:
+        """The names of these fields."""
 
 
 @runtime_checkable

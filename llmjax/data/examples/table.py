@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llmjax.data.examples.contract import Examples
+from llmjax.data.examples.classified import make_classified
+from llmjax.data.examples.contract import Examples, ExampleSetting
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.documents import Documents
+from llmjax.data.examples.translations import Translations
 
-# The name of a task -> a function of `data.text_field` that returns its `Examples`.
-EXAMPLES: dict[str, Callable[[str], Examples]] = {
-    "language_model": Documents,
-    "masked_language_model": Documents,
-    "copy": Copies,
+# The name of a task -> a function that returns its `Examples`.
+EXAMPLES: dict[str, Callable[[ExampleSetting], Examples]] = {
+    "language_model": lambda setting: Documents(setting.text_field),
+    "masked_language_model": lambda setting: Documents(setting.text_field),
+    "translation": lambda setting: Translations(
+        setting.keys.source_field, setting.text_field, setting.reads_source
+    ),
+    "classification": make_classified,
+    "copy": lambda setting: Copies(setting.text_field),
 }

@@ -87,6 +87,8 @@ def lay_out(arrays: Arrays, layout: RowLayout) -> Arrays:
     B, T = arrays["tokens"].shape
     moved = [name for name in along("length") if name in arrays]
     laid = arrays | {name: np.empty_like(arrays[name]) for name in moved}
+    if "source_segments" in arrays:
+        laid["source_segments"] = np.empty_like(arrays["source_segments"])
     columns = np.empty((B, T), np.int32)
     for row, segments in enumerate(arrays["segments"]):
         # The length of a piece is the number of positions with its segment; entry 0 counts the padding.
@@ -94,6 +96,9 @@ def lay_out(arrays: Arrays, layout: RowLayout) -> Arrays:
         for name in moved:
             laid[name][row] = arrays[name][row, columns[row]]
         laid["segments"][row] = segment_of[laid["segments"][row]]
+        if "source_segments" in arrays:
+            # The source of a document stays where it is, and gets the new number of its document.
+            laid["source_segments"][row] = segment_of[arrays["source_segments"][row]]
     return laid | {"columns": columns}
 
 

@@ -11,6 +11,9 @@ COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 # JSON in any layout. Many such files are settings and not a corpus, so folders are searched with more care for them.
 JSON_SUFFIXES = (".json",)
+# Tables with cells between commas, and with cells between tabs.
+COMMA_SUFFIXES = (".csv",)
+TAB_SUFFIXES = (".tsv",)
 PARQUET_SUFFIX = ".parquet"
 # The bytes that every Parquet file begins with.
 PARQUET_MAGIC = b"PAR1"
@@ -29,6 +32,7 @@ VAGUE_SUFFIXES = (".txt", ".text")
 SUFFIXES: dict[str, Collection[str]] = {
     "parquet": (PARQUET_SUFFIX,),
     "rows": (*LINE_SUFFIXES, *JSON_SUFFIXES),
+    "table": (*COMMA_SUFFIXES, *TAB_SUFFIXES),
     "text": TEXT_SUFFIXES,
 }
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llmjax.data.sources.fingerprint import file_digest
-from llmjax.data.sources.formats import JSON_SUFFIXES, format_of, suffix_of
+from llmjax.data.sources.formats import COMMA_SUFFIXES, JSON_SUFFIXES, TAB_SUFFIXES, format_of, suffix_of
 from llmjax.errors import UserError
 from llmjax.names import check_local
 
@@ -34,6 +34,12 @@ LEADS_OUT = "links that lead out of the folder"
 BROKEN = "links that lead nowhere"
 NO_FILE = "neither files nor folders"
 NO_FIELD = "JSON without the text field"
+NO_COLUMN = "tables without a column for the text"
+# Suffix -> the reason for which such a file in a folder is left out if it has no text.
+_WITHOUT_TEXT = {
+    **dict.fromkeys(JSON_SUFFIXES, NO_FIELD),
+    **dict.fromkeys((*COMMA_SUFFIXES, *TAB_SUFFIXES), NO_COLUMN),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Listing:
 
 
 def list_sources(sources: Sequence[str], *, follow_links: bool = False) -> tuple[SourceFile, ...]:
-    """The files that `search_sources` finds if every JSON file counts as a corpus."""
+    """The files that `search_sources` finds if every file of JSON and every table counts as a corpus."""
     return search_sources(sources, follow_links=follow_links).files
 
 
@@ -93,7 +99,8 @@ def search_sources(
     Args:
       sources: the sources, in order.
       follow_links: whether to follow links that lead out of a folder that is searched.
-      has_text: says of the path of a .json file in a folder whether it is a corpus. Many are settings or the like.
+      has_text: says of the path of a .json file or a table in a folder whether it is a corpus. Many are settings or
+        the like.
       digest_of: returns the digest of the content of the file at a path.
       progress: called as progress(done, total), in bytes, while files are read for their digests.
       key: the key of the config that names the sources, for messages.
@@ -164,8 +171,8 @@ class _Search:
             files = self._corpus_in(path)
             if not files:
                 raise UserError(
-                    f"{self._key} names {source!r}, a directory without text, JSON or .parquet "
-                    f"files{self._said()}: name the files themselves if their suffix is unusual."
+                    f"{self._key} names {source!r}, a directory without text, JSON, tables or "
+                    f".parquet files{self._said()}: name the files themselves if their suffix is unusual."
                 )
             return files
         if not glob.has_magic(path):
@@ -190,7 +197,9 @@ class _Search:
         reasons = collections.Counter(self.left_out.values())
         said = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         said += "; --config.data.follow_links=true follows links" if LEADS_OUT in reasons else ""
-        said += "; --config.data.text_field=NAME names the field" if NO_FIELD in reasons else ""
+        said += (
+            "; --config.data.text_field=NAME names the field" if {NO_FIELD, NO_COLUMN} & {*reasons} else ""
+        )
         return f" (left out: {said})" if said else ""
 
     def _corpus_in(self, root: str) -> list[tuple[str, str]]:
@@ -199,8 +208,8 @@ class _Search:
         for name, path in self._walk(root):
             if format_of(name) is None:
                 self._leave_out(path, UNKNOWN_SUFFIX)
-            elif suffix_of(name) in JSON_SUFFIXES and not self._has_text(path):
-                self._leave_out(path, NO_FIELD)
+            elif suffix_of(name) in _WITHOUT_TEXT and not self._has_text(path):
+                self._leave_out(path, _WITHOUT_TEXT[suffix_of(name)])
             else:
                 kept.append((name, path))
         return kept

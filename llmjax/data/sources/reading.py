@@ -26,20 +26,22 @@ MAX_EXPANSION = 250
 class Reading:
     """How files are read.
 
-    fields         the fields to take from each row of JSON or Parquet. The first is the text, and a document whose text
-                   is empty is an empty document. A file of plain text has only one field, its text
+    fields         the fields to take from each row of JSON, Parquet or a table. The first is the text, and a document
+                   whose text is empty is an empty document. A file of plain text has only one field, its text
     on_bad_text    what to do with text that cannot be read: bytes that do not belong to the encoding, half a surrogate
                    pair in JSON, or null. `error` raises a `UserError` with file, line and byte offset. `skip` leaves
                    the document out. `replace` puts U+FFFD in place of what cannot be read, and leaves out documents
                    with null
-    encoding       the encoding of text and JSON, by any name that Python knows
+    encoding       the encoding of text, JSON and tables, by any name that Python knows
     max_expansion  a compressed file may unpack to this many times its own size. The first 16 MiB are always allowed
+    columns        the names of the columns of tables whose first line does not have them; () if it has
     """
 
     fields: tuple[str, ...] = ("text",)
     on_bad_text: str = "error"
     encoding: str = ENCODING
     max_expansion: int = MAX_EXPANSION
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self):
         choose(BAD_TEXT, "data.on_bad_text", self.on_bad_text)
@@ -71,7 +73,7 @@ class ReadStats:
     empty       documents that were left out because their text is empty
     skipped     documents that were left out because their text cannot be read
     replaced    pieces of text with U+FFFD in place of what cannot be read; in a file of JSON or Parquet a piece is a
-                field, and a file of plain text is a single piece
+                field, in a table it is a row, and a file of plain text is a single piece
     bytes_read  bytes on disk, which of a compressed file are fewer than its text has
     """
 

@@ -1,22 +1,24 @@
 """Reads the documents of a file, whatever its format.
 
-`read_parts` streams one file. A row of JSON or Parquet is a document, and so is a whole file of plain text. A long
-document comes in parts, so that no more than one part is in memory. `read_records` puts the parts together.
+`read_parts` streams one file. A row of JSON, Parquet or a table is a document, and so is a whole file of plain text. A
+long document comes in parts, so that no more than one part is in memory. `read_records` puts the parts together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from llmjax.data.sources.encoding import open_text
-from llmjax.data.sources.formats import PARQUET_MAGIC, VAGUE_SUFFIXES, format_of, suffix_of
+from llmjax.data.sources.formats import PARQUET_MAGIC, VAGUE_SUFFIXES, format_of, suffix_of, uncompressed_name
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.parquet import read_parquet
 from llmjax.data.sources.reading import Parts, Reading, ReadStats
 from llmjax.data.sources.rows import begins_with_row, has_field, read_rows
+from llmjax.data.sources.tables import has_column, read_table
 from llmjax.data.sources.text import read_text
 from llmjax.errors import UserError
 
@@ -24,8 +26,12 @@ from llmjax.errors import UserError
 READERS: dict[str, Callable[[SourceFile, Reading, ReadStats], Parts]] = {
     "parquet": read_parquet,
     "rows": read_rows,
+    "table": read_table,
     "text": read_text,
 }
+# Fields that every document has, whatever its format: the name of its file without suffixes, and the name of the folder
+# of the file. No reader is asked for them, see `places_of`.
+FILE, FOLDER = "<file>", "<folder>"
 # How files are read if a caller does not say: UTF-8, the field "text", an error for text that cannot be read.
 _READING = Reading()
 
@@ -109,6 +115,18 @@ def whole(parts: Iterator[RecordPart]) -> Iterator[RecordPart]:
             held = []
 
 
+def places_of(file: SourceFile) -> dict[str, str]:
+    """The values of the fields `FILE` and `FOLDER` for the documents of a file: `pos` and `train` for
+    `train/pos.txt.gz`."""
+    folder, name = os.path.split(os.path.abspath(file.path))
+    return {FILE: os.path.splitext(uncompressed_name(name))[0], FOLDER: os.path.basename(folder)}
+
+
+def fields_within(fields: Iterable[str]) -> tuple[str, ...]:
+    """The fields that a reader is asked for."""
+    return tuple(field for field in fields if field not in (FILE, FOLDER))
+
+
 def read_texts(file: SourceFile, reading: Reading = _READING) -> Iterator[Iterator[str]]:
     """Yields for each document an iterator over chunks of its text, to be used up before the next document."""
     parts = read_parts(file, reading)
@@ -149,5 +167,6 @@ def detect_format(file: SourceFile, reading: Reading = _READING) -> str:
 
 
 def has_text(path: str, reading: Reading = _READING) -> bool:
-    """Whether the JSON file at `path` is a corpus and not, say, settings: its first object has the text field."""
-    return has_field(SourceFile(path, path, 1, ""), reading)
+    """Whether the file of JSON or the table at `path` is a corpus and not, say, settings: it has the text field."""
+    has = {"rows": has_field, "table": has_column}[format_of(path) or ""]
+    return has(SourceFile(path, path, 1, ""), reading)

@@ -26,7 +26,7 @@ def read_text(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
     if len(reading.fields) > 1:
         raise UserError(
             f"data.sources names {file.path!r}, a file of plain text, which has no field {reading.fields[1]!r}: "
-            "give JSON lines or Parquet."
+            "give JSON lines, Parquet or a table."
         )
     if file.path.endswith(".py") and reading.is_utf8:
         yield Part(file.name, _read_python(file, reading, stats))

@@ -19,7 +19,7 @@ from llmjax.data.examples.documents import Documents
 from llmjax.data.sources.cutting import WHOLE, Cutting, cut_parts
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import Reading, ReadStats, with_ends
-from llmjax.data.sources.records import Record, RecordPart, chunks_of, whole
+from llmjax.data.sources.records import RecordPart, chunks_of, fields_within, places_of, whole
 from llmjax.data.store.columns import (
     FORMAT_VERSION,
     HELD_OUT,
@@ -88,7 +88,7 @@ def build_store(
         marks = (HELD_OUT,) if cutting.tail or any(file.held_out for file in files) else ()
         columns = Columns(token_dtype(tokenizer.vocab_size).str, (*examples.columns, *marks))
         with _Writer(partial, columns, shard_bytes) as writer:
-            reading = dataclasses.replace(reading, fields=tuple(examples.fields))
+            reading = dataclasses.replace(reading, fields=fields_within(examples.fields))
             batches = _read_batches(files, reading, cutting, tokenizer, examples, stats)
             workers = num_workers if total >= _INLINE_BYTES else 1
             for tag, encoded in encode_batches(tokenizer, examples, batches, workers):
@@ -296,15 +296,16 @@ def _read_batches(
 
     Yields each batch with its tag.
     """
-    batch: list[tuple[Record, int, bool]] = []
+    batch: list[tuple[RecordPart, SourceFile]] = []
     size = 0
 
     def finished() -> tuple[_Tag, Batch]:
-        records, origins, held_out = (list(values) for values in zip(*batch))
-        names = [record.name for record in records]
-        return _Tag(names, origins, held_out, stats.bytes_read), [record.fields for record in records]
+        parts, origins = [part for part, _ in batch], [file.origin for _, file in batch]
+        names, held_out = [part.record.name for part in parts], [part.held_out for part in parts]
+        fields = [{**part.record.fields, **_places(file, examples)} for part, file in batch]
+        return _Tag(names, origins, held_out, stats.bytes_read), fields
 
-    for part, chunks, origin in _documents(files, reading, cutting, examples, stats):
+    for part, chunks, file in _documents(files, reading, cutting, examples, stats):
         record = part.record
         if chunks is not None:
             if batch:
@@ -314,10 +315,12 @@ def _read_batches(
             for text, first, last in with_ends(tokenizer.pieces(chunks)):
                 digest.update(text.encode())
                 number = int.from_bytes(digest.digest(), "big")
-                tag = _Tag([record.name], [origin], [part.held_out], stats.bytes_read, first, last, number)
+                tag = _Tag(
+                    [record.name], [file.origin], [part.held_out], stats.bytes_read, first, last, number
+                )
                 yield tag, Piece({reading.fields[0]: text}, first, last)
             continue
-        batch.append((record, origin, part.held_out))
+        batch.append((part, file))
         size += sum(len(value) for value in record.fields.values() if isinstance(value, str))
         if size >= _BATCH_CHARS:
             yield finished()
@@ -326,19 +329,24 @@ def _read_batches(
         yield finished()
 
 
+def _places(file: SourceFile, examples: Examples) -> dict[str, str]:
+    """The fields about the place of a document that the task asks for."""
+    return {name: value for name, value in places_of(file).items() if name in examples.fields}
+
+
 def _documents(
     files: Sequence[SourceFile], reading: Reading, cutting: Cutting, examples: Examples, stats: ReadStats
-) -> Iterator[tuple[RecordPart, Iterator[str] | None, int]]:
-    """Every document with its origin: a record, or a long one's first part and its text in chunks."""
+) -> Iterator[tuple[RecordPart, Iterator[str] | None, SourceFile]]:
+    """Every document with its file: a record, or a long one's first part and its text in chunks."""
     in_parts = isinstance(examples, InParts) and not examples.columns and len(reading.fields) == 1
     for file in files:
         parts = cut_parts(file, reading, stats, cutting)
         if not in_parts:
-            yield from ((part, None, file.origin) for part in whole(parts))
+            yield from ((part, None, file) for part in whole(parts))
             continue
         for part in parts:
             is_long = not part.last or len(part.record.text) > PIECE_CHARS
-            yield part, chunks_of(part, parts) if is_long else None, file.origin
+            yield part, chunks_of(part, parts) if is_long else None, file
 
 
 def _finish(directory: Path, header: StoreHeader) -> None:

@@ -17,7 +17,7 @@ from llmjax.data.sources.cutting import WHOLE, Cutting
 from llmjax.data.sources.fingerprint import corpus_fingerprint, file_digest
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import Reading
-from llmjax.data.sources.records import read_texts
+from llmjax.data.sources.records import FOLDER, places_of, read_texts
 from llmjax.data.store.build import DOCUMENTS, READING, build_store
 from llmjax.data.store.columns import FORMAT_VERSION
 from llmjax.data.store.store import Store, open_store
@@ -69,6 +69,8 @@ def cached_tokenizer(
         reading.encoding,
         TRAINER_VERSION,
     ]
+    if reading.columns:
+        settings += ["columns", reading.columns]
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
     # lexists, because a broken link in place of the folder counts as damage and must be replaced.
     if os.path.lexists(directory):
@@ -142,6 +144,11 @@ def cached_store(
         settings += ["cutting", cutting.split_on, cutting.tail]
     if any(file.held_out for file in files):
         settings += ["held out", [file.held_out for file in files]]
+    if reading.columns:
+        settings += ["columns", reading.columns]
+    # The names of files are part of the fingerprint, and those of their folders are not always.
+    if FOLDER in examples.fields:
+        settings += ["folders", [places_of(file)[FOLDER] for file in files]]
     directory = Path(cache_dir) / f"store-{_key(corpus_fingerprint(files), settings)}"
 
     def build(progress: Callable[[int, int], None] | None) -> Store:

@@ -24,7 +24,7 @@ from typing import IO, TypeVar
 
 import numpy as np
 
-from llmjax.data.examples.contract import Example, Examples, InParts
+from llmjax.data.examples.contract import Example, Examples, HeldOutBy, InParts
 from llmjax.data.store.columns import LABEL, RUN, token_dtype
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
@@ -82,9 +82,10 @@ def encode_records(tokenizer: Tokenizer, examples: Examples, batch: Batch) -> En
         ragged["weights"] = _concatenate([example.weights for example in made], RUN)
     # The first field is the text of the document.
     text = examples.fields[0]
+    decisive = examples.held_out_by if isinstance(examples, HeldOutBy) else examples.fields
     fixed = {
         "num_bytes": np.array([len(str(record[text]).encode()) for record in records], "<i8"),
-        "hashes": np.array([_hash(record, examples.fields) for record in records], "<u8"),
+        "hashes": np.array([_hash(record, decisive) for record in records], "<u8"),
     }
     if "label" in examples.columns:
         fixed["label"] = np.array([example.label for example in made], LABEL)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
-from llmjax.scores import Score
+from llmjax.scores.score import Score
 from llmjax.train.loop.profiler import Profiler
 from llmjax.train.loop.run_position import Position
 from llmjax.train.steering.steering import Steering

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmjax.data.layout.layout import LAYOUTS, RowLayout
+from llmjax.data.layout.layout import LAYOUTS, RowLayout, lay_out
 from llmjax.errors import UserError
 from llmjax.parallel import mesh
 
@@ -87,3 +87,22 @@ def test_a_seq_len_that_cannot_be_divided_is_refused_by_name():
 
 def test_the_mesh_offers_every_layout():
     assert ("auto", *LAYOUTS) == mesh.LAYOUTS
+
+
+def test_the_source_of_a_document_follows_its_new_number_and_keeps_its_place():
+    lengths, layout = [1, 2, 4, 9], RowLayout("documents", 2, block=1)
+    segments = np.repeat([1, 2, 3, 4], lengths)[None].astype(np.int32)
+    tokens = 10 * segments
+    sources = np.array([[1, 1, 2, 3, 4, 4, 0, 0]], np.int32)
+    arrays = {
+        "tokens": tokens,
+        "segments": segments,
+        "source_tokens": 10 * sources,
+        "source_segments": sources,
+    }
+    laid = lay_out(arrays, layout)
+    number_of = dict(zip(laid["tokens"][0].tolist(), laid["segments"][0].tolist(), strict=True))
+    assert number_of[20] != 2  # the case is one in which numbers change
+    np.testing.assert_array_equal(laid["source_tokens"], arrays["source_tokens"])
+    expected = [number_of.get(token, 0) for token in laid["source_tokens"][0].tolist()]
+    assert laid["source_segments"][0].tolist() == expected

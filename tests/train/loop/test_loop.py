@@ -25,7 +25,7 @@ from tiny_run import lines_of
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.parallel.mesh import make_mesh
-from llmjax.scores import Score
+from llmjax.scores.score import Score
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.checkpoint.config import CheckpointConfig
 from llmjax.train.loop.loop import TrainingFailed, train

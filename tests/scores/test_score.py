@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmjax.scores import FILE, Score, describe_scores, read_scores, scores_as_json
+from llmjax.scores.score import FILE, Score, describe_scores, read_scores, scores_as_json
 from llmjax.tasks.table import TASKS
 
 
