@@ -164,9 +164,10 @@ def _describe_held_out(corpus: Corpus, data: DataConfig) -> str:
 
 def _describe_labels(corpus: Corpus, config: Config) -> dict[str, str]:
     """How many texts have each label, and how many texts are cut; nothing for a task without labels."""
-    store = corpus.store
-    if store.labels is None:
+    if "label" not in corpus.train.columns:
         return {}
+    store = corpus.store
+    assert store.labels is not None
     labels = config.tasks[config.task.name].labels
     counts = np.bincount(store.labels, minlength=len(labels))
     named = [f"{label} {count:,}" for label, count in zip(labels, counts.tolist())]
