@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 DATA = ["pyarrow>=15", "zstandard>=0.22", "charset-normalizer>=3"]
-CONVERT = ["safetensors>=0.5"]
+CONVERT = ["safetensors>=0.5", "gguf>=0.17", "tokenizers>=0.21"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "matplotlib>=3.9"]
 TEST = [
     "pytest>=8",
@@ -53,6 +53,6 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "wandb": ["wandb>=0.19.10"],
         "test": TEST,
-        "interop": ["torch==2.13.0", "transformers>=4.50", *CONVERT],
+        "interop": ["torch==2.13.0", "transformers>=4.50", "accelerate>=1.1", *CONVERT],
     },
 )

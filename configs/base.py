@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte
-    tokenizer.path = ""  # an existing SentencePiece .model to use; "" = train one
+    tokenizer.path = ""  # one to use: .model, tokenizer.json, .gguf or a folder; "" = train one
     tokenizer.vocab_size = 4096  # V, with special and byte pieces
     tokenizer.train_bytes = 20_000_000  # bytes of the corpus that the tokenizer is trained on
     tokenizer.character_coverage = 0.9995  # share of characters with a piece of their own; the others: bytes
@@ -217,7 +217,7 @@ def get_config() -> ConfigDict:
     checkpoint.every = 100  # updates between checkpoints; 0 = only at the end
     checkpoint.keep = 2  # newest checkpoints to keep; the newest known to give a finite loss stays as well
     checkpoint.keep_best = True  # keeps the checkpoint with the lowest held-out loss as well
-    checkpoint.init_from = ""  # workdir or Hugging Face folder with the parameters to begin with
+    checkpoint.init_from = ""  # workdir, Hugging Face folder or GGUF file with the parameters to begin with
     checkpoint.init_checkpoint = "latest"  # which of its checkpoints: latest | best | the number of an update
 
     # Where a run shows its metrics, besides its workdir.

@@ -1,11 +1,13 @@
-"""Converts a model between llmjax, Hugging Face transformers and llama2.c, with a certificate beside the result.
+"""Converts a model between llmjax, Hugging Face transformers, GGUF files of llama.cpp, and llama2.c.
 
     python -m tools.convert --from hf --to llmjax TinyLlama-1.1B runs/tinyllama
     python -m tools.convert --from llmjax --to hf runs/base exported --verify
+    python -m tools.convert --from llmjax --to gguf runs/base exported --dtype q8_0
     python -m tools.convert --from llama2c --to hf stories260K.bin exported
 
 A model of transformers is a folder with config.json and safetensors files, one of llmjax a workdir, and one of llama2.c
-a file of version 0. `docs/weights.md` says which families can be converted.
+a file of version 0. The result is a folder with a certificate in it: what became of every tensor. `docs/weights.md`
+says which families can be converted.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ from llmjax.build.conversion import (
     check_destination,
     load_foreign,
     load_run,
+    save_as_gguf,
     save_as_hf,
     save_as_run,
 )
-from llmjax.convert.params import WRITTEN
+from llmjax.convert.gguf.export import FILE
+from llmjax.convert.gguf.writing import WRITTEN as GGUF_WRITTEN
 from llmjax.convert.verify import check, compare, their_logits
 from llmjax.errors import UserError, reason_of
 from llmjax.terminal.lines import say
 
+# What writes a model for other programs, by --to.
+SAVE = {"hf": save_as_hf, "gguf": save_as_gguf}
 # The rows and the tokens of a row that --verify compares. A choice.
 ROWS, COLUMNS = 4, 128
 
@@ -42,21 +48,35 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "python -m tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--from", dest="source_kind", required=True, choices=("llmjax", *OPEN))
-    parser.add_argument("--to", dest="kind", required=True, choices=("llmjax", "hf"))
-    parser.add_argument("source", type=pathlib.Path, help="a folder, or a file of llama2.c")
+    parser.add_argument("--to", dest="kind", required=True, choices=("llmjax", *SAVE))
+    parser.add_argument("source", type=pathlib.Path, help="a folder, a GGUF file, or a file of llama2.c")
     parser.add_argument("destination", type=pathlib.Path, help="a folder to be made")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="instead of the tokenizer beside the source")
     parser.add_argument("--checkpoint", default="latest", help="of a workdir: latest, best or a number")
     parser.add_argument(
-        "--dtype", default="float32", choices=tuple(WRITTEN), help="of the weights for --to hf"
+        "--dtype",
+        default="float32",
+        choices=tuple(GGUF_WRITTEN),
+        help="of the weights; q8_0 for --to gguf only",
     )
     parser.add_argument("--verify", action="store_true", help="compares logits with transformers")
     parser.add_argument("--verify_text", type=pathlib.Path, default=pathlib.Path(argparse.__file__))
     return parser.parse_args(arguments)
 
 
-def verification(model: Model, folder: pathlib.Path, text: pathlib.Path) -> dict[str, Any]:
-    """The facts about the logits of `model` and of the model in `folder`, on a text, for the certificate."""
+def verification(model: Model, kind: str, path: pathlib.Path, text: pathlib.Path) -> dict[str, Any]:
+    """The facts about the logits of a model on a text, here and in transformers, for the certificate.
+
+    model  what was read
+    kind   what is compared with transformers, of the kind of a key of `SAVE`: the model in the folder or file `path`
+    """
+    if kind == "gguf" and model.settings["transformer.rope_scaling"] != "none":
+        raise UserError(
+            "--verify compares with transformers, which reads no scaling of rotary positions from GGUF files; verify "
+            "with --to hf"
+        )
+    # What was written is read again, so that numbers that were rounded are so on both sides.
+    written = model if path == pathlib.Path(model.facts["path"]) else load_foreign(kind, path)
     columns = min(COLUMNS, model.program.config.data.seq_len)
     if model.tokenizer is None:
         tokens, what = np.random.default_rng(0).integers(0, model.vocab_size, ROWS * columns), "random ids"
@@ -64,28 +84,38 @@ def verification(model: Model, folder: pathlib.Path, text: pathlib.Path) -> dict
         ids = model.tokenizer.encode(text.read_text(encoding="utf-8")[: 16 * ROWS * columns])
         tokens, what = np.resize(np.asarray(ids), ROWS * columns), str(text)
     tokens_BT = tokens.reshape(ROWS, columns).astype(np.int32)
-    facts = {"text": what, **compare(model.logits(tokens_BT), their_logits(folder, tokens_BT))}
+    ours_BTV = written.logits(tokens_BT)
+    facts = {"text": what, **compare(ours_BTV, their_logits(path, tokens_BT))}
     check(facts)
-    return {"verified against transformers": facts}
+    found = {"verified against transformers": facts}
+    if written is not model:
+        found["changed by rounding"] = compare(ours_BTV, model.logits(tokens_BT))
+    return found
 
 
 def run(asked: argparse.Namespace) -> None:
     """Converts as `asked`. Raises UserError, and writes nothing, for a mistake."""
     check_destination(asked.destination)
-    if asked.verify and "hf" not in (asked.source_kind, asked.kind):
-        raise UserError("--verify needs a model of transformers on one side; convert --to hf")
+    if asked.verify and not SAVE.keys() & {asked.source_kind, asked.kind}:
+        raise UserError(
+            f"--verify needs a model of transformers on one side; convert --to {' or '.join(SAVE)}"
+        )
     if asked.source_kind == "llmjax":
         model = load_run(asked.source, asked.checkpoint)
     else:
         model = load_foreign(asked.source_kind, asked.source, asked.tokenizer)
 
     def verify(folder: pathlib.Path) -> dict[str, Any]:
-        return verification(model, folder, asked.verify_text) if asked.verify else {}
+        path = folder / FILE if asked.kind == "gguf" else folder
+        return verification(model, asked.kind, path, asked.verify_text) if asked.verify else {}
 
-    if asked.kind == "hf":
-        save_as_hf(model, asked.destination, asked.dtype, verify)
+    if asked.kind in SAVE:
+        SAVE[asked.kind](model, asked.destination, asked.dtype, verify)
     else:
-        save_as_run(model, asked.destination, verify(asked.source))
+        facts = {}
+        if asked.verify:
+            facts = verification(model, asked.source_kind, asked.source, asked.verify_text)
+        save_as_run(model, asked.destination, facts)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Models from elsewhere as workdirs of ours, and our workdirs as folders of `transformers`.
+"""Models from elsewhere as workdirs of ours, and our workdirs as folders of `transformers` and GGUF files.
 
 A model is opened, checked and read; then it is written whole or not at all: a mistake leaves nothing behind.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from llmjax.build.exported_tokenizer import copy_tokenizer_files, facts_for_gguf, save_for_transformers
 from llmjax.build.program import Program, make_program
 from llmjax.build.restore import load_params
 from llmjax.config.imported import imported_config, settings_of
@@ -24,12 +24,12 @@ from llmjax.config.resolve import resolve_config
 from llmjax.config.schema import Config
 from llmjax.convert import certificate, hf_folder, llama2c
 from llmjax.convert.config_keys import TOKEN_IDS
+from llmjax.convert.gguf import export as gguf_export
+from llmjax.convert.gguf import model as gguf_model
 from llmjax.convert.places import places_of
 from llmjax.convert.source import Source
-from llmjax.convert.tokenizer_files import tokenizer_config, tokenizer_json
 from llmjax.data.tokenizer.imported import tokenizer_for
-from llmjax.data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
-from llmjax.data.tokenizer.tokenizer import MODEL_FILE, Tokenizer
+from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError, choose
 from llmjax.files import new_folder, write_atomically
 from llmjax.models.table import FAMILIES
@@ -46,13 +46,9 @@ from llmjax.workdir.contents import write_json
 # What is opened, by --from.
 OPEN: dict[str, Callable[[pathlib.Path], Source]] = {
     "hf": hf_folder.open_model,
+    "gguf": gguf_model.open_model,
     "llama2c": llama2c.open_model,
 }
-# Files of a tokenizer beside weights, which are copied from one folder of transformers to another.
-TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +61,7 @@ class Model:
     facts      what the certificate says of where it came from
     ids        the ids of the special tokens, by their names in config.json
     folder     the folder of transformers that it was read from, if it was one
+    chat_template  how a dialogue is written as text, in Jinja; nothing if it is not known
     """
 
     settings: Mapping[str, Any]
@@ -74,6 +71,7 @@ class Model:
     facts: Mapping[str, Any]
     ids: Mapping[str, Any]
     folder: pathlib.Path | None = None
+    chat_template: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -112,7 +110,8 @@ def load_foreign(kind: str, path: pathlib.Path, tokenizer: pathlib.Path | None =
     )
     facts |= certificate.source_tensors(source, places, digests)
     folder, ids = (path, source.ids) if kind == "hf" else (None, _ids(text))
-    return Model(settings_of(program.config), program, params, text, facts, ids, folder)
+    settings = settings_of(program.config)
+    return Model(settings, program, params, text, facts, ids, folder, source.chat_template)
 
 
 def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
@@ -141,7 +140,10 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
     program = _program(config, tokenizer.vocab_size)
     update, params = load_params(program, workdir, checkpoint)
     facts = certificate.side("llmjax", workdir, update=update)
-    return Model(settings_of(program.config), program, params, tokenizer, facts, _ids(tokenizer))
+    file = workdir / "tokenizer" / hf_folder.CHAT_TEMPLATE
+    template = file.read_text(encoding="utf-8") if file.is_file() else ""
+    settings, ids = settings_of(program.config), _ids(tokenizer)
+    return Model(settings, program, params, tokenizer, facts, ids, None, template)
 
 
 def _ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
@@ -166,14 +168,16 @@ def save_as_run(model: Model, workdir: pathlib.Path, facts: Mapping[str, Any]) -
     """Writes a workdir from which `--mode=generate` and `checkpoint.init_from` work. UserError without a tokenizer."""
     if model.tokenizer is None:
         raise UserError(
-            f"{model.facts['path']} has no tokenizer that is read here (a SentencePiece tokenizer.model, or "
-            "tok*.bin of llama2.c); name one with --tokenizer"
+            f"{model.facts['path']} has no tokenizer that is read here (tokenizer.model, tokenizer.json, vocab.json "
+            "with merges.txt, or tok*.bin of llama2.c); name one with --tokenizer"
         )
     config = imported_config(model.settings, str(workdir.absolute() / "tokenizer"))
     config, _ = resolve_config(config, 1)
     meta = {"config": config.to_dict(), "data_fingerprint": "none", "versions": {}} | Position().to_meta()
     with _new_folder(workdir) as folder:
         model.tokenizer.save(folder / "tokenizer")
+        if model.chat_template:
+            write_atomically(folder / "tokenizer" / hf_folder.CHAT_TEMPLATE, model.chat_template)
         write_json(folder / "config.json", config.to_dict())
         noted = standing.note_saved(folder, standing.CHECKPOINTS)
         with Checkpoints(folder / standing.CHECKPOINTS, config.checkpoint, on_saved=noted) as checkpoints:
@@ -197,38 +201,35 @@ def save_as_hf(
     places, digests = places_of(export.architecture, model.params), dict[str, str]()
     with _new_folder(folder) as unfinished:
         export.write(unfinished, model.params, digests.__setitem__)
-        _save_tokenizer(model, unfinished)
+        if model.folder is not None:
+            copy_tokenizer_files(model.folder, unfinished)
+        else:
+            save_for_transformers(model.tokenizer, model.ids, model.chat_template, unfinished)
         to = _facts(model, "hf", folder) | {"architecture": export.architecture.name}
-        to |= certificate.written_tensors(places, dtype, digests)
+        to |= certificate.written_tensors(places, dict.fromkeys(places, dtype), digests)
         certificate.write(unfinished, {"from": model.facts, "to": to, **verify(unfinished)})
 
 
-def _save_tokenizer(model: Model, folder: pathlib.Path) -> None:
-    """Writes the files of the model's tokenizer that `transformers` reads, as far as there are any."""
-    if model.folder is not None:
-        for name in TOKENIZER_FILES:
-            if (model.folder / name).is_file():
-                shutil.copyfile(model.folder / name, folder / name)
-    elif not isinstance(model.tokenizer, SentencePieceTokenizer):
-        warn("note: transformers has no tokenizer like that of this model; its folder gets none")
-    else:
-        write_atomically(folder / MODEL_FILE, model.tokenizer.model)
-        ids = {**model.ids, "unk_token_id": model.tokenizer.unk_id}
-        names = {name.removesuffix("_id"): model.tokenizer.piece(i) for name, i in ids.items()}
-        if not model.tokenizer.is_bpe:
-            warn(
-                "note: only tokenizer.model is written, because tokenizer.json is made of lossless BPE models only"
-            )
-        else:
-            write_json(folder / "tokenizer.json", _tokenizer_json(model.tokenizer))
-            write_json(folder / "tokenizer_config.json", tokenizer_config(names))
+def save_as_gguf(
+    model: Model,
+    folder: pathlib.Path,
+    dtype: str,
+    verify: Callable[[pathlib.Path], Mapping[str, Any]] = lambda _: {},
+) -> None:
+    """Writes a folder with a GGUF file for llama.cpp, its matrices of the type `dtype`, and the certificate.
 
-
-def _tokenizer_json(own: SentencePieceTokenizer) -> dict[str, Any]:
-    special = {own.pad_id, own.bos_id, own.eos_id, own.unk_id, own.mask_id, *own.reserved_ids}
-    pieces, scores = own.scored_pieces()
-    named = {i: pieces[i] for i in special}
-    return tokenizer_json(pieces, scores, named, own.bos_id, own.unk_id, bool(own.text_prefix))
+    `verify` is called with the folder, as in `save_as_hf`. Raises UserError if llama.cpp has no such model.
+    """
+    name = pathlib.Path(model.facts["path"]).name
+    others = {"general.name": name, **facts_for_gguf(model.tokenizer, model.chat_template)}
+    export = gguf_export.Export(model.settings, model.vocab_size, dtype, others)
+    export.check(model.params)
+    places, types, digests = export.places(model.params), export.types(model.params), dict[str, str]()
+    with _new_folder(folder) as unfinished:
+        export.write(unfinished, model.params, digests.__setitem__)
+        to = _facts(model, "gguf", folder) | {"architecture": export.family}
+        to |= certificate.written_tensors(places, types, digests)
+        certificate.write(unfinished, {"from": model.facts, "to": to, **verify(unfinished)})
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from llmjax.build.corpus_record import describe_difference
 from llmjax.build.program import Program
 from llmjax.config.reading import read_optimizer, read_task
 from llmjax.config.schema import Config
-from llmjax.convert.hf_folder import is_model_folder, open_model
+from llmjax.convert.foreign import is_foreign, open_foreign
 from llmjax.errors import UserError
 from llmjax.ops.seeds import make_key
 from llmjax.parallel import hosts
@@ -119,16 +119,16 @@ def initial_params(
 ) -> tuple[int, Params]:
     """The update and parameters of the checkpoint that checkpoint.init_from and checkpoint.init_checkpoint name.
 
-    The update is 0 for a model of `transformers`. Its tensors are read one at a time, into the layout of the mesh. What
-    the task adds to a model, such as a head for classes, begins anew if the other model was not trained on the same
-    task with the same labels; `tell` is called with a sentence about that.
+    The update is 0 for a model of another program. Its tensors are read one at a time, into the layout of the mesh.
+    What the task adds to a model, such as a head for classes, begins anew if the other model was not trained on the
+    same task with the same labels; `tell` is called with a sentence about that.
     """
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
-    if is_model_folder(source):
+    if is_foreign(source):
         wanted = program.abstract_saved().params
         added = _added(config)
-        params = open_model(source).read({name: x for name, x in wanted.items() if name not in added})
+        params = open_foreign(source).read({name: x for name, x in wanted.items() if name not in added})
         return 0, _with_added(program, params, added, tell)
     saved = saved_config(source)
     if saved is None:

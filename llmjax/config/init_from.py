@@ -4,7 +4,7 @@ The new run takes over the parameters and the tokenizer, so that token ids mean 
 state of the optimizer or the data cursor. Whether the two runs fit is checked before anything is read. Once the new run
 has a checkpoint of its own, it goes on from there and no longer needs the other run.
 
-Instead of a workdir, checkpoint.init_from may name a folder of `transformers` with weights (`convert/hf_folder.py`).
+Instead of a workdir, checkpoint.init_from may name a folder of `transformers` or a GGUF file (`convert/foreign.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from llmjax.config.imported import imported_config
 from llmjax.config.resolve import resolve_config
 from llmjax.config.resume import check_init, check_resume, keep_choices
 from llmjax.config.schema import Config
-from llmjax.convert.hf_folder import SENTENCEPIECE, is_model_folder, open_model
+from llmjax.convert import foreign
+from llmjax.convert.foreign import is_foreign, open_foreign
 from llmjax.data.checksums import DamagedError
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.data.tokenizer.tokenizer import Tokenizer
@@ -42,7 +43,9 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
         return
     source = pathlib.Path(name)
     check_name(f"checkpoint.init_from={name!r}", source, "move that run")
-    if is_model_folder(source):
+    if source.suffix == ".gguf" and not source.is_file():
+        raise UserError(f"checkpoint.init_from={name!r} does not exist; fetch the file, or correct its path")
+    if is_foreign(source):
         _check_foreign(config, source)
         return
     saved = saved_config(source)
@@ -64,19 +67,19 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _check_foreign(config: Config, source: pathlib.Path) -> None:
-    """UserError where a run of `config` cannot begin with the model of the folder `source`. No tensor is read."""
-    name, model = config.checkpoint.init_from, open_model(source)
+    """UserError where a run of `config` cannot begin with the model at `source`. No tensor is read."""
+    name, model = config.checkpoint.init_from, open_foreign(source)
     if config.checkpoint.init_checkpoint != "latest":
         raise UserError(
             f"checkpoint.init_checkpoint={config.checkpoint.init_checkpoint!r} has no meaning for "
-            f"checkpoint.init_from={name!r}, a folder with one model; leave it at latest"
+            f"checkpoint.init_from={name!r}, which holds one model; leave it at latest"
         )
     # A tokenizer that is named comes first. It may be the user's own, if the model brings none that is read here.
     path = config.tokenizer.path or str(model.tokenizer or "")
     if not path:
         raise UserError(
-            f"checkpoint.init_from={name!r} has no tokenizer that is read here (a SentencePiece tokenizer.model); give "
-            "the path of its tokenizer in tokenizer.path"
+            f"checkpoint.init_from={name!r} has no tokenizer that is read here (tokenizer.model, tokenizer.json, or "
+            "vocab.json with merges.txt); give the path of its tokenizer in tokenizer.path"
         )
     ids = load_tokenizer(path).vocab_size
     if ids != model.vocab_size:
@@ -112,8 +115,8 @@ def with_tokenizer(config: Config, workdir: pathlib.Path) -> Config:
 
 
 def tokenizer_of(source: pathlib.Path) -> pathlib.Path:
-    """Where the tokenizer lies that a run takes over from `source`, a workdir or a folder of `transformers`."""
-    return source / SENTENCEPIECE if is_model_folder(source) else source / "tokenizer"
+    """Where the tokenizer lies that a run takes over from `source`, a workdir or a model of another program."""
+    return (foreign.tokenizer_of(source) if is_foreign(source) else None) or source / "tokenizer"
 
 
 def own_tokenizer(workdir: pathlib.Path) -> Tokenizer:

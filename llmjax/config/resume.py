@@ -9,7 +9,7 @@ from typing import Any
 
 from llmjax.config.reading import complete_config
 from llmjax.config.schema import Config
-from llmjax.convert.hf_folder import SENTENCEPIECE
+from llmjax.convert.foreign import is_foreign, tokenizer_of
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.errors import UserError, choose
 from llmjax.models.table import FAMILIES
@@ -66,9 +66,9 @@ def _has_tokenizer(folder: str, workdir: pathlib.Path) -> bool:
 
     Nothing else is read from there once the run has a checkpoint of its own.
     """
-    return has_begun(workdir) and any(
-        _is_tokenizer(str(pathlib.Path(folder) / name), workdir) for name in ("tokenizer", SENTENCEPIECE)
-    )
+    source = pathlib.Path(folder)
+    found = (tokenizer_of(source) if is_foreign(source) else None) or source / "tokenizer"
+    return has_begun(workdir) and _is_tokenizer(str(found), workdir)
 
 
 # Paths that may change when what lies there is the same -> (path, workdir) -> whether it is.

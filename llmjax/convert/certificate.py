@@ -54,12 +54,14 @@ def source_tensors(source: Source, places: Mapping[str, Place], digests: Mapping
     return {"tensors": listed, "missing": [], "unexpected": []}
 
 
-def written_tensors(places: Mapping[str, Place], dtype: str, digests: Mapping[str, str]) -> dict[str, Any]:
+def written_tensors(
+    places: Mapping[str, Place], dtypes: Mapping[str, str], digests: Mapping[str, str]
+) -> dict[str, Any]:
     """Every tensor that was written: of what it was made, its type, its shape, and the SHA-256 of its bytes."""
     return {
         "tensors": {
             name: {
-                "dtype": dtype,
+                "dtype": dtypes[name],
                 "shape": list(place.shape),
                 "made of": [_part(part) for part in place.parts],
                 "sha256": digests[name],

@@ -80,20 +80,24 @@ def not_read(architecture: Architecture, config: Mapping[str, Any]) -> list[str]
     return sorted(config.keys() - GENERAL - windows - architecture.keys.keys() - architecture.only.keys())
 
 
-def choose_architecture(settings: Mapping[str, Any]) -> Architecture:
-    """The first name table that can hold a model of these keys.
+def choose_architecture(
+    settings: Mapping[str, Any],
+    tables: Mapping[str, Architecture] = ARCHITECTURES,
+    where: str = "models of transformers",
+) -> Architecture:
+    """The first of the name tables that can hold a model of these keys.
 
-    Raises UserError, which names what the nearest of them lacks, if there is none.
+    Raises UserError, which names what the nearest of them lacks, if there is none. `where` says what they belong to.
     """
-    lacking = {name: _lacking(architecture, settings) for name, architecture in ARCHITECTURES.items()}
+    lacking = {name: _lacking(architecture, settings) for name, architecture in tables.items()}
     name = min(lacking, key=lambda name: len(lacking[name]))
     if lacking[name]:
         key, value = next(iter(lacking[name].items()))
         raise UserError(
-            f"{key}={settings[key]!r} is not what models of transformers have, of which {name} with {key}={value!r} is "
-            f"the nearest; there are tables for {', '.join(ARCHITECTURES)}"
+            f"{key}={settings[key]!r} is not what {where} have, of which {name} with {key}={value!r} is "
+            f"the nearest; there are tables for {', '.join(tables)}"
         )
-    return ARCHITECTURES[name]
+    return tables[name]
 
 
 def _lacking(architecture: Architecture, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,33 +114,33 @@ def match(architecture: Architecture, places: Mapping[str, Place], tensors: Tens
 
     Raises UserError, in one sentence, if a tensor is missing, left over, or of another shape.
     """
-    prefix = architecture.prefix
+    prefix, says = architecture.prefix, architecture.described_by
     # Some files leave out the first name, which all but the output matrix have.
     short = bool(prefix) and not any(name.startswith(prefix) for name in tensors)
-    full = {name if not short or name.startswith("lm_head.") else prefix + name: name for name in tensors}
+    full = {name if not short or name == architecture.output else prefix + name: name for name in tensors}
     if missing := [name for name in places if name not in full]:
         raise UserError(
-            f"{where} lacks the tensor {missing[0]}{_and_more(missing)}, which its config.json asks for; fetch the "
-            "whole model, or correct config.json"
+            f"{where} lacks the tensor {missing[0]}{_and_more(missing)}, which its {says} asks for; fetch the "
+            f"whole model, or correct its {says}"
         )
     left, buffers, copies = [], [], []
     for name in full.keys() - places.keys():
         if any(re.fullmatch(pattern, name) for pattern in architecture.buffers):
             buffers.append(full[name])
-        elif name == "lm_head.weight" and name in architecture.outer:
+        elif name == architecture.output:
             copies.append(full[name])
         else:
             left.append(name)
     if left:
         raise UserError(
             f"{where} has the tensor {shown(min(left))}{_and_more(left)}, which {architecture.name} with this "
-            "config.json does not have; use a model without it, or correct config.json"
+            f"{says} does not have; use a model without it, or correct its {says}"
         )
     for name, place in places.items():
         shape = tensors[full[name]].shape
         if shape != place.shape:
             raise UserError(
-                f"{where} has {name} of shape {list(shape)}, and its config.json asks for {list(place.shape)}; fetch "
+                f"{where} has {name} of shape {list(shape)}, and its {says} asks for {list(place.shape)}; fetch "
                 "the files that belong together"
             )
     names = {name: full[name] for name in places}

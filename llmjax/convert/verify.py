@@ -15,17 +15,27 @@ from llmjax.errors import UserError
 TOLERANCE = 1e-3
 
 
-def their_logits(folder: pathlib.Path, tokens_BT: np.ndarray) -> np.ndarray:
-    """logits_BTV, float32, as `transformers` computes them with the model in `folder`. UserError if it is missing."""
+def their_logits(path: pathlib.Path, tokens_BT: np.ndarray) -> np.ndarray:
+    """logits_BTV, float32, as `transformers` computes them with the model in a folder or a GGUF file.
+
+    UserError if the package is missing.
+    """
+    in_file = path.is_file()
     try:
         import torch
         import transformers
+
+        if in_file:
+            import accelerate  # noqa: F401 - transformers reads GGUF files with it
     except ImportError:
         raise UserError("--verify compares with transformers; pip install llmjax[interop]") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        path.parent if in_file else path,
+        gguf_file=path.name if in_file else None,
+        dtype=torch.float32,
+        attn_implementation="eager",
     )
     with torch.no_grad():
         logits = model.eval()(torch.as_tensor(tokens_BT, dtype=torch.long)).logits

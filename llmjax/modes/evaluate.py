@@ -19,7 +19,7 @@ from llmjax.build.restore import (
     initial_params,
     load_params,
 )
-from llmjax.convert.hf_folder import is_model_folder
+from llmjax.convert.foreign import is_foreign
 from llmjax.errors import UserError
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
 from llmjax.modes.corpus import read_corpus
@@ -67,7 +67,7 @@ def run(request: Request) -> int:
         else:
             update, params = load_params(program, workdir, checkpoint)
     # A model of another program does not say what it was trained on.
-    if not (untrained and is_model_folder(workdir)):
+    if not (untrained and is_foreign(workdir)):
         if different := describe_difference(workdir, trained_on(workdir, update), corpus):
             say(f"{different}; what follows is of those here\n")
         if hosts.is_primary():

@@ -13,9 +13,10 @@ import numpy as np
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program, make_program
-from llmjax.build.restore import load_params
-from llmjax.config.init_from import own_tokenizer
+from llmjax.build.restore import initial_params, load_params
+from llmjax.config.init_from import own_tokenizer, with_tokenizer
 from llmjax.data.examples.contract import Prompt, Prompting
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llmjax.data.tokenizer.vocabulary import vocabulary_of
 from llmjax.errors import UserError, choose
@@ -35,6 +36,7 @@ from llmjax.terminal.lines import say, warn
 from llmjax.terminal.stages import working
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
+from llmjax.workdir import standing
 
 # Tokens of a held-out document that the samples of a run continue. A choice.
 SAMPLE_PROMPT = 64
@@ -52,13 +54,29 @@ class Loaded:
 
 
 def load(request: Request) -> Loaded:
-    """The checkpoint that `request` names, with the tokenizer of its run."""
-    tokenizer = own_tokenizer(request.workdir)
+    """The checkpoint that `request` names, with the tokenizer of its run.
+
+    If the workdir holds no run yet, the parameters and the tokenizer are those of checkpoint.init_from.
+    """
+    config, workdir = request.config, request.workdir
+    untrained = bool(config.checkpoint.init_from) and not standing.has_begun(workdir)
+    if untrained and request.checkpoint != "latest":
+        raise UserError(
+            f"--checkpoint={request.checkpoint} is of a run, and --workdir={workdir} holds none; name the checkpoint "
+            "of checkpoint.init_from by --config.checkpoint.init_checkpoint"
+        )
+    if untrained:
+        tokenizer = load_tokenizer(with_tokenizer(config, workdir).tokenizer.path)
+    else:
+        tokenizer = own_tokenizer(workdir)
     program = make_program(
-        request.config, request.derived, tokenizer.vocab_size, vocabulary=lambda: vocabulary_of(tokenizer)
+        config, request.derived, tokenizer.vocab_size, vocabulary=lambda: vocabulary_of(tokenizer)
     )
     with working("reading the checkpoint"):
-        update, params = load_params(program, request.workdir, request.checkpoint)
+        if untrained:
+            update, params = initial_params(program)
+        else:
+            update, params = load_params(program, workdir, request.checkpoint)
     return Loaded(program, params, tokenizer, update)
 
 

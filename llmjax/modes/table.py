@@ -30,7 +30,7 @@ class Mode:
 MODES = {
     "train": Mode(needs="nothing", flags=("profile",)),
     "evaluate": Mode(needs="parameters", flags=("checkpoint",)),
-    "generate": Mode(needs="run", flags=("checkpoint", "prompt", "prompt_file", "interactive")),
+    "generate": Mode(needs="parameters", flags=("checkpoint", "prompt", "prompt_file", "interactive")),
     "translate": Mode(
         needs="run",
         flags=("checkpoint", "prompt", "prompt_file", "interactive", "references"),

@@ -11,6 +11,7 @@ from tiny_run import command
 from llmjax import main
 from llmjax.build.conversion import load_run
 from llmjax.convert.files.safetensors_folder import open_tensors
+from llmjax.data.tokenizer.loading import load_tokenizer
 from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 from tools import convert
 
@@ -119,6 +120,7 @@ def test_a_folder_without_what_a_run_needs_is_refused(trained, tmp_path, capsys)
         capsys, [*words, "--config.checkpoint.init_checkpoint=best"]
     )
     (exported / "tokenizer.model").rename(exported / "other.model")
+    (exported / "tokenizer.json").unlink()
     assert "has no tokenizer that is read here" in refuse(capsys, words)
     assert "has no tokenizer that is read here" in refused(capsys, "hf", "llmjax", exported, tmp_path / "x")
     named = ["--tokenizer", str(exported / "other.model")]
@@ -200,13 +202,27 @@ def test_the_exported_tokenizer_gives_the_same_ids_as_ours(stories, trained, tmp
             assert theirs.decode(ids) == text
 
 
-def test_a_tokenizer_that_transformers_lacks_is_said(tmp_path, capsys):
+def test_a_run_on_bytes_is_exported_with_a_tokenizer_of_the_same_ids(tmp_path, capsys):
     tiny_run.write_corpus(tmp_path / "corpus")
     assert main.main(command(tmp_path, f"--workdir={tmp_path / 'run'}", train__num_updates=1)) == 0
-    capsys.readouterr()
-    assert convert_to("llmjax", "hf", tmp_path / "run", tmp_path / "hf") == 0
-    assert "transformers has no tokenizer like that of this model" in capsys.readouterr().err
-    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+    ours = load_run(tmp_path / "run").tokenizer
+    for kind, found in (("hf", "hf"), ("gguf", "gguf/model.gguf")):
+        assert convert_to("llmjax", kind, tmp_path / "run", tmp_path / kind) == 0
+        theirs = load_tokenizer(tmp_path / found)
+        assert [theirs.encode(text) for text in HARD] == [ours.encode(text) for text in HARD]
+        assert theirs.reserved_ids == ours.reserved_ids and theirs.mask_id == ours.mask_id
+    import tokenizers
+
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    assert theirs.encode("a b").ids == [ours.bos_id, *ours.encode("a b")]
+
+
+def test_tokenizer_json_alone_gives_the_ids_of_the_sentencepiece_model(trained, tmp_path, capsys):
+    assert convert_to("llmjax", "hf", trained, tmp_path / "hf") == 0
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    ours, theirs = load_run(trained).tokenizer, load_tokenizer(tmp_path / "hf")
+    assert [theirs.encode(text) for text in HARD] == [ours.encode(text) for text in HARD]
+    assert (theirs.bos_id, theirs.eos_id, theirs.pad_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
 
 
 OTHERS = {

@@ -65,6 +65,7 @@ class Architecture:
     local_rope  the same for layers with a window, where it is another; 0 where it is the same
     alternates  if layers with a window alternate with layers without: every how many-th layer has none, where
                 config.json does not say it; 0 if all layers are alike
+    described_by  the part of a model that says its sizes, for errors
     """
 
     name: str
@@ -79,6 +80,12 @@ class Architecture:
     rope: float = 10000.0
     local_rope: float = 0.0
     alternates: int = 0
+    described_by: str = "config.json"
+
+    @property
+    def output(self) -> str:
+        """The name of the output matrix."""
+        return next(name for name, line in self.outer.items() if line.ours == ("embedding/unembedding_VD",))
 
     @property
     def fixed(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -43,5 +44,20 @@ class StoredTensor:
         return flat.reshape(self.shape)
 
 
+class Tensor(Protocol):
+    """A tensor in a file of any format: what is known of it, and how it is read."""
+
+    @property
+    def dtype(self) -> str:
+        """The name of the type in which it is stored."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, rows first."""
+
+    def read(self) -> np.ndarray:
+        """The tensor as floating-point numbers."""
+
+
 # The tensors of a model, by the names that its files give them.
-Tensors = Mapping[str, StoredTensor]
+Tensors = Mapping[str, Tensor]

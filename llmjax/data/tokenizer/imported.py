@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pathlib
 
+from llmjax.data.tokenizer.json_tokenizer import JsonTokenizer
 from llmjax.data.tokenizer.llama2c_vocabulary import as_model
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.data.tokenizer.model_file import with_more_ids
 from llmjax.data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
-from llmjax.data.tokenizer.tokenizer import MODEL_FILE, Tokenizer
+from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 
 
 def tokenizer_for(path: pathlib.Path, vocab_size: int) -> Tokenizer:
     """The tokenizer at `path` for a model with `vocab_size` embeddings.
 
-    path  a SentencePiece .model file, a folder with tokenizer.model, or a tokenizer of llama2.c (.bin)
+    path  what `load_tokenizer` reads, or a tokenizer of llama2.c (.bin)
 
     A tokenizer with fewer ids gets more, which no text gives. Raises UserError if it has more, or cannot be read.
     """
@@ -30,10 +31,11 @@ def tokenizer_for(path: pathlib.Path, vocab_size: int) -> Tokenizer:
     missing = vocab_size - tokenizer.vocab_size
     if missing == 0:
         return tokenizer
+    if missing > 0 and isinstance(tokenizer, JsonTokenizer):
+        return JsonTokenizer(tokenizer.definition, tokenizer.special, vocab_size)
     if missing < 0 or not isinstance(tokenizer, SentencePieceTokenizer):
         raise UserError(
             f"the tokenizer {path} has {tokenizer.vocab_size} ids, and the model {vocab_size} embeddings; give the "
             "tokenizer of the model"
         )
-    file = path / MODEL_FILE if path.is_dir() else path
-    return SentencePieceTokenizer(with_more_ids(file.read_bytes(), missing))
+    return SentencePieceTokenizer(with_more_ids(tokenizer.model, missing))

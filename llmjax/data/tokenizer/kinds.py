@@ -53,8 +53,7 @@ class TokenizerConfig:
     """The `tokenizer` section of the config: how text becomes tokens.
 
     kind                bpe (byte pair encoding), unigram (slower to train), or byte (the 256 bytes, for tests)
-    path                an existing tokenizer to use, and then nothing is trained: a SentencePiece .model file, or a
-                        folder that `save` wrote
+    path                an existing tokenizer to use, and then nothing is trained: whatever `load_tokenizer` reads
     vocab_size          the number of ids, special and byte pieces included. The kind byte ignores it
     train_bytes         how many bytes of text are sampled for training. unigram takes at most 4 MB of them
     character_coverage  the share of the text whose characters get an id each. Rarer characters are spelled in bytes. At

@@ -7,7 +7,7 @@ described in sentencepiece_model.proto of SentencePiece, its encoding in https:/
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 # The message `normalizer_spec { add_dummy_prefix: false }`. Appended to a model it overrides the model's own value,
 # because a later value of a field takes the place of an earlier one.
@@ -15,10 +15,13 @@ NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # The numbers of fields: `pieces`, a message for each piece of the vocabulary, `trainer_spec`, `normalizer_spec`, and in
 # the trainer's message `model_type` and `byte_fallback`.
 _PIECES, _TRAINER, _NORMALIZER, _MODEL_TYPE, _BYTE_FALLBACK = 1, 2, 3, 3, 35
+# The fields of the trainer's message with the names of special pieces.
+_NAMES = {"unk": 45, "bos": 46, "eos": 47, "pad": 48}
 # The `model_type` of a unigram model, which is the default, and of BPE.
 _UNIGRAM, _BPE = 1, 2
-# The kinds of pieces.
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+# The kinds of pieces, and the field of a piece that says its kind.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_KIND = 3
 # The field `type: CONTROL` of a piece.
 _CONTROL = b"\x18\x03"
 # The wire types of fields: an integer of variable length, 8 bytes, bytes with their length before them, and 4 bytes.
@@ -51,6 +54,16 @@ def is_unigram(model: bytes) -> bool:
             for inner, _, value, _ in _fields(trainer):
                 kind = _varint(value, 0)[0] if inner == _MODEL_TYPE else kind
     return kind == _UNIGRAM
+
+
+def piece_kinds(model: bytes) -> list[int]:
+    """The kind of each piece, by its id: NORMAL, UNKNOWN, ..."""
+    kinds = []
+    for field, _, piece, _ in _fields(model):
+        if field == _PIECES:
+            found = [_varint(value, 0)[0] for inner, _, value, _ in _fields(piece) if inner == _KIND]
+            kinds.append(found[-1] if found else NORMAL)
+    return kinds
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, bytes, int]]:
@@ -98,16 +111,22 @@ def _as_varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def bpe_model(pieces: Iterable[tuple[str, float, int]]) -> bytes:
+def bpe_model(
+    pieces: Iterable[tuple[str, float, int]], names: Mapping[str, str] | None = None, adds_space: bool = True
+) -> bytes:
     """A BPE model of these (piece, score, kind). It spells unknown characters in bytes.
 
-    It puts a space before a text and changes nothing else in it. The ids are in the order of `pieces`.
+    It changes nothing in a text, but may put a space before it. The ids are in the order of `pieces`.
+
+    names       the pieces that are the special ones unk, bos, eos and pad, if they are not called as usual
+    adds_space  whether a space is put before a text
     """
     out = [_message(_PIECES, _piece(*piece)) for piece in pieces]
     # model_type: BPE; byte_fallback: true.
-    out.append(_message(_TRAINER, _integer(_MODEL_TYPE, _BPE) + _integer(_BYTE_FALLBACK, 1)))
-    # name: "identity"; add_dummy_prefix: true; remove_extra_whitespaces: false; escape_whitespaces: true.
-    normalizer = _message(1, b"identity") + _integer(3, 1) + _integer(4, 0) + _integer(5, 1)
+    named = b"".join(_message(_NAMES[name], piece.encode()) for name, piece in (names or {}).items())
+    out.append(_message(_TRAINER, _integer(_MODEL_TYPE, _BPE) + _integer(_BYTE_FALLBACK, 1) + named))
+    # name: "identity"; add_dummy_prefix; remove_extra_whitespaces: false; escape_whitespaces: true.
+    normalizer = _message(1, b"identity") + _integer(3, int(adds_space)) + _integer(4, 0) + _integer(5, 1)
     out.append(_message(_NORMALIZER, normalizer))
     return b"".join(out)
 

@@ -19,7 +19,14 @@ import sentencepiece
 
 from llmjax.data.tokenizer import cuts
 from llmjax.data.tokenizer.cuts import LOOK_AHEAD, neighbours
-from llmjax.data.tokenizer.model_file import NO_DUMMY_PREFIX, as_control, is_unigram
+from llmjax.data.tokenizer.model_file import (
+    CONTROL,
+    NO_DUMMY_PREFIX,
+    NORMAL,
+    as_control,
+    is_unigram,
+    piece_kinds,
+)
 from llmjax.data.tokenizer.passages import SPACE_MARK, check_unicode
 from llmjax.data.tokenizer.tokenizer import META_FILE, MODEL_FILE, NUM_BYTES, StreamDecoder, checked_ids
 from llmjax.files import write_atomically
@@ -95,6 +102,15 @@ class SentencePieceTokenizer:
         """All pieces by their ids, and their scores."""
         ids = range(self.vocab_size)
         return [self.piece(i) for i in ids], [self._exact.get_score(i) for i in ids]
+
+    def piece_types(self) -> list[int]:
+        """The kind of each piece, a number in `model_file.py`."""
+        kinds = piece_kinds(self._model)
+        # Some that are like any other piece in the file stand for no text here.
+        return [
+            CONTROL if kind == NORMAL and not text else kind
+            for kind, text in zip(kinds, self._bytes, strict=True)
+        ]
 
     @property
     def is_bpe(self) -> bool:
