@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from some_slow import often
 
 from configs import base
 from llmjax.build.corpus import make_corpus
@@ -198,7 +199,10 @@ POOLED = [
 ]
 
 
-@pytest.mark.parametrize("family, pool, cut, layout", [*POOLED, ("lstm", "mean", "fsdp", "auto")])
+@pytest.mark.parametrize(
+    "family, pool, cut, layout",
+    often([*POOLED, ("lstm", "mean", "fsdp", "auto")], lambda case: case[1] == "mean" and case[3] != "zigzag"),
+)
 def test_every_way_to_pool_gives_the_same_sums_on_every_mesh_and_layout(family, pool, cut, layout, tmp_path):
     write_texts(tmp_path)
     settings = {"model__family": family, "classification__pool": pool, **VOCABULARY}
