@@ -14,7 +14,8 @@ from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a f
 
 # Enough for a few words to be learned, so that translations are not noise alone.
 LEARNED = {
-    "data__seq_len": 64, "train__num_updates": 60, "compute__accumulation_steps": 1, "optimizer__learning_rate": 0.02,
+    "data__seq_len": 64, "train__num_updates": 100, "compute__accumulation_steps": 1, "optimizer__name": "muon",
+    "optimizer__learning_rate": 0.01,
     "evaluate__every": 0, "checkpoint__every": 0, "model__model_dim": 32, "task__name": "translation",
 }  # fmt: skip
 
@@ -30,7 +31,7 @@ def settings_of(family, **changes):
     return {"model__family": family, **LEARNED, **changes}
 
 
-@pytest.fixture(scope="module", params=["encoder_decoder", "gpt"])
+@pytest.fixture(scope="module", params=["encoder_decoder", pytest.param("gpt", marks=pytest.mark.slow)])
 def trained(folder, request):
     workdir = folder / request.param
     assert main.main(command(folder, f"--workdir={workdir}", **settings_of(request.param))) == 0
