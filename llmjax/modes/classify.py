@@ -69,7 +69,8 @@ def _groups(lines: Iterator[str], size: int) -> Iterator[list[str]]:
 
 def describe_json(text: str, answer: Answer) -> str:
     """A line of JSON with the text, its label and the probabilities."""
-    values = {"text": text, "label": answer.label, "probabilities": answer.probabilities}
+    probabilities = {label: round(value, 6) for label, value in answer.probabilities.items()}
+    values = {"text": text, "label": answer.label, "probabilities": probabilities}
     return json.dumps(values, ensure_ascii=False)
 
 

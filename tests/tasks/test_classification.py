@@ -201,7 +201,9 @@ POOLED = [
 
 @pytest.mark.parametrize(
     "family, pool, cut, layout",
-    often([*POOLED, ("lstm", "mean", "fsdp", "auto")], lambda case: case[1] == "mean" and case[3] != "zigzag"),
+    often(
+        [*POOLED, ("lstm", "mean", "fsdp", "auto")], lambda case: case[1] == "mean" and case[3] != "zigzag"
+    ),
 )
 def test_every_way_to_pool_gives_the_same_sums_on_every_mesh_and_layout(family, pool, cut, layout, tmp_path):
     write_texts(tmp_path)
