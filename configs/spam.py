@@ -1,6 +1,10 @@
-"""Is a text message spam? A small encoder, trained from nothing on 4,501 messages in English, of which a fifth is held out.
+"""Is a text message spam? A small encoder, trained from nothing on 4,501 English messages, a fifth of them held out.
 
 python -m llmjax.main --config=configs/spam.py --config.data.sources=sms_spam_train.tsv
+
+The file is part of the SMS Spam Collection (UCI 228). Ends at an accuracy of 0.987, 0.989 and 0.988 on the held-out
+fifth with the seeds 0, 1 and 2, after 63 to 73 s on 2 cores of an AMD EPYC that had other work (commit f78bfcb). TF-IDF
+with logistic regression gets 0.988 there (`experiments/2026-11-text-classification`).
 """
 
 from ml_collections import ConfigDict
