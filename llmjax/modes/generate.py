@@ -16,6 +16,7 @@ from llmjax.build.program import Program, make_program
 from llmjax.build.restore import initial_params, load_params
 from llmjax.config.init_from import own_tokenizer, with_tokenizer
 from llmjax.data.examples.contract import Prompt, Prompting
+from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llmjax.data.tokenizer.vocabulary import vocabulary_of
@@ -29,7 +30,7 @@ from llmjax.generate.generate import (
     power_of_two,
     round_up,
 )
-from llmjax.modes.interactive import converse
+from llmjax.modes.parts.interactive import converse
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.terminal.lines import say, warn
@@ -137,6 +138,7 @@ def run_interactive(request: Request) -> int:
 OTHER_USES = {
     "fill_masks": ("fills in masks and continues no text", "--mode=evaluate"),
     "classify": ("gives labels to texts and continues none", "--mode=classify"),
+    "chat": ("learns what an assistant says", "--mode=chat"),
     "translate": ("writes a text after it has read another, and continues none", "--mode=translate"),
 }
 
@@ -249,6 +251,15 @@ def sources_of(prompts: Sequence[Prompt]) -> list[Sequence[int]] | None:
     return [prompt.source for prompt in prompts] if any(prompt.source for prompt in prompts) else None
 
 
+def given_part(store: Store, document: int) -> list[int]:
+    """The tokens at the beginning of a document that have no weight: those that were given, and not learned."""
+    length = int(store.lengths[document])
+    weights = store.weights(document, 0, length).tolist()
+    given = len(list(itertools.takewhile(lambda weight: weight == 0, weights)))
+    ids: list[int] = store.tokens(document, 0, given).tolist()
+    return ids
+
+
 def make_sampler(program: Program, corpus: Corpus) -> Callable[[Params, Watch], list[tuple[str, str]]]:
     """A function (params, watch) -> [(prompt, continuation)], which is compiled once for a whole run.
 
@@ -278,7 +289,7 @@ def generator(
 ) -> Generate:
     """Sampling with the settings in `config`; ids that stand for no text, other than the end, are never drawn."""
     return make_generator(
-        program.model, config, eos_id=tokenizer.eos_id, banned_ids=_no_text(tokenizer), width_of=width_of
+        program.model, config, eos_id=tokenizer.eos_id, banned_ids=no_text(tokenizer), width_of=width_of
     )
 
 
@@ -290,11 +301,11 @@ def searcher(
 ) -> Search:
     """Beam search with the settings in `config`, in which ids that stand for no text never appear."""
     return make_beam_search(
-        program.model, config, eos_id=tokenizer.eos_id, banned_ids=_no_text(tokenizer), width_of=width_of
+        program.model, config, eos_id=tokenizer.eos_id, banned_ids=no_text(tokenizer), width_of=width_of
     )
 
 
-def _no_text(tokenizer: Tokenizer) -> list[int]:
+def no_text(tokenizer: Tokenizer) -> list[int]:
     """The ids that stand for no text, other than the end."""
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
     return sorted(special - {tokenizer.eos_id})
