@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 DATA = ["pyarrow>=15", "zstandard>=0.22", "charset-normalizer>=3"]
 CONVERT = ["safetensors>=0.5", "gguf>=0.17", "tokenizers>=0.21"]
+TRANSLATE = ["sacrebleu>=2.4"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "matplotlib>=3.9"]
 TEST = [
     "pytest>=8",
@@ -18,6 +19,7 @@ TEST = [
     *DATA,
     *CONVERT,
     *NOTEBOOK,
+    *TRANSLATE,
 ]
 
 setup(
@@ -52,6 +54,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         "wandb": ["wandb>=0.19.10"],
+        "translate": TRANSLATE,
         "test": TEST,
         "interop": ["torch==2.13.0", "transformers>=4.50", "accelerate>=1.1", *CONVERT],
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from configs.base import get_config
 from llmjax.build.model import make_model
 from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
-from llmjax.data.examples.contract import ExampleSetting
+from llmjax.data.examples.contract import Examples, ExampleSetting
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.models.contract import Model
 from llmjax.models.table import FAMILIES
@@ -75,8 +76,16 @@ def goes_with(family: str, task: str) -> bool:
 
 def columns_of(family: str, task: str) -> tuple[str, ...]:
     """The optional columns of the examples that the task makes for the family."""
+    return examples_of(task, family).columns
+
+
+def examples_of(task: str, family: str = "", text_field: str = "text", **changes: Any) -> Examples:
+    """What makes the examples of a task for a family; `changes` are keys of the task's own section."""
     keys = read_config(get_config().to_dict()).tasks.get(task)
-    return EXAMPLES[task](ExampleSetting("text", T, keys, FAMILIES[family].reads_source)).columns
+    keys = dataclasses.replace(keys, **changes) if changes else keys
+    return EXAMPLES[task](
+        ExampleSetting(text_field, T, keys, FAMILIES[family or family_for(task)].reads_source)
+    )
 
 
 def families_for(task: str) -> list[str]:

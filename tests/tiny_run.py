@@ -56,6 +56,18 @@ def write_corpus(folder: pathlib.Path, documents: int = 40, words: int = 60, tex
     return folder
 
 
+def write_pairs(folder: pathlib.Path, pairs: int = 200) -> pathlib.Path:
+    """Writes a file of pairs to learn: words, and a character for each of them. Returns `folder`."""
+    rng = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(pairs):
+            chosen = rng.choices(range(6), k=rng.randint(1, 3))
+            source, text = " ".join(WORDS[i] for i in chosen), "".join("河石云光码环"[i] for i in chosen)
+            file.write(json.dumps({"source": source, "text": text}) + "\n")
+    return folder
+
+
 def settings_of(family: str) -> dict[str, object]:
     """`SETTINGS` for a model family, without the keys of the section `transformer` if it does not read them."""
     reads = family in ("gpt", "bert", "encoder_decoder")

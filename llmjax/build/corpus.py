@@ -13,6 +13,7 @@ import numpy as np
 from llmjax.build.hold_out import TAILS, make_store, search_files
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
+from llmjax.data.examples.contract import FurtherTexts
 from llmjax.data.packing.make_plan import cached_plan
 from llmjax.data.packing.plan import PackingPlan, check_corpus
 from llmjax.data.packing.two_streams import SourceStream
@@ -111,7 +112,7 @@ def make_corpus(
     config: Config, derived: Derived, progress: Progress = lambda what, done, total: None
 ) -> Corpus:
     """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
-    data, cache = config.data, cache_directory(config)
+    data, cache, examples = config.data, cache_directory(config), derived.examples
 
     def tokenizer_progress(done: int, total: int) -> None:
         # The tokenizer is trained on the first bytes only, and its trainer does not say how much it has done.
@@ -135,6 +136,7 @@ def make_corpus(
         # The held-out files have no say in what a token is.
         listing.files,
         reading=data.reading,
+        further_fields=examples.further_texts if isinstance(examples, FurtherTexts) else (),
         progress=tokenizer_progress,
     )
     make = functools.partial(
@@ -142,12 +144,12 @@ def make_corpus(
         cache,
         files,
         tokenizer,
-        examples=derived.examples,
+        examples=examples,
         reading=data.reading,
         num_workers=data.num_workers or os.cpu_count() or 1,
         progress=functools.partial(progress, "tokenizing"),
     )
-    store, hold_out = make_store(data, derived.examples, files, make)
+    store, hold_out = make_store(data, examples, files, make)
     progress("packing", 0, 0)
     train_ids, held_out_ids = store.split(data.held_out_fraction)
     source = None if store.source_lengths is None else SourceStream(store.source_lengths, derived.source_len)
@@ -163,7 +165,7 @@ def make_corpus(
         held_out_sources=data.held_out_sources,
         tails=hold_out == TAILS,
     )
-    sequences = functools.partial(PackedSequences, store, seed=config.seed, columns=derived.examples.columns)
+    sequences = functools.partial(PackedSequences, store, seed=config.seed, columns=examples.columns)
     held_out = sequences(held_out_plan, repeat=False) if held_out_plan.num_rows else None
     return Corpus(
         tokenizer,

@@ -152,8 +152,8 @@ class EncoderDecoder(GPT):
         """
         segments_BS = valid_BS.astype(jnp.int32)
         positions_BS = (jnp.cumsum(segments_BS, axis=1) - 1) * segments_BS
-        # One source each, which the compiler splits, as it does the cache.
-        alone = dataclasses.replace(self, attend=full.attend)
+        # The compiler splits the work, as it does with the cache: the rows may be fewer than the devices of a batch.
+        alone = dataclasses.replace(self, layout=Layout(), attend=full.attend)
         x_BSD = alone._encode(params, tokens_BS, segments_BS, positions_BS, None)
         block = self._block
 

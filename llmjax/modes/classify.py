@@ -24,6 +24,7 @@ from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.tasks.classification import make_probabilities
 from llmjax.terminal.lines import warn
+from llmjax.terminal.stages import on_terminal
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 
@@ -44,7 +45,7 @@ class Answer(NamedTuple):
 
 def run(request: Request) -> int:
     """Labels the prompts, or the lines of standard input if there are none, and returns exit code 0."""
-    classifier = TextClassifier(load(request))
+    classifier = TextClassifier(load(request, on_terminal))
     if request.prompts:
         groups: Iterable[Sequence[str]] = [request.prompts]
     elif jax.process_count() > 1:
@@ -68,7 +69,8 @@ def _groups(lines: Iterator[str], size: int) -> Iterator[list[str]]:
 
 def describe_json(text: str, answer: Answer) -> str:
     """A line of JSON with the text, its label and the probabilities."""
-    values = {"text": text, "label": answer.label, "probabilities": answer.probabilities}
+    probabilities = {label: round(value, 6) for label, value in answer.probabilities.items()}
+    values = {"text": text, "label": answer.label, "probabilities": probabilities}
     return json.dumps(values, ensure_ascii=False)
 
 

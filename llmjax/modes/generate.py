@@ -53,7 +53,7 @@ class Loaded:
     told: set[str] = dataclasses.field(default_factory=set)
 
 
-def load(request: Request) -> Loaded:
+def load(request: Request, speaks: Callable[[], bool] | None = None) -> Loaded:
     """The checkpoint that `request` names, with the tokenizer of its run.
 
     If the workdir holds no run yet, the parameters and the tokenizer are those of checkpoint.init_from.
@@ -72,7 +72,7 @@ def load(request: Request) -> Loaded:
     program = make_program(
         config, request.derived, tokenizer.vocab_size, vocabulary=lambda: vocabulary_of(tokenizer)
     )
-    with working("reading the checkpoint"):
+    with working("reading the checkpoint", speaks):
         if untrained:
             update, params = initial_params(program)
         else:
@@ -160,8 +160,13 @@ class Writer:
     A task that is `Prompting` writes another text than the prompt, and all others go on with it.
     """
 
-    def __init__(self, loaded: Loaded, width_of: Callable[[int], int] = round_up):
-        self._loaded = loaded
+    def __init__(
+        self,
+        loaded: Loaded,
+        width_of: Callable[[int], int] = round_up,
+        speaks: Callable[[], bool] | None = None,
+    ):
+        self._loaded, self._speaks = loaded, speaks
         self._config = loaded.program.config.generate
         self._examples = loaded.program.derived.examples
         make = searcher if self._config.num_beams > 1 else generator
@@ -191,7 +196,7 @@ class Writer:
         ids, sources = [prompt.tokens for prompt in read], sources_of(read)
         self._remark(max(map(len, [*ids, *(sources or ())]), default=0))
         if self._config.num_beams > 1:
-            with working("searching"):
+            with working("searching", self._speaks):
                 found = self._generate(loaded.params, ids, sources, watch)
             return [
                 [tokenizer.decode(text, continues=not writes_anew and bool(prompt)) for text in texts]
@@ -209,7 +214,7 @@ class Writer:
             on_text(row, text)
 
         tokens = iter(watch(self._generate(loaded.params, ids, first, sources)))
-        with working("reading the prompt"):
+        with working("reading the prompt", self._speaks):
             first_tokens = list(itertools.islice(tokens, 1))
         for new in itertools.chain(first_tokens, tokens):
             for row, token in enumerate(new):

@@ -26,6 +26,7 @@ from llmjax.modes.interactive import converse
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.terminal.lines import warn
+from llmjax.terminal.stages import on_terminal
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 
@@ -44,9 +45,9 @@ def run(request: Request) -> int:
             "or --interactive"
         )
     references = read_references(request.references, len(request.prompts)) if request.references else []
-    loaded = load(request)
+    loaded = load(request, on_terminal)
     check_translates(loaded.program)
-    writer, made = Writer(loaded, power_of_two), []
+    writer, made = Writer(loaded, power_of_two, on_terminal), []
     for texts in _batches(request.prompts):
         made += translate(writer, texts)
         if hosts.is_primary():
@@ -63,9 +64,9 @@ def run_interactive(request: Request) -> int:
         raise UserError(
             "--interactive=true reads the lines of one terminal, and there are several processes; use --prompt_file"
         )
-    loaded = load(request)
+    loaded = load(request, on_terminal)
     check_translates(loaded.program)
-    writer = Writer(loaded, power_of_two)
+    writer = Writer(loaded, power_of_two, on_terminal)
 
     def write(number: int, line: str, watch: Watch) -> None:
         show(translate(writer, [line], watch, number)[0])

@@ -12,6 +12,7 @@ from llmjax.build.corpus import Corpus
 from llmjax.build.hold_out import DOCUMENTS, NOTHING, TAILS
 from llmjax.build.program import Program
 from llmjax.config.schema import Config
+from llmjax.data.packing.plan import PackingPlan
 from llmjax.data.pipeline import DataConfig
 from llmjax.data.sources.cutting import TAIL
 from llmjax.data.sources.listing import Listing
@@ -37,6 +38,15 @@ def tree_bytes_per_device(tree: object) -> int:
     return sum(leaf_bytes(x) for x in jax.tree.leaves(tree))
 
 
+def describe_packing(plan: PackingPlan) -> str:
+    """How many rows the documents of a plan take, and how full these are."""
+    rows = f"{plan.num_rows:,} sequences of {plan.seq_len:,} tokens, {plan.efficiency:.1%} full"
+    if plan.source_lengths is None:
+        return rows
+    share = int(np.sum(plan.source_lengths, dtype=np.int64)) / (plan.num_rows * plan.source_len)
+    return f"{rows}, and of {plan.source_len:,} tokens of their sources, {share:.1%} full"
+
+
 def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int = 0) -> dict[str, str]:
     """Label -> one line of text, in reading order."""
     store, train, held_out = corpus.store, corpus.train_plan, corpus.held_out_plan
@@ -53,7 +63,7 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
         **_describe_labels(corpus, program.config),
         "files": _describe_files(corpus.listing),
         "tokenizer": _describe_tokenizer(program.config.tokenizer, corpus.tokenizer.vocab_size),
-        "packing": f"{train.num_rows:,} sequences of {train.seq_len:,} tokens, {train.efficiency:.1%} full",
+        "packing": describe_packing(train),
     }
     rows |= describe_program(program, train.attended)
     source = program.config.checkpoint
@@ -154,9 +164,10 @@ def _describe_held_out(corpus: Corpus, data: DataConfig) -> str:
 
 def _describe_labels(corpus: Corpus, config: Config) -> dict[str, str]:
     """How many texts have each label, and how many texts are cut; nothing for a task without labels."""
-    store = corpus.store
-    if store.labels is None:
+    if "label" not in corpus.train.columns:
         return {}
+    store = corpus.store
+    assert store.labels is not None
     labels = config.tasks[config.task.name].labels
     counts = np.bincount(store.labels, minlength=len(labels))
     named = [f"{label} {count:,}" for label, count in zip(labels, counts.tolist())]

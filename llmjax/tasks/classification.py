@@ -167,7 +167,8 @@ def make_logits(model: Model, setting: Setting) -> Callable[[Params, Batch, jax.
         )
 
     def logits(params: Params, batch: Batch, hidden_BTD: jax.Array) -> jax.Array:
-        counted = {"last": batch.weights != 0, "mean": batch.segments > 0, "first": batch.positions == 0}
+        real_BT = batch.segments > 0
+        counted = {"last": batch.weights != 0, "mean": real_BT, "first": real_BT & (batch.positions == 0)}
         counted_BT = counted[pool]
         # Other tokens, such as padding, may hold infinities, and 0 times infinity would spoil the gradient of the head.
         hidden_BTD = jnp.where(counted_BT[..., None], hidden_BTD, 0)

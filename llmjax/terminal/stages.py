@@ -110,11 +110,16 @@ class StageProgress:
 
 
 @contextlib.contextmanager
-def working(stage: str) -> Iterator[None]:
-    """Says what goes on within the `with` block, in which it cannot be told how much is done."""
-    with StageProgress() as progress:
+def working(stage: str, speaks: Callable[[], bool] | None = None) -> Iterator[None]:
+    """Says what goes on within the `with` block, in which it cannot be told how much is done, where `speaks()`."""
+    with StageProgress(speaks=speaks) as progress:
         progress(stage)
         yield
+
+
+def on_terminal() -> bool:
+    """Whether to speak where standard output has nothing but results, which others may read: on a terminal only."""
+    return sys.stderr.isatty() and _is_primary()
 
 
 def _is_primary() -> bool:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from families import family_for
+from families import examples_of, family_for
 
 from configs import base
 from llmjax.build.corpus import make_corpus
@@ -93,9 +93,15 @@ def many(tmp_path):
     return tmp_path
 
 
+def is_cut(task):
+    """Whether the documents of a task are single texts without a label, whose ends can be held out."""
+    examples = examples_of(task)
+    return len(examples.fields) == 1 and "label" not in examples.columns
+
+
 @pytest.mark.parametrize("hold_out", ["auto", "tails"])
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5])
-@pytest.mark.parametrize("task", EXAMPLES)
+@pytest.mark.parametrize("task", list(filter(is_cut, EXAMPLES)))
 def test_of_few_documents_the_end_of_each_is_held_out_and_never_trained_on(books, hold_out, fraction, task):
     # A copied tail has to fit into what is held out as a whole, so the lengths of rows do not matter here.
     corpus = make_corpus(
@@ -353,7 +359,7 @@ def test_documents_of_several_fields_are_not_cut(books, monkeypatch):
     class Pairs(Copies):
         fields = ("text", "other")
 
-    monkeypatch.setitem(EXAMPLES, "copy", Pairs)
+    monkeypatch.setitem(EXAMPLES, "copy", lambda setting: Pairs(setting.text_field))
     for settings, words in (
         ({"data__split_on": "a"}, "data.split_on='a' cuts documents of one text"),
         ({"data__hold_out": "tails"}, "data.hold_out='tails' cuts documents of one text"),
@@ -367,6 +373,22 @@ def test_documents_of_several_fields_are_not_cut(books, monkeypatch):
     # Too few for a fair sample, and all the same whole: `auto` does not cut them.
     settings = {"data__held_out_fraction": 0.3, "task__name": "copy"}
     assert make_corpus(*config_of(books, **settings)).hold_out == "documents"
+
+
+def test_texts_that_have_labels_are_not_cut(books):
+    rows = [json.dumps({"text": f"row {i} " + "of words " * 20, "label": "ab"[i % 2]}) for i in range(30)]
+    for path in (books / "corpus").iterdir():
+        path.unlink()
+    (books / "corpus" / "rows.jsonl").write_text("\n".join(rows))
+    settings = {"data__held_out_fraction": 0.3, "task__name": "classification"}
+    for more, words in (
+        ({"data__hold_out": "tails"}, "data.hold_out='tails' cuts texts"),
+        ({"data__length_points": ("0:16",)}, r"data.length_points=\('0:16',\) cuts rows"),
+    ):
+        with pytest.raises(UserError, match=words):
+            config_of(books, **settings, **more)
+    config = config_of(books, classification__labels=("a", "b"), **settings)
+    assert make_corpus(*config).hold_out == "documents"
 
 
 def test_an_unknown_way_to_hold_out_is_one_sentence(books):

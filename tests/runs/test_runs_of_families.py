@@ -27,7 +27,10 @@ def family(request):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, family):
     folder = tmp_path_factory.mktemp(family)
-    tiny_run.write_corpus(folder / "corpus", text=tiny_run.CHINESE)
+    if FAMILIES[OTHERS[family]].reads_source:
+        tiny_run.write_pairs(folder / "corpus")
+    else:
+        tiny_run.write_corpus(folder / "corpus", text=tiny_run.CHINESE)
     return folder
 
 
@@ -52,6 +55,10 @@ def test_it_is_evaluated_and_continues_texts_in_every_language(folder, trained, 
     if FAMILIES[OTHERS[family]].sees_both_sides:
         said = refuse(capsys, ["llmjax", f"--workdir={trained}", "--mode=generate", "--prompt=春江 stone"])
         assert "task.name='masked_language_model' fills in masks and continues no text" in said
+        return
+    if FAMILIES[OTHERS[family]].reads_source:
+        said = refuse(capsys, ["llmjax", f"--workdir={trained}", "--mode=generate", "--prompt=春江 stone"])
+        assert "writes a text after it has read another, and continues none; use --mode=translate" in said
         return
     said = run(capsys, ["llmjax", f"--workdir={trained}", "--mode=generate", "--prompt=春江 stone"])
     assert "春江 stone" in said

@@ -69,6 +69,15 @@ class Examples(Protocol):
         """Makes the example of one record, which has all `fields`."""
 
 
+@runtime_checkable
+class FurtherTexts(Protocol):
+    """A task that encodes more fields of a record than the first one. The tokenizer is trained on all of them."""
+
+    @property
+    def further_texts(self) -> tuple[str, ...]:
+        """The names of these fields."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """What a model is given before it writes: the beginning of its stream, and its second stream, if it has one."""

@@ -36,6 +36,10 @@ class Translations:
         return (self.text_field, self.source_field)
 
     @property
+    def further_texts(self) -> tuple[str, ...]:
+        return (self.source_field,)
+
+    @property
     def held_out_by(self) -> tuple[str, ...]:
         """A source has several translations at times, and the model has seen it if it was trained on one of them."""
         return (self.source_field,)

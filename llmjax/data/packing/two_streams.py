@@ -2,7 +2,8 @@
 
 A document and its source share a row, and neither is split over rows: a translation could not be learned if its source
 were in another row. This is bin packing in two dimensions. A greedy algorithm places the largest documents first, each
-into the row in which it leaves the least room, among a limited number of candidate rows.
+into the row in which it leaves the least room in the stream of which it takes the larger share, among a limited number
+of candidate rows.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import numpy as np
 from llmjax.errors import UserError
 
 # The version of the algorithm. It is part of a plan's fingerprint: raising it discards cached plans.
-FORMAT = 1
-# How many different amounts of target room are searched for each document. A larger number finds fuller rows and takes
-# longer.
+FORMAT = 2
+# How many different amounts of room are searched for each document. A larger number finds fuller rows and takes longer.
 LOOK_AHEAD = 64
 
 
@@ -67,46 +67,71 @@ def pack_two_streams(
       rows: int64 [n], the row of each document.
       num_rows: the number of rows.
     """
+    needs = np.stack([np.asarray(lengths, np.int64), np.asarray(source_lengths, np.int64)])
     # The largest document first. Its size is the larger of length / T and source length / S, the shares of a row that
     # it takes; both are multiplied by T * S here, to compare integers. The sort is stable.
-    share = np.maximum(
-        np.asarray(lengths, np.int64) * source_len, np.asarray(source_lengths, np.int64) * seq_len
-    )
-    order = np.argsort(-share, kind="stable")
-    rows = np.empty(len(order), np.int64)
-    num_rows = 0
-    # The different amounts of target room among the open rows, ascending.
-    rooms: list[int] = []
-    # Target room -> (source room, row) of each open row that has it, ascending.
-    open_rows: dict[int, list[tuple[int, int]]] = {}
-
-    def add_open_row(room: int, source_room: int, row: int) -> None:
-        # Every document has a target, so a row without target room is full.
-        if room <= 0:
-            return
-        if room not in open_rows:
-            bisect.insort(rooms, room)
-            open_rows[room] = []
-        bisect.insort(open_rows[room], (source_room, row))
-
-    for i, length, source_length in zip(
-        order.tolist(), lengths[order].tolist(), source_lengths[order].tolist()
-    ):
-        # Best fit: the smallest target room that suffices, and for it the smallest source room that suffices.
-        first = bisect.bisect_left(rooms, length)
-        for room in rooms[first : first + LOOK_AHEAD]:
-            candidates = open_rows[room]
-            # -1 sorts before every row number.
-            at = bisect.bisect_left(candidates, (source_length, -1))
-            if at < len(candidates):
-                source_room, row = candidates.pop(at)
-                if not candidates:
-                    del open_rows[room]
-                    rooms.remove(room)
-                break
+    shares = needs * np.array([[source_len], [seq_len]])
+    order = np.argsort(-shares.max(axis=0), kind="stable")
+    # The stream of which each document takes the larger share: 0 for targets, 1 for sources.
+    tight = shares.argmax(axis=0)[order].tolist()
+    # The least that any of the documents still to come needs. A row with less room is full.
+    least = np.minimum.accumulate(needs[:, order][:, ::-1], axis=1)[:, ::-1]
+    least = np.append(least[:, 1:], [[seq_len + 1], [source_len + 1]], axis=1).T.tolist()
+    rows, num_rows = np.empty(len(order), np.int64), 0
+    by_room = _OpenRows(0), _OpenRows(1)
+    for i, need, stream, still in zip(order.tolist(), needs[:, order].T.tolist(), tight, least):
+        # Best fit in the stream that is tight for this document.
+        found = by_room[stream].find(need)
+        if found is None:
+            found, num_rows = (num_rows, [seq_len, source_len]), num_rows + 1
         else:
-            room, source_room, row = seq_len, source_len, num_rows
-            num_rows += 1
+            for index in by_room:
+                index.remove(*found)
+        row, room = found
         rows[i] = row
-        add_open_row(room - length, source_room - source_length, row)
+        room = [room[0] - need[0], room[1] - need[1]]
+        if room[0] >= still[0] and room[1] >= still[1]:
+            for index in by_room:
+                index.add(row, room)
     return rows, num_rows
+
+
+class _OpenRows:
+    """Rows that are not full, by their room in one stream, 0 or 1.
+
+    The room of a row is [target positions, source positions].
+    """
+
+    def __init__(self, stream: int):
+        self._own, self._other = stream, 1 - stream
+        # The different amounts of room, ascending.
+        self._amounts: list[int] = []
+        # Room in this stream -> (room in the other stream, row) of each row that has it, ascending.
+        self._rows: dict[int, list[tuple[int, int]]] = {}
+
+    def add(self, row: int, room: list[int]) -> None:
+        own = room[self._own]
+        if own not in self._rows:
+            bisect.insort(self._amounts, own)
+            self._rows[own] = []
+        bisect.insort(self._rows[own], (room[self._other], row))
+
+    def remove(self, row: int, room: list[int]) -> None:
+        own = room[self._own]
+        candidates = self._rows[own]
+        del candidates[bisect.bisect_left(candidates, (room[self._other], row))]
+        if not candidates:
+            del self._rows[own]
+            del self._amounts[bisect.bisect_left(self._amounts, own)]
+
+    def find(self, need: list[int]) -> tuple[int, list[int]] | None:
+        """The row with the least room that suffices, and its room; None if none is among those that are looked at."""
+        first = bisect.bisect_left(self._amounts, need[self._own])
+        for own in self._amounts[first : first + LOOK_AHEAD]:
+            candidates = self._rows[own]
+            # -1 sorts before every row number.
+            at = bisect.bisect_left(candidates, (need[self._other], -1))
+            if at < len(candidates):
+                other, row = candidates[at]
+                return row, [own, other] if self._own == 0 else [other, own]
+        return None

@@ -119,7 +119,10 @@ def places_of(file: SourceFile) -> dict[str, str]:
     """The values of the fields `FILE` and `FOLDER` for the documents of a file: `pos` and `train` for
     `train/pos.txt.gz`."""
     folder, name = os.path.split(os.path.abspath(file.path))
-    return {FILE: os.path.splitext(uncompressed_name(name))[0], FOLDER: os.path.basename(folder)}
+    stem = uncompressed_name(name)
+    # A suffix that is not known, as in `reviews.pos` beside `reviews.neg`, may be what tells files apart.
+    stem = os.path.splitext(stem)[0] if format_of(stem) else stem
+    return {FILE: stem, FOLDER: os.path.basename(folder)}
 
 
 def fields_within(fields: Iterable[str]) -> tuple[str, ...]:

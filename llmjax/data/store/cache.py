@@ -5,6 +5,7 @@ The key of a corpus is the fingerprint of its files' names and contents, whereve
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from llmjax.data.sources.cutting import WHOLE, Cutting
 from llmjax.data.sources.fingerprint import corpus_fingerprint, file_digest
 from llmjax.data.sources.listing import SourceFile
 from llmjax.data.sources.reading import Reading
-from llmjax.data.sources.records import FOLDER, places_of, read_texts
+from llmjax.data.sources.records import FOLDER, places_of, read_records, read_texts
 from llmjax.data.store.build import DOCUMENTS, READING, build_store
 from llmjax.data.store.columns import FORMAT_VERSION
 from llmjax.data.store.store import Store, open_store
@@ -36,6 +37,7 @@ def cached_tokenizer(
     files: Sequence[SourceFile],
     *,
     reading: Reading = READING,
+    further_fields: tuple[str, ...] = (),
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = complain,
 ) -> Tokenizer:
@@ -48,6 +50,7 @@ def cached_tokenizer(
       config: the `tokenizer` section of the config.
       files: the files of the corpus, on whose text the tokenizer is trained.
       reading: how the files are read, and the field of a record that holds its text.
+      further_fields: other fields of a record with text that is encoded, such as the source of a translation.
       progress: called as progress(done, total) while the files are read, in bytes of the files.
       report: called with one sentence if a cached tokenizer is damaged and is trained again.
     """
@@ -71,6 +74,8 @@ def cached_tokenizer(
     ]
     if reading.columns:
         settings += ["columns", reading.columns]
+    if further_fields:
+        settings += ["fields", further_fields]
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
     # lexists, because a broken link in place of the folder counts as damage and must be replaced.
     if os.path.lexists(directory):
@@ -81,8 +86,13 @@ def cached_tokenizer(
 
     def texts():
         done, total = 0, sum(file.size for file in files)
+        every = dataclasses.replace(reading, fields=(reading.fields[0], *further_fields))
         for file in files:
-            yield from read_texts(file, reading)
+            if further_fields:
+                for record in read_records(file, every):
+                    yield from map(str, record.fields.values())
+            else:
+                yield from read_texts(file, reading)
             done += file.size
             if progress is not None:
                 progress(done, total)

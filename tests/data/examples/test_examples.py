@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+from families import examples_of
 
 from llmjax.data.examples.contract import OPTIONAL_COLUMNS, Example
 from llmjax.data.examples.copies import Copies
@@ -63,8 +64,13 @@ def test_both_halves_of_every_task_have_the_same_names():
 
 @pytest.mark.parametrize("task", EXAMPLES)
 def test_examples_can_be_pickled_and_fill_the_columns_that_they_name(task):
-    examples = pickle.loads(pickle.dumps(EXAMPLES[task]("text")))
-    assert repr(examples) == repr(EXAMPLES[task]("text")) != repr(EXAMPLES[task]("body"))
+    labels = {"labels": ("c", "人工 ab")} if task == "classification" else {}
+    examples = pickle.loads(pickle.dumps(examples_of(task, **labels)))
+    assert (
+        repr(examples)
+        == repr(examples_of(task, **labels))
+        != repr(examples_of(task, text_field="body", **labels))
+    )
     assert set(examples.columns) <= set(OPTIONAL_COLUMNS) == set(FIELDS_OF_COLUMN)
     records = [{field: "人工 ab" for field in examples.fields}, dict.fromkeys(examples.fields, "c")]
     encoded = encode_records(BYTES, examples, records)

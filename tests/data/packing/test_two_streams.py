@@ -22,13 +22,25 @@ def test_no_row_is_overfull_in_either_stream(seed):
     assert set(rows) == set(range(num_rows))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_rows_are_at_most_a_tenth_more_than_must_be(seed):
+# Whether both streams are alike, have nothing to do with each other, or one of them fills the rows.
+KINDS = {
+    "alike": lambda lengths, rng: np.clip(lengths + rng.integers(-2, 3, len(lengths)), 1, None),
+    "independent": lambda lengths, rng: rng.integers(3, 20, len(lengths)),
+    "longer": lambda lengths, rng: lengths + rng.integers(1, 20, len(lengths)),
+    "shorter": lambda lengths, rng: np.clip(lengths - rng.integers(1, 20, len(lengths)), 0, None),
+    "of one length": lambda lengths, rng: np.full(len(lengths), 64),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_at_most_a_tenth_more_than_must_be(kind, seed):
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(3, 20, 2000)
-    sources = np.clip(lengths + rng.integers(-2, 3, 2000), 1, None)
-    _, num_rows = pack_two_streams(lengths, sources, 128, 128)
-    assert num_rows <= 1.1 * max(lengths.sum() / 128, sources.sum() / 128)
+    lengths = rng.integers(3, 20, 8000)
+    sources = KINDS[kind](lengths, rng)
+    rows, num_rows = pack_two_streams(lengths, sources, 512, 512)
+    assert np.bincount(rows, lengths).max() <= 512 and np.bincount(rows, sources).max() <= 512
+    assert num_rows <= 1.1 * max(lengths.sum() / 512, sources.sum() / 512)
 
 
 def test_a_plan_is_a_function_of_lengths_and_seed_and_is_saved_whole(tmp_path):
