@@ -48,11 +48,16 @@ def answers(path, requests):
     return list(map(json.loads, lines))
 
 
-@pytest.mark.parametrize("variant", READ)
-def test_a_family_has_the_same_probabilities_in_llama_cpp(tmp_path, variant):
+YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}
+
+
+@pytest.mark.parametrize(
+    "variant, others", [*((variant, {}) for variant in READ), ("Qwen3ForCausalLM", YARN)]
+)
+def test_a_family_has_the_same_probabilities_in_llama_cpp(tmp_path, variant, others):
     # llama.cpp wants rows of whole blocks.
     sizes = {"head_dim": 64} if "head_dim" in VARIANTS[variant] else {"hidden_size": 256}
-    changes = {**CHANGES.get(variant, {}), **sizes}
+    changes = {**CHANGES.get(variant, {}), **sizes, **others}
     if "query_pre_attn_scalar" in changes:
         changes["query_pre_attn_scalar"] = 64
     imported = read(write(tmp_path / "folder", variant, **changes))
