@@ -20,9 +20,9 @@ def get_config() -> ConfigDict:
         held_out_fraction=0.2,
     )
     c.tokenizer.update(kind="unigram", vocab_size=8192)
-    c.model.update(family="bert", num_layers=1, dropout=0.5)
-    c.train.update(num_updates=120, tokens_per_update=4096)
+    c.model.update(family="bert", num_layers=2, dropout=0.4)
+    c.train.update(num_updates=240, tokens_per_update=2048)
     c.compute.update(accumulation_steps=1, kernel="full")
-    c.optimizer.update(name="adamw", learning_rate=3e-3, warmup_updates=10, final_lr_fraction=0.0)
-    c.evaluate.update(every=40)
+    c.optimizer.update(learning_rate=3e-3, warmup_updates=10, final_lr_fraction=0.0)
+    c.evaluate.update(every=60)
     return c
