@@ -34,7 +34,7 @@ from llmjax.modes.parts.interactive import converse
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.terminal.lines import say, warn
-from llmjax.terminal.stages import working
+from llmjax.terminal.stages import on_terminal, working
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 from llmjax.workdir import standing
@@ -87,9 +87,11 @@ def run(request: Request) -> int:
         return run_interactive(request)
     prompts, config = list(request.prompts) or [""], request.config.generate
     streams = len(prompts) * config.num_samples * config.num_beams == 1 and hosts.is_primary()
-    loaded = load(request)
+    # Where there are several texts, others may read the output: then it has nothing else.
+    speaks = None if streams else on_terminal
+    loaded = load(request, speaks)
     check_continues(loaded.program)
-    writer = Writer(loaded)
+    writer = Writer(loaded, speaks=speaks)
     if streams:
         # The prompt comes with the first token: until then its line tells what goes on.
         pieces = iter(prompts)
