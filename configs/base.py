@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
     lstm.truncation = 0  # tokens over which gradients flow back; the state flows further; 0 = all
 
     c.task = task = ConfigDict()
-    task.name = "language_model"  # or masked_language_model | translation | classification | copy
+    task.name = "language_model"  # see docs/families.md for the others
 
     c.masked_language_model = masked_language_model = ConfigDict()
     masked_language_model.rate = 0.15  # share of the tokens that are to be predicted
@@ -87,6 +87,11 @@ def get_config() -> ConfigDict:
     c.translation = translation = ConfigDict()
     translation.source_field = "source"  # the field of a record with the text that is translated
     translation.label_smoothing = 0.0  # share of each target that is spread over all ids in training; 0 = off
+
+    # Conversations, lists of messages in data.text_field, of which the assistant's are learned.
+    c.conversation = conversation = ConfigDict()
+    conversation.format = "auto"  # marks of messages: plain | chatml | auto: chatml if the tokenizer has it
+    conversation.system = ""  # the system message of conversations that have none; "" = none
 
     # A label for every text. Texts of more than data.seq_len tokens are cut at the end, which the plan says.
     c.classification = classification = ConfigDict()

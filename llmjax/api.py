@@ -36,10 +36,10 @@ from llmjax.evaluate.scoring import Piece, score_pieces
 from llmjax.flags import load_config, name_of, set_key, takes_list
 from llmjax.modes import dispatch
 from llmjax.modes.classify import Answer, TextClassifier
-from llmjax.modes.corpus import read_corpus
 from llmjax.modes.evaluate import score_held_out
 from llmjax.modes.generate import Loaded, Writer, check_continues
 from llmjax.modes.generate import load as load_checkpoint
+from llmjax.modes.parts.corpus import read_corpus
 from llmjax.modes.translate import check_translates, translate
 from llmjax.terminal.lines import say
 from llmjax.workdir.contents import check_place

@@ -3,6 +3,7 @@
     train     train, or continue training, in --workdir (default: runs/NAME for configs/NAME.py); the default mode
     evaluate  report the held-out loss of a checkpoint, or of --config.checkpoint.init_from before there is one
     generate  continue each --prompt, each line of --prompt_file, or with --interactive each line that is typed
+    chat      answer each line that is typed, in a conversation, for a run of the task conversation or a chat model
     translate write the translation of each of these texts, for a run of the task translation
     classify  label each --prompt, each line of --prompt_file, or without both each line of standard input
     plan      explain the config and compile its step, for these devices or --config.plan.topology, without running it

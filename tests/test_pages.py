@@ -58,7 +58,7 @@ def test_a_command_is_understood(words, tmp_path, monkeypatch):
     assert words[:3] == ["python", "-m", "llmjax.main"]
     monkeypatch.chdir(tmp_path)
     # Commands that name no config go on with a run of configs/base.py.
-    for run in ("base", "tinyllama", "spam", "translation"):
+    for run in ("base", "tinyllama", "spam", "translation", "talk"):
         write_json(tmp_path / "runs" / run / "config.json", BASE)
     _, raw = parse(["llmjax", *words[3:]])
     config = read_config(raw)

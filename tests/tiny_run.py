@@ -159,8 +159,9 @@ def _modes_with(name: str) -> list[types.ModuleType]:
     from llmjax import modes
 
     files = [
-        importlib.import_module(f"{modes.__name__}.{file.name}")
-        for file in pkgutil.iter_modules(modes.__path__)
+        importlib.import_module(file.name)
+        for file in pkgutil.walk_packages(modes.__path__, f"{modes.__name__}.")
+        if not file.ispkg
     ]
     found = [file for file in files if hasattr(file, name)]
     assert found, f"no file of llmjax/modes knows {name}"

@@ -13,7 +13,7 @@ import numpy as np
 from llmjax.build.hold_out import TAILS, make_store, search_files
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
-from llmjax.data.examples.contract import FurtherTexts
+from llmjax.data.examples.contract import OwnTexts, Structured
 from llmjax.data.packing.make_plan import cached_plan
 from llmjax.data.packing.plan import PackingPlan, check_corpus
 from llmjax.data.packing.two_streams import SourceStream
@@ -113,6 +113,8 @@ def make_corpus(
 ) -> Corpus:
     """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
     data, cache, examples = config.data, cache_directory(config), derived.examples
+    structured = examples.structured if isinstance(examples, Structured) else ()
+    reading = dataclasses.replace(data.reading, structured=structured)
 
     def tokenizer_progress(done: int, total: int) -> None:
         # The tokenizer is trained on the first bytes only, and its trainer does not say how much it has done.
@@ -135,8 +137,8 @@ def make_corpus(
         config.tokenizer,
         # The held-out files have no say in what a token is.
         listing.files,
-        reading=data.reading,
-        further_fields=examples.further_texts if isinstance(examples, FurtherTexts) else (),
+        reading=reading,
+        own=examples if isinstance(examples, OwnTexts) else None,
         progress=tokenizer_progress,
     )
     make = functools.partial(
@@ -145,7 +147,7 @@ def make_corpus(
         files,
         tokenizer,
         examples=examples,
-        reading=data.reading,
+        reading=reading,
         num_workers=data.num_workers or os.cpu_count() or 1,
         progress=functools.partial(progress, "tokenizing"),
     )

@@ -23,7 +23,7 @@ from llmjax.convert.files.json_file import MOST_BYTES, read_object
 from llmjax.convert.files.safetensors_folder import open_tensors, write_tensors
 from llmjax.convert.params import WRITTEN, Note, sizes, write_params
 from llmjax.convert.places import places_of
-from llmjax.convert.source import Source
+from llmjax.convert.source import Source, check_layers
 from llmjax.errors import UserError, choose
 from llmjax.files import write_atomically
 from llmjax.types import Params
@@ -57,12 +57,14 @@ def open_model(folder: pathlib.Path) -> Source:
     """The model in `folder`; its tensors are not read. Raises UserError, in one sentence, for what is wrong with it."""
     config = read_object(folder / CONFIG)
     architecture = architecture_of(config)
+    settings, tensors = read_settings(architecture, config), open_tensors(folder)
+    check_layers(folder, settings["model.num_layers"], tensors)
     return Source(
         folder,
         architecture,
-        read_settings(architecture, config),
+        settings,
         vocab_size_of(config),
-        open_tensors(folder),
+        tensors,
         tokenizer_in(folder),
         tuple(not_read(architecture, config)),
         {name: config.get(name) for name in TOKEN_IDS},

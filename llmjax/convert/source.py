@@ -11,7 +11,16 @@ from llmjax.convert.architectures.contract import Architecture
 from llmjax.convert.files.tensor_files import Tensors
 from llmjax.convert.params import Note, read_params
 from llmjax.convert.places import Matched, Place, match, places_of
+from llmjax.errors import UserError
 from llmjax.types import Params
+
+
+def check_layers(path: pathlib.Path, num_layers: int, tensors: Tensors) -> None:
+    """UserError for more layers than tensors, which is damage: not even the shapes of such a model could be made."""
+    if tensors and num_layers > len(tensors):
+        raise UserError(
+            f"{path} should have {num_layers} layers and has {len(tensors)} tensors; it is damaged, so fetch it again"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from llmjax.errors import UserError
 from llmjax.escapes import show
 from llmjax.evaluate.scoring import Piece, pack
 from llmjax.modes.generate import Loaded, load
-from llmjax.modes.interactive import piped_lines
+from llmjax.modes.parts.interactive import piped_lines
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.tasks.classification import make_probabilities

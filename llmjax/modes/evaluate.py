@@ -22,8 +22,8 @@ from llmjax.build.restore import (
 from llmjax.convert.foreign import is_foreign
 from llmjax.errors import UserError
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
-from llmjax.modes.corpus import read_corpus
-from llmjax.modes.probe import make_probes, probe
+from llmjax.modes.parts.corpus import read_corpus
+from llmjax.modes.parts.probe import make_probes, probe
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.report.report import write_report

@@ -16,6 +16,7 @@ from llmjax.build.program import Program, make_program
 from llmjax.build.restore import initial_params, load_params
 from llmjax.config.init_from import own_tokenizer, with_tokenizer
 from llmjax.data.examples.contract import Prompt, Prompting
+from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llmjax.data.tokenizer.vocabulary import vocabulary_of
@@ -29,11 +30,11 @@ from llmjax.generate.generate import (
     power_of_two,
     round_up,
 )
-from llmjax.modes.interactive import converse
+from llmjax.modes.parts.interactive import converse
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.terminal.lines import say, warn
-from llmjax.terminal.stages import working
+from llmjax.terminal.stages import on_terminal, working
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
 from llmjax.workdir import standing
@@ -86,9 +87,11 @@ def run(request: Request) -> int:
         return run_interactive(request)
     prompts, config = list(request.prompts) or [""], request.config.generate
     streams = len(prompts) * config.num_samples * config.num_beams == 1 and hosts.is_primary()
-    loaded = load(request)
+    # Where there are several texts, others may read the output: then it has nothing else.
+    speaks = None if streams else on_terminal
+    loaded = load(request, speaks)
     check_continues(loaded.program)
-    writer = Writer(loaded)
+    writer = Writer(loaded, speaks=speaks)
     if streams:
         # The prompt comes with the first token: until then its line tells what goes on.
         pieces = iter(prompts)
@@ -137,6 +140,7 @@ def run_interactive(request: Request) -> int:
 OTHER_USES = {
     "fill_masks": ("fills in masks and continues no text", "--mode=evaluate"),
     "classify": ("gives labels to texts and continues none", "--mode=classify"),
+    "chat": ("learns what an assistant says", "--mode=chat"),
     "translate": ("writes a text after it has read another, and continues none", "--mode=translate"),
 }
 
@@ -249,6 +253,15 @@ def sources_of(prompts: Sequence[Prompt]) -> list[Sequence[int]] | None:
     return [prompt.source for prompt in prompts] if any(prompt.source for prompt in prompts) else None
 
 
+def given_part(store: Store, document: int) -> list[int]:
+    """The tokens at the beginning of a document that have no weight: those that were given, and not learned."""
+    length = int(store.lengths[document])
+    weights = store.weights(document, 0, length).tolist()
+    given = len(list(itertools.takewhile(lambda weight: weight == 0, weights)))
+    ids: list[int] = store.tokens(document, 0, given).tolist()
+    return ids
+
+
 def make_sampler(program: Program, corpus: Corpus) -> Callable[[Params, Watch], list[tuple[str, str]]]:
     """A function (params, watch) -> [(prompt, continuation)], which is compiled once for a whole run.
 
@@ -278,7 +291,7 @@ def generator(
 ) -> Generate:
     """Sampling with the settings in `config`; ids that stand for no text, other than the end, are never drawn."""
     return make_generator(
-        program.model, config, eos_id=tokenizer.eos_id, banned_ids=_no_text(tokenizer), width_of=width_of
+        program.model, config, eos_id=tokenizer.eos_id, banned_ids=no_text(tokenizer), width_of=width_of
     )
 
 
@@ -290,11 +303,11 @@ def searcher(
 ) -> Search:
     """Beam search with the settings in `config`, in which ids that stand for no text never appear."""
     return make_beam_search(
-        program.model, config, eos_id=tokenizer.eos_id, banned_ids=_no_text(tokenizer), width_of=width_of
+        program.model, config, eos_id=tokenizer.eos_id, banned_ids=no_text(tokenizer), width_of=width_of
     )
 
 
-def _no_text(tokenizer: Tokenizer) -> list[int]:
+def no_text(tokenizer: Tokenizer) -> list[int]:
     """The ids that stand for no text, other than the end."""
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.mask_id, *tokenizer.reserved_ids}
     return sorted(special - {tokenizer.eos_id})

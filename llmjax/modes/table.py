@@ -31,6 +31,7 @@ MODES = {
     "train": Mode(needs="nothing", flags=("profile",)),
     "evaluate": Mode(needs="parameters", flags=("checkpoint",)),
     "generate": Mode(needs="parameters", flags=("checkpoint", "prompt", "prompt_file", "interactive")),
+    "chat": Mode(needs="parameters", flags=("checkpoint",)),
     "translate": Mode(
         needs="run",
         flags=("checkpoint", "prompt", "prompt_file", "interactive", "references"),

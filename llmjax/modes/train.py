@@ -41,10 +41,10 @@ from llmjax.config.schema import Config
 from llmjax.errors import UserError, choose
 from llmjax.escapes import complain
 from llmjax.files import write_atomically
-from llmjax.modes.corpus import read_corpus
 from llmjax.modes.evaluate import describe_compression, describe_details
-from llmjax.modes.loop_parts import make_run
-from llmjax.modes.probe import make_probes, probe
+from llmjax.modes.parts.corpus import read_corpus
+from llmjax.modes.parts.loop_parts import make_run
+from llmjax.modes.parts.probe import make_probes, probe
 from llmjax.modes.request import Request
 from llmjax.modes.samples.table import SAMPLES
 from llmjax.parallel import hosts

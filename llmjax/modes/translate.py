@@ -7,7 +7,6 @@ The texts are those of --prompt, the lines of --prompt_file, or with --interacti
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -21,8 +20,8 @@ from llmjax.data.examples.contract import Prompt
 from llmjax.errors import UserError
 from llmjax.escapes import show
 from llmjax.generate.generate import power_of_two
-from llmjax.modes.generate import Writer, generator, load, sources_of
-from llmjax.modes.interactive import converse
+from llmjax.modes.generate import Writer, generator, given_part, load, sources_of
+from llmjax.modes.parts.interactive import converse
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
 from llmjax.terminal.lines import warn
@@ -139,13 +138,8 @@ def make_translation(program: Program, corpus: Corpus) -> Callable[[Params, Watc
         prompt = Prompt([tokenizer.bos_id], source=store.source(doc).tolist())
         text = tokenizer.decode(prompt.source[:-1])
     else:
-        # What has no weight at the beginning was given, between two tokens that mark its ends.
-        tokens, weights = (
-            store.tokens(doc, 0, int(store.lengths[doc])),
-            store.weights(doc, 0, int(store.lengths[doc])),
-        )
-        given = len(list(itertools.takewhile(lambda weight: weight == 0, weights.tolist())))
-        prompt = Prompt(tokens[:given].tolist())
+        # A token at each end marks the source.
+        prompt = Prompt(given_part(store, doc))
         text = tokenizer.decode(prompt.tokens[1:-1])
     greedy = dataclasses.replace(
         program.config.generate, num_samples=1, num_beams=1, length_penalty=1.0, temperature=0.0

@@ -10,6 +10,7 @@ from llmjax.errors import choose
 from llmjax.ranges import Unset, check_unread
 from llmjax.tasks.classification import Classification
 from llmjax.tasks.contract import Task
+from llmjax.tasks.conversation import Conversation
 from llmjax.tasks.copy import Copy
 from llmjax.tasks.language_model import LanguageModel
 from llmjax.tasks.masked_language_model import MaskedLanguageModel
@@ -20,6 +21,7 @@ TASKS: dict[str, Task] = {
     "language_model": LanguageModel(),
     "masked_language_model": MaskedLanguageModel(),
     "translation": Translation(),
+    "conversation": Conversation(),
     "copy": Copy(),
     "classification": Classification(),
 }

@@ -65,10 +65,12 @@ def commands(workdir: pathlib.Path, num_updates: int, prompt: str, mode: str = "
     here = pathlib.Path.cwd()
     python = python.relative_to(here) if python.is_relative_to(here) else python
     run = f"{quote(python)} -m llmjax.main --workdir={quote(workdir)}"
+    # A conversation is typed.
+    given = "" if mode == "chat" else f" --prompt={quote(prompt)}"
     return {
         "resume": run,
         "train on": f"{run} --config.train.num_updates={2 * num_updates or 100}",
         "evaluate": f"{run} --mode=evaluate",
-        **({mode: f"{run} --mode={mode} --prompt={quote(prompt)}"} if mode else {}),
+        **({mode: f"{run} --mode={mode}{given}"} if mode else {}),
         "report": f"{quote(python)} -m webbrowser {quote(workdir / 'report.html')}",
     }

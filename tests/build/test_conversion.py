@@ -130,12 +130,21 @@ def test_a_folder_without_what_a_run_needs_is_refused(trained, tmp_path, capsys)
     assert not (tmp_path / "new").exists()
 
 
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged (it is not JSON)"),
         (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+        (
+            lambda folder: change_config(folder, num_hidden_layers=2**30),
+            "should have 1073741824 layers and has",
+        ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "no whole safetensors file"),
     ],
 )

@@ -10,6 +10,7 @@ from tiny_run import command
 
 from llmjax import main
 from llmjax.build.conversion import load_foreign, load_run
+from llmjax.data.tokenizer.loading import load_tokenizer
 from tests.build.test_conversion import HARD, convert_to, refused
 from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 
@@ -54,6 +55,18 @@ def test_a_run_that_is_written_and_read_again_is_the_same_bit_for_bit(trained, e
     assert again.tokenizer.fingerprint == read.tokenizer.fingerprint
 
 
+def test_through_a_folder_of_transformers_nothing_is_lost_either(trained, exported, tmp_path):
+    assert convert_to("gguf", "hf", exported, tmp_path / "hf") == 0
+    found, ours = load_foreign("hf", tmp_path / "hf"), load_run(trained)
+    jax.tree.map(np.testing.assert_array_equal, found.params, ours.params)
+    assert found.chat_template == "{{ messages }}"
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    theirs = load_tokenizer(tmp_path / "hf")
+    assert [theirs.encode(text) for text in HARD] == [ours.tokenizer.encode(text) for text in HARD]
+    modes = {path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
+    assert len(modes) == 1, "all files may be read by the same people"
+
+
 def test_the_certificate_accounts_for_every_tensor(exported, tmp_path):
     facts = certificate(exported.parent)
     source = load_foreign("gguf", exported).facts["tensors"]
@@ -68,6 +81,7 @@ def test_the_certificate_accounts_for_every_tensor(exported, tmp_path):
     assert kinds == {"Q8_0", "F16", "F32"}
 
 
+@pytest.mark.slow
 def test_a_new_run_begins_with_the_file_and_goes_on_without_it(trained, exported, tmp_path, capsys):
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(exported.read_bytes())

@@ -1,6 +1,7 @@
 """GGUF files that are written as llama.cpp writes them: the same model as the folder of transformers."""
 
 import json
+import sys
 import tracemalloc
 
 import gguf
@@ -194,6 +195,7 @@ def test_an_unsupported_family_is_refused_with_a_list_of_those_there_are(tmp_pat
             {"llama__block_count": 4},
             "lacks the tensor blk.3.attn_norm.weight and 8 more, which its header asks for",
         ),
+        ({"llama__block_count": 2**30}, "should have 1073741824 layers and has 30 tensors"),
         ({"llama__block_count": 2}, "has the tensor 'blk.2.attn_k.weight' and 8 more"),
     ],
 )
@@ -202,6 +204,13 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, facts, message):
     with pytest.raises(UserError, match=message):
         source = open_model(path)
         source.match(source.places(jax.eval_shape(model_of(source).init, jax.random.key(0))))
+
+
+def test_without_the_package_the_sentence_says_what_to_install(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "a.gguf", folder_of(tmp_path, "LlamaForCausalLM"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"need the package gguf; pip install llmjax\[convert\]"):
+        open_model(path)
 
 
 def test_other_rotary_factors_are_refused(tmp_path):

@@ -25,7 +25,7 @@ from llmjax.tasks.table import TASKS
 CASES = [(task, family) for task in TASKS for family in families_for(task)]
 
 
-def write_rows(folder):
+def write_rows(folder, task):
     """A corpus of JSON lines with random words in the fields that tasks read."""
     rng, fields = random.Random(0), ("text", "source")
     rows = [
@@ -34,6 +34,8 @@ def write_rows(folder):
     ]
     for row in rows:
         row["label"] = rng.choice(tiny_run.WORDS[:3])
+        if task == "conversation":
+            row["text"] = [row["source"], row["text"]]
     (folder / "corpus").mkdir()
     (folder / "corpus" / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
@@ -68,7 +70,7 @@ def one_update(program, corpus):
 
 @pytest.mark.parametrize("task, family", CASES)
 def test_every_task_gives_the_same_update_however_its_work_is_divided(task, family, tmp_path):
-    write_rows(tmp_path)
+    write_rows(tmp_path, task)
     make = functools.partial(program_for, tmp_path, task, family)
     whole, params = one_update(*make(jax.devices()[:1], compute__accumulation_steps=1))
     cut, others = one_update(*make(jax.devices()[:4], mesh__seq=2, compute__accumulation_steps=4))
@@ -79,7 +81,7 @@ def test_every_task_gives_the_same_update_however_its_work_is_divided(task, fami
 
 @pytest.mark.parametrize("task, family", CASES)
 def test_a_run_of_every_task_reports_its_scores_and_keeps_the_best(task, family, tmp_path):
-    write_rows(tmp_path)
+    write_rows(tmp_path, task)
     workdir = tmp_path / "work"
     settings = {"task__name": task, "data__seq_len": 64, "compute__accumulation_steps": 1}
     settings["model__family"] = family

@@ -101,6 +101,8 @@ def write_tensors(
             assert found == name, (found, name)
             part[name] = np.ascontiguousarray(array)
         save_file(part, folder / file, metadata=METADATA)
+        # Some versions of the package write files that only their owner may read.
+        (folder / file).chmod(folder.stat().st_mode & 0o666)
     if shards[1:]:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}

@@ -9,7 +9,7 @@ from llmjax.convert.config_keys import read_settings
 from llmjax.convert.gguf.facts import IDS, family_of, not_read, read_config
 from llmjax.convert.gguf.rope_factors import read_factors
 from llmjax.convert.gguf.tensors import open_tensors
-from llmjax.convert.source import Source
+from llmjax.convert.source import Source, check_layers
 from llmjax.errors import UserError
 from llmjax.gguf.header import read_header
 
@@ -27,11 +27,7 @@ def open_model(path: pathlib.Path) -> Source:
     tensors = open_tensors(path, header)
     if EMBEDDING not in tensors or len(tensors[EMBEDDING].shape) != 2:
         raise UserError(f"{path} lacks the tensor {EMBEDDING}, a matrix; fetch it again")
-    if config["num_hidden_layers"] > len(tensors):
-        raise UserError(
-            f"{path} has {name}.block_count={config['num_hidden_layers']} and {len(tensors)} tensors; it is damaged, "
-            "so fetch it again"
-        )
+    check_layers(path, config["num_hidden_layers"], tensors)
     config["tie_word_embeddings"] = family.tensors.output not in tensors
     if ROPE_FACTORS in tensors:
         scaling = read_factors(tensors[ROPE_FACTORS].read(), config.get("rope_theta", family.theirs.rope))

@@ -70,12 +70,23 @@ class Examples(Protocol):
 
 
 @runtime_checkable
-class FurtherTexts(Protocol):
-    """A task that encodes more fields of a record than the first one. The tokenizer is trained on all of them."""
+class Structured(Protocol):
+    """A task with fields of a record that hold lists or objects of JSON. `encode` gets these as JSON text."""
 
     @property
-    def further_texts(self) -> tuple[str, ...]:
+    def structured(self) -> tuple[str, ...]:
         """The names of these fields."""
+
+
+@runtime_checkable
+class OwnTexts(Protocol):
+    """A task that encodes other texts than the first field of a record as it is. The tokenizer is trained on these."""
+
+    @property
+    def fields(self) -> tuple[str, ...]: ...
+
+    def texts(self, record: Mapping[str, str | int]) -> list[str]:
+        """The texts of a record that are encoded."""
 
 
 @dataclasses.dataclass(frozen=True)

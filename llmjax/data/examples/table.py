@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from llmjax.data.examples.classified import make_classified
 from llmjax.data.examples.contract import Examples, ExampleSetting
+from llmjax.data.examples.conversations import Conversations
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.documents import Documents
 from llmjax.data.examples.translations import Translations
@@ -16,6 +17,9 @@ EXAMPLES: dict[str, Callable[[ExampleSetting], Examples]] = {
     "masked_language_model": lambda setting: Documents(setting.text_field),
     "translation": lambda setting: Translations(
         setting.keys.source_field, setting.text_field, setting.reads_source
+    ),
+    "conversation": lambda setting: Conversations(
+        setting.text_field, setting.keys.format, setting.keys.system
     ),
     "classification": make_classified,
     "copy": lambda setting: Copies(setting.text_field),

@@ -35,9 +35,8 @@ class Translations:
     def fields(self) -> tuple[str, ...]:
         return (self.text_field, self.source_field)
 
-    @property
-    def further_texts(self) -> tuple[str, ...]:
-        return (self.source_field,)
+    def texts(self, record: Mapping[str, str | int]) -> list[str]:
+        return [str(record[field]) for field in self.fields]
 
     @property
     def held_out_by(self) -> tuple[str, ...]:

@@ -280,6 +280,8 @@ def _field(row: object, i: int, reading: Reading, at: str) -> str | int | None:
             f"{_names(row)}: name one of these."
         )
     value = row[field]
+    if isinstance(value, list | dict) and field in reading.structured:
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, str) or (i and type(value) is int):
         return value
     if isinstance(value, list) and all(isinstance(line, str) for line in value):

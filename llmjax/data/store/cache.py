@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmjax.data.checksums import DamagedError
-from llmjax.data.examples.contract import Examples
+from llmjax.data.examples.contract import Examples, OwnTexts
 from llmjax.data.sources.cutting import WHOLE, Cutting
 from llmjax.data.sources.fingerprint import corpus_fingerprint, file_digest
 from llmjax.data.sources.listing import SourceFile
@@ -37,7 +37,7 @@ def cached_tokenizer(
     files: Sequence[SourceFile],
     *,
     reading: Reading = READING,
-    further_fields: tuple[str, ...] = (),
+    own: OwnTexts | None = None,
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = complain,
 ) -> Tokenizer:
@@ -50,7 +50,7 @@ def cached_tokenizer(
       config: the `tokenizer` section of the config.
       files: the files of the corpus, on whose text the tokenizer is trained.
       reading: how the files are read, and the field of a record that holds its text.
-      further_fields: other fields of a record with text that is encoded, such as the source of a translation.
+      own: the task that says which texts of a record are encoded; None if it is the text field.
       progress: called as progress(done, total) while the files are read, in bytes of the files.
       report: called with one sentence if a cached tokenizer is damaged and is trained again.
     """
@@ -74,8 +74,8 @@ def cached_tokenizer(
     ]
     if reading.columns:
         settings += ["columns", reading.columns]
-    if further_fields:
-        settings += ["fields", further_fields]
+    if own is not None:
+        settings += ["texts", repr(own)]
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
     # lexists, because a broken link in place of the folder counts as damage and must be replaced.
     if os.path.lexists(directory):
@@ -86,13 +86,12 @@ def cached_tokenizer(
 
     def texts():
         done, total = 0, sum(file.size for file in files)
-        every = dataclasses.replace(reading, fields=(reading.fields[0], *further_fields))
         for file in files:
-            if further_fields:
-                for record in read_records(file, every):
-                    yield from map(str, record.fields.values())
-            else:
+            if own is None:
                 yield from read_texts(file, reading)
+            else:
+                for record in read_records(file, dataclasses.replace(reading, fields=own.fields)):
+                    yield from own.texts(record.fields)
             done += file.size
             if progress is not None:
                 progress(done, total)

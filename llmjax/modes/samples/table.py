@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
+from llmjax.modes.chat import make_answer
 from llmjax.modes.classify import make_labeller
 from llmjax.modes.generate import make_sampler
 from llmjax.modes.samples.fill_masks import make_filler
@@ -40,6 +41,7 @@ class Samples:
 SAMPLES = {
     "generate": Samples(make_sampler, "after", "the model continued", "generate"),
     "fill_masks": Samples(make_filler, "of", "the model made", ""),
+    "chat": Samples(make_answer, "of", "the model answered", "chat"),
     "classify": Samples(make_labeller, "for", "the model gave", "classify", opening=60),
     "translate": Samples(make_translation, "of", "the model made", "translate", opening=60),
 }

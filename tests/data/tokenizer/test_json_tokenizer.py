@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 
 import gguf
 import numpy as np
@@ -158,6 +159,13 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, change, message):
     (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
     with pytest.raises(DamagedError, match=rf"tokenizer.path = .* cannot be read \({message}"):
         load_tokenizer(tmp_path)
+
+
+def test_without_the_package_the_sentence_says_what_to_install(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path / "a", byte_bpe())
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"by the package tokenizers; pip install llmjax\[convert\]"):
+        load_tokenizer(folder)
 
 
 def test_an_unknown_special_token_is_one_sentence(tmp_path):

@@ -24,42 +24,51 @@ MARK = "> "
 HINT = "an empty line or Ctrl-D ends, Ctrl-C stops a text"
 
 
-def converse(write: Callable[[int, str, Watch], None]) -> None:
+class Leave(Exception):
+    """Raised by `write` for a line that asks to leave."""
+
+
+def converse(write: Callable[[int, str, Watch], None], hint: str = HINT, empty_ends: bool = True) -> None:
     """Reads lines from standard input and has each continued, until the end of the input or a typed empty line.
 
-    write  called with the number of a line, counted from 0, the line, and a watch that ends its text where Ctrl-C asks
-           for it; prints the text
+    write       called with the number of a line, counted from 0, the line, and a watch that ends its text where Ctrl-C
+                asks for it; prints the text. It may raise `Leave`
+    hint        what is said at first on a terminal
+    empty_ends  whether a typed empty line ends; otherwise it is passed over
     """
     typed = sys.stdin.isatty() and sys.stdout.isatty()
     if typed:
         # Importing it is enough: from then on it edits what `input` reads. Some systems lack it.
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401
-        show(HINT)
+        show(hint)
     with uncounted_interrupts():
         for number in itertools.count():
-            line = _typed_line() if typed else _piped_line(number)
+            line = _typed_line(hint, empty_ends) if typed else _piped_line(number)
             if not line:
                 return
             try:
                 with _Interruptible() as text:
                     write(number, line, text.watch)
+            except Leave:
+                return
             except UserError as error:
                 # A prompt that is too long is no reason to load the checkpoint again.
                 complain(str(error))
 
 
-def _typed_line() -> str:
+def _typed_line(hint: str, empty_ends: bool) -> str:
     """The next line that is typed; "" at the end."""
     while True:
         try:
-            return input(MARK)
+            if (line := input(MARK)) or empty_ends:
+                return line
         except EOFError:
             show("")
             return ""
         except KeyboardInterrupt:
             # It came between two texts, perhaps a moment late. The line that was begun is dropped, as a shell does it.
-            show(f"\n{HINT}")
+            show(f"\n{hint}")
         except UnicodeDecodeError:
             complain("the line is not text in the encoding of this terminal; type it again")
 
