@@ -6,6 +6,8 @@ cannot (Jelassi et al. 2024, "Repeat After Me", arXiv 2402.01032).
 
 from __future__ import annotations
 
+import math
+
 from llmjax.models.contract import Model
 from llmjax.scores.score import Score
 from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
@@ -30,5 +32,8 @@ class Copy:
 
     def evaluate(self, totals: Totals) -> dict[str, float]:
         """`accuracy` is the share of targets that are the model's most likely token. `loss` is in nats per target."""
+        # Accuracy is a share of targets, and would be a number even where nothing can be computed any more.
+        if not math.isfinite(totals.loss):
+            return dict.fromkeys((score.name for score in self.scores), math.nan)
         figures = {name: total / totals.weight for name, total in totals.metrics.items()}
         return {**figures, "loss": totals.loss / totals.weight}

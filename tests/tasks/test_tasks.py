@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import random
 import types
 
@@ -19,6 +20,7 @@ from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.data.packing.make_plan import plan_packing
 from llmjax.main import main
+from llmjax.tasks.contract import Totals
 from llmjax.tasks.table import TASKS
 
 # Each task with a family for each form of its examples.
@@ -105,6 +107,16 @@ def test_the_copy_task_gives_weight_to_the_copies_alone(tmp_path):
     assert weight == sum((int(store.lengths[doc]) - 1) // 2 for doc in corpus.held_out_ids)
     alone = plan_packing(store.lengths, corpus.held_out_ids, program.batch.seq_len, 0)
     assert alone.num_tokens > weight and isinstance(TASKS["copy"].scores[0].higher_is_better, bool)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_score_ranks_a_model_that_computes_nothing_above_others(task):
+    totals = Totals(
+        loss=math.nan, weight=8.0, num_bytes=8,
+        metrics={"accuracy": 4.0, "confusion": np.eye(2), "calibration": np.ones((3, 10))},
+    )  # fmt: skip
+    best = TASKS[task].scores[0]
+    assert math.isnan(TASKS[task].evaluate(totals)[best.name])
 
 
 def test_the_best_checkpoint_of_the_copy_task_has_the_highest_accuracy():
