@@ -53,7 +53,8 @@ def run(request: Request) -> int:
             for text in made[-len(texts) :]:
                 show(text)
     if references and hosts.is_primary():
-        warn(describe_scores(made, references))
+        for line in describe_scores(made, references):
+            warn(line)
     return 0
 
 
@@ -115,7 +116,7 @@ def read_references(path: pathlib.Path, number: int) -> list[str]:
     return lines
 
 
-def describe_scores(made: Sequence[str], references: Sequence[str]) -> str:
+def describe_scores(made: Sequence[str], references: Sequence[str]) -> list[str]:
     """BLEU and chrF of the translations, with the signatures of sacrebleu, by which others can repeat them."""
     import sacrebleu
 
@@ -124,7 +125,7 @@ def describe_scores(made: Sequence[str], references: Sequence[str]) -> str:
     scores = [
         (metric.corpus_score(list(made), [list(references)]), metric.get_signature()) for metric in metrics
     ]
-    return "\n".join(f"{score}  {signature}" for score, signature in scores)
+    return [f"{score}  {signature}" for score, signature in scores]
 
 
 def make_translation(program: Program, corpus: Corpus) -> Callable[[Params, Watch], list[tuple[str, str]]]:
