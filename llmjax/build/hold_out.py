@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from llmjax.data.examples.contract import Examples
+from llmjax.data.examples.contract import Examples, can_be_cut
 from llmjax.data.pipeline import DataConfig
 from llmjax.data.sources.cutting import Cutting
 from llmjax.data.sources.fingerprint import file_digest
@@ -81,9 +81,7 @@ def make_store(
     elif not data.held_out_fraction:
         kind = NOTHING
     elif kind == "auto":
-        # Only a document of one text can be cut, and not one that has a label: that is of the whole text.
-        can_cut = len(examples.fields) == 1 and "label" not in examples.columns
-        kind = _choose(data, files) if can_cut else DOCUMENTS
+        kind = _choose(data, files) if can_be_cut(examples) else DOCUMENTS
     if kind != TAILS:
         store = make(cutting=Cutting(data.split_on))
         if kind != "auto":

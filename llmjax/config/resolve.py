@@ -6,7 +6,7 @@ import dataclasses
 
 from llmjax.config.reading import did_you_mean
 from llmjax.config.schema import Config
-from llmjax.data.examples.contract import Examples, ExampleSetting
+from llmjax.data.examples.contract import Examples, ExampleSetting, Structured
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.layout.layout import RowLayout
 from llmjax.data.sources.records import fields_within
@@ -207,11 +207,13 @@ def _check_cutting(config: Config, examples: Examples) -> None:
                 f"data.length_points={data.length_points} cuts rows, and for task.name={config.task.name!r} the texts "
                 "in them have labels as a whole; set data.length_points to ()"
             )
+    of_several = isinstance(examples, Structured)
+    has = "messages" if of_several else f"{number} fields"
     for key, value, whole in (("split_on", data.split_on, ""), ("hold_out", data.hold_out, "documents")):
-        if number > 1 and value not in (whole, "auto"):
+        if (number > 1 or of_several) and value not in (whole, "auto"):
             raise UserError(
                 f"data.{key}={value!r} cuts documents of one text, and those of task.name={config.task.name!r} have "
-                f"{number} fields that belong together; set it to {whole!r}"
+                f"{has} that belong together; set it to {whole!r}"
             )
 
 

@@ -16,6 +16,7 @@ from llmjax.build.hold_out import is_fair
 from llmjax.build.program import make_program
 from llmjax.config.reading import complete_config, read_config
 from llmjax.config.resolve import resolve_config
+from llmjax.data.examples.contract import can_be_cut
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.store.store import Store
@@ -95,8 +96,7 @@ def many(tmp_path):
 
 def is_cut(task):
     """Whether the documents of a task are single texts without a label, whose ends can be held out."""
-    examples = examples_of(task)
-    return len(examples.fields) == 1 and "label" not in examples.columns
+    return can_be_cut(examples_of(task))
 
 
 @pytest.mark.parametrize("hold_out", ["auto", "tails"])

@@ -119,6 +119,8 @@ def test_masks_follow_the_tokens_into_every_layout(variant, name):
     ("encoder_decoder", {"data.source_len": 30, "mesh.seq": 4}, "data.source_len=30 is not divisible by mesh.seq=4"),
     ("encoder_decoder", {"data.source_len": 64, "transformer.position": "learned"}, "data.source_len=64 is more than "
      "data.seq_len=32, for which transformer.position='learned' has positions; lower it, or raise data.seq_len"),
+    ("gpt", {"task.name": "conversation", "data.split_on": "x"}, "data.split_on='x' cuts documents of one text, and "
+     "those of task.name='conversation' have messages that belong together; set it to ''"),
     ("encoder_decoder", {"translation.source_field": ""}, "translation.source_field='' names no field"),
     ("encoder_decoder", {"translation.label_smoothing": 0.1, "model.logit_softcap": 5.0}, "translation.label_smoothing="
      "0.1 needs logits without a soft-cap; set model.logit_softcap=0, or translation.label_smoothing=0"),

@@ -142,7 +142,7 @@ def test_other_modes_end_at_the_first_signal_without_a_traceback(
     mode, number, code, trained, capsys, monkeypatch
 ):
     for name in ("score_held_out", "generator"):
-        tiny_run.replace_in_modes(monkeypatch, name, lambda *args: os.kill(os.getpid(), number))
+        tiny_run.replace_in_modes(monkeypatch, name, lambda *_, **__: os.kill(os.getpid(), number))
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     _, err = end(capsys, ["llmjax", f"--workdir={trained}", f"--mode={mode}"], code)
     assert err.strip() in ("llmjax: ended by SIGTERM", "llmjax: interrupted")

@@ -78,6 +78,15 @@ class Structured(Protocol):
         """The names of these fields."""
 
 
+def can_be_cut(examples: Examples) -> bool:
+    """Whether a document is one text, whose parts are documents as well.
+
+    It is not if it has a label, which is of the whole text, and not if its text stands in lists or objects of JSON.
+    """
+    is_text = "label" not in examples.columns and not isinstance(examples, Structured)
+    return is_text and len(examples.fields) == 1
+
+
 @runtime_checkable
 class OwnTexts(Protocol):
     """A task that encodes other texts than the first field of a record as it is. The tokenizer is trained on these."""

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from llmjax.data.examples.chat_format import FORMATS, Message, make_format
+from llmjax.data.examples.contract import can_be_cut
 from llmjax.data.examples.conversations import Conversations
+from llmjax.data.examples.documents import Documents
 from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.errors import UserError
 
@@ -100,6 +102,10 @@ def test_every_form_of_messages_gives_the_same(values):
     assert ANYTHING.read(record["messages"]) == TALK
     assert ANYTHING.texts(record) == [m.text for m in TALK]
     assert ANYTHING.encode(record, TOKENIZER).tokens == make_format("plain", TOKENIZER).encode(TALK)[0]
+
+
+def test_conversations_are_held_out_whole():
+    assert not can_be_cut(ANYTHING) and can_be_cut(Documents("text"))
 
 
 def test_a_system_message_is_added_where_there_is_none():
