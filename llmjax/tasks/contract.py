@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -111,6 +112,14 @@ def with_penalties(sums: LossSums, output: Output, weights_BT: jax.Array) -> Los
         metrics=sums.metrics | added,
         auxiliary=sums.auxiliary | output.auxiliary,
     )
+
+
+def token_scores(totals: Totals) -> dict[str, float]:
+    """`loss` in nats per target, `perplexity`, which is its exponential, and the mean of every metric."""
+    loss = totals.loss / totals.weight
+    figures = {name: total / totals.weight for name, total in totals.metrics.items()}
+    # math.exp overflows above 709.
+    return {**figures, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 class Task(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Annotated
 
 from llmjax.data.examples.chat_format import FORMATS
@@ -11,7 +10,7 @@ from llmjax.errors import choose
 from llmjax.models.contract import Model
 from llmjax.ranges import Unset
 from llmjax.scores.score import Score
-from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
+from llmjax.tasks.contract import Loss, Setting, Totals, token_loss, token_scores
 from llmjax.tasks.language_model import next_tokens
 
 
@@ -46,6 +45,4 @@ class Conversation:
     def evaluate(self, totals: Totals) -> dict[str, float]:
         """`loss` is in nats per token of the assistant, and `perplexity` its exponential. `accuracy` is the share of
         these tokens that are the model's most likely ones after the right ones before them."""
-        loss = totals.loss / totals.weight
-        figures = {name: total / totals.weight for name, total in totals.metrics.items()}
-        return {**figures, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return token_scores(totals)

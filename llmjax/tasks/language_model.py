@@ -8,7 +8,7 @@ import jax
 
 from llmjax.models.contract import Model
 from llmjax.scores.score import Score
-from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
+from llmjax.tasks.contract import Loss, Setting, Totals, token_loss, token_scores
 from llmjax.types import Batch
 
 
@@ -35,14 +35,7 @@ class LanguageModel:
         `loss` is in nats per target and `perplexity` is its exponential. `bits_per_byte` is the total loss in bits over
         the bytes of the text. Unlike the other two it can be compared between tokenizers.
         """
-        loss = totals.loss / totals.weight
-        return {
-            "loss": loss,
-            # math.exp overflows above 709.
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": totals.loss / math.log(2) / totals.num_bytes,
-            **{name: total / totals.weight for name, total in totals.metrics.items()},
-        }
+        return {**token_scores(totals), "bits_per_byte": totals.loss / math.log(2) / totals.num_bytes}
 
 
 def next_tokens(batch: Batch) -> tuple[Batch, jax.Array, jax.Array]:

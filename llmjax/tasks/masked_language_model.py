@@ -7,7 +7,6 @@ depend on how the batch was cut, and a sequence that comes again in another epoc
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Annotated
 
 import jax
@@ -20,7 +19,7 @@ from llmjax.ops.dropout import token_keys
 from llmjax.ops.seeds import make_key
 from llmjax.ranges import Range, Unset, check_ranges
 from llmjax.scores.score import Score
-from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
+from llmjax.tasks.contract import Loss, Setting, Totals, token_loss, token_scores
 from llmjax.types import Batch
 
 # What the draws of a token are told apart by.
@@ -76,9 +75,7 @@ class MaskedLanguageModel:
     def evaluate(self, totals: Totals) -> dict[str, float]:
         """`loss` is in nats per masked token, and `perplexity` its exponential. `accuracy` is the share of the masked
         tokens that are the model's most likely ones."""
-        loss = totals.loss / totals.weight
-        figures = {name: total / totals.weight for name, total in totals.metrics.items()}
-        return {**figures, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return token_scores(totals)
 
 
 def mask_tokens(

@@ -7,14 +7,13 @@ in the same stream (`data/examples/translations.py`). What is learned is the tra
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Annotated
 
 from llmjax.errors import UserError
 from llmjax.models.contract import Model
 from llmjax.ranges import Range, Unset, check_ranges
 from llmjax.scores.score import Score
-from llmjax.tasks.contract import Loss, Setting, Totals, token_loss
+from llmjax.tasks.contract import Loss, Setting, Totals, token_loss, token_scores
 from llmjax.tasks.language_model import next_tokens
 
 
@@ -53,6 +52,4 @@ class Translation:
     def evaluate(self, totals: Totals) -> dict[str, float]:
         """`loss` is in nats per token, without label smoothing, and `perplexity` its exponential. `accuracy` is the
         share of the tokens that are the model's most likely ones after the right ones before them."""
-        loss = totals.loss / totals.weight
-        figures = {name: total / totals.weight for name, total in totals.metrics.items()}
-        return {**figures, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return token_scores(totals)
