@@ -112,6 +112,9 @@ def test_any_number_of_devices_equals_one_for_every_mask_and_grouping(algorithm,
 @pytest.mark.parametrize("kind, K", list(zip(MASKS, [8, 2, 1, 1, 2])))
 @pytest.mark.parametrize("algorithm, n, degree", [("ring", 4, 1), ("ring", 8, 1), ("hybrid", 8, 2)])
 def test_rings_of_the_tpu_kernel_equal_one_device(algorithm, n, degree, kind, K):
+    # The kernel is interpreted, which takes most of a minute on eight devices.
+    if (algorithm, n) == ("ring", 8) and kind != "packed":
+        pytest.skip("a ring of eight devices is tried with one mask")
     check(kind, K, algorithm, n, degree, kernel="pallas_tpu")
 
 
