@@ -122,7 +122,7 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
     tokenizer = own_tokenizer(workdir)
     trained = complete_config(saved, workdir)
     family = choose(FAMILIES, "model.family", trained["model"]["family"])
-    if family.sees_both_sides:
+    if family.sees_both_sides or family.reads_source:
         raise UserError(
             f"{workdir} holds a model of model.family={trained['model']['family']!r}, which is not converted yet; give "
             "a run of a family that predicts the next token"

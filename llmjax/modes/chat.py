@@ -21,7 +21,7 @@ from llmjax.errors import UserError
 from llmjax.escapes import complain, show
 from llmjax.files import write_atomically
 from llmjax.generate.generate import make_generator, power_of_two
-from llmjax.modes.generate import Loaded, given_part, load, no_text
+from llmjax.modes.generate import Loaded, given_part, load, mode_for, no_text
 from llmjax.modes.parts.interactive import Leave, converse
 from llmjax.modes.request import Request
 from llmjax.terminal.stages import on_terminal
@@ -145,8 +145,8 @@ def check_converses(program: Program, loaded: Loaded) -> ChatFormat:
             pass
     if not trained:
         raise UserError(
-            f"task.name={program.config.task.name!r} learns no conversation; use --mode=generate, or train a "
-            "model with task.name=conversation"
+            f"task.name={program.config.task.name!r} learns no conversation; use {mode_for(program)}, or train "
+            "a model with task.name=conversation"
         )
     return make_format(keys.format, tokenizer)
 

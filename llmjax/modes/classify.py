@@ -18,7 +18,7 @@ from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.escapes import show
 from llmjax.evaluate.scoring import Piece, pack
-from llmjax.modes.generate import Loaded, load
+from llmjax.modes.generate import Loaded, load, mode_for
 from llmjax.modes.parts.interactive import piped_lines
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
@@ -86,8 +86,8 @@ class TextClassifier:
         program = loaded.program
         if program.task.use != "classify":
             raise UserError(
-                f"task.name={program.config.task.name!r} gives no labels; use --mode=generate, or train a model with "
-                "task.name=classification"
+                f"task.name={program.config.task.name!r} gives no labels; use {mode_for(program)}, or train a model "
+                "with task.name=classification"
             )
         self._loaded = loaded
         self._probabilities = make_text_probabilities(program, loaded.tokenizer, self._remark)

@@ -145,6 +145,12 @@ OTHER_USES = {
 }
 
 
+def mode_for(program: Program) -> str:
+    """The mode that uses a model of this program, as an advice."""
+    use = program.task.use
+    return "--mode=generate" if use == "generate" else choose(OTHER_USES, "task.use", use)[1]
+
+
 def check_continues(program: Program) -> None:
     """UserError where the model continues no text, and where its task reads a second stream of tokens, which a text by
     itself does not bring."""

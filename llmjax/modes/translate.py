@@ -20,7 +20,7 @@ from llmjax.data.examples.contract import Prompt
 from llmjax.errors import UserError
 from llmjax.escapes import show
 from llmjax.generate.generate import power_of_two
-from llmjax.modes.generate import Writer, generator, given_part, load, sources_of
+from llmjax.modes.generate import Writer, generator, given_part, load, mode_for, sources_of
 from llmjax.modes.parts.interactive import converse
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
@@ -79,8 +79,8 @@ def check_translates(program: Program) -> None:
     """UserError where the model was not trained to write a text after another."""
     if program.task.use != "translate":
         raise UserError(
-            f"task.name={program.config.task.name!r} does not translate; use --mode=generate, or train a model with "
-            "task.name=translation"
+            f"task.name={program.config.task.name!r} does not translate; use {mode_for(program)}, or train a model "
+            "with task.name=translation"
         )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 import tiny_run
@@ -99,9 +100,21 @@ def test_a_sample_of_the_run_is_an_answer_and_the_next_command_is_chat(trained):
 def test_modes_for_other_runs_say_which_is_right(trained, tmp_path, capsys):
     said = refuse(capsys, ["llmjax", f"--workdir={trained}", "--mode=generate", "--prompt=a"])
     assert "task.name='conversation' learns what an assistant says; use --mode=chat" in said
+    assert "gives no labels; use --mode=chat" in refuse(
+        capsys, ["llmjax", f"--workdir={trained}", "--mode=classify", "--prompt=a"]
+    )
     tiny_run.write_corpus(tmp_path / "corpus")
     words = command(tmp_path, f"--workdir={tmp_path / 'run'}", train__num_updates=1, evaluate__every=0)
     assert main.main(words) == 0
     capsys.readouterr()
     said = refuse(capsys, ["llmjax", f"--workdir={tmp_path / 'run'}", "--mode=chat"])
     assert "task.name='language_model' learns no conversation; use --mode=generate" in said
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_a_broken_conversation_is_named_by_its_file_and_line(kind, tmp_path, capsys):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "talks.jsonl").write_text('{"messages": ["a", "b"]}\n{"messages": ["hi"]}\n')
+    settings = {**SETTINGS, "tokenizer__kind": kind}
+    said = refuse(capsys, command(tmp_path, f"--workdir={tmp_path / 'run'}", **settings))
+    assert re.search(r"talks.jsonl\W*2: a conversation has no message of the assistant", said), said

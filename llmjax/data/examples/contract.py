@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from llmjax.data.tokenizer.tokenizer import Tokenizer
+from llmjax.errors import UserError
+from llmjax.names import plain_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,18 @@ class Structured(Protocol):
     @property
     def structured(self) -> tuple[str, ...]:
         """The names of these fields."""
+
+    def check(self, record: Mapping[str, str | int]) -> None:
+        """Raises UserError for a record of which no example can be made."""
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Puts the name of a record, which says its file and line, before an error about it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{plain_name(name)}: {error}") from None
 
 
 def can_be_cut(examples: Examples) -> bool:

@@ -45,6 +45,9 @@ class Conversations:
     def structured(self) -> tuple[str, ...]:
         return self.fields
 
+    def check(self, record: Mapping[str, str | int]) -> None:
+        self.read(str(record[self.text_field]))
+
     def texts(self, record: Mapping[str, str | int]) -> list[str]:
         return [message.text for message in self.read(str(record[self.text_field]))]
 

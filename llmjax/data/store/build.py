@@ -14,7 +14,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from llmjax.data.checksums import block_checksums, write_checksums
-from llmjax.data.examples.contract import Examples, InParts
+from llmjax.data.examples.contract import Examples, InParts, Structured, naming
 from llmjax.data.examples.documents import Documents
 from llmjax.data.sources.cutting import WHOLE, Cutting, cut_parts
 from llmjax.data.sources.listing import SourceFile
@@ -320,6 +320,9 @@ def _read_batches(
                 )
                 yield tag, Piece({reading.fields[0]: text}, first, last)
             continue
+        if isinstance(examples, Structured):
+            with naming(record.name):
+                examples.check(record.fields)
         batch.append((part, file))
         size += sum(len(value) for value in record.fields.values() if isinstance(value, str))
         if size >= _BATCH_CHARS:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmjax.data.checksums import DamagedError
-from llmjax.data.examples.contract import Examples, OwnTexts
+from llmjax.data.examples.contract import Examples, OwnTexts, naming
 from llmjax.data.sources.cutting import WHOLE, Cutting
 from llmjax.data.sources.fingerprint import corpus_fingerprint, file_digest
 from llmjax.data.sources.listing import SourceFile
@@ -91,7 +91,9 @@ def cached_tokenizer(
                 yield from read_texts(file, reading)
             else:
                 for record in read_records(file, dataclasses.replace(reading, fields=own.fields)):
-                    yield from own.texts(record.fields)
+                    with naming(record.name):
+                        texts = own.texts(record.fields)
+                    yield from texts
             done += file.size
             if progress is not None:
                 progress(done, total)
