@@ -6,20 +6,21 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from llmjax.build.hold_out import TAILS, make_store, search_files
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
-from llmjax.data.examples.contract import OwnTexts, Structured
+from llmjax.data.examples.contract import Examples, OwnTexts, Structured
 from llmjax.data.packing.make_plan import cached_plan
 from llmjax.data.packing.plan import PackingPlan, check_corpus
 from llmjax.data.packing.two_streams import SourceStream
 from llmjax.data.pipeline import PackedSequences
 from llmjax.data.sources.fingerprint import Digests
 from llmjax.data.sources.listing import Listing, SourceFile
+from llmjax.data.sources.reading import Reading
 from llmjax.data.store.cache import cached_store, cached_tokenizer
 from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.tokenizer import Tokenizer
@@ -108,6 +109,30 @@ def cache_directory(config: Config) -> pathlib.Path:
     return at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "data.cache_dir") / "llmjax"
 
 
+def _make_tokenizer(
+    config: Config, examples: Examples, files: Sequence[SourceFile], reading: Reading, progress: Progress
+) -> Tokenizer:
+    """The tokenizer that the config names, or one that is trained on the texts of `files` that a task encodes."""
+
+    def said(done: int, total: int) -> None:
+        # The tokenizer is trained on the first bytes only, and its trainer does not say how much it has done.
+        needed = min(total, config.tokenizer.train_bytes)
+        if done < needed:
+            progress("reading the text", done, needed)
+        else:
+            progress("training the tokenizer", 0, 0)
+
+    progress("preparing the tokenizer", 0, 0)
+    return cached_tokenizer(
+        cache_directory(config),
+        config.tokenizer,
+        files,
+        reading=reading,
+        own=examples if isinstance(examples, OwnTexts) else None,
+        progress=said,
+    )
+
+
 def make_corpus(
     config: Config, derived: Derived, progress: Progress = lambda what, done, total: None
 ) -> Corpus:
@@ -116,14 +141,6 @@ def make_corpus(
     structured = examples.structured if isinstance(examples, Structured) else ()
     reading = dataclasses.replace(data.reading, structured=structured)
 
-    def tokenizer_progress(done: int, total: int) -> None:
-        # The tokenizer is trained on the first bytes only, and its trainer does not say how much it has done.
-        needed = min(total, config.tokenizer.train_bytes)
-        if done < needed:
-            progress("reading the text", done, needed)
-        else:
-            progress("training the tokenizer", 0, 0)
-
     progress("looking through data.sources", 0, 0)
     digests = Digests(cache / "digests.json")
     listing, held_out_files = search_files(
@@ -131,16 +148,8 @@ def make_corpus(
     )
     digests.save()
     files = (*listing.files, *held_out_files)
-    progress("preparing the tokenizer", 0, 0)
-    tokenizer = cached_tokenizer(
-        cache,
-        config.tokenizer,
-        # The held-out files have no say in what a token is.
-        listing.files,
-        reading=reading,
-        own=examples if isinstance(examples, OwnTexts) else None,
-        progress=tokenizer_progress,
-    )
+    # The held-out files have no say in what a token is.
+    tokenizer = _make_tokenizer(config, examples, listing.files, reading, progress)
     make = functools.partial(
         cached_store,
         cache,

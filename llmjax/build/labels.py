@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from llmjax.build.corpus import cache_directory
@@ -88,7 +88,7 @@ def find_labels(config: Config) -> dict[str, Found]:
     digests.save()
     files = (*listing.files, *held_out)
     if keys.label_from in PLACES:
-        return _count([(places_of(file)[PLACES[keys.label_from]], file.name) for file in files])
+        return _count((places_of(file)[PLACES[keys.label_from]], file.name) for file in files)
     reading = dataclasses.replace(data.reading, fields=(data.text_field, keys.label_field))
     # Reading all texts takes a while, so that the labels of the same files are remembered.
     settings = json.dumps([corpus_fingerprint(files), dataclasses.astuple(reading)])
@@ -100,26 +100,26 @@ def find_labels(config: Config) -> dict[str, Found]:
         }
     except (OSError, ValueError, TypeError, AttributeError):
         pass
-    found = _read_labels(files, reading)
+    found = _count(_read_labels(files, reading))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(found))
     return found
 
 
-def _read_labels(files: Sequence[SourceFile], reading: Reading) -> dict[str, Found]:
+def _read_labels(files: Sequence[SourceFile], reading: Reading) -> Iterator[tuple[str, str]]:
+    """Yields the label and the name of every document."""
     field = reading.fields[1]
-    pairs: list[tuple[str, str]] = []
     for file in files:
         if detect_format(file, reading) == "text":
             raise UserError(
                 f"classification.label_from='field' and {file.path!r} is plain text, which has no field {field!r}; "
                 "give a table or JSON, or set classification.label_from to file or folder"
             )
-        pairs += [(str(record.fields[field]), record.name) for record in read_records(file, reading)]
-    return _count(pairs)
+        for record in read_records(file, reading):
+            yield str(record.fields[field]), record.name
 
 
-def _count(pairs: Sequence[tuple[str, str]]) -> dict[str, Found]:
+def _count(pairs: Iterable[tuple[str, str]]) -> dict[str, Found]:
     """How often each label occurs among pairs of a label and the name of a document, and where first."""
     found: dict[str, Found] = {}
     for label, name in pairs:

@@ -101,39 +101,42 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     )
     batch_schedule = make_batch_schedule(train.batch_schedule, train.batch_points, batch)
     length_schedule = make_length_schedule(config.data.length_points, T, seq)
-    if RULES[config.controller.name].decides and train.batch_schedule != "constant":
-        raise UserError(
-            f"controller.name={config.controller.name!r} and train.batch_schedule={train.batch_schedule!r} both decide "
-            "the batch size; set controller.name=none or train.batch_schedule=constant"
-        )
-    if config.evaluate.batch_size % (data * fsdp):
-        raise UserError(
-            f"evaluate.batch_size={config.evaluate.batch_size} is not divisible by the {data * fsdp} shards of "
-            "the batch (mesh.data x mesh.fsdp); change one of them"
-        )
+    _check_batch(config, data * fsdp)
     _check_probes(config)
-    # The size of a tokenizer that is given or not trained is known only once it is loaded, see `build/program.py`.
-    if (
-        not config.tokenizer.path
-        and KINDS[config.tokenizer.kind].trained
-        and config.tokenizer.vocab_size % tensor
-    ):
-        raise UserError(
-            f"tokenizer.vocab_size={config.tokenizer.vocab_size} is not divisible by mesh.tensor={tensor}; "
-            "change one of them"
-        )
+    _check_vocabulary(config, tensor)
     _check_smoothing(config)
     examples = make_examples(config)
     _check_source(config, examples)
     _check_cutting(config, examples)
-    source_len = _source_len(config, examples)
-    if source_len % seq:
-        raise UserError(
-            f"data.source_len={source_len} is not divisible by mesh.seq={seq}; change one of them"
-        )
+    source_len = _source_len(config, examples, seq)
     return config, Derived(
         batch, batch_schedule, length_schedule, sharing, reason, layout, examples, source_len
     )
+
+
+def _check_batch(config: Config, shards: int) -> None:
+    """UserError where two keys decide the size of updates, and where `shards` devices cannot share an evaluation."""
+    schedule = config.train.batch_schedule
+    if RULES[config.controller.name].decides and schedule != "constant":
+        raise UserError(
+            f"controller.name={config.controller.name!r} and train.batch_schedule={schedule!r} both decide "
+            "the batch size; set controller.name=none or train.batch_schedule=constant"
+        )
+    if config.evaluate.batch_size % shards:
+        raise UserError(
+            f"evaluate.batch_size={config.evaluate.batch_size} is not divisible by the {shards} shards of "
+            "the batch (mesh.data x mesh.fsdp); change one of them"
+        )
+
+
+def _check_vocabulary(config: Config, tensor: int) -> None:
+    """UserError where mesh.tensor does not divide the ids of a tokenizer that is to be trained."""
+    # The size of a tokenizer that is given or not trained is known only once it is loaded, see `build/program.py`.
+    own = config.tokenizer
+    if not own.path and KINDS[own.kind].trained and own.vocab_size % tensor:
+        raise UserError(
+            f"tokenizer.vocab_size={own.vocab_size} is not divisible by mesh.tensor={tensor}; change one of them"
+        )
 
 
 def make_examples(config: Config) -> Examples:
@@ -168,6 +171,7 @@ def _check_sight(config: Config) -> None:
 
 
 def _check_smoothing(config: Config) -> None:
+    """UserError where labels are smoothed and logits soft-capped, see `ops/losses/label_smoothing.py`."""
     smoothing = getattr(config.tasks.get(config.task.name), "label_smoothing", 0.0)
     if smoothing and config.model.logit_softcap:
         raise UserError(
@@ -217,7 +221,7 @@ def _check_cutting(config: Config, examples: Examples) -> None:
             )
 
 
-def _source_len(config: Config, examples: Examples) -> int:
+def _source_len(config: Config, examples: Examples, seq: int) -> int:
     """Positions of the second stream in a row, 0 where the task has none; UserError for keys that do not go with it."""
     data, name = config.data, config.task.name
     if "source" not in examples.columns:
@@ -246,6 +250,8 @@ def _source_len(config: Config, examples: Examples) -> int:
             f"evaluate.probes={config.evaluate.probes} are texts of one stream, and task.name={name!r} has two; "
             "set evaluate.probes to ()"
         )
+    if length % seq:
+        raise UserError(f"data.source_len={length} is not divisible by mesh.seq={seq}; change one of them")
     return length
 
 

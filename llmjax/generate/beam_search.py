@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.generate.generate import GenerateConfig, Rows, make_rows, read_prompts, room, round_up
+from llmjax.generate.generate import (
+    GenerateConfig,
+    Rows,
+    make_rows,
+    read_prompts,
+    room,
+    round_up,
+    without_ids,
+)
 from llmjax.models.contract import Cache, Model
 from llmjax.types import Params
 
@@ -77,6 +85,11 @@ def make_beam_search(
     """Returns the search. The arguments are those of `make_generator`."""
     W, L = config.num_beams, config.max_tokens
 
+    def step_on(beams: Beams, logits_RV: jax.Array, step: jax.Array, limits_B: jax.Array) -> Beams:
+        logits_RV = without_ids(logits_RV, banned_ids)
+        beams, rows_R = advance(beams, logits_RV, step, limits_B, eos_id, config.length_penalty)
+        return dataclasses.replace(beams, cache=model.select_rows(beams.cache, rows_R))
+
     @jax.jit
     def begin(params: Params, prompts: Rows, sources: Rows | None, limits_B: jax.Array) -> Beams:
         logits_BV, cache = read_prompts(model, params, prompts, sources, round_up(L))
@@ -88,52 +101,13 @@ def make_beam_search(
         none_BW, open_B = jnp.zeros((B, W), bool), jnp.ones(B, bool)
         cache = model.select_rows(cache, each_R)
         beams = Beams(cache, nothing_BWL, log_BW, nothing_BWL, never_BW, none_BW, open_B)
-        return advance(beams, logits_BV[each_R], jnp.zeros((), jnp.int32), limits_B)
+        return step_on(beams, logits_BV[each_R], jnp.zeros((), jnp.int32), limits_B)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def extend(params: Params, beams: Beams, step: jax.Array, limits_B: jax.Array) -> Beams:
         last_BW = jax.lax.dynamic_index_in_dim(beams.tokens_BWL, step - 1, 2, keepdims=False)
         logits_RTV, cache = model.decode(params, last_BW.reshape(-1, 1), beams.cache)
-        return advance(dataclasses.replace(beams, cache=cache), logits_RTV[:, 0], step, limits_B)
-
-    def advance(beams: Beams, logits_RV: jax.Array, step: jax.Array, limits_B: jax.Array) -> Beams:
-        """The beams with one more token each, of number `step` from 0."""
-        if banned_ids:
-            logits_RV = logits_RV.at[:, np.asarray(banned_ids)].set(-jnp.inf)
-        B, V = beams.log_BW.shape[0], logits_RV.shape[1]
-        log_BWV = jax.nn.log_softmax(logits_RV.astype(jnp.float32)).reshape(B, W, V)
-        # Twice as many as beams, of which at most W end the text, so that W go on.
-        log_BX, flat_BX = jax.lax.top_k((beams.log_BW[..., None] + log_BWV).reshape(B, W * V), 2 * W)
-        beam_BX, token_BX = flat_BX // V, flat_BX % V
-        tokens_BXL = jnp.take_along_axis(beams.tokens_BWL, beam_BX[..., None], axis=1)
-        tokens_BXL = jax.lax.dynamic_update_index_in_dim(tokens_BXL, token_BX, step, 2)
-        ends_BX = (token_BX == eos_id) | (step + 1 >= limits_B)[:, None]
-        # Those that go on.
-        log_BW, kept_BW = jax.lax.top_k(jnp.where(ends_BX, NEVER, log_BX), W)
-        rows_BW = jnp.take_along_axis(beam_BX, kept_BW, axis=1) + W * jnp.arange(B)[:, None]
-        # Those that are finished: of the W best extensions only.
-        length = (step + 1).astype(jnp.float32)
-        finished_BX = ends_BX & (jnp.arange(2 * W) < W)[None] & beams.open_B[:, None]
-        score_BX = jnp.where(finished_BX, log_BX / length**config.length_penalty, NEVER)
-        scores_BX = jnp.concatenate([beams.done_score_BW, score_BX], axis=1)
-        done_score_BW, best_BW = jax.lax.top_k(scores_BX, W)
-
-        def best(before: jax.Array, new: jax.Array) -> jax.Array:
-            at = best_BW.reshape(*best_BW.shape, *(1,) * (new.ndim - 2))
-            return jnp.take_along_axis(jnp.concatenate([before, new], axis=1), at, axis=1)
-
-        is_done_BW = best(beams.is_done_BW, finished_BX)
-        worst_B = jnp.where(is_done_BW.all(axis=1), done_score_BW.min(axis=1), NEVER)
-        overtakes_B = log_BW[:, 0] / length**config.length_penalty > worst_B
-        return Beams(
-            model.select_rows(beams.cache, rows_BW.reshape(-1)),
-            jnp.take_along_axis(tokens_BXL, kept_BW[..., None], axis=1),
-            log_BW,
-            best(beams.done_BWL, tokens_BXL),
-            done_score_BW,
-            is_done_BW,
-            beams.open_B & overtakes_B & (step + 1 < limits_B),
-        )
+        return step_on(dataclasses.replace(beams, cache=cache), logits_RTV[:, 0], step, limits_B)
 
     def search(
         params: Params,
@@ -154,6 +128,57 @@ def make_beam_search(
         return _texts(beams, config.num_samples, eos_id)
 
     return search
+
+
+def advance(
+    beams: Beams,
+    logits_RV: jax.Array,
+    step: jax.Array,
+    limits_B: jax.Array,
+    eos_id: int,
+    length_penalty: float,
+) -> tuple[Beams, jax.Array]:
+    """The beams with one more token each, and rows_R, the row of the cache that each of them goes on from.
+
+    logits_RV  of the next token of each beam, R = B x W
+    step       the number of this token, from 0
+    limits_B   how many tokens each text has at most
+    """
+    (B, W), V = beams.log_BW.shape, logits_RV.shape[1]
+    log_BWV = jax.nn.log_softmax(logits_RV.astype(jnp.float32)).reshape(B, W, V)
+    # Twice as many as beams, of which at most W end the text, so that W go on.
+    log_BX, flat_BX = jax.lax.top_k((beams.log_BW[..., None] + log_BWV).reshape(B, W * V), 2 * W)
+    beam_BX, token_BX = flat_BX // V, flat_BX % V
+    tokens_BXL = jnp.take_along_axis(beams.tokens_BWL, beam_BX[..., None], axis=1)
+    tokens_BXL = jax.lax.dynamic_update_index_in_dim(tokens_BXL, token_BX, step, 2)
+    ends_BX = (token_BX == eos_id) | (step + 1 >= limits_B)[:, None]
+    # Those that go on.
+    log_BW, kept_BW = jax.lax.top_k(jnp.where(ends_BX, NEVER, log_BX), W)
+    rows_BW = jnp.take_along_axis(beam_BX, kept_BW, axis=1) + W * jnp.arange(B)[:, None]
+    # Those that are finished: of the W best extensions only.
+    length = (step + 1).astype(jnp.float32)
+    finished_BX = ends_BX & (jnp.arange(2 * W) < W)[None] & beams.open_B[:, None]
+    score_BX = jnp.where(finished_BX, log_BX / length**length_penalty, NEVER)
+    scores_BX = jnp.concatenate([beams.done_score_BW, score_BX], axis=1)
+    done_score_BW, best_BW = jax.lax.top_k(scores_BX, W)
+
+    def best(before: jax.Array, new: jax.Array) -> jax.Array:
+        at = best_BW.reshape(*best_BW.shape, *(1,) * (new.ndim - 2))
+        return jnp.take_along_axis(jnp.concatenate([before, new], axis=1), at, axis=1)
+
+    is_done_BW = best(beams.is_done_BW, finished_BX)
+    worst_B = jnp.where(is_done_BW.all(axis=1), done_score_BW.min(axis=1), NEVER)
+    overtakes_B = log_BW[:, 0] / length**length_penalty > worst_B
+    after = Beams(
+        beams.cache,
+        jnp.take_along_axis(tokens_BXL, kept_BW[..., None], axis=1),
+        log_BW,
+        best(beams.done_BWL, tokens_BXL),
+        done_score_BW,
+        is_done_BW,
+        beams.open_B & overtakes_B & (step + 1 < limits_B),
+    )
+    return after, rows_BW.reshape(-1)
 
 
 def _texts(beams: Beams, number: int, eos_id: int) -> list[list[list[int]]]:

@@ -129,8 +129,7 @@ def make_generator(
     pick = functools.partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
 
     def choose(logits_BV: jax.Array, rngs_B: jax.Array, step: jax.Array) -> jax.Array:
-        if banned_ids:
-            logits_BV = logits_BV.at[:, np.asarray(banned_ids)].set(-jnp.inf)
+        logits_BV = without_ids(logits_BV, banned_ids)
         # Each row draws from its own key and step number, so that it does not depend on the batch.
         return jax.vmap(lambda rng, logits_V: pick(jax.random.fold_in(rng, step), logits_V[None])[0])(
             rngs_B, logits_BV
@@ -163,8 +162,7 @@ def make_generator(
         next_B, cache, rngs_B = prefill(
             params, rows, read, (first + index).astype(np.int32), number.astype(np.uint32)
         )
-        count = len(index)
-        ended = np.zeros(count, bool)
+        ended = np.zeros(len(index), bool)
         for step in range(1, limits.max() + 1):
             # This waits for the device. The next step is dispatched only if some prompt goes on.
             ids = np.asarray(next_B)
@@ -176,6 +174,11 @@ def make_generator(
             next_B, cache = extend(params, next_B, cache, rngs_B, np.int32(step))
 
     return generate
+
+
+def without_ids(logits_BV: jax.Array, ids: Sequence[int]) -> jax.Array:
+    """The logits with -inf for `ids`, which are never written."""
+    return logits_BV.at[:, np.asarray(ids)].set(-jnp.inf) if ids else logits_BV
 
 
 def make_rows(texts: Sequence[Sequence[int]], width_of: Callable[[int], int]) -> Rows:

@@ -21,10 +21,11 @@ from llmjax.models.family import Family, Sections
 from llmjax.models.gpt import GPT, GPT_FAMILY, heads_of, position_table_of, resolve_blocks
 from llmjax.nn import cache as nn_cache
 from llmjax.nn.attention import KeyValue
+from llmjax.nn.block import Block, Source
 from llmjax.nn.config import BlockConfig, ExpertsConfig, ModelConfig, TransformerConfig, block_config
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.source_block import SourceBlock
-from llmjax.nn.stack import Block, Source, init_stack, run_stack
+from llmjax.nn.stack import init_stack, run_stack
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import cross_mask, self_mask
 from llmjax.ops.dropout import dropout, token_keys

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from llmjax.errors import UserError, choose
 from llmjax.models.contract import Cache, Cost, box_axes, unbox
 from llmjax.models.family import Family, Sections
+from llmjax.nn.block import Block, Source
 from llmjax.nn.cache import append_tokens, make_cache, select_rows
 from llmjax.nn.config import (
     NORM_AT,
@@ -28,7 +29,7 @@ from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import Norm, look_up, matrix
 from llmjax.nn.position import POSITIONS
 from llmjax.nn.remat import Widths, kept_width
-from llmjax.nn.stack import Block, Rotations, Source, decode_stack, init_stack, measure_stack, run_stack
+from llmjax.nn.stack import Rotations, decode_stack, init_stack, measure_stack, run_stack
 from llmjax.ops import rope
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.attention import full

@@ -70,7 +70,7 @@ class Chat:
     def __init__(self, loaded: Loaded):
         program, tokenizer = loaded.program, loaded.tokenizer
         keys = program.config.tasks["conversation"]
-        self._format = check_converses(program, loaded)
+        self._format = check_converses(loaded)
         self._loaded, self._limit = loaded, program.config.data.seq_len
         self._generate = make_generator(
             program.model,
@@ -133,9 +133,10 @@ class Chat:
         return prompt, kept
 
 
-def check_converses(program: Program, loaded: Loaded) -> ChatFormat:
+def check_converses(loaded: Loaded) -> ChatFormat:
     """The format of the model's conversations. UserError if the model was not trained on any."""
-    keys, tokenizer = program.config.tasks["conversation"], loaded.tokenizer
+    program, tokenizer = loaded.program, loaded.tokenizer
+    keys = program.config.tasks["conversation"]
     trained = program.task.use == "chat"
     # Imported weights may have been trained elsewhere, which shows in the marks of their tokenizer.
     if not trained and program.task.use == "generate":

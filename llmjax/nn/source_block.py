@@ -7,8 +7,8 @@ import functools
 import jax
 
 from llmjax.nn.attention import Attention, KeyValue, on_each_device
+from llmjax.nn.block import Block, Source
 from llmjax.nn.layers import Norm
-from llmjax.nn.stack import Block, Source
 from llmjax.ops.dropout import dropout
 from llmjax.parallel.rules import Layout
 

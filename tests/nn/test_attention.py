@@ -13,8 +13,8 @@ from sections import block_section, mesh_section
 
 from llmjax.models.contract import unbox
 from llmjax.nn.attention import on_each_device
+from llmjax.nn.block import Block
 from llmjax.nn.config import resolve
-from llmjax.nn.stack import Block
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
 from llmjax.ops.attention.sequence_attention import Sharing, make_attend

@@ -10,9 +10,10 @@ import pytest
 from sections import block_section
 
 from llmjax.models.contract import unbox
+from llmjax.nn.block import Block
 from llmjax.nn.config import layer_windows, resolve
 from llmjax.nn.layer_compute import LayerCompute
-from llmjax.nn.stack import Block, Rotations, init_stack, measure_stack, run_stack
+from llmjax.nn.stack import Rotations, init_stack, measure_stack, run_stack
 from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import self_mask
 from llmjax.parallel.rules import Layout

@@ -60,22 +60,7 @@ def cached_tokenizer(
     fixed = KINDS[config.kind].fixed
     if fixed is not None:
         return fixed(config.num_reserved)
-    # Everything besides the text that the trained tokenizer depends on.
-    settings = [
-        config.kind,
-        config.vocab_size,
-        config.train_bytes,
-        config.character_coverage,
-        config.num_reserved,
-        reading.fields[0],
-        reading.on_bad_text,
-        reading.encoding,
-        TRAINER_VERSION,
-    ]
-    if reading.columns:
-        settings += ["columns", reading.columns]
-    if own is not None:
-        settings += ["texts", repr(own)]
+    settings = _tokenizer_settings(config, reading, own)
     directory = Path(cache_dir) / f"tokenizer-{_key(corpus_fingerprint(files), settings)}"
     # lexists, because a broken link in place of the folder counts as damage and must be replaced.
     if os.path.lexists(directory):
@@ -102,6 +87,26 @@ def cached_tokenizer(
     with new_folder(directory, _holds_tokenizer) as unfinished:
         tokenizer.save(unfinished)
     return tokenizer
+
+
+def _tokenizer_settings(config: TokenizerConfig, reading: Reading, own: OwnTexts | None) -> list[object]:
+    """Everything besides the text that a trained tokenizer depends on."""
+    settings: list[object] = [
+        config.kind,
+        config.vocab_size,
+        config.train_bytes,
+        config.character_coverage,
+        config.num_reserved,
+        reading.fields[0],
+        reading.on_bad_text,
+        reading.encoding,
+        TRAINER_VERSION,
+    ]
+    if reading.columns:
+        settings += ["columns", reading.columns]
+    if own is not None:
+        settings += ["texts", repr(own)]
+    return settings
 
 
 def _load_whole(directory: Path) -> Tokenizer:
@@ -147,19 +152,7 @@ def cached_store(
       progress: called as progress(done, total) while the store is built, in bytes of the files.
       report: called with one sentence if a store is damaged and is built again.
     """
-    origins = [file.origin for file in files]
-    how = [reading.on_bad_text, reading.encoding]
-    settings = [tokenizer.fingerprint, repr(examples), examples.version, *how, origins, FORMAT_VERSION]
-    # Added only where documents are cut or marked, so that the stores of whole documents keep their keys.
-    if cutting != WHOLE:
-        settings += ["cutting", cutting.split_on, cutting.tail]
-    if any(file.held_out for file in files):
-        settings += ["held out", [file.held_out for file in files]]
-    if reading.columns:
-        settings += ["columns", reading.columns]
-    # The names of files are part of the fingerprint, and those of their folders are not always.
-    if FOLDER in examples.fields:
-        settings += ["folders", [places_of(file)[FOLDER] for file in files]]
+    settings = _store_settings(files, tokenizer, examples, reading, cutting)
     directory = Path(cache_dir) / f"store-{_key(corpus_fingerprint(files), settings)}"
 
     def build(progress: Callable[[int, int], None] | None) -> Store:
@@ -191,6 +184,33 @@ def cached_store(
     # Large files are checked only when they are read, so damage may show up in the middle of a run.
     store.remake = build_again
     return store
+
+
+def _store_settings(
+    files: Sequence[SourceFile], tokenizer: Tokenizer, examples: Examples, reading: Reading, cutting: Cutting
+) -> list[object]:
+    """Everything besides the text that a store depends on."""
+    origins = [file.origin for file in files]
+    how = [reading.on_bad_text, reading.encoding]
+    settings: list[object] = [
+        tokenizer.fingerprint,
+        repr(examples),
+        examples.version,
+        *how,
+        origins,
+        FORMAT_VERSION,
+    ]
+    # Added only where documents are cut or marked, so that the stores of whole documents keep their keys.
+    if cutting != WHOLE:
+        settings += ["cutting", cutting.split_on, cutting.tail]
+    if any(file.held_out for file in files):
+        settings += ["held out", [file.held_out for file in files]]
+    if reading.columns:
+        settings += ["columns", reading.columns]
+    # The names of files are part of the fingerprint, and those of their folders are not always.
+    if FOLDER in examples.fields:
+        settings += ["folders", [places_of(file)[FOLDER] for file in files]]
+    return settings
 
 
 def _has_changed(file: SourceFile) -> bool:
