@@ -100,6 +100,10 @@ def run(asked: argparse.Namespace) -> None:
         raise UserError(
             f"--verify needs a model of transformers on one side; convert --to {' or '.join(SAVE)}"
         )
+    if asked.source_kind == "llmjax" and asked.tokenizer:
+        raise UserError(
+            f"--tokenizer={asked.tokenizer} is for models without one, and a run has its own; leave it out"
+        )
     if asked.source_kind == "llmjax":
         model = load_run(asked.source, asked.checkpoint)
     else:

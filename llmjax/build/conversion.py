@@ -132,6 +132,11 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
             f"{workdir} holds a model of task.name={trained['task']['name']!r}, whose head for labels is not converted "
             "yet; give a run of another task"
         )
+    if trained["task"]["name"] != "language_model":
+        warn(
+            f"note: what is written is a language model; that {workdir} was trained with task.name="
+            f"{trained['task']['name']!r}, and how its texts are marked, is not written with it"
+        )
     names = ("model", *family.sections)
     settings = {f"{section}.{key}": value for section in names for key, value in trained[section].items()}
     config = imported_config({**settings, "data.seq_len": trained["data"]["seq_len"]})

@@ -13,7 +13,7 @@ import numpy as np
 from llmjax.build.hold_out import TAILS, make_store, search_files
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
-from llmjax.data.examples.contract import Examples, OwnTexts, Structured
+from llmjax.data.examples.contract import Examples, OwnTexts, Structured, can_be_cut
 from llmjax.data.packing.make_plan import cached_plan
 from llmjax.data.packing.plan import PackingPlan, check_corpus
 from llmjax.data.packing.two_streams import SourceStream
@@ -138,8 +138,11 @@ def make_corpus(
 ) -> Corpus:
     """Reads the sources, or what was made of them before; UserError where they do not fill a batch."""
     data, cache, examples = config.data, cache_directory(config), derived.examples
-    structured = examples.structured if isinstance(examples, Structured) else ()
-    reading = dataclasses.replace(data.reading, structured=structured)
+    reading = dataclasses.replace(
+        data.reading,
+        structured=examples.structured if isinstance(examples, Structured) else (),
+        texts=examples.further_texts if isinstance(examples, OwnTexts) else (),
+    )
 
     progress("looking through data.sources", 0, 0)
     digests = Digests(cache / "digests.json")
@@ -175,6 +178,7 @@ def make_corpus(
         held_out_fraction=data.held_out_fraction,
         held_out_sources=data.held_out_sources,
         tails=hold_out == TAILS,
+        can_cut=can_be_cut(examples),
     )
     sequences = functools.partial(PackedSequences, store, seed=config.seed, columns=examples.columns)
     held_out = sequences(held_out_plan, repeat=False) if held_out_plan.num_rows else None

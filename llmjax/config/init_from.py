@@ -26,6 +26,7 @@ from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.escapes import complain
 from llmjax.models.table import FAMILIES
+from llmjax.terminal.lines import warn
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.checkpoint.which import named_update
 from llmjax.types import Params
@@ -89,7 +90,23 @@ def _check_foreign(config: Config, source: pathlib.Path) -> None:
         )
     there, _ = resolve_config(imported_config(model.settings, path), 1)
     check_init(there.to_dict(), config)
+    _note_other_keys(there, config, name)
     model.match(model.places(_shapes(there, ids)))
+
+
+def _note_other_keys(there: Config, config: Config, name: str) -> None:
+    """Says which keys a run may change, because they shape no parameter, and has changed: the model is another then."""
+    theirs, ours = there.to_dict(), config.to_dict()
+    changed = []
+    for path in FAMILIES[config.model.family].free_on_init:
+        section, key = path.split(".")
+        if theirs[section][key] != ours[section][key]:
+            changed.append(f"{path}={theirs[section][key]}, here {ours[section][key]}")
+    if changed:
+        warn(
+            f"note: the model in checkpoint.init_from={name!r} was trained with {'; '.join(changed)}; set "
+            "what is not meant to differ"
+        )
 
 
 def _shapes(config: Config, vocab_size: int) -> Params:

@@ -8,6 +8,7 @@ left out.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -45,6 +46,13 @@ def run(request: Request) -> int:
         raise UserError(
             "--mode=chat is a conversation in one terminal, and there are several processes; start one"
         )
+    config = request.config.generate
+    for key, value in (("num_samples", config.num_samples), ("num_beams", config.num_beams)):
+        if value > 1:
+            raise UserError(
+                f"generate.{key}={value} is without effect for --mode=chat, which gives one answer as it is written; "
+                "leave it at 1"
+            )
     loaded = load(request, on_terminal)
     chat = Chat(loaded)
 
@@ -64,6 +72,9 @@ def run(request: Request) -> int:
 class Chat:
     """A conversation with a loaded checkpoint: what was said, and how the next answer is made.
 
+    messages  what the next answer is made from: all that was said, or the newest turns of it
+    said      all that was said since the beginning, or since it was forgotten
+
     Raises UserError if the model was not trained on conversations.
     """
 
@@ -79,7 +90,7 @@ class Chat:
             banned_ids=[i for i in no_text(tokenizer) if i != self._format.end],
             width_of=power_of_two,
         )
-        self._own_system = keys.system
+        self._answers = 0
         self.reset(keys.system)
 
     def reset(self, system: str | None = None) -> None:
@@ -87,6 +98,7 @@ class Chat:
         if system is not None:
             self._system = system
         self.messages = [Message("system", self._system)] if self._system else []
+        self.said = list(self.messages)
 
     def answer(
         self, text: str, watch: Watch = iter, on_text: Callable[[str], None] = lambda text: None
@@ -100,13 +112,17 @@ class Chat:
             pieces.append(piece)
             on_text(piece)
 
-        for ids in watch(self._generate(self._loaded.params, [prompt])):
+        # Each answer has a number, so that no two of them are drawn alike.
+        number, self._answers = self._answers, self._answers + 1
+        for ids in watch(self._generate(self._loaded.params, [prompt], number)):
             if ids[0] is not None:
                 add(decoder.push(ids[0]))
         add(decoder.flush())
         # An answer that was stopped at once is none, and the next one must not follow on it.
         said = "".join(pieces)
-        self.messages = [*messages, Message(ASSISTANT, said)] if said.strip() else self.messages
+        if said.strip():
+            self.messages = [*messages, Message(ASSISTANT, said)]
+            self.said += [messages[-1], Message(ASSISTANT, said)]
         return said
 
     def _fit(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
@@ -160,22 +176,29 @@ def command(chat: Chat, line: str) -> None:
     elif name == "/system":
         chat.reset(rest.strip())
     elif name == "/save":
-        save(chat.messages, rest.strip())
+        save(chat.said, rest.strip())
     elif name == "/help":
         show(HELP)
     else:
         raise UserError(f"{name} is no command; /help lists them")
 
 
-def save(messages: Sequence[Message], path: str) -> None:
-    """Writes the conversation as a line that `task.name=conversation` can train on."""
-    if not path:
+def save(messages: Sequence[Message], name: str) -> None:
+    """Writes the conversation as a line that `task.name=conversation` can train on. No file is overwritten."""
+    path = pathlib.Path(name)
+    if not name:
         raise UserError("/save needs a file; write /save talk.jsonl")
+    if not any(message.role == ASSISTANT for message in messages):
+        raise UserError("there is no answer to save yet; ask something first")
+    if os.path.lexists(path):
+        raise UserError(f"{name!r} exists; give a new file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"the folder of {name!r} does not exist; give a file in one that does")
     values = [{"role": message.role, "content": message.text} for message in messages]
     try:
-        write_atomically(pathlib.Path(path), json.dumps({"messages": values}, ensure_ascii=False) + "\n")
+        write_atomically(path, json.dumps({"messages": values}, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(f"{path!r} cannot be written ({error.strerror}); give another file") from None
+        raise UserError(f"{name!r} cannot be written ({error.strerror}); give another file") from None
     show(f"{len(messages)} messages are in {path}")
 
 

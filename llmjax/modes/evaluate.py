@@ -76,8 +76,7 @@ def run(request: Request) -> int:
     results = score_held_out(program, corpus, params, on_details=details.append)
     rows = {
         "checkpoint": f"update {update} of {workdir}",
-        "held out": f"{corpus.held_out_plan.num_documents:,} documents, {corpus.held_out_bytes:,} bytes, "
-        f"{corpus.held_out_plan.num_tokens:,} tokens",
+        "held out": _describe_held_out(corpus),
     }
     say(
         format_table(
@@ -91,6 +90,15 @@ def run(request: Request) -> int:
         if hosts.is_primary():
             say(format_table({"report": str(write_report(workdir))}))
     return 0
+
+
+def _describe_held_out(corpus: Corpus) -> str:
+    """How much is held out, in documents, bytes of their texts and tokens."""
+    plan, count = corpus.held_out_plan, corpus.held_out_plan.num_documents
+    # A task with weights has tokens that are read and not predicted, such as the question before an answer.
+    all_of_them = ", also those that are only read" if "weights" in corpus.train.columns else ""
+    documents = f"{count:,} document{'s'[: count != 1]}"
+    return f"{documents}, {corpus.held_out_bytes:,} bytes, {plan.num_tokens:,} tokens{all_of_them}"
 
 
 def score_held_out(

@@ -204,7 +204,10 @@ class Writer:
             for prompt in prompts
         ]
         ids, sources = [prompt.tokens for prompt in read], sources_of(read)
-        self._remark(max(map(len, [*ids, *(sources or ())]), default=0))
+        program = loaded.program
+        self._remark(ids, "data.seq_len", program.config.data.seq_len)
+        if sources is not None:
+            self._remark(sources, "data.source_len", program.derived.source_len)
         if self._config.num_beams > 1:
             with working("searching", self._speaks):
                 found = self._generate(loaded.params, ids, sources, watch)
@@ -234,9 +237,12 @@ class Writer:
             add(row, decoder.flush())
         return [texts[row : row + num_samples] for row in range(0, len(texts), num_samples)]
 
-    def _remark(self, longest: int) -> None:
-        """Says what a user should know of the texts, once for each thing. `longest` counts a prompt's tokens."""
-        config, trained, notes = self._config, self._loaded.program.config.data.seq_len, {}
+    def _remark(self, prompts: Sequence[Sequence[int]], key: str, trained: int) -> None:
+        """Says what a user should know of the texts, once for each thing.
+
+        trained  the tokens of a row in training, which `key` names
+        """
+        config, longest, notes = self._config, max(map(len, prompts), default=0), {}
         if config.num_samples > 1 and config.is_greedy:
             setting = "temperature=0" if config.temperature == 0 else "top_k=1"
             notes["alike"] = (
@@ -245,7 +251,7 @@ class Writer:
             )
         if longest > trained:
             notes["long"] = (
-                f"the longest prompt has {longest:,} tokens, and the model was trained on data.seq_len={trained:,}; "
+                f"the longest prompt has {longest:,} tokens, and the model was trained on {key}={trained:,}; "
                 "expect worse text from there on, or shorten the prompt"
             )
         for kind, note in notes.items():

@@ -31,12 +31,20 @@ from llmjax.types import Params
 
 # How many texts are translated at a time. A choice: more of them need more memory.
 AT_ONCE = 32
-# Chinese and Japanese characters, by which the tokenizer of BLEU is chosen.
+# Chinese and Japanese characters. The tokenizer of BLEU is zh where a reference has one.
 IDEOGRAPHS = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
 
 
 def run(request: Request) -> int:
+    """Translates all texts and returns exit code 0."""
+    if request.config.generate.num_samples > 1:
+        raise UserError(
+            f"generate.num_samples={request.config.generate.num_samples} is without effect for --mode=translate, which "
+            "writes one text for each; leave it at 1"
+        )
     if request.interactive:
+        if request.references:
+            raise UserError("--references is for texts of a file, not for --interactive; leave one out")
         return run_interactive(request)
     if not request.prompts:
         raise UserError(
@@ -46,9 +54,10 @@ def run(request: Request) -> int:
     references = read_references(request.references, len(request.prompts)) if request.references else []
     loaded = load(request, on_terminal)
     check_translates(loaded.program)
-    writer, made = Writer(loaded, power_of_two, on_terminal), []
+    writer = Writer(loaded, power_of_two, on_terminal)
+    made: list[str] = []
     for texts in _batches(request.prompts):
-        made += translate(writer, texts)
+        made += translate(writer, texts, first=len(made))
         if hosts.is_primary():
             for text in made[-len(texts) :]:
                 show(text)
@@ -98,11 +107,13 @@ def _batches(texts: Sequence[str]) -> list[Sequence[str]]:
 def read_references(path: pathlib.Path, number: int) -> list[str]:
     """The lines of a file with `number` translations."""
     try:
-        lines = path.read_text(encoding="utf-8").removeprefix("\ufeff").splitlines()
+        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except (OSError, ValueError) as error:
         raise UserError(
             f"--references={path} cannot be read ({error}); give a text file in UTF-8 with a translation a line"
         ) from None
+    # Lines end as those of --prompt_file do.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
     if len(lines) != number:
         raise UserError(
             f"--references={path} has {len(lines):,} lines for {number:,} texts; give one line for each"
@@ -120,7 +131,7 @@ def describe_scores(made: Sequence[str], references: Sequence[str]) -> list[str]
     """BLEU and chrF of the translations, with the signatures of sacrebleu, by which others can repeat them."""
     import sacrebleu
 
-    chinese = bool(IDEOGRAPHS.search(references[0]))
+    chinese = any(map(IDEOGRAPHS.search, references))
     metrics = sacrebleu.BLEU(tokenize="zh" if chinese else "13a"), sacrebleu.CHRF()
     scores = [
         (metric.corpus_score(list(made), [list(references)]), metric.get_signature()) for metric in metrics

@@ -12,12 +12,13 @@ from llmjax.build.corpus import Corpus
 from llmjax.build.hold_out import DOCUMENTS, NOTHING, TAILS
 from llmjax.build.program import Program
 from llmjax.config.schema import Config
+from llmjax.data.examples.contract import Structured
 from llmjax.data.packing.plan import PackingPlan
 from llmjax.data.pipeline import DataConfig
 from llmjax.data.sources.cutting import TAIL
 from llmjax.data.sources.listing import Listing
 from llmjax.data.store.columns import StoreHeader
-from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
+from llmjax.data.tokenizer.kinds import KINDS
 from llmjax.quantities import format_bytes, format_number, format_quantity
 from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.schedules import describe_schedule
@@ -61,8 +62,9 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
         f"{_describe_cuts(corpus, program.config.data)}{_describe_left_out(store.header)}",
         "held out": _describe_held_out(corpus, program.config.data),
         **_describe_labels(corpus, program.config),
+        **_describe_long_conversations(corpus, program),
         "files": _describe_files(corpus.listing),
-        "tokenizer": _describe_tokenizer(program.config.tokenizer, corpus.tokenizer.vocab_size),
+        "tokenizer": _describe_tokenizer(program.config, corpus.tokenizer.vocab_size),
         "packing": describe_packing(train),
     }
     rows |= describe_program(program, train.attended)
@@ -182,6 +184,18 @@ def _describe_labels(corpus: Corpus, config: Config) -> dict[str, str]:
     return {"labels": text}
 
 
+def _describe_long_conversations(corpus: Corpus, program: Program) -> dict[str, str]:
+    """How many conversations are longer than a row, so that an answer may stand in another one than its question."""
+    limit = program.config.data.seq_len
+    long = int(np.count_nonzero(np.asarray(corpus.store.lengths) > limit + 1))
+    if not (isinstance(program.derived.examples, Structured) and long):
+        return {}
+    return {
+        "cut": f"{long:,} conversation{'s'[: long != 1]} of more than data.seq_len={limit:,} tokens: "
+        "an answer may stand in another row than its question"
+    }
+
+
 def _describe_files(listing: Listing) -> str:
     """How many files were read, and what in their folders was not."""
     count = len(listing.files)
@@ -198,10 +212,11 @@ def _describe_left_out(header: StoreHeader) -> str:
     return empty + skipped + replaced
 
 
-def _describe_tokenizer(config: TokenizerConfig, vocab_size: int) -> str:
-    if config.path:
-        return f"{config.path}, {vocab_size:,} ids"
-    return f"{KINDS[config.kind].words}, {vocab_size:,} ids"
+def _describe_tokenizer(config: Config, vocab_size: int) -> str:
+    """Where the tokenizer comes from, and the number of its ids."""
+    own = config.tokenizer
+    taken = config.checkpoint.init_from and "that of checkpoint.init_from"
+    return f"{own.path or taken or KINDS[own.kind].words}, {vocab_size:,} ids"
 
 
 def _describe_updates(program: Program, num_rows: int, start: int) -> str:

@@ -21,7 +21,7 @@ from llmjax.models.classifier import ENTRY, Classifier
 from llmjax.models.contract import Model
 from llmjax.ops.logits import head_logits
 from llmjax.ops.segments import segment_sums
-from llmjax.ranges import Unset
+from llmjax.ranges import Unset, unset
 from llmjax.scores import confusion
 from llmjax.scores.score import Score
 from llmjax.tasks.contract import Loss, Setting, Totals, with_penalties
@@ -49,6 +49,11 @@ class ClassificationConfig:
             value = getattr(self, key)
             if value not in known:
                 raise UserError(f"classification.{key}={value!r} is not known; use one of {', '.join(known)}")
+        if self.label_from != "field" and self.label_field != unset(ClassificationConfig)["label_field"]:
+            raise UserError(
+                f"classification.label_field={self.label_field!r} is without effect for classification.label_from="
+                f"{self.label_from!r}; set classification.label_from=field, or leave it at 'label'"
+            )
         if not self.label_field:
             raise UserError("classification.label_field='' is no name; name the field that has the label")
         if len({*self.labels}) < len(self.labels):

@@ -61,6 +61,43 @@ def test_commands_reset_save_and_help(trained, capsys, monkeypatch, tmp_path):
     }
 
 
+def test_what_is_saved_is_all_that_was_said_and_no_file_is_lost(trained, capsys, monkeypatch, tmp_path):
+    old, file = tmp_path / "old", tmp_path / "all.jsonl"
+    old.write_text("precious")
+    lines = [
+        f"/save {file}",
+        *["river stone cloud"] * 6,
+        f"/save {old}",
+        f"/save {tmp_path}/no/x",
+        f"/save {file}",
+    ]
+    monkeypatch.setattr(
+        "sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()), encoding="utf-8")
+    )
+    assert main.main(["llmjax", f"--workdir={trained}", "--mode=chat"]) == 0
+    err = capsys.readouterr().err
+    assert "there is no answer to save yet" in err and f"{str(old)!r} exists; give a new file" in err
+    assert "does not exist; give a file in one that does" in err and not (tmp_path / "no").exists()
+    assert old.read_text() == "precious" and "left out" in err
+    assert len(json.loads(file.read_text(encoding="utf-8"))["messages"]) == 12
+
+
+def test_no_two_answers_are_drawn_alike(trained, monkeypatch):
+    raw = saved_config(trained)
+    raw["generate"] |= {"temperature": 50.0, "max_tokens": 16}
+    chat, answers = Chat(load(make_request("chat", raw, trained))), set()
+    for _ in range(4):
+        chat.reset()
+        answers.add(chat.answer("river"))
+    assert len(answers) > 1
+
+
+@pytest.mark.parametrize("key", ["num_samples", "num_beams"])
+def test_a_key_that_chat_does_not_read_is_refused(trained, key, capsys):
+    said = refuse(capsys, ["llmjax", f"--workdir={trained}", "--mode=chat", f"--config.generate.{key}=3"])
+    assert f"generate.{key}=3 is without effect for --mode=chat" in said
+
+
 def test_a_wrong_command_is_one_sentence_and_the_conversation_goes_on(trained, capsys, monkeypatch):
     monkeypatch.setattr(
         "sys.stdin", io.TextIOWrapper(io.BytesIO(b"/nothing\n/save\nriver\n"), encoding="utf-8")

@@ -9,6 +9,7 @@ from tiny_run import command
 
 import llmjax
 from llmjax import main
+from llmjax.modes.translate import describe_scores
 from llmjax.workdir.samples import read_samples
 from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 
@@ -78,6 +79,8 @@ def test_python_translates(trained):
 
 @pytest.mark.parametrize("words, message", [
     ([], "--mode=translate has nothing to translate; give --prompt=TEXT, --prompt_file=FILE"),
+    (["--prompt=river", "--config.generate.num_samples=3"], "generate.num_samples=3 is without effect for --mode=tr"),
+    (["--interactive", "--references=ONE"], "--references is for texts of a file, not for --interactive"),
     (["--prompt=river", "--references=/nowhere"], "--references=/nowhere cannot be read"),
     (["--prompt=river", "--prompt=stone", "--references=ONE"], "has 1 lines for 2 texts; give one line for each"),
 ])  # fmt: skip
@@ -107,3 +110,21 @@ def test_texts_of_the_same_source_are_held_out_together(folder):
     ]
     hashes = encode_records(ByteTokenizer(), Translations("source", "text", True), records).fixed["hashes"]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize(
+    "references", [["GitHub", "我喜欢这本书。"], ["", "我喜欢这本书。"], ["我喜欢这本书。", "GitHub"]]
+)
+def test_chinese_is_scored_as_chinese_wherever_it_stands(references):
+    pytest.importorskip("sacrebleu")
+    assert "tok:zh" in describe_scores(references, references)[0]
+
+
+def test_pairs_without_a_source_or_a_text_are_counted_as_empty(tmp_path, capsys):
+    (tmp_path / "corpus").mkdir()
+    pairs = [("a", "b")] * 400 + [("", "c"), ("  ", "d"), ("e", "")]
+    rows = [json.dumps({"source": source, "text": text}) for source, text in pairs]
+    (tmp_path / "corpus" / "pairs.jsonl").write_text("\n".join(rows))
+    settings = settings_of("encoder_decoder", train__tokens_per_update=512, data__held_out_fraction=0.0)
+    said = run(capsys, [*command(tmp_path, f"--workdir={tmp_path}/plan", **settings), "--mode=plan"])
+    assert "400 documents" in said and "3 empty" in said

@@ -70,7 +70,8 @@ def _plain(tokenizer: Tokenizer) -> ChatFormat:
     if len(tokenizer.reserved_ids) < len(ROLES):
         raise UserError(
             f"conversation.format='plain' needs {len(ROLES)} reserved ids for the roles, and the tokenizer has "
-            f"{len(tokenizer.reserved_ids)}; raise tokenizer.num_reserved, or take another tokenizer"
+            f"{len(tokenizer.reserved_ids)}; raise tokenizer.num_reserved of one that is trained here, or give another "
+            "tokenizer.path"
         )
     opening = {role: (tokenizer.reserved_ids[i],) for i, role in enumerate(ROLES)}
     return ChatFormat(tokenizer, (tokenizer.bos_id,), opening, tokenizer.eos_id, dict.fromkeys(ROLES, ()))

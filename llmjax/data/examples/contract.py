@@ -109,6 +109,10 @@ class OwnTexts(Protocol):
     @property
     def fields(self) -> tuple[str, ...]: ...
 
+    @property
+    def further_texts(self) -> tuple[str, ...]:
+        """The fields besides the first one that have text, without which there is no example."""
+
     def texts(self, record: Mapping[str, str | int]) -> list[str]:
         """The texts of a record that are encoded."""
 

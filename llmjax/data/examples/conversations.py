@@ -35,6 +35,7 @@ class Conversations:
     form: str
     system: str
     version: ClassVar[int] = 1
+    further_texts: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[tuple[str, ...]] = ("weights",)
 
     @property

@@ -25,7 +25,7 @@ class Translations:
     source_field: str
     text_field: str
     two_streams: bool
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -34,6 +34,10 @@ class Translations:
     @property
     def fields(self) -> tuple[str, ...]:
         return (self.text_field, self.source_field)
+
+    @property
+    def further_texts(self) -> tuple[str, ...]:
+        return (self.source_field,)
 
     def texts(self, record: Mapping[str, str | int]) -> list[str]:
         return [str(record[field]) for field in self.fields]

@@ -144,13 +144,15 @@ def check_corpus(
     held_out_fraction: float,
     held_out_sources: tuple[str, ...] = (),
     tails: bool = False,
+    can_cut: bool = True,
 ) -> None:
     """Checks that the training rows fill one update and that the held-out split leaves no side empty.
 
     Raises UserError, which names the config key to change. The held-out side may be empty if `held_out_fraction` is 0.
     If there are `held_out_sources`, they are the held-out side, and the fraction is not looked at. `tails` says whether
-    the end of each document is held out, and not whole documents.
+    the end of each document is held out, and not whole documents, and `can_cut` whether it may be.
     """
+    ends = ", or hold out the end of each with data.hold_out=tails" if can_cut else ""
     if not train.num_rows and not held_out.num_rows:
         raise UserError("data.sources has no document of more than one token; add documents")
     if held_out_sources and not (train.num_rows and held_out.num_rows):
@@ -165,14 +167,12 @@ def check_corpus(
     if not train.num_rows:
         raise UserError(
             f"data.held_out_fraction={held_out_fraction} holds out all {held_out.num_documents} documents of "
-            "data.sources and leaves none to train on; lower it, add documents, or hold out the end of each with "
-            "data.hold_out=tails"
+            f"data.sources and leaves none to train on; lower it, or add documents{ends}"
         )
     if held_out_fraction > 0 and not held_out.num_rows:
         raise UserError(
             f"data.held_out_fraction={held_out_fraction} holds out none of the {train.num_documents} "
-            "documents of data.sources; raise it, add documents, hold out the end of each with data.hold_out=tails, or "
-            "set it to 0 to train without evaluation"
+            f"documents of data.sources; raise it, add documents{ends}, or set it to 0 to train without evaluation"
         )
     if train.num_rows < sequences_per_update:
         raise UserError(

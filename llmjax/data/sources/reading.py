@@ -35,6 +35,7 @@ class Reading:
     encoding       the encoding of text, JSON and tables, by any name that Python knows
     max_expansion  a compressed file may unpack to this many times its own size. The first 16 MiB are always allowed
     columns        the names of the columns of tables whose first line does not have them; () if it has
+    texts          further fields with text: a document in which one of them is empty is an empty document
     structured     the fields that hold lists or objects of JSON, which are read as JSON text
     """
 
@@ -44,6 +45,7 @@ class Reading:
     max_expansion: int = MAX_EXPANSION
     columns: tuple[str, ...] = ()
     structured: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self):
         choose(BAD_TEXT, "data.on_bad_text", self.on_bad_text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from llmjax.data.sources.encoding import open_text
@@ -84,13 +84,19 @@ def read_parts(
     for name, values, first, last in _reader(file, reading)(file, reading, stats):
         if values is None:
             stats.skipped += 1
-        elif first and last and not values[0]:
+        elif first and last and _is_empty(values, reading):
             stats.empty += 1
         else:
             stats.documents += last
             yield RecordPart(Record(name, dict(zip(reading.fields, values))), first, last)
     # A reader may stop short of the last bytes, as of a footer, or count in steps.
     stats.bytes_read = before + file.size
+
+
+def _is_empty(values: Sequence[str | int], reading: Reading) -> bool:
+    """Whether the text of a document is empty, or a further text that belongs to it has nothing but white space."""
+    further = (value for field, value in zip(reading.fields, values) if field in reading.texts)
+    return not values[0] or any(isinstance(text, str) and not text.strip() for text in further)
 
 
 def read_records(
