@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     transformer.num_kv_heads = 0  # K, key/value heads; 0 = num_heads, 1 = multi-query, between: grouped
     transformer.head_dim = 0  # H, the width of a head; 0 = model_dim / num_heads
     transformer.mlp_dim = 0  # F; 0 = 4 D, or for swiglu 8/3 D rounded up to a multiple of 64
-    transformer.activation = "swiglu"  # swiglu | geglu | gelu | relu | relu2
+    transformer.activation = "swiglu"  # swiglu | geglu | gelu (by tanh) | gelu_erf (exact) | relu | relu2
     transformer.norm = "rmsnorm"  # rmsnorm | layernorm
     transformer.norm_eps = 1e-6  # added to the variance
     transformer.position = "rope"  # rope | learned | sinusoidal
@@ -66,6 +66,9 @@ def get_config() -> ConfigDict:
 
     c.bert = bert = ConfigDict()
     bert.transform = True  # a dense layer, an activation and a norm before the output matrix
+    bert.token_types = 0  # embeddings of token types; a text has the first type throughout; 0 = none
+    bert.embedding_norm = False  # a norm after the embedding, before the first layer
+    bert.output_bias = False  # a bias for the logits of the tokens
 
     c.encoder_decoder = encoder_decoder = ConfigDict()
     encoder_decoder.encoder_layers = 0  # layers of the encoder; 0 = model.num_layers, those of the decoder
