@@ -57,7 +57,7 @@ def open_model(folder: pathlib.Path) -> Source:
     """The model in `folder`; its tensors are not read. Raises UserError, in one sentence, for what is wrong with it."""
     config = read_object(folder / CONFIG)
     architecture = architecture_of(config)
-    settings, tensors = read_settings(architecture, config), open_tensors(folder)
+    settings, tensors = read_settings(architecture, config), open_tensors(folder, architecture.skips)
     check_layers(folder, settings["model.num_layers"], tensors)
     return Source(
         folder,

@@ -56,21 +56,25 @@ class Settings(BERTConfig, BlockConfig):
         BERTConfig.__post_init__(self)
 
 
-class Additions(nn.Module):
-    """The parameters that a bidirectional encoder has besides those of the decoder and of its `Transform`: an embedding
-    of each token type, and a bias for the logits."""
+class TokenTypes(nn.Module):
+    """The embeddings of token types."""
 
     config: Settings
-    vocab_size: int
 
     @nn.compact
     def __call__(self) -> None:
         c = self.config
-        if c.token_types:
-            shape = (c.token_types, c.model_dim)
-            matrix(self, "token_types_CD", shape, ("token_types", "embed"), c.init_std)
-        if c.output_bias:
-            vector(self, "output_bias_V", (self.vocab_size,), ("classes",), 0.0)
+        matrix(self, "token_types_CD", (c.token_types, c.model_dim), ("token_types", "embed"), c.init_std)
+
+
+class OutputBias(nn.Module):
+    """The bias of the logits."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self) -> None:
+        vector(self, "bias_V", (self.vocab_size,), ("classes",), 0.0)
 
 
 class Transform(nn.Module):
@@ -111,10 +115,11 @@ class BERT(GPT):
         if c.transform:
             own = jax.random.fold_in(rng, 1)
             params["transform"] = Transform(c, Layout()).init(own, x_BTD)["params"]
-        if c.token_types or c.output_bias:
-            own = jax.random.fold_in(rng, 2)
-            added = Additions(c, self.vocab_size).init(own)["params"]
-            params["embedding"] = {**params["embedding"], **added}
+        if c.token_types:
+            types = TokenTypes(c).init(jax.random.fold_in(rng, 2))["params"]
+            params["embedding"] = {**params["embedding"], **types}
+        if c.output_bias:
+            params["output"] = OutputBias(self.vocab_size).init(rng)["params"]
         if c.embedding_norm:
             params["embedding_norm"] = self._final_norm.init(rng, x_BTD)["params"]
         return params
@@ -138,7 +143,7 @@ class BERT(GPT):
 
     def head(self, params: Params) -> Head:
         head = super().head(params)
-        bias_V = params["embedding"]["output_bias_V"] if self.config.output_bias else None
+        bias_V = params["output"]["bias_V"] if self.config.output_bias else None
         return dataclasses.replace(head, bias_V=bias_V)
 
     def _mask(self, batch: Batch) -> Mask:
@@ -169,4 +174,5 @@ BERT_FAMILY = dataclasses.replace(
     sections={**GPT_FAMILY.sections, "bert": BERTConfig},
     config=_config,
     sees_both_sides=True,
+    optional={"bert.transform": "transform", "bert.output_bias": "output"},
 )
