@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte
-    tokenizer.path = ""  # one to use: .model, tokenizer.json, .gguf or a folder; "" = train one
+    tokenizer.path = ""  # one to use: .model, tokenizer.json, vocab.txt, .gguf, folder; "" = train one
     tokenizer.vocab_size = 4096  # V, with special and byte pieces
     tokenizer.train_bytes = 20_000_000  # bytes of the corpus that the tokenizer is trained on
     tokenizer.character_coverage = 0.9995  # share of characters with a piece of their own; the others: bytes

@@ -184,7 +184,7 @@ def save_as_run(model: Model, workdir: pathlib.Path, facts: Mapping[str, Any]) -
     if model.tokenizer is None:
         raise UserError(
             f"{model.facts['path']} has no tokenizer that is read here (tokenizer.model, tokenizer.json, vocab.json "
-            "with merges.txt, or tok*.bin of llama2.c); name one with --tokenizer"
+            "with merges.txt, vocab.txt, or tok*.bin of llama2.c); name one with --tokenizer"
         )
     config = imported_config(model.settings, str(workdir.absolute() / "tokenizer"))
     config, _ = resolve_config(config, 1)

@@ -31,7 +31,7 @@ from llmjax.types import Params
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 # The files of tokenizers that are read here; the first that is there counts. vocab.json is read with merges.txt.
-TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
 
 
 def is_model_folder(path: pathlib.Path) -> bool:

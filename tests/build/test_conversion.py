@@ -268,6 +268,7 @@ BERT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_bert_without_a_head_is_exported_and_gets_one_in_a_run_that_asks_for_it(tmp_path, capsys):
     tiny_run.write_corpus(tmp_path / "corpus")
     headless = {**BERT, "bert__transform": False}
