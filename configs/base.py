@@ -243,6 +243,13 @@ def get_config() -> ConfigDict:
     generate.num_beams = 1  # texts side by side in beam search, the likeliest as a whole; 1 = samples
     generate.length_penalty = 1.0  # beam search divides log-probabilities by the length to this power
 
+    # Vectors of texts, for mode embed.
+    c.embed = embed = ConfigDict()
+    embed.pool = "mean"  # what stands for a text: the mean of its tokens | last token | first token, for bert
+    embed.normalize = False  # makes vectors of length 1
+    embed.read_end = False  # also reads the token that ends a text, as BERT was trained to
+    embed.neighbours = 10  # how many nearest neighbours --neighbours shows
+
     c.plan = plan = ConfigDict()
     plan.topology = ""  # compile for this TPU (v5p:4x4x4; v5e:4x4*2 = two slices), not the devices at hand
 

@@ -33,6 +33,8 @@ def imported_config(settings: Mapping[str, Any], tokenizer: str = "") -> Config:
     raw["compute"]["accumulation_steps"] = 1
     raw["tokenizer"]["path"] = tokenizer
     sees = FAMILIES[raw["model"]["family"]].sees_both_sides
+    # As far as they are known here, models that see both sides were trained with [SEP] at the end of each text.
+    raw["embed"]["read_end"] = sees
     raw["task"]["name"] = next(name for name, task in TASKS.items() if task.sees_both_sides == sees)
     return read_config(raw)
 
