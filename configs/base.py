@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     transformer.num_kv_heads = 0  # K, key/value heads; 0 = num_heads, 1 = multi-query, between: grouped
     transformer.head_dim = 0  # H, the width of a head; 0 = model_dim / num_heads
     transformer.mlp_dim = 0  # F; 0 = 4 D, or for swiglu 8/3 D rounded up to a multiple of 64
-    transformer.activation = "swiglu"  # swiglu | geglu | gelu | relu | relu2
+    transformer.activation = "swiglu"  # swiglu | geglu | gelu (by tanh) | gelu_erf (exact) | relu | relu2
     transformer.norm = "rmsnorm"  # rmsnorm | layernorm
     transformer.norm_eps = 1e-6  # added to the variance
     transformer.position = "rope"  # rope | learned | sinusoidal
@@ -66,6 +66,9 @@ def get_config() -> ConfigDict:
 
     c.bert = bert = ConfigDict()
     bert.transform = True  # a dense layer, an activation and a norm before the output matrix
+    bert.token_types = 0  # embeddings of token types; a text has the first type throughout; 0 = none
+    bert.embedding_norm = False  # a norm after the embedding, before the first layer
+    bert.output_bias = False  # a bias for the logits of the tokens
 
     c.encoder_decoder = encoder_decoder = ConfigDict()
     encoder_decoder.encoder_layers = 0  # layers of the encoder; 0 = model.num_layers, those of the decoder
@@ -102,7 +105,7 @@ def get_config() -> ConfigDict:
 
     c.tokenizer = tokenizer = ConfigDict()
     tokenizer.kind = "bpe"  # bpe | unigram | byte
-    tokenizer.path = ""  # one to use: .model, tokenizer.json, .gguf or a folder; "" = train one
+    tokenizer.path = ""  # one to use: .model, tokenizer.json, vocab.txt, .gguf, folder; "" = train one
     tokenizer.vocab_size = 4096  # V, with special and byte pieces
     tokenizer.train_bytes = 20_000_000  # bytes of the corpus that the tokenizer is trained on
     tokenizer.character_coverage = 0.9995  # share of characters with a piece of their own; the others: bytes
@@ -239,6 +242,13 @@ def get_config() -> ConfigDict:
     generate.num_samples = 1  # texts per prompt, in mode generate
     generate.num_beams = 1  # texts side by side in beam search, the likeliest as a whole; 1 = samples
     generate.length_penalty = 1.0  # beam search divides log-probabilities by the length to this power
+
+    # Vectors of texts, for mode embed.
+    c.embed = embed = ConfigDict()
+    embed.pool = "mean"  # what stands for a text: the mean of its tokens | last token | first token, for bert
+    embed.normalize = False  # makes vectors of length 1
+    embed.read_end = False  # also reads the token that ends a text, as BERT was trained to
+    embed.neighbours = 10  # how many nearest neighbours --neighbours shows
 
     c.plan = plan = ConfigDict()
     plan.topology = ""  # compile for this TPU (v5p:4x4x4; v5e:4x4*2 = two slices), not the devices at hand

@@ -8,6 +8,8 @@
     run.score("a text of your own")   # how well the model predicts it
     run.generate("import ", num_samples=3)                     # a list of three texts
     llmjax.load("runs/spam").classify("a text").label          # for a run with task.name=classification
+    run.embed(["a text", "another"], pool="mean")              # their vectors, [2, model_dim]
+    run.neighbours("word")                                     # the tokens nearest to it
     llmjax.load("runs/mine", checkpoint="best").generate("import ", temperature=0.0)
 
 The command line runs the same modes. Mistakes raise `llmjax.errors.UserError` with one sentence.
@@ -36,6 +38,7 @@ from llmjax.evaluate.scoring import Piece, score_pieces
 from llmjax.flags import load_config, name_of, set_key, takes_list
 from llmjax.modes import dispatch
 from llmjax.modes.classify import Answer, TextClassifier
+from llmjax.modes.embed import TextEmbedder
 from llmjax.modes.evaluate import score_held_out
 from llmjax.modes.generate import Loaded, Writer, check_continues
 from llmjax.modes.generate import load as load_checkpoint
@@ -192,6 +195,39 @@ class Run:
         with self._reusing_programs():
             answers = classifier.classify(asked)
         return answers[0] if isinstance(texts, str) else answers
+
+    def embed(self, texts: str | list[str], **settings: Any) -> np.ndarray:
+        """The vector of a text, float32 [D], or of each text of a list, [texts, D].
+
+        `settings` are keys of the section `embed`: pool="last", normalize=True.
+        """
+        asked = [texts] if isinstance(texts, str) else list(texts)
+        for text in asked:
+            _check_text("text", text)
+        embedder = self._embedder(settings)
+        with self._reusing_programs():
+            vectors = embedder.embed(asked)
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def neighbours(
+        self, text: str, texts: list[str] | None = None, **settings: Any
+    ) -> list[tuple[str, float]]:
+        """Those of `texts` that are nearest to `text`, or without `texts` the nearest tokens, each with its cosine.
+
+        `settings` are keys of the section `embed`: neighbours=5.
+        """
+        for each in [text, *(texts or [])]:
+            _check_text("text", each)
+        embedder = self._embedder(settings)
+        with self._reusing_programs():
+            return embedder.nearest(text, texts)
+
+    def _embedder(self, settings: Mapping[str, Any]) -> TextEmbedder:
+        changed = self._request({f"embed.{key}": value for key, value in settings.items()})
+        program = self._loaded.program
+        config = dataclasses.replace(program.config, embed=changed.config.embed)
+        program = dataclasses.replace(program, config=config)
+        return TextEmbedder(dataclasses.replace(self._loaded, program=program))
 
     def evaluate(self) -> dict[str, float]:
         """The scores of the task on the held-out documents, which it says where they are not those of the run."""

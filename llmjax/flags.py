@@ -36,7 +36,7 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string(
         "prompt",
         [],
-        "a text to go on with, classify or translate; may be given several times",
+        "a text to go on with, classify, translate or embed; may be given several times",
         flag_values=values,
     )
     flags.DEFINE_string("prompt_file", None, "a file with a text a line for the same", flag_values=values)
@@ -49,7 +49,18 @@ def make_flags() -> flags.FlagValues:
         "translate: a file with the right translations, for BLEU and chrF",
         flag_values=values,
     )
-    flags.DEFINE_boolean("jsonl", False, "classify: print a line of JSON for each text", flag_values=values)
+    flags.DEFINE_boolean(
+        "jsonl", False, "classify, embed: print a line of JSON for each text", flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "neighbours",
+        [],
+        "embed: show which of the prompts, or without any which tokens, are nearest to this text",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "table", None, "embed: write the vectors of all tokens to this file, as word2vec", flag_values=values
+    )
     flags.DEFINE_string(
         "profile",
         None,

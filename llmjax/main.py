@@ -6,6 +6,7 @@
     chat      answer each line that is typed, in a conversation, for a run of the task conversation or a chat model
     translate write the translation of each of these texts, for a run of the task translation
     classify  label each --prompt, each line of --prompt_file, or without both each line of standard input
+    embed     print the vector of each of these texts, or with --neighbours=TEXT what is nearest to it; --table=FILE
     plan      explain the config and compile its step, for these devices or --config.plan.topology, without running it
 
 With --workdir alone, the config saved there is used. SIGTERM and Ctrl-C stop a training run after saving it, and the
@@ -78,6 +79,8 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
                 references=None if values.references is None else pathlib.Path(values.references),
                 profile=profile,
                 jsonl=values.jsonl,
+                neighbours=values.neighbours,
+                table=None if values.table is None else pathlib.Path(values.table),
             )
     except BrokenPipeError:
         from llmjax.terminal.progress import silence

@@ -74,6 +74,8 @@ class Output:
     """The output of a model for a batch.
 
     hidden_BTD  normalised hidden states, ready for the `Head`
+    states_BTD  what the last layer made of each token, for uses other than predicting tokens. None if it is hidden_BTD,
+                as it is unless the family has further layers before its head
     auxiliary   (sum, weight) of each loss term that the model adds and that has a weight of its own
     penalties   float32 [B, T] of each loss term that the model adds to every token, such as the load balance of
                 experts, its coefficient included. The task sums them with the weights of its own loss
@@ -84,3 +86,4 @@ class Output:
     auxiliary: dict[str, tuple[Array, Array]] = dataclasses.field(default_factory=dict)
     penalties: dict[str, Array] = dataclasses.field(default_factory=dict)
     carry: Any = None
+    states_BTD: Array | None = None

@@ -43,6 +43,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "transformer.activation": "gelu", "transformer.norm": "layernorm", "transformer.use_bias": True,
         "model.tie_embeddings": False, "masked_language_model.whole_words": True,
     },
+    "bert original": {
+        "transformer.num_heads": 4, "transformer.mlp_dim": 32, "transformer.norm_at": "sum",
+        "transformer.position": "learned", "transformer.norm": "layernorm", "transformer.norm_eps": 1e-12,
+        "transformer.activation": "gelu_erf", "transformer.use_bias": True, "transformer.qk_norm": False,
+        "bert.token_types": 2, "bert.embedding_norm": True, "bert.output_bias": True,
+    },
     "gpt gemma": {
         "transformer.num_heads": 4, "transformer.num_kv_heads": 2, "transformer.mlp_dim": 32,
         "transformer.activation": "geglu", "transformer.norm_at": "both", "transformer.scale_embedding": True,

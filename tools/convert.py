@@ -85,7 +85,7 @@ def verification(model: Model, kind: str, path: pathlib.Path, text: pathlib.Path
         tokens, what = np.resize(np.asarray(ids), ROWS * columns), str(text)
     tokens_BT = tokens.reshape(ROWS, columns).astype(np.int32)
     ours_BTV = written.logits(tokens_BT)
-    facts = {"text": what, **compare(ours_BTV, their_logits(path, tokens_BT))}
+    facts = {"text": what, **compare(ours_BTV, their_logits(path, tokens_BT, model.opened_as))}
     check(facts)
     found = {"verified against transformers": facts}
     if written is not model:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,13 +24,14 @@ from llmjax.config.reading import complete_config, read_optimizer
 from llmjax.config.resolve import resolve_config
 from llmjax.config.schema import Config
 from llmjax.convert import certificate, hf_folder, llama2c
-from llmjax.convert.config_keys import TOKEN_IDS
+from llmjax.convert.config_keys import TOKEN_IDS, choose_architecture
 from llmjax.convert.gguf import export as gguf_export
 from llmjax.convert.gguf import model as gguf_model
 from llmjax.convert.places import places_of
 from llmjax.convert.source import Source
 from llmjax.data.tokenizer.imported import tokenizer_for
 from llmjax.data.tokenizer.tokenizer import Tokenizer
+from llmjax.data.tokenizer.vocabulary import words_without_text
 from llmjax.errors import UserError, choose
 from llmjax.files import new_folder, write_atomically
 from llmjax.models.table import FAMILIES
@@ -78,6 +80,11 @@ class Model:
         """V, the number of ids that it knows."""
         return self.program.model.vocab_size
 
+    @property
+    def opened_as(self) -> str:
+        """The class of transformers that gives its logits."""
+        return choose_architecture(self.settings).opened_as
+
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """logits_BTV, float32, of rows of tokens that are a text each."""
         model, shape = self.program.model, tokens_BT.shape
@@ -100,7 +107,8 @@ def load_foreign(kind: str, path: pathlib.Path, tokenizer: pathlib.Path | None =
     abstract = program.abstract_saved().params
     places = source.places(abstract)
     # Before anything is read: all tensors are there, and of the right shape.
-    source.match(places)
+    for remark in source.remarks(source.match(places)):
+        warn(f"note: {remark}")
     found = tokenizer or source.tokenizer
     text = None if found is None else tokenizer_for(found, source.vocab_size)
     digests: dict[str, str] = {}
@@ -122,24 +130,24 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
     tokenizer = own_tokenizer(workdir)
     trained = complete_config(saved, workdir)
     family = choose(FAMILIES, "model.family", trained["model"]["family"])
-    if family.sees_both_sides or family.reads_source:
+    if family.reads_source:
         raise UserError(
             f"{workdir} holds a model of model.family={trained['model']['family']!r}, which is not converted yet; give "
-            "a run of a family that predicts the next token"
+            "a run of a family that reads one text"
         )
     if isinstance(TASKS[trained["task"]["name"]], AddsParameters):
         raise UserError(
             f"{workdir} holds a model of task.name={trained['task']['name']!r}, whose head for labels is not converted "
             "yet; give a run of another task"
         )
-    if trained["task"]["name"] != "language_model":
+    names = ("model", *family.sections)
+    settings = {f"{section}.{key}": value for section in names for key, value in trained[section].items()}
+    config = imported_config({**settings, "data.seq_len": trained["data"]["seq_len"]})
+    if trained["task"]["name"] != config.task.name:
         warn(
             f"note: what is written is a language model; that {workdir} was trained with task.name="
             f"{trained['task']['name']!r}, and how its texts are marked, is not written with it"
         )
-    names = ("model", *family.sections)
-    settings = {f"{section}.{key}": value for section in names for key, value in trained[section].items()}
-    config = imported_config({**settings, "data.seq_len": trained["data"]["seq_len"]})
     # An optimizer that averages keeps a part of the parameters in its state. Nothing else of the run matters here.
     config = dataclasses.replace(config, **read_optimizer(saved, workdir))
     program = _program(config, tokenizer.vocab_size)
@@ -160,7 +168,9 @@ def _ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
 
 def _program(config: Config, vocab_size: int) -> Program:
     config, derived = resolve_config(config, 1)
-    return make_program(config, derived, vocab_size, jax.devices()[:1])
+    # Nothing is trained here, so that any words will do for a task that masks them.
+    words = functools.partial(words_without_text, vocab_size)
+    return make_program(config, derived, vocab_size, jax.devices()[:1], vocabulary=words)
 
 
 def check_destination(path: pathlib.Path) -> None:
@@ -174,7 +184,7 @@ def save_as_run(model: Model, workdir: pathlib.Path, facts: Mapping[str, Any]) -
     if model.tokenizer is None:
         raise UserError(
             f"{model.facts['path']} has no tokenizer that is read here (tokenizer.model, tokenizer.json, vocab.json "
-            "with merges.txt, or tok*.bin of llama2.c); name one with --tokenizer"
+            "with merges.txt, vocab.txt, or tok*.bin of llama2.c); name one with --tokenizer"
         )
     config = imported_config(model.settings, str(workdir.absolute() / "tokenizer"))
     config, _ = resolve_config(config, 1)

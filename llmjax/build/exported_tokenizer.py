@@ -22,7 +22,7 @@ from llmjax.workdir.contents import write_json
 # Files of a tokenizer beside weights, which are copied from one folder of transformers to another.
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", CHAT_TEMPLATE,
+    "vocab.json", "merges.txt", "vocab.txt", CHAT_TEMPLATE,
 )  # fmt: skip
 
 
@@ -56,6 +56,9 @@ def save_for_transformers(
             return
         write_json(folder / "tokenizer.json", _tokenizer_json(tokenizer))
     named = {**ids, "unk_token_id": tokenizer.unk_id}
+    if isinstance(tokenizer, JsonTokenizer) and tokenizer.is_word_piece:
+        own = {"cls": tokenizer.bos_id, "sep": tokenizer.eos_id, "mask": tokenizer.mask_id}
+        named |= {f"{name}_token_id": i for name, i in own.items()}
     names = {name.removesuffix("_id"): tokenizer.piece(i) for name, i in named.items() if i is not None}
     write_json(folder / "tokenizer_config.json", tokenizer_config(names))
     if chat_template:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import describe_difference
 from llmjax.build.program import Program
-from llmjax.config.reading import read_optimizer, read_task
+from llmjax.config.imported import imported_config
+from llmjax.config.reading import complete_config, read_optimizer, read_task
+from llmjax.config.resume import made_anew
 from llmjax.config.schema import Config
 from llmjax.convert.foreign import is_foreign, open_foreign
 from llmjax.errors import UserError
+from llmjax.models.table import FAMILIES
 from llmjax.ops.seeds import make_key
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, together
@@ -121,15 +125,19 @@ def initial_params(
 
     The update is 0 for a model of another program. Its tensors are read one at a time, into the layout of the mesh.
     What the task adds to a model, such as a head for classes, begins anew if the other model was not trained on the
-    same task with the same labels; `tell` is called with a sentence about that.
+    same task with the same labels. So do the layers of a head that the other model does not have (`Family.optional`).
+    `tell` is called with a sentence about each, and about what the other model has and this one does not.
     """
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
     if is_foreign(source):
-        wanted = program.abstract_saved().params
-        added = _added(config)
-        params = open_foreign(source).read({name: x for name, x in wanted.items() if name not in added})
-        return 0, _with_added(program, params, added, tell)
+        wanted, model = program.abstract_saved().params, open_foreign(source)
+        absent = _absent(config, imported_config(model.settings).to_dict())
+        added = (*absent.values(), *_added(config))
+        known = {name: x for name, x in wanted.items() if name not in added}
+        for remark in model.remarks(model.match(model.places(known))):
+            tell(remark)
+        return 0, _with_added(program, model.read(known), added, tell)
     saved = saved_config(source)
     if saved is None:
         raise UserError(
@@ -137,6 +145,11 @@ def initial_params(
         )
     trained_with = read_optimizer(saved, source)
     there = dataclasses.replace(config, **read_task(saved, source))
+    absent = _absent(config, complete_config(saved, source))
+    for key in absent:
+        section, name = key.split(".")
+        off = dataclasses.replace(trained_with.get(section, getattr(config, section)), **{name: False})
+        trained_with[section] = off
     # Both are empty for most tasks.
     ours, theirs = _added(config), _added(there)
     if (ours or theirs) and not has_same_head(config, there):
@@ -147,10 +160,11 @@ def initial_params(
         loader = program.changed(dataclasses.replace(config, **trained_with), program.derived)
     which = config.checkpoint.init_checkpoint
     update, params = load_params(loader, source, which, "checkpoint.init_checkpoint")
-    if has_same_head(config, there):
-        return update, params
-    params = {name: x for name, x in params.items() if name not in theirs}
-    return update, _with_added(program, params, ours, tell)
+    added = tuple(absent.values())
+    if not has_same_head(config, there):
+        params = {name: x for name, x in params.items() if name not in theirs}
+        added += ours
+    return update, _with_added(program, params, added, tell)
 
 
 def has_same_head(config: Config, other: Config) -> bool:
@@ -166,6 +180,11 @@ def _added(config: Config) -> tuple[str, ...]:
     return task.added if isinstance(task, AddsParameters) else ()
 
 
+def _absent(config: Config, there: Mapping[str, Any]) -> dict[str, str]:
+    """The keys and entries of a head that a run of `config` has and the run of the config `there` has not."""
+    return made_anew(there, config.to_dict(), FAMILIES[config.model.family])
+
+
 def _with_added(
     program: Program, params: Params, added: tuple[str, ...], tell: Callable[[str], None]
 ) -> Params:
@@ -173,8 +192,11 @@ def _with_added(
     if not added:
         return params
     source, name = program.config.checkpoint.init_from, program.config.task.name
+    optional = FAMILIES[program.config.model.family].optional
+    keys = {entry: f"{key}=True" for key, entry in optional.items()}
+    asked = " and ".join(dict.fromkeys(keys.get(entry, f"task.name={name!r}") for entry in added))
     tell(
-        f"checkpoint.init_from={source!r} has all parameters but {' and '.join(added)}, which task.name={name!r} adds "
+        f"checkpoint.init_from={source!r} has all parameters but {' and '.join(added)}, which {asked} adds "
         "and which begins anew"
     )
     wanted = program.abstract_saved().params

@@ -9,6 +9,7 @@ from llmjax.config.file import load_config_file
 from llmjax.config.reading import read_config
 from llmjax.config.schema import Config
 from llmjax.models.table import FAMILIES
+from llmjax.tasks.table import TASKS
 
 # The sequences of an update. A choice: nothing is trained with this config, but any usual number of devices must divide
 # it, since every mode checks that they share the work.
@@ -31,6 +32,10 @@ def imported_config(settings: Mapping[str, Any], tokenizer: str = "") -> Config:
     raw["train"]["tokens_per_update"] = SEQUENCES * seq_len
     raw["compute"]["accumulation_steps"] = 1
     raw["tokenizer"]["path"] = tokenizer
+    sees = FAMILIES[raw["model"]["family"]].sees_both_sides
+    # As far as they are known here, models that see both sides were trained with [SEP] at the end of each text.
+    raw["embed"]["read_end"] = sees
+    raw["task"]["name"] = next(name for name, task in TASKS.items() if task.sees_both_sides == sees)
     return read_config(raw)
 
 

@@ -79,8 +79,8 @@ def _check_foreign(config: Config, source: pathlib.Path) -> None:
     path = config.tokenizer.path or str(model.tokenizer or "")
     if not path:
         raise UserError(
-            f"checkpoint.init_from={name!r} has no tokenizer that is read here (tokenizer.model, tokenizer.json, or "
-            "vocab.json with merges.txt); give the path of its tokenizer in tokenizer.path"
+            f"checkpoint.init_from={name!r} has no tokenizer that is read here (tokenizer.model, tokenizer.json, "
+            "vocab.json with merges.txt, or vocab.txt); give the path of its tokenizer in tokenizer.path"
         )
     ids = load_tokenizer(path).vocab_size
     if ids != model.vocab_size:

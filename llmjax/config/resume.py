@@ -12,6 +12,7 @@ from llmjax.config.schema import Config
 from llmjax.convert.foreign import is_foreign, tokenizer_of
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.errors import UserError, choose
+from llmjax.models.family import Family
 from llmjax.models.table import FAMILIES
 from llmjax.ranges import shown
 from llmjax.workdir.standing import has_begun
@@ -19,7 +20,8 @@ from llmjax.workdir.standing import has_begun
 # The sections and keys that may change when a run goes on. The sections `mesh` and `compute` only say how the work is
 # cut and where things lie.
 FREE_ON_RESUME = (
-    "mesh", "compute", "controller", "stability", "evaluate", "metrics", "generate", "plan",
+    "mesh", "compute", "controller", "stability", "evaluate", "metrics", "generate", "embed",
+    "plan",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.statistics_every",
     "data.sources", "data.held_out_sources", "data.follow_links", "data.max_expansion",
@@ -125,7 +127,8 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
     others = {
         f"{section}.{key}": (new[section][key], saved[section][key])
         for section, key in keys
-        if new[section][key] != saved[section][key] and f"{section}.{key}" not in free
+        if new[section][key] != saved[section][key]
+        and f"{section}.{key}" not in (*free, *made_anew(saved, new, family))
     }
     if others:
         (name, (here, there)), *rest = others.items()
@@ -151,6 +154,19 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
                 f"tokenizer.{key}={here[key]!r}, but {source} has {there[key]!r}, and its tokenizer is used; "
                 "set the same value"
             )
+
+
+def made_anew(saved: Mapping[str, Any], new: Mapping[str, Any], family: Family) -> dict[str, str]:
+    """The keys of `Family.optional` that `new` has on and `saved`, the config of a run to begin with, has off.
+
+    Their entries of the tree of parameters, the values here, begin anew.
+    """
+
+    def has(config: Mapping[str, Any], key: str) -> bool:
+        section, name = key.split(".")
+        return bool(config[section][name])
+
+    return {key: entry for key, entry in family.optional.items() if has(new, key) and not has(saved, key)}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

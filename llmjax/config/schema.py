@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from llmjax.data.pipeline import DataConfig
 from llmjax.data.tokenizer.kinds import TokenizerConfig
 from llmjax.evaluate.held_out import EvaluateConfig
+from llmjax.evaluate.text_vectors import EmbedConfig
 from llmjax.generate.generate import GenerateConfig
 from llmjax.models.table import SECTIONS as FAMILY_SECTIONS
 from llmjax.nn.config import ModelConfig
@@ -75,6 +76,7 @@ class Config(OwnSections):
     checkpoint: CheckpointConfig
     metrics: MetricsConfig
     generate: GenerateConfig
+    embed: EmbedConfig
     plan: PlanConfig
 
     def __post_init__(self) -> None:

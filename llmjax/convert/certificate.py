@@ -47,7 +47,9 @@ def source_tensors(source: Source, places: Mapping[str, Place], digests: Mapping
         if name in matched.buffers:
             became = "nothing: it holds nothing that was learned"
         if name in matched.copies:
-            became = "nothing: it repeats the embedding"
+            became = f"nothing: it repeats {matched.copies[name]}"
+        if name in matched.left_out:
+            became = f"nothing: {matched.left_out[name]} has no place in llmjax"
         listed[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "became": became}
         if name in digests:
             listed[name]["sha256"] = digests[name]

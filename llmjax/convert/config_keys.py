@@ -27,8 +27,10 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The name table for a config.json. Raises UserError, which lists all there are, if there is none for it."""
     names = config.get("architectures") or []
     names = names if isinstance(names, list) else [names]
-    by_type = {architecture.model_type: architecture for architecture in ARCHITECTURES.values()}
-    found = [ARCHITECTURES[name] for name in names if isinstance(name, str) and name in ARCHITECTURES]
+    # Of several tables for a type, the first one counts.
+    by_type = {each.model_type: each for each in reversed(ARCHITECTURES.values())}
+    known = {name: each for each in ARCHITECTURES.values() for name in (each.name, *each.also)}
+    found = [known[name] for name in names if isinstance(name, str) and name in known]
     if not names and isinstance(config.get("model_type"), str) and config["model_type"] in by_type:
         found = [by_type[config["model_type"]]]
     if not found:
@@ -102,8 +104,9 @@ def choose_architecture(
 
 def _lacking(architecture: Architecture, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Our keys whose values models of the architecture do not have, with the values that they have."""
-    if settings["model.family"] != "gpt":
-        return {"model.family": "gpt"}
+    family = architecture.fixed["model.family"]
+    if settings["model.family"] != family:
+        return {"model.family": family}
     found = dict(settings)
     # Sizes that are what they would be without their keys count as 0.
     if found["transformer.num_kv_heads"] == found["transformer.num_heads"]:
@@ -150,7 +153,8 @@ def write_config(
 
 
 def accounted(architecture: Architecture) -> set[str]:
-    """All keys of `model` and `transformer` that the table says something about, which must be all there are."""
+    """All keys of the sections of its family that the table says something about, which must be all there are but those
+    of `experts`."""
     keys = {key.ours for key in architecture.keys.values()} | set(architecture.fixed) | set(FREE)
     # Without rotary positions, these have no effect.
     keys |= {f"transformer.{key}" for key in ROPE_KEYS}

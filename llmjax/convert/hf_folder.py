@@ -31,7 +31,7 @@ from llmjax.types import Params
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 # The files of tokenizers that are read here; the first that is there counts. vocab.json is read with merges.txt.
-TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
 
 
 def is_model_folder(path: pathlib.Path) -> bool:
@@ -57,7 +57,7 @@ def open_model(folder: pathlib.Path) -> Source:
     """The model in `folder`; its tensors are not read. Raises UserError, in one sentence, for what is wrong with it."""
     config = read_object(folder / CONFIG)
     architecture = architecture_of(config)
-    settings, tensors = read_settings(architecture, config), open_tensors(folder)
+    settings, tensors = read_settings(architecture, config), open_tensors(folder, architecture.skips)
     check_layers(folder, settings["model.num_layers"], tensors)
     return Source(
         folder,

@@ -58,8 +58,8 @@ def read_params(
             raise UserError(f"the tensor {name} is not finite; use a model whose training did not fail")
         for part, ours in place.ours(theirs):
             arrays[part.path] = _put(wanted[part.path], arrays.get(part.path), part, ours)
-    for copy in matched.copies:
-        _check_copy(copy, places, matched, tensors)
+    for copy, other in matched.copies.items():
+        _check_copy(copy, matched.names[other], tensors)
         note(copy, digest(tensors[copy].read()))
     _, treedef = jax.tree.flatten(abstract)
     return jax.tree.unflatten(treedef, [arrays[path] for path in wanted])
@@ -103,15 +103,10 @@ def _fill(sharding: Any) -> Callable[..., jax.Array]:
     return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
 
-def _check_copy(name: str, places: Mapping[str, Place], matched: Matched, tensors: Tensors) -> None:
-    (embedding,) = (
-        matched.names[other]
-        for other, place in places.items()
-        if place.parts[0].path == "embedding/embedding_VD"
-    )
-    if not np.array_equal(tensors[name].read(), tensors[embedding].read()):
+def _check_copy(name: str, other: str, tensors: Tensors) -> None:
+    if not np.array_equal(tensors[name].read(), tensors[other].read()):
         raise UserError(
-            f"{name} differs from {embedding}, although config.json has tie_word_embeddings=true; correct config.json"
+            f"{name} differs from {other}, although config.json has tie_word_embeddings=true; correct config.json"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +18,8 @@ from llmjax.types import Params
 
 # The first name of the path of our parameters that have a leading dimension for the layers.
 LAYERS = "layers"
+# The path of the table of token embeddings.
+EMBEDDING = "embedding/embedding_VD"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +102,25 @@ class Matched:
 
     names    our name of a tensor in the table -> its name in the file
     buffers  tensors that hold nothing that was learned
-    copies   output matrices that repeat the embedding in a model that ties both
+    copies   tensors that repeat another one, such as an output matrix that is the embedding: {name in the file: our
+             name of the other}
+    left_out  tensors that were learned and have no place in our model, with what they are, by their names in the file
     """
 
     names: dict[str, str]
     buffers: tuple[str, ...]
-    copies: tuple[str, ...]
+    copies: dict[str, str]
+    left_out: dict[str, str]
+
+    @property
+    def remark(self) -> str:
+        """A sentence about the tensors that have no place, with their number; nothing if there are none."""
+        if not self.left_out:
+            return ""
+        what, count = " and ".join(dict.fromkeys(self.left_out.values())), len(self.left_out)
+        return (
+            f"{count} tensor{'s are' if count > 1 else ' is'} left out for want of a place in llmjax: {what}"
+        )
 
 
 def match(architecture: Architecture, places: Mapping[str, Place], tensors: Tensors, where: str) -> Matched:
@@ -117,18 +131,22 @@ def match(architecture: Architecture, places: Mapping[str, Place], tensors: Tens
     prefix, says = architecture.prefix, architecture.described_by
     # Some files leave out the first name, which all but the output matrix have.
     short = bool(prefix) and not any(name.startswith(prefix) for name in tensors)
-    full = {name if not short or name == architecture.output else prefix + name: name for name in tensors}
+    full = {architecture.full_name(name, short): name for name in tensors}
     if missing := [name for name in places if name not in full]:
         raise UserError(
             f"{where} lacks the tensor {missing[0]}{_and_more(missing)}, which its {says} asks for; fetch the "
             f"whole model, or correct its {says}"
         )
-    left, buffers, copies = [], [], []
-    for name in full.keys() - places.keys():
-        if any(re.fullmatch(pattern, name) for pattern in architecture.buffers):
+    left, buffers, copies, left_out = [], [], {}, {}
+    embedding = next(name for name, place in places.items() if place.parts[0].path == EMBEDDING)
+    repeats = {architecture.output: embedding, **architecture.repeats}
+    for name in sorted(full.keys() - places.keys()):
+        if architecture.skips(name):
             buffers.append(full[name])
-        elif name == architecture.output:
-            copies.append(full[name])
+        elif name in repeats:
+            copies[full[name]] = repeats[name]
+        elif what := architecture.useless(name):
+            left_out[full[name]] = what
         else:
             left.append(name)
     if left:
@@ -144,7 +162,7 @@ def match(architecture: Architecture, places: Mapping[str, Place], tensors: Tens
                 "the files that belong together"
             )
     names = {name: full[name] for name in places}
-    return Matched(names, tuple(sorted(buffers)), tuple(copies))
+    return Matched(names, tuple(sorted(buffers)), copies, left_out)
 
 
 def _and_more(names: list[str]) -> str:

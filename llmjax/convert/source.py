@@ -56,6 +56,14 @@ class Source:
         """Which tensor is which. UserError where one is missing, left over or of another shape."""
         return match(self.architecture, places, self.tensors, str(self.path))
 
+    def remarks(self, matched: Matched) -> list[str]:
+        """Sentences about what the model has and we do not, and about what it lacks."""
+        lacks = self.architecture.untrained
+        return [
+            *([f"of {self.path}, {matched.remark}"] if matched.remark else []),
+            *([f"{self.path} has {lacks}"] if lacks else []),
+        ]
+
     def read(self, abstract: Params, note: Note = lambda name, digest: None) -> Params:
         """The parameters in the layout of `abstract`, see `read_params`."""
         places = self.places(abstract)

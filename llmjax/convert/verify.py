@@ -15,8 +15,12 @@ from llmjax.errors import UserError
 TOLERANCE = 1e-3
 
 
-def their_logits(path: pathlib.Path, tokens_BT: np.ndarray) -> np.ndarray:
+def their_logits(
+    path: pathlib.Path, tokens_BT: np.ndarray, opened_as: str = "AutoModelForCausalLM"
+) -> np.ndarray:
     """logits_BTV, float32, as `transformers` computes them with the model in a folder or a GGUF file.
+
+    opened_as  the class of `transformers` that opens it
 
     UserError if the package is missing.
     """
@@ -31,15 +35,24 @@ def their_logits(path: pathlib.Path, tokens_BT: np.ndarray) -> np.ndarray:
         raise UserError("--verify compares with transformers; pip install llmjax[interop]") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = getattr(transformers, opened_as).from_pretrained(
         path.parent if in_file else path,
         gguf_file=path.name if in_file else None,
         dtype=torch.float32,
         attn_implementation="eager",
     )
     with torch.no_grad():
-        logits = model.eval()(torch.as_tensor(tokens_BT, dtype=torch.long)).logits
-    return logits.numpy()
+        logits: np.ndarray = logits_of(model.eval(), torch.as_tensor(tokens_BT, dtype=torch.long)).numpy()
+    return logits
+
+
+def logits_of(model: Any, tokens_BT: Any, **arguments: Any) -> Any:
+    """logits_BTV of a model of `transformers`, as a tensor of PyTorch.
+
+    A model without a head, such as BertModel, gets the one that it has here: the embedding is the output matrix.
+    """
+    out = model(tokens_BT, **arguments)
+    return out.logits if "logits" in out else out.last_hidden_state @ model.get_input_embeddings().weight.T
 
 
 def compare(ours_BTV: np.ndarray, theirs_BTV: np.ndarray) -> dict[str, Any]:

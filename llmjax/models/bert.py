@@ -1,8 +1,13 @@
-"""The bidirectional encoder (BERT: Devlin et al. 2018), in its modern form (ModernBERT: Warner et al. 2024).
+"""The bidirectional encoder, in its first form (BERT: Devlin et al. 2018) and in the modern one (ModernBERT: Warner et
+al. 2024).
 
-Its layers are those of the decoder, with the norm before each branch, but every token sees the whole document. Layers
-may be local and global in turn (`transformer.window`, `transformer.global_every`). It predicts masked tokens, and
-continues no text.
+Its layers are those of the decoder, but every token sees the whole document. It predicts masked tokens, and continues
+no text. Without further keys it has the modern form: a norm before each branch, rotary positions, and layers that may
+be local and global in turn (`transformer.window`, `transformer.global_every`).
+
+The first form has `transformer.norm_at=sum`, `transformer.position=learned`, `transformer.norm=layernorm` with
+`transformer.norm_eps=1e-12`, `transformer.activation=gelu_erf`, `transformer.use_bias=True`,
+`transformer.qk_norm=False`, `bert.token_types=2`, `bert.embedding_norm=True` and `bert.output_bias=True`.
 """
 
 from __future__ import annotations
@@ -20,12 +25,13 @@ from llmjax.models.family import Sections
 from llmjax.models.gpt import GPT, GPT_FAMILY
 from llmjax.nn.cache import Cache
 from llmjax.nn.config import BlockConfig, ModelConfig, block_config
+from llmjax.nn.experts import Penalties
 from llmjax.nn.layers import Norm, add_bias, matrix, product, vector
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.attention.mask import Mask, self_mask
 from llmjax.parallel.rules import Layout
-from llmjax.ranges import Unset
-from llmjax.types import Batch, Params
+from llmjax.ranges import Range, Unset, check_ranges
+from llmjax.types import Batch, Head, Output, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +39,42 @@ class BERTConfig:
     """The keys of the section `bert`, explained in `configs/base.py`."""
 
     transform: Annotated[bool, Unset(True)]
+    token_types: Annotated[int, Range(1, 2**16, "none"), Unset(0)]
+    embedding_norm: Annotated[bool, Unset(False)]
+    output_bias: Annotated[bool, Unset(False)]
+
+    def __post_init__(self) -> None:
+        check_ranges("bert", self, BERTConfig)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(BERTConfig, BlockConfig):
     """The keys of the sections `model`, `transformer` and `bert`, with derived sizes."""
+
+    def __post_init__(self) -> None:
+        BlockConfig.__post_init__(self)
+        BERTConfig.__post_init__(self)
+
+
+class TokenTypes(nn.Module):
+    """The embeddings of token types."""
+
+    config: Settings
+
+    @nn.compact
+    def __call__(self) -> None:
+        c = self.config
+        matrix(self, "token_types_CD", (c.token_types, c.model_dim), ("token_types", "embed"), c.init_std)
+
+
+class OutputBias(nn.Module):
+    """The bias of the logits."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self) -> None:
+        vector(self, "bias_V", (self.vocab_size,), ("classes",), 0.0)
 
 
 class Transform(nn.Module):
@@ -72,20 +109,42 @@ class BERT(GPT):
         return Transform(self.config, self.layout)
 
     def _init_boxed(self, rng: jax.Array) -> Params:
-        params = super()._init_boxed(rng)
-        if self.config.transform:
-            x_BTD = jnp.zeros((1, 2, self.config.model_dim), self.config.dtype)
-            # No key of the decoder's parameters is this one.
+        c, params = self.config, super()._init_boxed(rng)
+        x_BTD = jnp.zeros((1, 2, c.model_dim), c.dtype)
+        # No key of the decoder's parameters is one of these.
+        if c.transform:
             own = jax.random.fold_in(rng, 1)
-            params["transform"] = Transform(self.config, Layout()).init(own, x_BTD)["params"]
+            params["transform"] = Transform(c, Layout()).init(own, x_BTD)["params"]
+        if c.token_types:
+            types = TokenTypes(c).init(jax.random.fold_in(rng, 2))["params"]
+            params["embedding"] = {**params["embedding"], **types}
+        if c.output_bias:
+            params["output"] = OutputBias(self.vocab_size).init(rng)["params"]
+        if c.embedding_norm:
+            params["embedding_norm"] = self._final_norm.init(rng, x_BTD)["params"]
         return params
 
-    def _normalize(self, params: Params, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTD = super()._normalize(params, x_BTD)
-        if not self.config.transform:
-            return hidden_BTD
-        transformed_BTD: Any = self._transform.apply({"params": params["transform"]}, hidden_BTD)
-        return transformed_BTD
+    def _sum_embeddings(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        x_BTD = super()._sum_embeddings(params, tokens_BT, positions_BT)
+        if self.config.token_types:
+            # A document is one text, whose tokens are all of the first type.
+            x_BTD = x_BTD + params["embedding"]["token_types_CD"][:1][None]
+        if not self.config.embedding_norm:
+            return x_BTD
+        normalized_BTD: Any = self._final_norm.apply({"params": params["embedding_norm"]}, x_BTD)
+        return normalized_BTD
+
+    def _output(self, params: Params, x_BTD: jax.Array, penalties: Penalties) -> Output:
+        states_BTD = self._normalize(params, x_BTD)
+        hidden_BTD: Any = states_BTD
+        if self.config.transform:
+            hidden_BTD = self._transform.apply({"params": params["transform"]}, states_BTD)
+        return Output(hidden_BTD, penalties=penalties, states_BTD=states_BTD)
+
+    def head(self, params: Params) -> Head:
+        head = super().head(params)
+        bias_V = params["output"]["bias_V"] if self.config.output_bias else None
+        return dataclasses.replace(head, bias_V=bias_V)
 
     def _mask(self, batch: Batch) -> Mask:
         mask = super()._mask(batch)
@@ -115,4 +174,5 @@ BERT_FAMILY = dataclasses.replace(
     sections={**GPT_FAMILY.sections, "bert": BERTConfig},
     config=_config,
     sees_both_sides=True,
+    optional={"bert.transform": "transform", "bert.output_bias": "output"},
 )

@@ -75,9 +75,20 @@ class Model(Protocol):
         """
 
 
+def token_table(params: Params) -> jax.Array:
+    """embedding_VD, the embeddings of all tokens, which every family keeps in the same place."""
+    table_VD: jax.Array = params["embedding"]["embedding_VD"]
+    return table_VD
+
+
 @runtime_checkable
 class ReadsSource(Protocol):
     """What a family has besides that reads a second text, as its `Family.reads_source` says."""
+
+    def encode_source(
+        self, params: Params, tokens_BS: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array
+    ) -> jax.Array:
+        """x_BSD, what the encoder makes of packed sources."""
 
     def read_source(self, params: Params, tokens_BS: jax.Array, valid_BS: jax.Array, cache: Cache) -> Cache:
         """The cache with the source that each row is written from. Where `valid_BS` is false, there is padding."""

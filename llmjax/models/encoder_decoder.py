@@ -127,6 +127,11 @@ class EncoderDecoder(GPT):
         normalized_BSD: Any = self._final_norm.apply({"params": params["encoder_norm"]}, x_BSD)
         return normalized_BSD
 
+    def encode_source(
+        self, params: Params, tokens_BS: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array
+    ) -> jax.Array:
+        return self._encode(params, tokens_BS, segments_BS, positions_BS, None)
+
     def _source(self, params: Params, batch: Batch, rng: jax.Array | None) -> Source:
         keys_BS = None
         if rng is not None and self.config.dropout:

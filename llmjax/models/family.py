@@ -45,6 +45,9 @@ class Family:
     sees_both_sides whether a token sees those after it, so that the family cannot predict the next one
     reads_source    whether the family reads a second text beside the one that it predicts, as in translation. Only
                     tasks that have one can train it, and they can train no other family
+    optional        keys that are True or False, with the entry of the tree of parameters that each of them adds. The
+                    entry serves the prediction of tokens alone, so that a run may begin with the parameters of a model
+                    without it, and make it anew
     free_on_init    the keys of `sections`, with the name of their section, that do not shape the parameters, so that
                     a run may begin with the parameters of a run that has another value
     """
@@ -60,4 +63,5 @@ class Family:
     position_table: Callable[[Sections], str] = lambda sections: ""
     sees_both_sides: bool = False
     reads_source: bool = False
+    optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
     free_on_init: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from llmjax.nn.config import (
     layer_windows,
     resolve,
 )
+from llmjax.nn.experts import Penalties
 from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import Norm, look_up, matrix
 from llmjax.nn.position import POSITIONS
@@ -134,19 +135,28 @@ class GPT:
         return Rotations(everywhere, rope.rotation(positions_BT, c.head_dim, c.local_rope_theta))
 
     def _embed(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """x_BTD, what the first layer reads."""
+        x_BTD = self._sum_embeddings(params, tokens_BT, positions_BT)
+        return self.layout.constrain(x_BTD.astype(self.config.dtype), "batch", "length", None)
+
+    def _sum_embeddings(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """x_BTD, float32, the embedded tokens with all that is added to them."""
         c, tables = self.config, params["embedding"]
         x_BTD = look_up(tables["embedding_VD"], tokens_BT, self.layout)
         if c.scale_embedding:
             x_BTD = x_BTD * c.model_dim**0.5
         positions = choose(POSITIONS, "transformer.position", c.position)
-        x_BTD = positions.add(x_BTD, positions_BT, tables["positions_TD"] if positions.table else None)
-        return self.layout.constrain(x_BTD.astype(c.dtype), "batch", "length", None)
+        return positions.add(x_BTD, positions_BT, tables["positions_TD"] if positions.table else None)
 
     def _normalize(self, params: Params, x_BTD: jax.Array) -> jax.Array:
         if self._ends_normalized:
             return x_BTD
         hidden_BTD: Any = self._final_norm.apply({"params": params["final_norm"]}, x_BTD)
         return hidden_BTD
+
+    def _output(self, params: Params, x_BTD: jax.Array, penalties: Penalties) -> Output:
+        """The output of the model, made of what the last layer put out."""
+        return Output(self._normalize(params, x_BTD), penalties=penalties)
 
     def _mask(self, batch: Batch) -> Mask:
         """The causal mask. Segments and positions of whole rows are gathered on every device once, for all layers."""
@@ -186,7 +196,7 @@ class GPT:
             specs=specs,
             source=self._source(params, batch, rng),
         )
-        return Output(self._normalize(params, x_BTD), penalties=penalties)
+        return self._output(params, x_BTD, penalties)
 
     def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         x_BTD = self._embed(params, batch.tokens, batch.positions)

@@ -42,11 +42,19 @@ def run(
     references: pathlib.Path | None = None,
     profile: range = range(0),
     jsonl: bool = False,
+    neighbours: Sequence[str] = (),
+    table: pathlib.Path | None = None,
 ) -> int:
     """Runs the mode `name`, a key of `MODES`, and returns the exit code. See `make_request` for what can be wrong."""
     request = make_request(name, raw, workdir, prompts=prompts, checkpoint=checkpoint)
     request = dataclasses.replace(
-        request, interactive=interactive, references=references, profile=profile, jsonl=jsonl
+        request,
+        interactive=interactive,
+        references=references,
+        profile=profile,
+        jsonl=jsonl,
+        neighbours=tuple(neighbours),
+        table=table,
     )
     config = request.config
     with reuse_programs(cache_directory(config), config.compute.compilation_cache_mb):

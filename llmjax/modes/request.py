@@ -20,13 +20,15 @@ class Request:
     derived        what follows from the config, see `config/resolve.py`
     workdir        the folder to which a run writes everything and from which it reads
     devices        the devices to run on, or those of a named topology to compile for
-    prompts        the texts to continue or to classify
+    prompts        the texts to continue, to classify or to give vectors
     checkpoint     `latest`, `best` or the number of an update
     started        `time.perf_counter()` when the process began
     interactive    whether the texts to continue are lines of standard input, one after the other
     references     the file with the right translations, if there is one
     profile        the updates to trace, an empty range for none
     jsonl          whether the results are lines of JSON
+    neighbours     the words or texts whose nearest neighbours are to be shown
+    table          the file for the vectors of all tokens, if there is to be one
     """
 
     config: Config
@@ -40,3 +42,5 @@ class Request:
     references: pathlib.Path | None = None
     profile: range = range(0)
     jsonl: bool = False
+    neighbours: tuple[str, ...] = ()
+    table: pathlib.Path | None = None

@@ -38,5 +38,8 @@ MODES = {
         keeps_empty=True,
     ),
     "classify": Mode(needs="run", flags=("checkpoint", "prompt", "prompt_file", "jsonl")),
+    "embed": Mode(
+        needs="parameters", flags=("checkpoint", "prompt", "prompt_file", "jsonl", "neighbours", "table")
+    ),
     "plan": Mode(needs="nothing", for_topology=True),
 }

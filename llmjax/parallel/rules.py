@@ -37,6 +37,7 @@ RULES: dict[str, Axis] = {
     "layers": Axis((), "stack"),
     "vocab": Axis(("tensor",), "rows"),
     "positions": Axis((), "rows"),
+    "token_types": Axis((), "rows"),
     "classes": Axis(("tensor",), "classes"),
     # The classes of a text. They are few, and their number is any, so that every device has all of them.
     "labels": Axis((), "classes"),

@@ -247,10 +247,47 @@ def test_runs_of_other_families_are_copied_whole_or_refused_in_a_sentence(name, 
     workdir, settings = tmp_path / "run", {**OTHERS[name], "train__num_updates": 2}
     run(capsys, command(tmp_path, f"--workdir={workdir}", **settings))
     said = refused(capsys, "llmjax", "hf", workdir, tmp_path / "exported")
-    assert not (tmp_path / "exported").exists() and ("family" in said or "experts" in said)
-    if name == "bert":
-        assert "model.family='bert', which is not converted yet" in said
-        return
+    assert not (tmp_path / "exported").exists() and any(
+        word in said for word in ("family", "experts", "BertForMaskedLM with")
+    )
     assert convert_to("llmjax", "llmjax", workdir, tmp_path / "copy") == 0
     capsys.readouterr()
+    if name == "bert":
+        jax.tree.map(
+            np.testing.assert_array_equal, load_run(workdir).params, load_run(tmp_path / "copy").params
+        )
+        return
     assert greedy(capsys, tmp_path / "copy", 8) == greedy(capsys, workdir, 8)
+
+
+BERT = {
+    "model__family": "bert", "task__name": "masked_language_model", "transformer__norm_at": "sum",
+    "transformer__position": "learned", "transformer__norm": "layernorm", "transformer__activation": "gelu_erf",
+    "transformer__use_bias": True, "transformer__qk_norm": False, "bert__token_types": 2, "bert__embedding_norm": True,
+    "train__num_updates": 2, "evaluate__every": 0,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_bert_without_a_head_is_exported_and_gets_one_in_a_run_that_asks_for_it(tmp_path, capsys):
+    tiny_run.write_corpus(tmp_path / "corpus")
+    headless = {**BERT, "bert__transform": False}
+    run(capsys, command(tmp_path, f"--workdir={tmp_path / 'run'}", **headless))
+    assert convert_to("llmjax", "hf", tmp_path / "run", tmp_path / "hf") == 0
+    assert certificate(tmp_path / "hf")["to"]["architecture"] == "BertModel"
+    assert convert_to("hf", "llmjax", tmp_path / "hf", tmp_path / "again") == 0
+    assert f"note: {tmp_path / 'hf'} has no head that predicts masked tokens" in capsys.readouterr().err
+    before, after = load_run(tmp_path / "run"), load_run(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    for source in ("run", "hf"):
+        settings = {**BERT, "bert__output_bias": True, "checkpoint__init_from": tmp_path / source}
+        words = command(tmp_path, f"--workdir={tmp_path / f'from_{source}'}", **settings)
+        out = run(capsys, words)
+        anew = "has all parameters but transform and output, which bert.transform=True and bert.output_bias=True adds"
+        assert anew in out.replace("\n", " ")
+        assert convert_to("llmjax", "hf", tmp_path / f"from_{source}", tmp_path / f"hf_{source}") == 0
+        assert certificate(tmp_path / f"hf_{source}")["to"]["architecture"] == "BertForMaskedLM"
+    # The other way, something would be lost.
+    refusal = refuse(capsys, command(tmp_path, f"--workdir={tmp_path / 'other'}", **headless,
+                                     checkpoint__init_from=tmp_path / "from_run"))  # fmt: skip
+    assert "bert.transform=False, but the run in" in refusal

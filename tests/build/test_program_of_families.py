@@ -27,7 +27,7 @@ COMMON = {
 # Matrices so large that the states say something from the beginning.
 TRAINED = {"model.dropout": 0.1, "model.init_std": 0.5, "optimizer.learning_rate": 0.03}
 # With norms of sums, gradients in matrices so large are too rough to be the same in float32.
-GENTLE = {"encoder_decoder original": {"model.init_std": 0.1}}
+GENTLE = {name: {"model.init_std": 0.1} for name in ("encoder_decoder original", "bert original")}
 # Ids of which every third one goes on with a word.
 VOCABULARY = Vocabulary(63, np.arange(V) % 63 > 0, np.arange(V) % 3 > 0)
 OTHERS = [variant for variant in families.VARIANTS if variant not in ("gpt", "gpt learned")]

@@ -57,6 +57,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
     },
     "Olmo2ForCausalLM": SIZES,
+    "BertForMaskedLM": {
+        "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+    },
+    "BertModel": {
+        "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": 32, "type_vocab_size": 3, "layer_norm_eps": 1e-3,
+    },
     "GPT2LMHeadModel": {
         "vocab_size": V, "n_embd": 16, "n_inner": 24, "n_layer": 3, "n_head": 4, "n_positions": 32,
         "bos_token_id": 1, "eos_token_id": 2,

@@ -79,7 +79,7 @@ def test_numbers_of_any_type_are_read_as_what_they_mean(tmp_path, kind):
 def written(tmp_path, imported, dtype="float32"):
     folder = tmp_path / dtype
     folder.mkdir()
-    Export({**imported.source.settings, "model.family": "gpt"}, V, dtype, {}).write(folder, imported.params)
+    Export(dict(imported.source.settings), V, dtype, {}).write(folder, imported.params)
     return folder / "model.gguf"
 
 
@@ -145,7 +145,7 @@ def test_the_host_holds_one_tensor_of_a_file_and_not_the_file(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text(json.dumps(config_json("LlamaForCausalLM") | sizes))
     save_file({}, tmp_path / "folder" / "model.safetensors")
-    settings = {**open_folder(tmp_path / "folder").settings, "model.family": "gpt"}
+    settings = dict(open_folder(tmp_path / "folder").settings)
     export = Export(settings, V, "q8_0", {})
     config, derived = resolve_config(imported_config(settings), 1)
     model = make_model(config, derived, V, Layout(make_mesh(config.mesh, jax.devices()[:1])))

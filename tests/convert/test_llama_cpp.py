@@ -66,7 +66,7 @@ def test_a_family_has_the_same_probabilities_in_llama_cpp(tmp_path, variant, oth
         "tokenizer.ggml.tokens": ["a", "b", "ab", *map(str, range(V - 3))], "tokenizer.ggml.token_type": [1] * V,
         "tokenizer.ggml.add_bos_token": False,
     }  # fmt: skip
-    settings = {**imported.source.settings, "model.family": "gpt"}
+    settings = dict(imported.source.settings)
     Export(settings, V, "float32", facts).write(tmp_path, imported.params)
     ids = np.random.default_rng(3).integers(0, V, (3, 24))
     requests = [{"prompt": row.tolist(), "max_tokens": 1, "logprobs": V} for row in ids]
@@ -117,6 +117,6 @@ def test_byte_level_bpe_is_cut_into_as_many_tokens(shared_data, tmp_path, name):
     gpt2 = load_tokenizer(shared_data / "tokenizers/gpt2")
     pieces, merges = map(gpt2.piece, range(50257)), json.loads(gpt2.definition)["model"]["merges"]
     tokenizer = JsonTokenizer(definition([*pieces], merges, SPLITTINGS[name], [50256]), gpt2.special)
-    settings = {**imported.source.settings, "model.family": "gpt"}
+    settings = dict(imported.source.settings)
     Export(settings, 50257, "float16", gguf_facts(tokenizer)).write(tmp_path, imported.params)
     counted(tmp_path / "model.gguf", tokenizer, adds_bos=False)

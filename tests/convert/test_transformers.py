@@ -14,9 +14,10 @@ import pytest
 import random_models
 from random_models import VARIANTS, T, V, batch_of, one_text, read
 
+from llmjax.convert.architectures.table import ARCHITECTURES
 from llmjax.convert.files.safetensors_folder import open_tensors
 from llmjax.convert.hf_folder import Export
-from llmjax.convert.verify import compare
+from llmjax.convert.verify import compare, logits_of
 
 pytestmark = [
     pytest.mark.interop,
@@ -38,13 +39,18 @@ def transformers():
     return transformers
 
 
+def opening(transformers, config):
+    """The class of transformers for a config.json, and its arguments: a pooler would have no part in the logits."""
+    opened_as = ARCHITECTURES[config["architectures"][0]].opened_as
+    pooler = {"add_pooling_layer": False} if opened_as == "AutoModel" else {}
+    return getattr(transformers, opened_as), {"attn_implementation": "eager", **pooler}
+
+
 def theirs_in(transformers, folder):
     import torch
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval()
+    cls, arguments = opening(transformers, json.loads((folder / "config.json").read_text()))
+    return cls.from_pretrained(folder, dtype=torch.float32, **arguments).eval()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,8 @@ def folders(transformers, tmp_path_factory):
         torch.manual_seed(number)
         config = transformers.AutoConfig.from_pretrained(folder)
         config.initializer_range = 0.2
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        cls, arguments = opening(transformers, random_models.config_json(variant))
+        model = cls.from_config(config, **arguments)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -84,7 +91,7 @@ def their_logits(model, tokens_BT, **arguments):
     import torch
 
     with torch.no_grad():
-        return model(torch.as_tensor(tokens_BT), **arguments).logits.numpy()
+        return logits_of(model, torch.as_tensor(tokens_BT), **arguments).numpy()
 
 
 def difference(ours, theirs):
@@ -106,15 +113,20 @@ def test_logits_and_gradients_of_an_imported_model_are_those_of_transformers(
         return jnp.sum(logits * seed_BTV), logits
 
     (_, logits), gradients = jax.jit(jax.value_and_grad(score, has_aux=True))(imported.params)
-    theirs = model(torch.as_tensor(tokens_BT)).logits
+    theirs = logits_of(model, torch.as_tensor(tokens_BT))
     (theirs * torch.as_tensor(seed_BTV)).sum().backward()
     assert difference(logits, theirs.detach().numpy()) <= TOLERANCE
 
     ours = random_models.gradients_of(imported.source, gradients)
     expected = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
     assert ours.keys() == expected.keys()
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
     for name, gradient in expected.items():
         scale = np.abs(gradient).max()
+        if name.endswith("key.bias"):
+            # Without rotary positions, a bias of all keys moves all scores of a query alike, and softmax undoes it.
+            assert max(scale, np.abs(ours[name]).max()) <= 1e-6 * largest, name
+            continue
         assert scale > 0 and np.abs(ours[name] - gradient).max() <= TOLERANCE * scale, name
 
 
@@ -149,7 +161,7 @@ def test_transformers_reads_what_is_exported_and_gives_the_same_logits(
 ):
     imported = imports[variant]
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    settings = {**imported.source.settings, "model.family": "gpt"}
+    settings = dict(imported.source.settings)
     Export(settings, V, ids, dtype).write(tmp_path, imported.params)
     again = read(tmp_path)
     theirs = their_logits(theirs_in(transformers, tmp_path), tokens())
@@ -220,6 +232,25 @@ def without_one(name):
     return lambda tensors: tensors | {name: WithoutOne(tensors[name])}
 
 
+@dataclasses.dataclass(frozen=True)
+class Zero(Transposed):
+    """A tensor that is forgotten."""
+
+    def read(self):
+        return np.zeros_like(self.tensor.read())
+
+
+def zeroed(name):
+    return lambda tensors: tensors | {name: Zero(tensors[name])}
+
+
+def with_config(imported, changes):
+    """The same parameters in a model with other settings."""
+    config = dataclasses.replace(imported.model.config, **changes)
+    return dataclasses.replace(imported, model=dataclasses.replace(imported.model, config=config))
+
+
+# What is wrong -> (variant, changes to config.json, None or changes to the tensors, or to the settings of our model).
 WRONG = {
     "rope base": ("LlamaForCausalLM", {"rope_theta": 20000.0}, None),
     "no rope scaling": ("LlamaForCausalLM llama3", {"rope_scaling": None, "rope_parameters": None}, None),
@@ -241,8 +272,21 @@ WRONG = {
     "swapped gate": ("LlamaForCausalLM", {}, exchanged("gate_proj", "up_proj")),
     "swapped norms": ("LlamaForCausalLM", {}, exchanged("input_layernorm", "post_attention_layernorm")),
     "swapped keys and values": ("Qwen2ForCausalLM", {}, exchanged("k_proj", "v_proj")),
+    "another eps of BERT": ("BertModel", {"layer_norm_eps": 1e-12}, None),
+    "no norm after the embedding": ("BertForMaskedLM", {}, {"embedding_norm": False}),
+    "no layer before the head": ("BertForMaskedLM", {}, {"transform": False}),
+    "no bias of the logits": ("BertForMaskedLM", {}, zeroed("cls.predictions.bias")),
+    "no token type": ("BertModel", {}, zeroed("embeddings.token_type_embeddings.weight")),
     "swapped QK-norms": ("Qwen3ForCausalLM", {}, exchanged("q_norm", "k_norm")),
 }
+
+
+def test_the_exact_gelu_is_told_from_its_form_by_tanh(transformers, folders, imports):
+    theirs = their_logits(theirs_in(transformers, folders["BertForMaskedLM"]), tokens())
+    by_tanh = with_config(imports["BertForMaskedLM"], {"activation": "gelu"})
+    # Both forms are so near that this mistake is smaller than the others below.
+    assert difference(by_tanh.logits(one_text(tokens())), theirs) > 2 * TOLERANCE
+    assert difference(imports["BertForMaskedLM"].logits(one_text(tokens())), theirs) < TOLERANCE / 20
 
 
 @pytest.mark.parametrize("variant, config, change", WRONG.values(), ids=WRONG)
@@ -259,5 +303,5 @@ def test_a_conversion_with_one_mistake_fails(transformers, folders, tmp_path, va
     (tmp_path / "config.json").write_text(json.dumps(right | config))
     imported = read(tmp_path)
     if change is not None:
-        imported = with_tensors(imported, change)
+        imported = (with_config if isinstance(change, dict) else with_tensors)(imported, change)
     assert difference(imported.logits(one_text(tokens())), theirs) > 10 * TOLERANCE

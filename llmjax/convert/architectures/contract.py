@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,10 @@ from llmjax.convert.architectures.forms import Stored
 # The keys of `transformer` that the rotary positions of config.json say, see `rope_keys.py`.
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_len")
 # The keys of ours that change no function of the parameters: a table need not mention them.
-FREE = ("model.family", "model.dropout", "model.dtype")
+FREE = ("model.dropout", "model.dtype")
 # What a model has that is not mentioned in a table.
 PLAIN = {
+    "model.family": "gpt",
     "model.logit_softcap": 0.0,
     "transformer.position": "rope",
     "transformer.norm": "rmsnorm",
@@ -60,12 +62,19 @@ class Architecture:
     outer       the tensors outside of the layers, by their names
     layer       the tensors of a layer; `{}` in a name stands for the number of the layer, from 0
     buffers     regular expressions of tensors that hold nothing that was learned, and that are skipped
-    prefix      the beginning of all names but that of the output matrix, which some files leave out
+    left_out    regular expressions of tensors that were learned and have no place in our model, with what they are, for
+                a sentence that says so
+    repeats     tensors that repeat another one of the table, besides an output matrix that repeats the embedding
+    renamed     (regular expression, replacement) for names that other versions of a file have
+    prefix      the beginning of the names of all tensors but those of the head, which some files leave out
     rope        the base of the rotary wavelengths without a key of config.json that says it; 0 without rotation
     local_rope  the same for layers with a window, where it is another; 0 where it is the same
     alternates  if layers with a window alternate with layers without: every how many-th layer has none, where
                 config.json does not say it; 0 if all layers are alike
     described_by  the part of a model that says its sizes, for errors
+    also        further classes of `transformers` whose files can be read as those of `name`
+    opened_as   the class of `transformers` that opens it to compare its results, see `verify.py`
+    untrained   what a model of this family does not have, as the end of a sentence; "" if it has everything
     """
 
     name: str
@@ -76,16 +85,41 @@ class Architecture:
     outer: Mapping[str, Stored]
     layer: Mapping[str, Stored]
     buffers: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    repeats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
     prefix: str = ""
     rope: float = 10000.0
     local_rope: float = 0.0
     alternates: int = 0
     described_by: str = "config.json"
+    also: tuple[str, ...] = ()
+    opened_as: str = "AutoModelForCausalLM"
+    untrained: str = ""
 
     @property
     def output(self) -> str:
-        """The name of the output matrix."""
-        return next(name for name, line in self.outer.items() if line.ours == ("embedding/unembedding_VD",))
+        """The name of the output matrix; nothing if the family has none."""
+        matrix = ("embedding/unembedding_VD",)
+        return next((name for name, line in self.outer.items() if line.ours == matrix), "")
+
+    def full_name(self, name: str, short: bool) -> str:
+        """The name in the table for a tensor that a file calls `name`; `short` if it leaves out the prefix."""
+        for pattern, replacement in self.renamed:
+            name = re.sub(pattern, replacement, name)
+        if not short or name in self.outer or name in self.repeats:
+            return name
+        return self.prefix + name
+
+    def useless(self, name: str) -> str:
+        """What the tensor of this name is, if it was learned and has no place in our model; nothing if it has one."""
+        return next((what for pattern, what in self.left_out.items() if re.fullmatch(pattern, name)), "")
+
+    def skips(self, name: str) -> bool:
+        """Whether the tensor of this name, with or without the prefix, holds nothing that was learned."""
+        return any(
+            re.fullmatch(pattern, full) for pattern in self.buffers for full in (name, self.prefix + name)
+        )
 
     @property
     def fixed(self) -> dict[str, Any]:

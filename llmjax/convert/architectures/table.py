@@ -1,5 +1,6 @@
 """The families of models of `transformers` that can be read and written, by the names of their classes."""
 
+from llmjax.convert.architectures.bert import BERT, BERT_MODEL
 from llmjax.convert.architectures.contract import Architecture
 from llmjax.convert.architectures.gemma import GEMMA2, GEMMA3
 from llmjax.convert.architectures.gpt2 import GPT2
@@ -7,7 +8,5 @@ from llmjax.convert.architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from llmjax.convert.architectures.olmo2 import OLMO2
 
 # In this order they are tried for a model that is to be written.
-ARCHITECTURES: dict[str, Architecture] = {
-    architecture.name: architecture
-    for architecture in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GEMMA2, GEMMA3, OLMO2)
-}
+TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GEMMA2, GEMMA3, OLMO2, BERT, BERT_MODEL)
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in TABLES}

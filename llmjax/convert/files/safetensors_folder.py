@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -27,15 +27,17 @@ METADATA = {"format": "pt"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def open_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
-    """All tensors of the model in `folder`, by name, none of them read.
+def open_tensors(
+    folder: pathlib.Path, skips: Callable[[str], bool] = lambda name: False
+) -> dict[str, StoredTensor]:
+    """All tensors of the model in `folder`, by name, none of them read. `skips` is that of `read_header`.
 
     Raises UserError, in one sentence, if there are none, or if a file or the index is damaged.
     """
     if (folder / WHOLE).is_file():
-        return read_header(folder / WHOLE)
+        return read_header(folder / WHOLE, skips)
     if (folder / INDEX).is_file():
-        return _open_shards(folder)
+        return _open_shards(folder, skips)
     pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
     if pickles:
         raise UserError(
@@ -45,7 +47,7 @@ def open_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
     raise UserError(f"{folder} holds neither {WHOLE} nor {INDEX}; give the folder of a model")
 
 
-def _open_shards(folder: pathlib.Path) -> dict[str, StoredTensor]:
+def _open_shards(folder: pathlib.Path, skips: Callable[[str], bool]) -> dict[str, StoredTensor]:
     index = folder / INDEX
     where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
@@ -61,7 +63,7 @@ def _open_shards(folder: pathlib.Path) -> dict[str, StoredTensor]:
     for file in sorted(set(where.values())):
         if not (folder / file).is_file():
             raise UserError(f"{folder} lacks {file}, which {INDEX} names; fetch it")
-        for name, tensor in read_header(folder / file).items():
+        for name, tensor in read_header(folder / file, skips).items():
             if where.get(name) != file:
                 raise UserError(
                     f"{folder / file} holds {shown(name)}, which {INDEX} does not say; fetch or write both again"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from llmjax.convert.files.json_file import parse_object
@@ -23,30 +24,26 @@ MOST_HEADER = 100_000_000
 MOST_DIMS = 8
 # The entry of the header that is no tensor.
 METADATA = "__metadata__"
-# The types that the format has and that no weights of a language model are read from here.
-OTHER_DTYPES = (
-    "F64",
-    "I64",
-    "I32",
-    "I16",
-    "I8",
-    "U64",
-    "U32",
-    "U16",
-    "U8",
-    "BOOL",
-    "F8_E5M2",
-    "F8_E4M3",
-    "C64",
-)
+# The types that the format has and that no weights of a language model are read from here, with their bytes.
+OTHER_DTYPES = {
+    "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "F8_E5M2": 1, "F8_E4M3": 1, "C64": 8,
+}  # fmt: skip
+
+
+# The bytes of a number of each type.
+SIZES = {**{name: dtype.itemsize for name, dtype in DTYPES.items()}, **OTHER_DTYPES}
+Tensors = dict[str, StoredTensor]
 
 
 class _Broken(Exception):
     """What is wrong with a header, as the end of a sentence."""
 
 
-def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+def read_header(path: pathlib.Path, skips: Callable[[str], bool] = lambda name: False) -> Tensors:
     """The tensors of a safetensors file, by name, none of them read.
+
+    skips  says of the name of a tensor whether it is never read, so that it may be of any type
 
     Raises UserError, in one sentence, for a file that breaks a rule of the format, and for a type of numbers that no
     weights are read from here.
@@ -58,7 +55,7 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
             if size < 8 or length > min(size - 8, MOST_HEADER):
                 raise _Broken(f"it has {size} bytes, and its header should have {length}")
             entries = _parse(file.read(length))
-        return _tensors(path, entries, start=8 + length, size=size)
+        return _tensors(path, entries, skips, start=8 + length, size=size)
     except _Broken as why:
         raise UserError(f"{path} is no whole safetensors file ({why}); fetch or write it again") from None
 
@@ -75,17 +72,19 @@ def _parse(text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _tensors(path: pathlib.Path, entries: dict[str, Any], start: int, size: int) -> dict[str, StoredTensor]:
+def _tensors(
+    path: pathlib.Path, entries: dict[str, Any], skips: Callable[[str], bool], start: int, size: int
+) -> Tensors:
     """The checked entries of a header. `start` is where the bytes of the tensors begin, in a file of `size` bytes."""
     found, ranges = {}, []
     for name, entry in entries.items():
         dtype, shape, (begin, end) = _entry(name, entry)
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and not skips(name):
             raise UserError(
                 f"{path} stores {shown(name)} as {dtype}, which is not read here; save the model as "
                 f"{' or '.join(DTYPES)}"
             )
-        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        if end - begin != math.prod(shape) * SIZES[dtype]:
             raise _Broken(f"the bytes of {shown(name)} are not those of {dtype} {list(shape)}")
         ranges.append((begin, end, name))
         found[name] = StoredTensor(path, dtype, shape, start + begin)
@@ -105,7 +104,7 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _Broken(f"{shown(name)} in its header is no tensor")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in (*DTYPES, *OTHER_DTYPES):
+    if not isinstance(dtype, str) or dtype not in SIZES:
         raise _Broken(f"the type {shown(dtype)} of {shown(name)} is not known")
     if not _are_sizes(shape) or len(shape) > MOST_DIMS:
         raise _Broken(f"the shape {shown(shape)} of {shown(name)} is none")

@@ -1,8 +1,12 @@
 """Tokenizers of Hugging Face (tokenizer.json) as tokenizers of ours, by the package `tokenizers`.
 
-Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2) and the BPE of SentencePiece (Llama 2, Gemma) are read. Two things differ
-from what the package does by itself. First, a text that spells a special token is text. Second, a table gives the bytes
-of each id, so that ids can be decoded one at a time: a Chinese character may be spread over several.
+Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2), the BPE of SentencePiece (Llama 2, Gemma) and WordPiece (BERT) are read.
+Two things differ from what the package does by itself. First, a text that spells a special token is text; a unigram
+model of the package cannot do that, and is refused. Second, a table gives the bytes of each id, so that ids can be
+decoded one at a time: a Chinese character may be spread over several.
+
+A text comes back as it was from byte-level BPE alone (`lossless`). The others may change its characters (a normalizer),
+and WordPiece loses capitals, accents and spaces.
 """
 
 from __future__ import annotations
@@ -12,12 +16,13 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmjax.data.tokenizer import cuts
 from llmjax.data.tokenizer.cuts import LOOK_AHEAD, neighbours
+from llmjax.data.tokenizer.formats import word_piece
 from llmjax.data.tokenizer.formats.byte_bpe import byte_characters
 from llmjax.data.tokenizer.passages import SPACE_MARK, check_unicode
 from llmjax.data.tokenizer.tokenizer import META_FILE, NUM_BYTES, checked_ids
@@ -26,7 +31,10 @@ from llmjax.files import write_atomically
 
 # The file of Hugging Face in a folder that `save` wrote, where tokenizer.json is the name of a file of ours.
 JSON_FILE = "huggingface.json"
-READ = "byte-level BPE and BPE as SentencePiece has it are read"
+READ = "byte-level BPE, BPE as SentencePiece has it, and WordPiece are read"
+# How pieces stand for text: as bytes, each written as a character; with U+2581 for a space; or as words, where a piece
+# that goes on with a word begins with a mark, such as ##.
+BYTES, SPACES, WORDS = "bytes", "spaces", "words"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +62,7 @@ class JsonTokenizer:
     def __init__(self, definition: str, special: SpecialIds, vocab_size: int = 0):
         self.definition, self.special = definition, special
         contents = _parse(definition)
-        self._is_byte_level = _is_byte_level(contents)
+        self._style = _style_of(contents)
         prefix, plain = _without_prefix(contents)
         self._library = _library_tokenizer(plain)
         # Special tokens in a text are encoded as any other text.
@@ -66,20 +74,20 @@ class JsonTokenizer:
         self.vocab_size = max(vocab_size, max(pieces, default=-1) + 1)
         self._set_ids(controls, pieces)
         self._bytes = [b""] * self.vocab_size
-        characters = byte_characters()
+        bytes_of = _bytes_in(self._style, contents["model"])
         for i, piece in pieces.items():
             if i in added:
                 self._bytes[i] = b"" if i in controls else piece.encode()
             else:
-                self._bytes[i] = _piece_bytes(piece, characters if self._is_byte_level else None)
+                self._bytes[i] = bytes_of(piece)
         taken = {self.pad_id, self.bos_id, self.eos_id, self.mask_id, self.unk_id}
         self.reserved_ids = tuple(i for i in range(self.vocab_size) if not self._bytes[i] and i not in taken)
-        self.text_prefix = b" " if prefix else b""
-        self.strips_spaces = False
+        self.text_prefix = b" " if prefix or self.is_word_piece else b""
+        self.strips_spaces = self.is_word_piece
         whole = sum(len(data) == 1 for data in set(self._bytes)) == NUM_BYTES
         strips = any(token.lstrip or token.rstrip for token in added.values())
         self.lossless = (
-            self._is_byte_level
+            self._style == BYTES
             and whole
             and not strips
             and prefix in ("", "always")
@@ -90,10 +98,17 @@ class JsonTokenizer:
         said = json.dumps([dataclasses.asdict(special), self.vocab_size])
         self.fingerprint = hashlib.sha256(f"{said}\n{definition}".encode()).hexdigest()
 
+    @property
+    def is_word_piece(self) -> bool:
+        """Whether it is WordPiece, whose texts begin with [CLS] and end with [SEP]."""
+        return self._style == WORDS
+
     def _check_controls(self, controls: Mapping[int, str]) -> None:
         """ValueError where a text that spells a special token would give its id, in spite of what was asked for."""
+        # A text that spells one may be unknown, as any other.
+        others = controls.keys() - {self.special.unk}
         for content in controls.values():
-            if not controls.keys().isdisjoint(self._library.encode(content, add_special_tokens=False).ids):
+            if not others.isdisjoint(self._library.encode(content, add_special_tokens=False).ids):
                 raise ValueError(f"a text that spells {content!r} would give this special token")
 
     def _set_ids(self, controls: Mapping[int, str], pieces: Mapping[int, str]) -> None:
@@ -138,7 +153,7 @@ class JsonTokenizer:
         at_line = before == "\n" and not after.isspace()
         if not (at_space or at_line):
             return False
-        if not self._is_byte_level and (before + after).replace(" ", SPACE_MARK) in self._neighbours:
+        if self._style == SPACES and (before + after).replace(" ", SPACE_MARK) in self._neighbours:
             return False
         left, right = text[max(i - LOOK_AHEAD, 0) : i], text[i : i + LOOK_AHEAD]
         return self._encode(left + right) == self._encode(left) + self._encode(right)
@@ -212,19 +227,30 @@ def _steps(part: Any, inner: str) -> list[dict[str, Any]]:
     return [part] if part.get("type") != "Sequence" else list(part.get(inner, []))
 
 
-def _is_byte_level(contents: Mapping[str, Any]) -> bool:
-    """Whether the pieces are bytes, and not characters with U+2581 for a space. ValueError if they are neither."""
+def _style_of(contents: Mapping[str, Any]) -> str:
+    """How the pieces stand for text: `BYTES`, `SPACES` or `WORDS`. ValueError if it is another way."""
     kind = contents["model"].get("type", "BPE")
     before = _steps(contents["pre_tokenizer"], "pretokenizers")
     after = _steps(contents["decoder"], "decoders")
+    if kind == "WordPiece":
+        return WORDS
     if kind != "BPE":
         raise ValueError(f"it is a {kind} tokenizer, and {READ}; give its SentencePiece model")
     if any(step.get("type") == "ByteLevel" for step in [*before, *after]):
-        return True
+        return BYTES
     marks = [*_steps(contents["normalizer"], "normalizers"), *before]
     if any(SPACE_MARK in (step.get("content"), step.get("replacement")) for step in marks):
-        return False
+        return SPACES
     raise ValueError(f"it is another kind of BPE, and {READ}")
+
+
+def _bytes_in(style: str, model: Mapping[str, Any]) -> Callable[[str], bytes]:
+    """A function that gives the bytes of a piece of this style."""
+    if style == WORDS:
+        prefix = model.get("continuing_subword_prefix", word_piece.PREFIX)
+        return lambda piece: word_piece.piece_bytes(piece, prefix)
+    characters = byte_characters() if style == BYTES else None
+    return lambda piece: _piece_bytes(piece, characters)
 
 
 def _without_prefix(contents: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -11,7 +11,14 @@ from pathlib import Path
 from llmjax.data.checksums import DamagedError, raise_unless_damage
 from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.data.tokenizer.formats.gguf_vocabulary import read_gguf_tokenizer
-from llmjax.data.tokenizer.formats.json_folder import MERGES, VOCABULARY, read_gpt2_files, read_tokenizer_json
+from llmjax.data.tokenizer.formats.json_folder import (
+    MERGES,
+    VOCABULARY,
+    WORD_PIECES,
+    read_gpt2_files,
+    read_tokenizer_json,
+    read_word_pieces,
+)
 from llmjax.data.tokenizer.json_tokenizer import JSON_FILE, JsonTokenizer, SpecialIds
 from llmjax.data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from llmjax.data.tokenizer.tokenizer import META_FILE, MODEL_FILE, Tokenizer
@@ -28,8 +35,8 @@ _MAX_RESERVED = 1 << 31
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Reads a tokenizer.
 
-    path  a folder that `save` wrote, a SentencePiece .model file, a tokenizer.json of Hugging Face, a folder with one
-          of these or with vocab.json and merges.txt of GPT-2, or a GGUF file
+    path  a folder that `save` wrote, a SentencePiece .model file, a tokenizer.json of Hugging Face, a vocab.txt of
+          BERT, a folder with one of these or with vocab.json and merges.txt of GPT-2, or a GGUF file
 
     Raises `DamagedError` if `path` is none of them, or if the files are not as they were saved.
     """
@@ -54,8 +61,12 @@ def _read_foreign(path: Path) -> Tokenizer:
             return _read_json(path / META_FILE, read_tokenizer_json)
         if (path / VOCABULARY).is_file() and (path / MERGES).is_file():
             return _read_json(path, read_gpt2_files)
+        if (path / WORD_PIECES).is_file():
+            return _read_json(path / WORD_PIECES, read_word_pieces)
     if path.suffix == ".json":
         return _read_json(path, read_tokenizer_json)
+    if path.suffix == ".txt":
+        return _read_json(path, read_word_pieces)
     return _read_model(path / MODEL_FILE if path.is_dir() else path, None)
 
 

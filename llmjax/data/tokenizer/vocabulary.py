@@ -65,10 +65,10 @@ def begins_word(piece: bytes) -> bool:
         return False
     first = piece.decode("utf-8", "replace")[0]
     # str.isalnum is true of Chinese characters as well, of which each piece is a word.
-    return not first.isalnum() or _is_ideograph(first)
+    return not first.isalnum() or is_ideograph(first)
 
 
-def _is_ideograph(character: str) -> bool:
+def is_ideograph(character: str) -> bool:
     """Whether a character is a Chinese one, or one of the scripts written without spaces beside it."""
     code = ord(character)
     return 0x3040 <= code < 0xA000 or 0xF900 <= code < 0xFB00 or 0x20000 <= code < 0x32000

@@ -15,6 +15,9 @@ import torch
 import transformers
 from random_models import TINY, VARIANTS, config_json
 
+from llmjax.convert.architectures.table import ARCHITECTURES
+from llmjax.convert.verify import logits_of
+
 FOLDER = pathlib.Path(__file__).parent
 
 
@@ -28,7 +31,9 @@ def make(variant: str, folder: pathlib.Path) -> None:
     settings = transformers.AutoConfig.from_pretrained(folder)
     settings.initializer_range = 0.4
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
+    opened_as = ARCHITECTURES[variant.split()[0]].opened_as
+    pooler = {"add_pooling_layer": False} if opened_as == "AutoModel" else {}
+    model = getattr(transformers, opened_as).from_config(settings, attn_implementation="eager", **pooler)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -36,7 +41,7 @@ def make(variant: str, folder: pathlib.Path) -> None:
             parameter.copy_(parameter.half().float())
     tokens_BT = np.random.default_rng(0).integers(0, TINY["vocab_size"], (2, 12))
     with torch.no_grad():
-        logits_BTV = model.eval()(torch.as_tensor(tokens_BT)).logits.numpy()
+        logits_BTV = logits_of(model.eval(), torch.as_tensor(tokens_BT)).numpy()
     np.savez(folder / "logits.npz", tokens_BT=tokens_BT.astype(np.int32), logits_BTV=logits_BTV)
     # Not earlier: it would round the rotary frequencies, too.
     model.half().save_pretrained(folder)

@@ -13,12 +13,14 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from llmjax.convert.gguf.writing import header_bytes
 from llmjax.data.checksums import DamagedError
 from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
+from llmjax.data.tokenizer.formats import word_piece
 from llmjax.data.tokenizer.formats.byte_bpe import SPLITTINGS, byte_characters, definition, name_of
 from llmjax.data.tokenizer.formats.gguf_vocabulary import gguf_facts
 from llmjax.data.tokenizer.imported import tokenizer_for
 from llmjax.data.tokenizer.json_tokenizer import JsonTokenizer, SpecialIds
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.data.tokenizer.tokenizer import StreamDecoder
+from llmjax.data.tokenizer.vocabulary import vocabulary_of
 from llmjax.errors import UserError
 
 HARD = [
@@ -55,7 +57,25 @@ def sentencepiece_like():
     return JsonTokenizer(json.dumps(contents), SpecialIds(bos=1, eos=2, unk=0))
 
 
-MAKERS = {**{name: (lambda name=name: byte_bpe(name)) for name in SPLITTINGS}, "spaces": sentencepiece_like}
+WORDS = [
+    "[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "qu", "##ick", "brown", "fox", ",", ".", "中",
+    "文", "字", "in", "2024", "end", "##e", "e", "##x", "t", "##w", "##o", "##s", "na", "##ive", "[", "]", "cl", "##fo",
+]  # fmt: skip
+
+
+def word_pieces(pieces=WORDS, **settings):
+    return JsonTokenizer(
+        word_piece.definition(pieces, settings), SpecialIds(bos=3, eos=4, pad=0, unk=2, mask=5)
+    )
+
+
+MAKERS = {
+    **{name: (lambda name=name: byte_bpe(name)) for name in SPLITTINGS},
+    "spaces": sentencepiece_like,
+    "words": word_pieces,
+}
+# What comes back from those that know no other characters than those of their vocabulary.
+LOSE = {"words": "the quick brown fox, in 2024."}
 
 
 @pytest.fixture(params=MAKERS, scope="module")
@@ -63,8 +83,10 @@ def tokenizer(request):
     return MAKERS[request.param]()
 
 
-def test_every_text_comes_back(tokenizer):
-    for text in HARD:
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_text_comes_back(name):
+    tokenizer = MAKERS[name]()
+    for text in [LOSE[name]] if name in LOSE else HARD:
         if tokenizer.lossless or "\u2581" not in text:
             assert tokenizer.decode(tokenizer.encode(text)) == text, text
     assert tokenizer.lossless == (tokenizer.text_prefix == b"")
@@ -78,7 +100,8 @@ def test_special_tokens_are_text_where_a_text_spells_them(tokenizer):
 
 
 def test_streamed_text_is_decoded_text_although_characters_are_spread_over_tokens(tokenizer):
-    assert any(len(tokenizer.encode(text)) > len(text) for text in ("中", "🦙"))
+    spread = any(len(tokenizer.encode(text)) > len(text) for text in ("中", "🦙"))
+    assert spread != tokenizer.is_word_piece
     for text in HARD:
         for continues in (False, True):
             ids, stream = tokenizer.encode(text, continues), StreamDecoder(tokenizer, continues)
@@ -145,11 +168,11 @@ def test_a_folder_says_which_tokens_begin_and_end_texts(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"type": "WordPiece"}, "it is a WordPiece tokenizer, and byte-level BPE"),
         (
             {"type": "Unigram"},
-            "it is a Unigram tokenizer, and byte-level BPE .* give its SentencePiece model",
+            "it is a Unigram tokenizer, and byte-level BPE.* give its SentencePiece model",
         ),
+        ({"type": "WordPiece", "vocab": {"a": 0}}, "the package tokenizers cannot read it"),
         ({"merges": [["x", "notthere"]]}, "the package tokenizers cannot read it"),
     ],
 )
@@ -265,3 +288,59 @@ def test_vocabularies_are_arrays_of_any_number(tmp_path):
     reader = gguf.GGUFReader(path)
     types = reader.fields["tokenizer.ggml.token_type"].contents()
     assert types == facts["tokenizer.ggml.token_type"] and np.unique(types).tolist() == [1, 3, 4]
+
+
+BERT_HARD = [
+    *HARD, "Ünïcödé İSTANBUL Straße ﬁ Ω", "我爱北京天安门，2008年。A股", "日本語のテキスト 한국어",
+    "a\u200bb\u00adc\ufeffd\u0000\ufffde", "don't stop-me_now @user #tag $5.00 50%",
+    "[CLS] [MASK][SEP] ##ing [unused1] [UNK]",
+    "𠮷野家 ㍿ ①",
+    "e\u0301\u0323 \u2028x\u3000y",
+    "\t\r\n tabs\x1b[0m", "supercalifragilisticexpialidocious " * 2, "x" * 101, "👨‍👩‍👧‍👦🇨🇳", "नमस्ते العربية עברית ไทย",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["bert_uncased", "bert_base_chinese"])
+@pytest.mark.parametrize("lowers", [None, False])
+def test_a_vocabulary_of_bert_gives_the_ids_of_the_package(shared_data, tmp_path, name, lowers):
+    vocabulary = shared_data / f"tokenizers/bert/{name}_vocab.txt"
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(vocabulary.read_bytes())
+    if lowers is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lowers}))
+    own = load_tokenizer(tmp_path)
+    pieces = path.read_text(encoding="utf-8").split("\n")[:-1]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    library = tokenizers.BertWordPieceTokenizer(ids, lowercase=lowers is None)
+    library._tokenizer.encode_special_tokens = True
+    for text in BERT_HARD:
+        expected = library.encode(text, add_special_tokens=False).ids
+        assert own.encode(text) == expected, text
+        assert expected == [] or own.unk_id in expected or own.decode(expected)
+    special = {"bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]", "unk": "[UNK]", "mask": "[MASK]"}
+    assert {role: getattr(own, f"{role}_id") for role in special} == {
+        role: ids[piece] for role, piece in special.items()
+    }
+    assert not own.lossless and own.vocab_size == len(pieces) and ids["[unused1]"] in own.reserved_ids
+    assert vocabulary_of(own).mask_id == ids["[MASK]"]
+
+
+def test_a_tokenizer_json_of_bert_is_the_same_as_its_vocabulary(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    of_text = load_tokenizer(tmp_path / "vocab.txt")
+    (tmp_path / "tokenizer.json").write_text(of_text.definition)
+    of_json = load_tokenizer(tmp_path)
+    assert of_json.fingerprint == of_text.fingerprint and of_json.special.bos == 3
+    assert of_text.decode(of_text.encode("THE Naïve, fox 中文!")) == "the naive, fox中文"
+    # A vocabulary with capitals keeps them.
+    assert word_pieces([*WORDS, "A"]).encode("A") == [len(WORDS)]
+    assert word_pieces([*WORDS, "A"], do_lower_case=True).encode("A") == [2]
+
+
+@pytest.mark.parametrize(
+    "lines, message", [("a\nb\na\n[UNK]", "has a piece twice"), ("a\nb", r"has no line \[UNK\]")]
+)
+def test_a_text_that_is_no_vocabulary_is_one_sentence(tmp_path, lines, message):
+    (tmp_path / "vocab.txt").write_text(lines)
+    with pytest.raises(DamagedError, match=message):
+        load_tokenizer(tmp_path / "vocab.txt")

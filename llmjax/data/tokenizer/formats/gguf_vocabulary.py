@@ -154,6 +154,8 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
 def _of_json(tokenizer: JsonTokenizer) -> dict[str, Any]:
     contents = json.loads(tokenizer.definition)
+    # This raises for all but byte-level BPE.
+    splitting = name_of(contents)
     # The package merges pairs of texts, and older files hold each pair as one text.
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in contents["model"]["merges"]]
     pieces = [tokenizer.piece(i) or f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
@@ -162,7 +164,7 @@ def _of_json(tokenizer: JsonTokenizer) -> dict[str, Any]:
     types = [CONTROL if silent[i] else USER_DEFINED if i in added else NORMAL for i in range(len(pieces))]
     return {
         MODEL: "gpt2",
-        SPLITTING: name_of(contents),
+        SPLITTING: splitting,
         TOKENS: pieces,
         TYPES: types,
         MERGES: merges,

@@ -1,4 +1,5 @@
-"""The tokenizer files of a folder of Hugging Face: tokenizer.json, or vocab.json with merges.txt, as GPT-2 has them.
+"""The tokenizer files of a folder of Hugging Face: tokenizer.json, vocab.json with merges.txt, as GPT-2 has them, or
+vocab.txt, as BERT has it.
 
 Which tokens begin and end a text is said in a file beside them, tokenizer_config.json.
 """
@@ -10,15 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmjax.data.tokenizer.formats import word_piece
 from llmjax.data.tokenizer.formats.byte_bpe import SPLITTINGS, definition
 from llmjax.data.tokenizer.json_tokenizer import JsonTokenizer, SpecialIds
 from llmjax.ranges import shown
 
 CONFIG, VOCABULARY, MERGES = "tokenizer_config.json", "vocab.json", "merges.txt"
+WORD_PIECES = "vocab.txt"
 # The token that begins and ends texts of GPT-2.
 GPT2_END = "<|endoftext|>"
-# The names of the special tokens there, by ours.
-NAMES = {"bos": "bos_token", "eos": "eos_token", "pad": "pad_token", "unk": "unk_token", "mask": "mask_token"}
+# The names of the special tokens there, by ours. Of several the first one that is said counts.
+NAMES = {
+    "bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"), "pad": ("pad_token",), "unk": ("unk_token",),
+    "mask": ("mask_token",),
+}  # fmt: skip
 
 
 def read_tokenizer_json(path: Path) -> JsonTokenizer:
@@ -26,10 +32,18 @@ def read_tokenizer_json(path: Path) -> JsonTokenizer:
     text = path.read_text(encoding="utf-8")
     contents = _object(text, path.name)
     ids = _all_ids(contents)
-    beside = path.parent / CONFIG
-    config = _object(beside.read_text(encoding="utf-8"), CONFIG) if beside.is_file() else {}
-    found = {ours: _id_of(config.get(theirs), ids, theirs) for ours, theirs in NAMES.items()}
+    found = _special_ids(_config_beside(path), ids)
+    if contents["model"].get("type") == "WordPiece":
+        found = {name: ids.get(word_piece.SPECIAL[name]) if i is None else i for name, i in found.items()}
     return JsonTokenizer(text, SpecialIds(**found))
+
+
+def read_word_pieces(path: Path) -> JsonTokenizer:
+    """The tokenizer of BERT with the vocabulary in the file `path`. ValueError says what is wrong with it."""
+    pieces = word_piece.read_pieces(path.read_text(encoding="utf-8"))
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    special = {name: ids.get(piece) for name, piece in word_piece.SPECIAL.items()}
+    return JsonTokenizer(word_piece.definition(pieces, _config_beside(path)), SpecialIds(**special))
 
 
 def read_gpt2_files(folder: Path) -> JsonTokenizer:
@@ -44,6 +58,21 @@ def read_gpt2_files(folder: Path) -> JsonTokenizer:
         raise ValueError(f"a line of {MERGES} is no pair of pieces")
     end = vocabulary[GPT2_END]
     return JsonTokenizer(definition(pieces, merges, SPLITTINGS["gpt-2"], [end]), SpecialIds(bos=end, eos=end))
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """What tokenizer_config.json beside a file says; nothing if there is none."""
+    beside = path.parent / CONFIG
+    return _object(beside.read_text(encoding="utf-8"), CONFIG) if beside.is_file() else {}
+
+
+def _special_ids(config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int | None]:
+    """The ids of the special tokens that tokenizer_config.json names, by our names for them."""
+    found = {}
+    for ours, names in NAMES.items():
+        said = [i for name in names if (i := _id_of(config.get(name), ids, name)) is not None]
+        found[ours] = said[0] if said else None
+    return found
 
 
 def _object(text: str, name: str) -> dict[str, Any]:
