@@ -74,7 +74,7 @@ def written_tensors(
 
 
 def _part(part: Any) -> str:
-    return part.path if part.layer is None else f"{part.path}[{part.layer}]"
+    return part.path + "".join(f"[{number}]" for number in part.index)
 
 
 def write(folder: pathlib.Path, facts: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from llmjax.convert.rope_keys import read_rope, write_rope
 from llmjax.convert.window_keys import KEYS as WINDOW_KEYS
 from llmjax.convert.window_keys import layer_types, read_period
 from llmjax.errors import UserError
+from llmjax.nn.config import ExpertsConfig
 from llmjax.ranges import shown
 
 # Keys that every table reads or that mean nothing to a model.
@@ -60,7 +62,7 @@ def read_settings(architecture: Architecture, config: Mapping[str, Any]) -> dict
             )
     settings = dict(architecture.fixed)
     for name, key in architecture.keys.items():
-        value = config.get(name, key.default)
+        value = config.get(name, config.get(key.also, key.default))
         if value is None:
             value = key.default if key.none is ... else key.none
         settings[key.ours] = typed(name, value, key.default)
@@ -79,7 +81,10 @@ def vocab_size_of(config: Mapping[str, Any]) -> int:
 def not_read(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
     """The keys of a config.json that no table mentions, for the certificate."""
     windows = set(WINDOW_KEYS) if architecture.alternates else set()
-    return sorted(config.keys() - GENERAL - windows - architecture.keys.keys() - architecture.only.keys())
+    also = {key.also for key in architecture.keys.values()}
+    return sorted(
+        config.keys() - GENERAL - windows - architecture.keys.keys() - architecture.only.keys() - also
+    )
 
 
 def choose_architecture(
@@ -92,7 +97,9 @@ def choose_architecture(
     Raises UserError, which names what the nearest of them lacks, if there is none. `where` says what they belong to.
     """
     lacking = {name: _lacking(architecture, settings) for name, architecture in tables.items()}
-    name = min(lacking, key=lambda name: len(lacking[name]))
+    # A model of another kind is further away than one with any number of other keys.
+    kinds = {"model.family", "experts.num_experts"}
+    name = min(lacking, key=lambda name: (bool(kinds & lacking[name].keys()), len(lacking[name])))
     if lacking[name]:
         key, value = next(iter(lacking[name].items()))
         raise UserError(
@@ -115,7 +122,10 @@ def _lacking(architecture: Architecture, settings: Mapping[str, Any]) -> dict[st
         found["transformer.head_dim"] = 0
     if found["transformer.score_dim"] == settings["transformer.head_dim"]:
         found["transformer.score_dim"] = 0
-    return {key: value for key, value in architecture.fixed.items() if found[key] != value}
+    experts = "experts.num_experts"
+    if experts not in architecture.fixed and not found[experts]:
+        return {experts: next(key.default for key in architecture.keys.values() if key.ours == experts)}
+    return {key: value for key, value in architecture.fixed.items() if found.get(key, value) != value}
 
 
 def write_config(
@@ -153,9 +163,13 @@ def write_config(
 
 
 def accounted(architecture: Architecture) -> set[str]:
-    """All keys of the sections of its family that the table says something about, which must be all there are but those
-    of `experts`."""
+    """All keys of the sections of its family that the table says something about, which must be all there are."""
     keys = {key.ours for key in architecture.keys.values()} | set(architecture.fixed) | set(FREE)
     # Without rotary positions, these have no effect.
     keys |= {f"transformer.{key}" for key in ROPE_KEYS}
-    return keys | {"transformer.global_every", "transformer.local_rope_theta"}
+    keys |= {"transformer.global_every", "transformer.local_rope_theta"}
+    # Further loss terms are of training alone. Without experts no key of theirs has an effect.
+    keys |= {"experts.balance_loss", "experts.router_z_loss"}
+    if architecture.fixed.get("experts.num_experts") == 0:
+        return keys | {f"experts.{field.name}" for field in dataclasses.fields(ExpertsConfig)}
+    return keys | {"transformer.mlp_dim"}

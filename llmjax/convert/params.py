@@ -1,7 +1,8 @@
 """Reads our parameters from tensors in files, and makes such tensors of them, one tensor at a time.
 
-The arrays of all layers are stacked along a leading dimension. Each is made on the devices, in the layout that it is to
-have there, and filled layer by layer, so that the host never holds more than the tensor that is being read.
+The arrays of all layers are stacked along a leading dimension, and those of all experts along the next. Each is made on
+the devices, in the layout that it is to have there, and filled layer by layer, so that the host never holds more than
+the tensor that is being read.
 """
 
 from __future__ import annotations
@@ -75,11 +76,11 @@ def _zeros(leaf: Any) -> jax.Array:
 
 
 def _put(leaf: Any, stack: jax.Array | None, part: Part, ours: np.ndarray) -> jax.Array:
-    """The parameter with `ours` in it: in its layer of the stack, or by itself."""
+    """The parameter with `ours` in it: at its place in the stack, or by itself."""
     sharding = leaf.sharding
-    if part.layer is not None and isinstance(sharding, NamedSharding):
-        # No mesh axis splits the layers.
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    if part.index and isinstance(sharding, NamedSharding):
+        # No mesh axis splits the layers or the experts.
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[len(part.index) :]))
 
     def piece(index: Any) -> np.ndarray:
         return np.ascontiguousarray(ours[index], np.float32)
@@ -88,17 +89,16 @@ def _put(leaf: Any, stack: jax.Array | None, part: Part, ours: np.ndarray) -> ja
         array = jnp.asarray(piece(...))
     else:
         array = jax.make_array_from_callback(part.shape, sharding, piece)
-    if part.layer is None:
-        return array
-    return _fill(leaf.sharding)(stack, array, part.layer)
+    return _fill(leaf.sharding)(stack, array, part.index) if part.index else array
 
 
 @functools.cache
 def _fill(sharding: Any) -> Callable[..., jax.Array]:
-    """A function (stack, array, layer) -> the stack with the array as this layer. The stack is donated."""
+    """A function (stack, array, index) -> the stack with the array at this index. The stack is donated."""
 
-    def fill(stack: jax.Array, array: jax.Array, layer: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
+    def fill(stack: jax.Array, array: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+        start: list[Any] = [*index, *(0,) * array.ndim]
+        return jax.lax.dynamic_update_slice(stack, array.reshape(*(1,) * len(index), *array.shape), start)
 
     return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
@@ -119,9 +119,7 @@ def write_params(
     """
     ours = flatten(params)
     for name, place in places.items():
-        parts = [
-            ours[part.path] if part.layer is None else ours[part.path][part.layer] for part in place.parts
-        ]
+        parts = [ours[part.path][part.index] for part in place.parts]
         theirs = place.theirs(np.asarray(part, np.float32) for part in parts)
         # An overflow is found below, and told in a sentence.
         with np.errstate(over="ignore"):

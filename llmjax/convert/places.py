@@ -24,10 +24,15 @@ EMBEDDING = "embedding/embedding_VD"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Our half of a tensor: the path of a parameter, the layer (None: it has none), and the shape without layers."""
+    """Our half of a tensor.
+
+    path   the path of a parameter
+    index  where in the parameter it lies: () for the whole, (layer,), or (layer, expert)
+    shape  the shape of what lies there
+    """
 
     path: str
-    layer: int | None
+    index: tuple[int, ...]
     shape: Shape
 
 
@@ -76,18 +81,21 @@ def places_of(architecture: Architecture, shapes: Params) -> dict[str, Place]:
     num_layers = next(shape[0] for path, shape in ours.items() if path.startswith(f"{LAYERS}/"))
     found: dict[str, Place] = {}
 
-    def add(name: str, line: Stored, layer: int | None) -> None:
-        paths = line.ours if layer is None else tuple(f"{LAYERS}/{path}" for path in line.ours)
-        if all(path in ours for path in paths):
-            first = 0 if layer is None else 1
-            parts = tuple(Part(path, layer, ours[path][first:]) for path in paths)
-            found[name] = Place(line.form, parts, line.axis)
+    def add(name: str, line: Stored, prefix: str, *layer: int) -> None:
+        paths = tuple(prefix + path for path in line.ours)
+        if not all(path in ours for path in paths):
+            return
+        # A second `{}` stands for the number of the expert.
+        for rest in np.ndindex(ours[paths[0]][len(layer) : name.count("{}")]):
+            index = (*layer, *rest)
+            parts = tuple(Part(path, index, ours[path][len(index) :]) for path in paths)
+            found[name.format(*index)] = Place(line.form, parts, line.axis)
 
     for name, line in architecture.outer.items():
-        add(name, line, None)
+        add(name, line, "")
     for layer in range(num_layers):
         for name, line in architecture.layer.items():
-            add(name.format(layer), line, layer)
+            add(name, line, f"{LAYERS}/", layer)
     left = ours.keys() - {part.path for place in found.values() for part in place.parts}
     if left:
         raise UserError(

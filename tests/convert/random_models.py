@@ -57,6 +57,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
     },
     "Olmo2ForCausalLM": SIZES,
+    "MixtralForCausalLM": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+    "OlmoeForCausalLM": {key: value for key, value in SIZES.items() if key != "head_dim"}
+    | {"num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": False},
+    "Qwen3MoeForCausalLM": SIZES
+    | {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 20},
     "BertForMaskedLM": {
         "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
         "max_position_embeddings": 32,
@@ -74,6 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 TINY = {
     "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 4, "n_embd": 8, "n_inner": 12, "n_layer": 2, "n_head": 2,
+    "num_experts": 3, "num_local_experts": 3, "moe_intermediate_size": 8,
 }  # fmt: skip
 assert {variant.split()[0] for variant in VARIANTS} == ARCHITECTURES.keys(), (
     "every architecture has a variant here"

@@ -29,7 +29,7 @@ def settings_of(config):
 def test_a_table_says_something_about_every_key_of_a_model(architecture):
     """A key that is new in configs/base.py must be added to `PLAIN`, to a table, or to the keys that are free."""
     base = get_config()
-    own = FAMILIES[architecture.fixed["model.family"]].sections.keys() - {"experts"}
+    own = FAMILIES[architecture.fixed["model.family"]].sections.keys()
     keys = {f"{section}.{key}" for section in ("model", *own) for key in base[section]}
     assert keys <= accounted(architecture)
 
@@ -131,7 +131,29 @@ def test_the_default_model_can_be_exported():
     base = get_config().to_dict()
     keys = {
         f"{section}.{key}": base[section][key]
-        for section in ("model", "transformer")
+        for section in ("model", "transformer", "experts")
         for key in base[section]
     }
     assert choose_architecture(keys).name == "Qwen3ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({}, "MixtralForCausalLM"),
+        ({"experts.normalize_gates": False}, "experts.normalize_gates=False is not what models of transformers have"),
+        ({"transformer.qk_norm": True}, "Qwen3MoeForCausalLM"),
+        ({"transformer.qk_norm": True, "transformer.qk_norm_over": "all"}, "OlmoeForCausalLM"),
+        ({"experts.shared_experts": 1}, "experts.shared_experts=1 is not what models of transformers have"),
+        ({"experts.num_experts": 0, "transformer.qk_norm": True, "transformer.qk_norm_over": "all"},
+         "transformer.qk_norm_over='all' is not what"),
+    ],
+)  # fmt: skip
+def test_a_mixture_of_experts_is_written_as_the_one_that_has_its_keys(changes, name):
+    settings = settings_of(random_models.config_json("MixtralForCausalLM")) | changes
+    settings |= {"transformer.window": 0} if "Mixtral" not in name else {}
+    try:
+        found = choose_architecture(settings).name
+    except UserError as error:
+        found = str(error)[: len(name)]
+    assert found == name

@@ -32,6 +32,7 @@ PLAIN = {
     "transformer.global_every": 0,
     "transformer.attention_softcap": 0.0,
     "transformer.attention_sinks": False,
+    "experts.num_experts": 0,
 }
 
 
@@ -42,11 +43,13 @@ class Key:
     ours     the whole name of our key
     default  what config.json means without the key, or with null
     none     our value that config.json writes as null; `...` for no such value
+    also     another name that some versions of config.json have for the key
     """
 
     ours: str
     default: Any
     none: Any = ...
+    also: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Architecture:
                 *values that we can do). The first value is written
     always      our keys with the value that all models of the family have; others have that of `PLAIN`
     outer       the tensors outside of the layers, by their names
-    layer       the tensors of a layer; `{}` in a name stands for the number of the layer, from 0
+    layer       the tensors of a layer; the first `{}` in a name stands for the number of the layer, from 0, and a
+                second one for that of the expert
     buffers     regular expressions of tensors that hold nothing that was learned, and that are skipped
     left_out    regular expressions of tensors that were learned and have no place in our model, with what they are, for
                 a sentence that says so

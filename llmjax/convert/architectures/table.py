@@ -5,8 +5,23 @@ from llmjax.convert.architectures.contract import Architecture
 from llmjax.convert.architectures.gemma import GEMMA2, GEMMA3
 from llmjax.convert.architectures.gpt2 import GPT2
 from llmjax.convert.architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from llmjax.convert.architectures.mixtures import MIXTRAL, OLMOE, QWEN3_MOE
 from llmjax.convert.architectures.olmo2 import OLMO2
 
 # In this order they are tried for a model that is to be written.
-TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GEMMA2, GEMMA3, OLMO2, BERT, BERT_MODEL)
+TABLES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GPT2,
+    GEMMA2,
+    GEMMA3,
+    OLMO2,
+    MIXTRAL,
+    OLMOE,
+    QWEN3_MOE,
+    BERT,
+    BERT_MODEL,
+)
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in TABLES}
