@@ -220,7 +220,7 @@ class Run:
             _check_text("text", each)
         embedder = self._embedder(settings)
         with self._reusing_programs():
-            return embedder.nearest(text, texts)
+            return embedder.nearest([text], texts)[0]
 
     def _embedder(self, settings: Mapping[str, Any]) -> TextEmbedder:
         changed = self._request({f"embed.{key}": value for key, value in settings.items()})

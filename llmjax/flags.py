@@ -303,6 +303,16 @@ def _as_utf8(prompt: str) -> str:
         ) from None
 
 
+def read_table(values: flags.FlagValues) -> pathlib.Path | None:
+    """The file that --table names, which must lie on a disk of this machine; None where it is not given."""
+    if values.table is None:
+        return None
+    check_local(values.table, f"--table={values.table}")
+    if not values.table or pathlib.Path(values.table).is_dir():
+        raise UserError(f"--table={values.table} is no name of a file; give one, such as vectors.txt")
+    return pathlib.Path(values.table)
+
+
 def read_profile(values: flags.FlagValues) -> range:
     """The updates that --profile=FIRST:END names, the last of them END - 1; none where it is not given."""
     text = values.profile

@@ -39,7 +39,7 @@ import absl.logging
 
 from llmjax.escapes import complain, show
 from llmjax.failures import FAILED, describe_failure
-from llmjax.flags import describe_help, name_of, parse, read_profile, read_prompts
+from llmjax.flags import describe_help, name_of, parse, read_profile, read_prompts, read_table
 from llmjax.terminal.stages import StageProgress
 from llmjax.workdir.contents import check_place
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
             show(text)
             return 0
         values, config = parse(argv)
-        prompts, profile = read_prompts(values), read_profile(values)
+        prompts, profile, table = read_prompts(values), read_profile(values), read_table(values)
         workdir = pathlib.Path(values.workdir or f"runs/{name_of(values.config)}")
         check_place(workdir)
         # Imported late: jax takes seconds to import, and mistakes in flags are reported before.
@@ -80,7 +80,7 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
                 profile=profile,
                 jsonl=values.jsonl,
                 neighbours=values.neighbours,
-                table=None if values.table is None else pathlib.Path(values.table),
+                table=table,
             )
     except BrokenPipeError:
         from llmjax.terminal.progress import silence

@@ -34,7 +34,7 @@ from llmjax.convert.gguf.export import FILE
 from llmjax.convert.gguf.writing import WRITTEN as GGUF_WRITTEN
 from llmjax.convert.verify import check, compare, their_logits
 from llmjax.errors import UserError, reason_of
-from llmjax.terminal.lines import say
+from llmjax.terminal.lines import say, warn
 
 # What writes a model for other programs, by --to.
 SAVE = {"hf": save_as_hf, "gguf": save_as_gguf}
@@ -108,6 +108,8 @@ def run(asked: argparse.Namespace) -> None:
         model = load_run(asked.source, asked.checkpoint)
     else:
         model = load_foreign(asked.source_kind, asked.source, asked.tokenizer)
+    for remark in model.remarks:
+        warn(f"note: {remark}")
 
     def verify(folder: pathlib.Path) -> dict[str, Any]:
         path = folder / FILE if asked.kind == "gguf" else folder

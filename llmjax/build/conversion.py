@@ -64,6 +64,7 @@ class Model:
     ids        the ids of the special tokens, by their names in config.json
     folder     the folder of transformers that it was read from, if it was one
     chat_template  how a dialogue is written as text, in Jinja; nothing if it is not known
+    remarks    sentences about what it has and we do not, and about what it lacks
     """
 
     settings: Mapping[str, Any]
@@ -74,6 +75,7 @@ class Model:
     ids: Mapping[str, Any]
     folder: pathlib.Path | None = None
     chat_template: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -107,8 +109,7 @@ def load_foreign(kind: str, path: pathlib.Path, tokenizer: pathlib.Path | None =
     abstract = program.abstract_saved().params
     places = source.places(abstract)
     # Before anything is read: all tensors are there, and of the right shape.
-    for remark in source.remarks(source.match(places)):
-        warn(f"note: {remark}")
+    remarks = source.remarks(source.match(places))
     found = tokenizer or source.tokenizer
     text = None if found is None else tokenizer_for(found, source.vocab_size)
     digests: dict[str, str] = {}
@@ -119,7 +120,7 @@ def load_foreign(kind: str, path: pathlib.Path, tokenizer: pathlib.Path | None =
     facts |= certificate.source_tensors(source, places, digests)
     folder, ids = (path, source.ids) if kind == "hf" else (None, _ids(text))
     settings = settings_of(program.config)
-    return Model(settings, program, params, text, facts, ids, folder, source.chat_template)
+    return Model(settings, program, params, text, facts, ids, folder, source.chat_template, tuple(remarks))
 
 
 def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:

@@ -38,12 +38,12 @@ def run(request: Request) -> int:
     input, and returns exit code 0."""
     loaded = load(request, on_terminal)
     embedder = TextEmbedder(loaded)
-    if request.table is not None and hosts.is_primary():
-        # Every process has the table, and one of them writes it.
-        write_atomically(request.table, describe_table(token_names(loaded.tokenizer), embedder.table()))
-        say(f"{request.table} holds the vectors of {loaded.tokenizer.vocab_size:,} tokens")
-    elif request.table is not None:
-        embedder.table()
+    if request.table is not None:
+        # Every process has a part of the table, and one of them writes it.
+        table_VD = embedder.table()
+        if hosts.is_primary():
+            write_atomically(request.table, describe_table(token_names(loaded.tokenizer), table_VD))
+            say(f"{request.table} holds the vectors of {loaded.tokenizer.vocab_size:,} tokens")
     if request.neighbours:
         _show_neighbours(request, embedder)
     elif request.prompts or request.table is None:
@@ -54,8 +54,8 @@ def run(request: Request) -> int:
 
 
 def _show_neighbours(request: Request, embedder: TextEmbedder) -> None:
-    for text in request.neighbours:
-        near = embedder.nearest(text, request.prompts or None)
+    found = embedder.nearest(request.neighbours, request.prompts or None)
+    for text, near in zip(request.neighbours, found, strict=True):
         _tell(describe_neighbours(text, near, request.jsonl))
 
 
@@ -177,27 +177,27 @@ class TextEmbedder:
         whole = jax.jit(lambda table: table.astype(jnp.float32), out_shardings=layout.sharding(None, None))
         return np.asarray(whole(token_table(self._loaded.params)))
 
-    def nearest(self, text: str, others: Sequence[str] | None) -> list[Near]:
-        """Those of `others` whose vectors are nearest to that of `text`; the nearest tokens for None."""
+    def nearest(self, texts: Sequence[str], others: Sequence[str] | None) -> list[list[Near]]:
+        """For each of `texts`, those of `others` whose vectors are nearest to its own; for None the nearest tokens."""
         if others is None:
-            return self._nearest_tokens(text)
-        vectors = self.embed([text, *others])
-        return [
-            (others[i], cosine) for i, cosine in nearest(vectors[0], vectors[1:], self._settings.neighbours)
-        ]
+            table_VD, names = self.table(), token_names(self._loaded.tokenizer)
+            return [self._nearest_tokens(word, table_VD, names) for word in texts]
+        vectors, count = self.embed([*texts, *others]), self._settings.neighbours
+        found = [nearest(vector_D, vectors[len(texts) :], count) for vector_D in vectors[: len(texts)]]
+        return [[(others[i], cosine) for i, cosine in near] for near in found]
 
-    def _nearest_tokens(self, word: str) -> list[Near]:
+    def _nearest_tokens(self, word: str, table_VD: np.ndarray, names: Sequence[str]) -> list[Near]:
         """The tokens whose embeddings are nearest to that of `word`, which are not tokens of the word itself.
 
         The embedding of a word of several tokens is their mean. A word may be another token after a space than at the
         beginning of a text; the way to write it with fewer tokens counts. UserError for a word without a token.
         """
-        tokenizer, table_VD = self._loaded.tokenizer, self.table()
+        tokenizer = self._loaded.tokenizer
         own = min(tokenizer.encode(f" {word}", continues=True), tokenizer.encode(word), key=len)
         silent = {i for i in range(tokenizer.vocab_size) if not tokenizer.id_to_bytes(i)}
         if not word.strip() or not set(own) - silent:
             raise UserError(f"the word {word!r} has no token in this vocabulary; give another word")
-        names, vector_D = token_names(tokenizer), table_VD[own].mean(axis=0)
+        vector_D = table_VD[own].mean(axis=0)
         others = np.array([i for i in range(tokenizer.vocab_size) if i not in silent.union(own)])
         near = nearest(vector_D, table_VD[others], self._settings.neighbours)
         return [(names[others[i]], cosine) for i, cosine in near]

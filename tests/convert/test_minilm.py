@@ -73,6 +73,6 @@ def test_sentence_vectors_are_those_of_transformers(transformers, folder, embedd
 
 
 def test_near_sentences_are_near_and_so_are_words(embedder):
-    near = embedder.nearest(TEXTS[1], ["The first steps in the kitchen", "He drove to the airport."])
+    near = embedder.nearest([TEXTS[1]], ["The first steps in the kitchen", "He drove to the airport."])[0]
     assert near[0][0] == "The first steps in the kitchen" and near[0][1] > 0.3 > near[1][1]
-    assert "▁rivers" in [word for word, _ in embedder.nearest("river", None)][:3]
+    assert "▁rivers" in [word for word, _ in embedder.nearest(["river"], None)[0]][:3]

@@ -8,6 +8,7 @@ from families import V
 
 from llmjax.errors import UserError
 from llmjax.evaluate.text_vectors import EmbedConfig, make_pooled, nearest, text_vectors
+from llmjax.models.classifier import Classifier
 from llmjax.models.table import FAMILIES
 from llmjax.types import Batch
 
@@ -76,6 +77,14 @@ def test_the_states_of_bert_are_those_before_the_layer_that_serves_its_head():
     for entry in ("transform", "output"):
         params = params | {entry: jax.tree.map(lambda x: x + np.float32(5), params[entry])}
     np.testing.assert_array_equal(embedder(model, params, config())(texts()), found)
+
+
+def test_a_classifier_has_the_vectors_of_the_model_below_its_head():
+    model = families.make("gpt")
+    params = jax.jit(model.init)(jax.random.key(0))
+    with_head = Classifier(model, 3)
+    found = embedder(with_head, jax.jit(with_head.init)(jax.random.key(0)), config("last"))(texts())
+    np.testing.assert_array_equal(found, embedder(model, params, config("last"))(texts()))
 
 
 def test_the_first_token_is_refused_where_it_sees_no_other():

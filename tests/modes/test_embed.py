@@ -127,6 +127,7 @@ def test_a_text_that_is_too_long_is_cut_and_that_is_said_once(trained, capsys):
     "words, message",
     [
         (["--mode=embed", "--prompt=a", "--config.embed.pool=first"], "embed.pool='first' reads the first token"),
+        (["--mode=embed", "--table=."], "--table=. is no name of a file; give one"),
         (["--mode=generate", "--table=x"], "--table is not heeded by --mode=generate"),
         (["--mode=classify", "--neighbours=x"], "--neighbours is not heeded by --mode=classify"),
     ],
