@@ -156,7 +156,16 @@ def get_config() -> ConfigDict:
     train.batch_schedule = "constant"  # constant | piecewise | linear: tokens per update as tokens are seen
     train.batch_points = ()  # for batch_schedule: TOKENS_SEEN:TOKENS_PER_UPDATE, ...; the first is 0:...
     train.z_loss = 0.0  # weight of log(Z)^2 in the gradient; reported as z_loss, never within the loss
+    train.frozen = ()  # parameters that stay as they are: embedding, attention, wq, layers:2 (the first 2) ...
     train.statistics_every = 0  # updates between statistics of each layer: gradients, activations; 0 = off
+
+    # Fine-tuning with few parameters: matrices get small adapters, which alone train (see docs/fine_tuning.md).
+    c.lora = lora = ConfigDict()
+    lora.rank = 0  # R, the inner size of an adapter; 0 = off
+    lora.alpha = 16.0  # adapters are multiplied by alpha / rank
+    lora.rslora = False  # multiplies by alpha / sqrt(rank) instead
+    lora.targets = ("all",)  # matrices that get adapters: all, attention, mlp, wq, layers/attention/w* ...
+    lora.init_from = ""  # a folder of adapters of the library peft to begin with; "" = new ones
 
     c.optimizer = optimizer = ConfigDict()
     optimizer.name = "muon"  # adamw | lion | adafactor | muon | schedule_free_adamw

@@ -19,7 +19,7 @@ from llmjax.build.program import Program, make_program
 from llmjax.build.restore import load_params
 from llmjax.config.imported import imported_config, settings_of
 from llmjax.config.init_from import own_tokenizer
-from llmjax.config.reading import complete_config, read_optimizer
+from llmjax.config.reading import complete_config, read_optimizer, read_tuning
 from llmjax.config.resolve import resolve_config
 from llmjax.config.schema import Config
 from llmjax.convert import certificate, hf_folder, llama2c
@@ -97,7 +97,7 @@ def load_foreign(kind: str, path: pathlib.Path, tokenizer: pathlib.Path | None =
         raise UserError(f"{path} does not exist; give a model")
     source = OPEN[kind](path)
     program = _program(imported_config(source.settings), source.vocab_size)
-    abstract = program.abstract_saved().params
+    abstract = program.params_shape
     places = source.places(abstract)
     # Before anything is read: all tensors are there, and of the right shape.
     source.match(places)
@@ -140,8 +140,10 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
     names = ("model", *family.sections)
     settings = {f"{section}.{key}": value for section in names for key, value in trained[section].items()}
     config = imported_config({**settings, "data.seq_len": trained["data"]["seq_len"]})
-    # An optimizer that averages keeps a part of the parameters in its state. Nothing else of the run matters here.
-    config = dataclasses.replace(config, **read_optimizer(saved, workdir))
+    # An optimizer that averages keeps a part of the parameters in its state, and frozen ones lie apart. Nothing else of
+    # the run matters here.
+    trained_with = read_optimizer(saved, workdir) | read_tuning(saved, workdir, config.train)
+    config = dataclasses.replace(config, **trained_with)
     program = _program(config, tokenizer.vocab_size)
     update, params = load_params(program, workdir, checkpoint)
     facts = certificate.side("llmjax", workdir, update=update)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import jax
 
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
@@ -12,9 +14,11 @@ from llmjax.models.contract import Model
 from llmjax.models.table import FAMILIES
 from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.attention.sequence_attention import make_attend
+from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
 from llmjax.tasks.contract import AddsParameters, Setting
 from llmjax.tasks.table import TASKS
+from llmjax.train.tuning.tuning import Tuning, make_tuning
 from llmjax.types import LossSums
 
 
@@ -78,3 +82,24 @@ def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout
     if isinstance(task, AddsParameters):
         return task.make_model(model, config.tasks[config.task.name], config.model.init_std)
     return model
+
+
+def make_model_tuning(config: Config, model: Model) -> Tuning:
+    """Which parameters of the config's model train. UserError for names in `lora` or train.frozen that it lacks."""
+    shapes = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
+    added = added_entries(config)
+    return make_tuning(model.axes(), config.lora, config.train.frozen, shapes, added)
+
+
+def added_entries(config: Config) -> tuple[str, ...]:
+    """The entries of the tree of parameters that the task of a config adds."""
+    task = TASKS[config.task.name]
+    return task.added if isinstance(task, AddsParameters) else ()
+
+
+def check_tuning(config: Config, derived: Derived, devices: Sequence[jax.Device]) -> None:
+    """UserError for names in `lora` or train.frozen that the config's model lacks, before any text is read."""
+    if config.lora.rank or config.train.frozen:
+        mesh = make_mesh(config.mesh, devices)
+        # No name depends on the vocabulary, which is not known yet.
+        make_model_tuning(config, make_model(config, derived, mesh.shape["tensor"], Layout(mesh)))

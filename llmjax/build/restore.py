@@ -11,16 +11,16 @@ import jax
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import describe_difference
+from llmjax.build.frozen import load_frozen, save_frozen
+from llmjax.build.model import added_entries
 from llmjax.build.program import Program
-from llmjax.config.reading import read_optimizer, read_task
+from llmjax.config.reading import read_optimizer, read_task, read_tuning
 from llmjax.config.schema import Config
 from llmjax.convert.foreign import is_foreign, open_foreign
 from llmjax.errors import UserError
 from llmjax.ops.seeds import make_key
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, together
-from llmjax.tasks.contract import AddsParameters
-from llmjax.tasks.table import TASKS
 from llmjax.terminal.lines import say, warn
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.checkpoint.config import CheckpointConfig
@@ -95,23 +95,26 @@ def resume_or_init(
                 say(
                     f"beginning with the parameters of update {update} of {program.config.checkpoint.init_from}"
                 )
-            return program.init(params), Position()
+            state = program.init(params)
+            save_frozen(program, state, workdir)
+            return state, Position()
         newest = max(metas, key=lambda source: metas[source]["cursor"])
         if different := describe_difference(workdir, metas[newest]["data_fingerprint"], corpus):
             raise UserError(
                 f"{different}, so its data cursor means nothing here; restore them or use another --workdir"
             )
         if newest is checkpoints:
-            return restore(program, checkpoints)
+            return restore(program, checkpoints, workdir)
         position = Position.from_meta(metas[newest])
         position.check_partial_update(program.batch.micro_batch_size, program.engine.stops_within)
-        return newest.restore(program.abstract_state())[0], position
+        stopped, _ = newest.restore(dataclasses.replace(program.abstract_state(), frozen={}))
+        return dataclasses.replace(stopped, frozen=load_frozen(program, workdir, metas[newest])), position
 
 
-def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
+def restore(program: Program, checkpoints: Checkpoints, workdir: pathlib.Path) -> tuple[TrainState, Position]:
     """The state of the latest checkpoint, ready to train on, and its position."""
     saved, meta = checkpoints.restore(program.abstract_saved())
-    return program.resumed(saved), Position.from_meta(meta)
+    return program.resumed(saved, load_frozen(program, workdir, meta)), Position.from_meta(meta)
 
 
 def initial_params(
@@ -126,8 +129,7 @@ def initial_params(
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
     if is_foreign(source):
-        wanted = program.abstract_saved().params
-        added = _added(config)
+        wanted, added = program.params_shape, added_entries(config)
         params = open_foreign(source).read({name: x for name, x in wanted.items() if name not in added})
         return 0, _with_added(program, params, added, tell)
     saved = saved_config(source)
@@ -135,10 +137,10 @@ def initial_params(
         raise UserError(
             f"checkpoint.init_from={config.checkpoint.init_from!r} has lost its config.json; restore it"
         )
-    trained_with = read_optimizer(saved, source)
+    trained_with = read_optimizer(saved, source) | read_tuning(saved, source, config.train)
     there = dataclasses.replace(config, **read_task(saved, source))
     # Both are empty for most tasks.
-    ours, theirs = _added(config), _added(there)
+    ours, theirs = added_entries(config), added_entries(there)
     if (ours or theirs) and not has_same_head(config, there):
         trained_with |= read_task(saved, source)
     # An optimizer that averages keeps a part of the parameters to evaluate with in its state.
@@ -160,12 +162,6 @@ def has_same_head(config: Config, other: Config) -> bool:
     return name == other.task.name and labels[0] == labels[1]
 
 
-def _added(config: Config) -> tuple[str, ...]:
-    """The entries of the tree of parameters that the task of a config adds."""
-    task = TASKS[config.task.name]
-    return task.added if isinstance(task, AddsParameters) else ()
-
-
 def _with_added(
     program: Program, params: Params, added: tuple[str, ...], tell: Callable[[str], None]
 ) -> Params:
@@ -177,7 +173,7 @@ def _with_added(
         f"checkpoint.init_from={source!r} has all parameters but {' and '.join(added)}, which task.name={name!r} adds "
         "and which begins anew"
     )
-    wanted = program.abstract_saved().params
+    wanted = program.params_shape
     shardings = {name: jax.tree.map(lambda x: x.sharding, wanted[name]) for name in added}
     rng = jax.random.split(make_key(program.config.seed))[0]
 
@@ -191,7 +187,7 @@ def _with_added(
 def load_params(
     program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
 ) -> tuple[int, Params]:
-    """The update and parameters of a checkpoint, for evaluation and generation.
+    """The update and the parameters of the model in a checkpoint, for evaluation and generation.
 
     checkpoint  latest (the newest good one), best, or the number of an update
     key         the flag or config key that named it, for errors
@@ -207,6 +203,8 @@ def load_params(
         update = named_update(checkpoints, key, checkpoint)
         if program.averages:
             saved, meta = checkpoints.restore(program.abstract_saved(), update)
-            return meta["update"], program.eval_params(program.resumed(saved))
+            return meta["update"], program.eval_params(
+                program.resumed(saved, load_frozen(program, workdir, meta))
+            )
         params, meta = checkpoints.restore_params(program.abstract_saved().params, update)
-        return meta["update"], params
+        return meta["update"], program.whole(params, load_frozen(program, workdir, meta))

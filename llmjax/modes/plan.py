@@ -10,6 +10,7 @@ from llmjax.build.corpus_record import (
     describe_difference,
     trained_on,
 )
+from llmjax.build.model import check_tuning
 from llmjax.build.program import make_program
 from llmjax.config.init_from import resumes, with_tokenizer
 from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
@@ -30,6 +31,7 @@ def run(request: Request) -> int:
     With plan.topology the corpus is not read. Rows are then assumed to be filled by one document each.
     """
     config, derived, workdir = request.config, request.derived, request.workdir
+    check_tuning(config, derived, request.devices)
     if config.plan.topology:
         size = planned_vocab_size(config.tokenizer)
         program = make_program(

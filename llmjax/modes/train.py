@@ -12,6 +12,7 @@ A workdir holds
     profile/          traces that --profile asked for
     classes.json      for classification: the confusion matrix of the newest evaluation
     wandb.json        the id of its W&B run, and wandb/ with the files of W&B, where metrics.wandb asks for it
+    frozen/           the parameters that do not train, where lora.rank or train.frozen leave some out
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from llmjax.build.corpus_record import (
     save_tokenizer,
     write_record,
 )
+from llmjax.build.model import check_tuning
 from llmjax.build.program import Program, make_program
 from llmjax.build.restore import (
     hold,
@@ -96,6 +98,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     config, workdir = request.config, request.workdir
     check_profile(request.profile, config)
     on_primary(lambda: check_sinks(config.metrics))
+    check_tuning(config, request.derived, request.devices)
     corpus = read_corpus(config, request.derived, workdir)
     asked = make_probes(corpus, config)
     # A stopped update has sums in its state, even if updates now have one micro-step and need none.

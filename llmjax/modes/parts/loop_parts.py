@@ -17,6 +17,7 @@ import numpy as np
 
 import llmjax
 from llmjax.build.corpus import Corpus
+from llmjax.build.frozen import fingerprint_of
 from llmjax.build.placement import Feed
 from llmjax.build.program import Program
 from llmjax.build.restore import (
@@ -83,7 +84,7 @@ def make_run(
         sample=parts.sample,
         loss=parts.loss,
         begin=parts.begin,
-        restore=lambda: restore(program, checkpoints),
+        restore=lambda: restore(program, checkpoints, workdir),
         statistics=parts.statistics,
         describe_batch=parts.describe_batch,
         name_guilty=parts.name_guilty,
@@ -94,6 +95,7 @@ def make_run(
             "config": config.to_dict(),
             "versions": versions(),
             "data_fingerprint": corpus.fingerprint,
+            **fingerprint_of(program, workdir),
         },
         flops_per_token={
             length: program.cost(corpus.train_plan.attended_in(length)).flops_per_token
@@ -207,7 +209,7 @@ class _Parts:
         folder = standing.PARTIAL_UPDATE
         with open_checkpoints(self.workdir, folder, KEEP_NEWEST, self.check_lock) as stopped:
             # Its number is the cursor, because several can be stopped within the same update.
-            stopped.save(meta["cursor"], state, meta)
+            stopped.save(meta["cursor"], dataclasses.replace(state, frozen={}), meta)
 
 
 def _list_spans(spans: Iterable[tuple[str, int, int]]) -> str:
@@ -216,6 +218,10 @@ def _list_spans(spans: Iterable[tuple[str, int, int]]) -> str:
 
 
 def layer_statistics(program: Program, state: TrainState, batch: Batch) -> dict[str, Any]:
-    """The statistics of each layer on the first micro-batch of `batch`, as plain numbers and lists of numbers."""
-    values = jax.device_get(program.statistics(state.params, program.engine.one_micro_batch(batch)))
+    """The statistics of each layer on the first micro-batch of `batch`, as plain numbers and lists of numbers.
+
+    They are those of the whole model, frozen parameters and their gradients included.
+    """
+    params = program.whole(state.params, state.frozen)
+    values = jax.device_get(program.statistics(params, program.engine.one_micro_batch(batch)))
     return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), values)

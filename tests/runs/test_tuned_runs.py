@@ -1,0 +1,113 @@
+"""Runs of adapters from the command line: begun, resumed, evaluated, used and begun from, and what their files hold."""
+
+import json
+import re
+import shutil
+
+import pytest
+import tiny_run
+from tiny_run import command
+
+from llmjax import main
+from llmjax.train.checkpoint.checkpoint import Checkpoints
+from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
+from tools import convert
+
+LORA = {"lora__rank": 2, "lora__targets": "attention,w_up", "optimizer__schedule_updates": 6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    tiny_run.write_corpus(folder / "corpus", text=tiny_run.CHINESE)
+    assert main.main(command(folder, f"--workdir={folder / 'base'}")) == 0
+    assert main.main(tuned(folder, folder / "run")) == 0
+    return folder
+
+
+def tuned(folder, workdir, *words, **changes):
+    """The command of a run of adapters that begins with the run in `folder`/base."""
+    settings = LORA | {"checkpoint__init_from": folder / "base"} | changes
+    return command(folder, f"--workdir={workdir}", *words, **settings)
+
+
+def held_out(capsys, words):
+    """The held-out loss that a mode prints."""
+    return re.search(r"held-out loss +(\S+)", run(capsys, words))[1]
+
+
+def last_loss(workdir):
+    return [line for line in tiny_run.read_lines(workdir) if line["kind"] == "evaluate"][-1]["loss"]
+
+
+def test_the_plan_says_how_many_parameters_train(folder):
+    plan = json.loads((folder / "run" / "summary.json").read_text())["plan"]
+    assert re.search(
+        r"parameters, [\d,]+ train \(adapters of rank 2 in 5 arrays\) and .* are frozen", plan["model"]
+    )
+
+
+def test_a_checkpoint_holds_adapters_alone_and_the_workdir_their_base_once(folder):
+    with Checkpoints(folder / "run" / "checkpoints", read_only=True) as checkpoints:
+        meta = checkpoints.read_meta()
+    assert len(meta["frozen"]) == 64 and meta["config"]["checkpoint"]["init_from"] == str(folder / "base")
+    held = {
+        name: (folder / "run" / name / "state" / "_METADATA").read_text()
+        for name in ("checkpoints/6", "frozen/0")
+    }
+    assert "embedding_VD" in held["frozen/0"] and "embedding_VD" not in held["checkpoints/6"]
+    assert "'wq_DNH', 'A'" in held["checkpoints/6"] and "'mu'" in held["checkpoints/6"]
+    assert [path.name for path in (folder / "run" / "frozen").iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize("engine", ["in_place", "fused"])
+def test_a_run_that_is_stopped_and_resumed_has_the_losses_of_one_that_was_not(folder, tmp_path, engine):
+    for updates in (3, 6):
+        words = tuned(folder, tmp_path, train__num_updates=updates, compute__engine=engine)
+        assert main.main(words) == 0
+    found, expected = tiny_run.losses(tmp_path), tiny_run.losses(folder / "run")
+    # Engines sum in different orders; one and the same engine goes on bit for bit.
+    assert found == (expected if engine == "in_place" else pytest.approx(expected, rel=1e-5))
+
+
+def test_every_use_of_a_run_has_the_adapters_in_it_and_needs_no_base(folder, tmp_path, capsys):
+    alone = shutil.copytree(folder / "run", tmp_path / "alone")
+    moved = (folder / "base").rename(folder / "away")
+    try:
+        said = run(capsys, ["llmjax", f"--workdir={alone}", "--mode=generate", "--prompt=river"])
+        expected = f"{last_loss(alone):.3f}"
+        assert (
+            "river" in said
+            and held_out(capsys, ["llmjax", f"--workdir={alone}", "--mode=evaluate"])[:5] == expected
+        )
+    finally:
+        moved.rename(folder / "base")
+    # Another run may begin with it, and a converted one is the same model without adapters.
+    words = command(folder, f"--workdir={tmp_path / 'new'}", "--mode=evaluate", checkpoint__init_from=alone)
+    assert held_out(capsys, words)[:5] == expected
+    assert convert.main(["--from", "llmjax", "--to", "llmjax", str(alone), str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    words = command(
+        folder, f"--workdir={tmp_path / 'new'}", "--mode=evaluate", checkpoint__init_from=tmp_path / "merged"
+    )
+    assert held_out(capsys, words)[:5] == expected
+    assert f"{last_loss(folder / 'base'):.3f}" != expected
+
+
+@pytest.mark.parametrize("what", ["gone", "of another run"])
+def test_other_frozen_parameters_are_refused(folder, tmp_path, capsys, what):
+    workdir = shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(workdir / "frozen")
+    if what != "gone":
+        shutil.copytree(folder / "base" / "checkpoints" / "6", workdir / "frozen" / "0")
+    for mode in ("generate", "train"):
+        said = refuse(capsys, tuned(folder, workdir, f"--mode={mode}", train__num_updates=9))
+        assert (
+            "frozen does not hold the frozen parameters that the checkpoint of update 6 was trained with"
+            in said
+        )
+
+
+def test_names_that_do_not_exist_are_refused_before_text_is_read(folder, tmp_path, capsys):
+    said = refuse(capsys, tuned(folder, tmp_path / "run", lora__targets="wz", data__sources=folder / "base"))
+    assert "lora.targets has 'wz', which names no parameter that it can have; use some of layers" in said
