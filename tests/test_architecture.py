@@ -60,6 +60,7 @@ WITHIN = {
         "source",
         "certificate",
         "hf_folder",
+        "peft_folder",
         "gguf",
         "foreign",
     ],

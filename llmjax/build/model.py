@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 
@@ -14,7 +14,6 @@ from llmjax.models.contract import Model
 from llmjax.models.table import FAMILIES
 from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.attention.sequence_attention import make_attend
-from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
 from llmjax.tasks.contract import AddsParameters, Setting
 from llmjax.tasks.table import TASKS
@@ -95,11 +94,3 @@ def added_entries(config: Config) -> tuple[str, ...]:
     """The entries of the tree of parameters that the task of a config adds."""
     task = TASKS[config.task.name]
     return task.added if isinstance(task, AddsParameters) else ()
-
-
-def check_tuning(config: Config, derived: Derived, devices: Sequence[jax.Device]) -> None:
-    """UserError for names in `lora` or train.frozen that the config's model lacks, before any text is read."""
-    if config.lora.rank or config.train.frozen:
-        mesh = make_mesh(config.mesh, devices)
-        # No name depends on the vocabulary, which is not known yet.
-        make_model_tuning(config, make_model(config, derived, mesh.shape["tensor"], Layout(mesh)))

@@ -11,9 +11,10 @@ import jax
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import describe_difference
-from llmjax.build.frozen import load_frozen, save_frozen
 from llmjax.build.model import added_entries
 from llmjax.build.program import Program
+from llmjax.build.tuning.adapters import with_adapters
+from llmjax.build.tuning.frozen import load_frozen, save_frozen
 from llmjax.config.reading import read_optimizer, read_task, read_tuning
 from llmjax.config.schema import Config
 from llmjax.convert.foreign import is_foreign, open_foreign
@@ -89,13 +90,11 @@ def resume_or_init(
             together(lambda: standing.check_standing(workdir, warn))
             if standing.has_begun(workdir):
                 warn(f"no checkpoint in {workdir} has shown a finite loss; the run begins again")
-            params = None
-            if program.config.checkpoint.init_from:
+            params, begun_with = None, program.config.checkpoint.init_from
+            if begun_with:
                 update, params = initial_params(program, lambda sentence: say(f"note: {sentence}"))
-                say(
-                    f"beginning with the parameters of update {update} of {program.config.checkpoint.init_from}"
-                )
-            state = program.init(params)
+                say(f"beginning with the parameters of update {update} of {begun_with}")
+            state = begin_with(program, params)
             save_frozen(program, state, workdir)
             return state, Position()
         newest = max(metas, key=lambda source: metas[source]["cursor"])
@@ -109,6 +108,22 @@ def resume_or_init(
         position.check_partial_update(program.batch.micro_batch_size, program.engine.stops_within)
         stopped, _ = newest.restore(dataclasses.replace(program.abstract_state(), frozen={}))
         return dataclasses.replace(stopped, frozen=load_frozen(program, workdir, metas[newest])), position
+
+
+def begin_with(program: Program, params: Params | None) -> TrainState:
+    """A new state, with `params` if they are given, and with the adapters in lora.init_from if it names some."""
+    state = program.init(params)
+    return with_adapters(program, state) if program.config.lora.init_from else state
+
+
+def untrained_params(
+    program: Program, tell: Callable[[str], None] = lambda sentence: None
+) -> tuple[int, Params]:
+    """The update and the parameters with which a run would begin, see `initial_params`."""
+    update, params = initial_params(program, tell)
+    if program.config.lora.init_from:
+        params = program.eval_params(begin_with(program, params))
+    return update, params
 
 
 def restore(program: Program, checkpoints: Checkpoints, workdir: pathlib.Path) -> tuple[TrainState, Position]:
@@ -187,7 +202,15 @@ def _with_added(
 def load_params(
     program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
 ) -> tuple[int, Params]:
-    """The update and the parameters of the model in a checkpoint, for evaluation and generation.
+    """The update and the parameters of the model in a checkpoint, for evaluation and generation; see `load_parts`."""
+    update, trained, frozen = load_parts(program, workdir, checkpoint, key)
+    return update, program.whole(trained, frozen)
+
+
+def load_parts(
+    program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
+) -> tuple[int, Params, Params]:
+    """The update of a checkpoint, the parameters that trained, as they are evaluated, and the frozen ones.
 
     checkpoint  latest (the newest good one), best, or the number of an update
     key         the flag or config key that named it, for errors
@@ -203,8 +226,7 @@ def load_params(
         update = named_update(checkpoints, key, checkpoint)
         if program.averages:
             saved, meta = checkpoints.restore(program.abstract_saved(), update)
-            return meta["update"], program.eval_params(
-                program.resumed(saved, load_frozen(program, workdir, meta))
-            )
+            state = program.resumed(saved, load_frozen(program, workdir, meta))
+            return meta["update"], program.engine.eval_params(state.opt_state, state.params), state.frozen
         params, meta = checkpoints.restore_params(program.abstract_saved().params, update)
-        return meta["update"], program.whole(params, load_frozen(program, workdir, meta))
+        return meta["update"], params, load_frozen(program, workdir, meta)

@@ -10,8 +10,8 @@ from llmjax.build.corpus_record import (
     describe_difference,
     trained_on,
 )
-from llmjax.build.model import check_tuning
 from llmjax.build.program import make_program
+from llmjax.build.tuning.adapters import check_tuning
 from llmjax.config.init_from import resumes, with_tokenizer
 from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
 from llmjax.data.tokenizer.loading import load_tokenizer

@@ -32,13 +32,13 @@ from llmjax.build.corpus_record import (
     save_tokenizer,
     write_record,
 )
-from llmjax.build.model import check_tuning
 from llmjax.build.program import Program, make_program
 from llmjax.build.restore import (
     hold,
     open_checkpoints,
     resume_or_init,
 )
+from llmjax.build.tuning.adapters import check_tuning
 from llmjax.config.schema import Config
 from llmjax.errors import UserError, choose
 from llmjax.escapes import complain

@@ -111,3 +111,24 @@ def test_other_frozen_parameters_are_refused(folder, tmp_path, capsys, what):
 def test_names_that_do_not_exist_are_refused_before_text_is_read(folder, tmp_path, capsys):
     said = refuse(capsys, tuned(folder, tmp_path / "run", lora__targets="wz", data__sources=folder / "base"))
     assert "lora.targets has 'wz', which names no parameter that it can have; use some of layers" in said
+
+
+def test_adapters_go_to_a_folder_of_peft_and_come_back_equal(folder, tmp_path, capsys):
+    adapters, again = tmp_path / "adapters", tmp_path / "again"
+    assert convert.main(["--from", "llmjax", "--to", "peft", str(folder / "run"), str(adapters)]) == 0
+    began = tuned(folder, tmp_path / "begun", train__num_updates=0, lora__init_from=adapters)
+    assert main.main(began) == 0
+    assert last_loss(tmp_path / "begun") == pytest.approx(last_loss(folder / "run"), rel=1e-6)
+    assert convert.main(["--from", "llmjax", "--to", "peft", str(tmp_path / "begun"), str(again)]) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (adapters / name).read_bytes() == (again / name).read_bytes()
+    # Without a run, other modes use the adapters too.
+    words = tuned(folder, tmp_path / "none", "--mode=evaluate", lora__init_from=adapters)
+    capsys.readouterr()
+    assert held_out(capsys, words)[:5] == f"{last_loss(folder / 'run'):.3f}"
+    said = refuse(capsys, tuned(folder, tmp_path / "other", lora__init_from=adapters, lora__alpha=3.0))
+    assert "lora.alpha=3.0, but" in said
+    assert convert.main(["--from", "llmjax", "--to", "peft", str(folder / "base"), str(tmp_path / "no")]) == 2
+    assert (
+        "lora.rank=0 has no adapters to convert" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    )

@@ -17,15 +17,16 @@ import numpy as np
 
 import llmjax
 from llmjax.build.corpus import Corpus
-from llmjax.build.frozen import fingerprint_of
 from llmjax.build.placement import Feed
 from llmjax.build.program import Program
 from llmjax.build.restore import (
     KEEP_NEWEST,
+    begin_with,
     initial_params,
     open_checkpoints,
     restore,
 )
+from llmjax.build.tuning.frozen import fingerprint_of
 from llmjax.errors import choose
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.files import write_atomically
@@ -182,7 +183,7 @@ class _Parts:
     def begin(self) -> TrainState:
         program = self.program
         params = initial_params(program)[1] if program.config.checkpoint.init_from else None
-        return program.init(params)
+        return begin_with(program, params)
 
     def describe_batch(self, first: int, count: int) -> str:
         return "documents " + _list_spans(self.corpus.train.documents(np.arange(first, first + count)))
