@@ -27,6 +27,7 @@ from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, is_axes, partition_spec
 from llmjax.tasks.contract import Task
 from llmjax.tasks.table import TASKS
+from llmjax.train.optim.layer_decay import deepest
 from llmjax.train.optim.offload import HOST
 from llmjax.train.optim.optimizer import make_optimizer
 from llmjax.train.optim.param_roles import Roles
@@ -212,7 +213,7 @@ def make_program(
     _check_host_memory(config, mesh)
     model = make_model(config, derived, vocab_size, Layout(mesh))
     tuning = make_model_tuning(config, model)
-    axes = tuning.trained_axes
+    params, axes = _params_shape(model, mesh), tuning.trained_axes
     roles = Roles(axes)
     make_engine = choose(ENGINES, "compute.engine", config.compute.engine)
     engine = make_engine(
@@ -222,6 +223,7 @@ def make_program(
             config.train.num_updates,
             roles,
             offload=config.compute.offload_optimizer,
+            num_layers=deepest(Roles(tuning.axes), params),
         ),
         # What adapters are added to is rounded after the addition, by the model itself.
         options=EngineOptions(config.compute.gather, "float32" if tuning.adapters else config.model.dtype),
@@ -235,7 +237,6 @@ def make_program(
     )
     param_specs = jax.tree.map(partition_spec, axes, is_leaf=is_axes)
     state = abstract_state(model.init, engine, param_specs, mesh, tuning)
-    params = _params_shape(model, mesh)
     # Where each device keeps gradients of its own, it computes with a model that sees only its own sequences.
     local = make_model(config, derived, vocab_size, Layout(mesh, engine.manual)) if engine.manual else model
     local_loss = (

@@ -118,7 +118,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     ):
         with working("preparing the parameters"):
             state, position = resume_or_init(program, corpus, checkpoints, workdir)
-        finished = position.tokens >= program.steering.num_tokens
+        finished = position.is_over(program.steering.num_tokens, config.train.patience)
         check_profile(request.profile, config, position)
         if not finished:
             ahead.start(position.tokens)
@@ -174,8 +174,11 @@ def say_beginning(
 ) -> None:
     """Says what a user should know of the run before its first update, and that it begins, or that it is finished."""
     if finished:
-        done, asked = f"{position.update:,} updates are done", program.config.train.num_updates
-        say(f"finished: {done}, and train.num_updates={asked} asks for no more")
+        done, asked = f"{position.update:,} updates are done", program.config.train
+        why = f"train.num_updates={asked.num_updates} asks for no more"
+        if position.tokens < program.steering.num_tokens:
+            why = f"{position.waited} evaluations were not better; raise train.patience={asked.patience} to go on"
+        say(f"finished: {done}, and {why}")
         return
     for remark in remarks(program, so_far, position.tokens):
         say(f"note: {remark}\n")

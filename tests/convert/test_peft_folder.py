@@ -149,7 +149,7 @@ def test_adapters_of_other_matrices_are_refused(tmp_path):
     wider = Adapted(tmp_path / "wider", rank=3, alpha=9.0)
     with pytest.raises(UserError, match="which this model with lora.rank=2 does not have"):
         many.read(wider.write(tmp_path / "c"))
-    damaged(folder := many.write(tmp_path / "d"), alpha_pattern={"c_proj": 3.0})
+    damaged(folder := many.write(tmp_path / "d"), alpha_pattern={"c_attn": 18.0, "c_proj": 3.0})
     with pytest.raises(
         UserError, match=r"r=2 and lora_alpha=3.0, and all adapters are multiplied by the same"
     ):

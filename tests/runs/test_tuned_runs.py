@@ -132,3 +132,35 @@ def test_adapters_go_to_a_folder_of_peft_and_come_back_equal(folder, tmp_path, c
     assert (
         "lora.rank=0 has no adapters to convert" in capsys.readouterr().err and not (tmp_path / "no").exists()
     )
+
+
+def test_a_run_without_better_scores_ends_early_as_a_finished_one(folder, tmp_path, capsys):
+    # With a learning rate of 0 no score becomes better.
+    settings = {
+        "train__num_updates": 9,
+        "evaluate__every": 1,
+        "checkpoint__every": 4,
+        "optimizer__learning_rate": 0.0,
+    }
+    words = command(
+        folder, f"--workdir={tmp_path}", train__patience=2, **settings, optimizer__layer_decay=0.5
+    )
+    said = run(capsys, words)
+    assert (
+        "the held-out loss has not become better in 2 evaluations in a row" in said and "done after" in said
+    )
+    assert len(tiny_run.losses(tmp_path)) == 3 and (tmp_path / "checkpoints" / "3").is_dir()
+    assert "finished: 3 updates are done, and 2 evaluations were not better; raise train.patience=2" in run(
+        capsys, words
+    )
+    run(capsys, [*words, "--config.train.patience=4"])
+    assert len(tiny_run.losses(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"train__patience": 2, "evaluate__every": 0}, "train.patience=2 counts evaluations, and evaluate.every=0 m"),
+    ({"train__patience": 2, "data__held_out_fraction": 0.0}, "train.patience=2 counts evaluations on held-out text"),
+    ({"optimizer__layer_decay": 0.5, "model__family": "lstm"}, "optimizer.layer_decay=0.5 needs a stack of layers"),
+])  # fmt: skip
+def test_what_would_have_no_effect_is_refused(folder, tmp_path, capsys, changes, message):
+    assert message in refuse(capsys, command(folder, f"--workdir={tmp_path / 'run'}", **changes))

@@ -76,6 +76,7 @@ def make_run(
         micro_batch_size=program.batch.micro_batch_size,
         seq_len=program.batch.seq_len,
         evaluate_every=config.evaluate.every,
+        patience=config.train.patience,
         statistics_every=config.train.statistics_every,
         engine=program.engine,
         step=parts.step,
