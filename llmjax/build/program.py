@@ -215,19 +215,7 @@ def make_program(
     tuning = make_model_tuning(config, model)
     params, axes = _params_shape(model, mesh), tuning.trained_axes
     roles = Roles(axes)
-    make_engine = choose(ENGINES, "compute.engine", config.compute.engine)
-    engine = make_engine(
-        make_optimizer(
-            config.optimizer,
-            config.optimizers,
-            config.train.num_updates,
-            roles,
-            offload=config.compute.offload_optimizer,
-            num_layers=deepest(Roles(tuning.axes), params),
-        ),
-        # What adapters are added to is rounded after the addition, by the model itself.
-        options=EngineOptions(config.compute.gather, "float32" if tuning.adapters else config.model.dtype),
-    )
+    engine = _make_engine(config, tuning, params)
     steering = make_steering(config, derived, mesh, engine)
     engine = dataclasses.replace(engine, max_steps=max(steering.max_steps, 1 + accumulates))
     loss = make_task_loss(config, model, model.layout, vocabulary, training=True)
@@ -266,6 +254,22 @@ def make_program(
         token_losses=jax.jit(token_losses, out_shardings=Layout(mesh).sharding(None, None)),
         vocabulary=vocabulary,
     )
+
+
+def _make_engine(config: Config, tuning: Tuning, params: Params) -> Engine:
+    """The config's engine, with its optimizer; `params` are the shapes of the model's parameters."""
+    make_engine = choose(ENGINES, "compute.engine", config.compute.engine)
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.optimizers,
+        config.train.num_updates,
+        Roles(tuning.trained_axes),
+        offload=config.compute.offload_optimizer,
+        num_layers=deepest(Roles(tuning.axes), params),
+    )
+    # What adapters are added to is rounded after the addition, by the model itself.
+    compute_dtype = "float32" if tuning.adapters else config.model.dtype
+    return make_engine(optimizer, options=EngineOptions(config.compute.gather, compute_dtype))
 
 
 def _params_shape(model: Model, mesh: Mesh) -> Params:

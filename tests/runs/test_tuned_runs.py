@@ -197,3 +197,25 @@ def test_every_family_resumes_and_is_evaluated_with_adapters(tmp_path, name, cap
     assert tiny_run.losses(tmp_path / "cut") == tiny_run.losses(tmp_path / "whole")
     capsys.readouterr()
     assert held_out(capsys, [*words, "--mode=evaluate"]) == last_loss(tmp_path / "cut")
+
+
+def test_an_update_that_was_stopped_between_micro_steps_goes_on_there(folder, tmp_path, capsys, monkeypatch):
+    polls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr("llmjax.train.loop.stop_request.StopRequest.poll", lambda self: next(polls) == 2)
+        assert main.main(tuned(folder, tmp_path)) == 75
+    assert "micro-steps of the next and saved" in capsys.readouterr().out
+    held = next((tmp_path / "partial_update").glob("*/state/_METADATA")).read_text()
+    assert "'acc_grads'" in held and "embedding_VD" not in held
+    assert main.main(tuned(folder, tmp_path)) == 0
+    assert tiny_run.losses(tmp_path) == tiny_run.losses(folder / "run")
+
+
+def test_a_spike_takes_a_run_back_to_its_adapters_and_its_base(folder, tmp_path):
+    # Without learning, the loss of each batch lies above or below the level of those before.
+    spikes = {"stability__on_spike": "rewind", "stability__threshold": 1e-6, "stability__warmup_updates": 10}
+    assert main.main(
+        tuned(folder, tmp_path, train__num_updates=20, optimizer__learning_rate=0.0, **spikes)
+    ) in (0, 1)
+    events = [line for line in tiny_run.read_lines(tmp_path) if line.get("event") == "rewind"]
+    assert events and "back from update" in events[0]["text"]
