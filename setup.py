@@ -56,6 +56,6 @@ setup(
         "wandb": ["wandb>=0.19.10"],
         "translate": TRANSLATE,
         "test": TEST,
-        "interop": ["torch==2.13.0", "transformers>=4.50", "accelerate>=1.1", *CONVERT],
+        "interop": ["torch==2.13.0", "transformers>=4.50", "accelerate>=1.1", "peft>=0.15", *CONVERT],
     },
 )

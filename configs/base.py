@@ -159,7 +159,17 @@ def get_config() -> ConfigDict:
     train.batch_schedule = "constant"  # constant | piecewise | linear: tokens per update as tokens are seen
     train.batch_points = ()  # for batch_schedule: TOKENS_SEEN:TOKENS_PER_UPDATE, ...; the first is 0:...
     train.z_loss = 0.0  # weight of log(Z)^2 in the gradient; reported as z_loss, never within the loss
+    train.frozen = ()  # parameters that stay as they are: embedding, attention, wq, layers:2 (the first 2) ...
+    train.patience = 0  # ends the run after as many evaluations without a better score; 0 = never
     train.statistics_every = 0  # updates between statistics of each layer: gradients, activations; 0 = off
+
+    # Fine-tuning with few parameters: matrices get small adapters, which alone train (see docs/fine_tuning.md).
+    c.lora = lora = ConfigDict()
+    lora.rank = 0  # R, the inner size of an adapter; 0 = off
+    lora.alpha = 16.0  # adapters are multiplied by alpha / rank
+    lora.rslora = False  # multiplies by alpha / sqrt(rank) instead
+    lora.targets = ("all",)  # matrices that get adapters: all, attention, mlp, wq, layers/attention/w* ...
+    lora.init_from = ""  # a folder of adapters of the library peft to begin with; "" = new ones
 
     c.optimizer = optimizer = ConfigDict()
     optimizer.name = "muon"  # adamw | lion | adafactor | muon | schedule_free_adamw
@@ -170,6 +180,7 @@ def get_config() -> ConfigDict:
     optimizer.final_lr_fraction = 0.1  # learning rate at the schedule's last update / peak
     optimizer.decay_fraction = 0.2  # share of the schedule that wsd takes for its linear decay at the end
     optimizer.weight_decay = 0.1  # times the learning rate, per update; norms and biases do not decay
+    optimizer.layer_decay = 1.0  # learning rate of a layer / of the one above it; fine-tuning: 0.65 to 0.95
     optimizer.clip = "global"  # global | block (each layer by itself) | adaptive (by the norm of the weights)
     optimizer.clip_norm = 1.0  # largest gradient norm; for adaptive: / weight norm, 0.01 to 0.16; 0 = off
     optimizer.batch_scaling = "none"  # learning rate times this power of the batch: none | sqrt | linear

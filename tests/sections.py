@@ -39,8 +39,14 @@ def optimizer_section(name: str = "adamw", **changes: Any) -> OptimizerConfig:
 
 
 def optimizer_of(
-    config: OptimizerConfig, num_updates: int, roles: Roles, *, offload: bool = False, **own: Any
+    config: OptimizerConfig,
+    num_updates: int,
+    roles: Roles,
+    *,
+    offload: bool = False,
+    num_layers: int = 0,
+    **own: Any,
 ) -> Optimizer:
     """The optimizer of `config`; `own` changes the section that has the name of the optimizer."""
     sections = {name: section(name, **(own if name == config.name else {})) for name in OPTIMIZERS}
-    return make_optimizer(config, sections, num_updates, roles, offload=offload)
+    return make_optimizer(config, sections, num_updates, roles, offload=offload, num_layers=num_layers)

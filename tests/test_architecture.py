@@ -45,7 +45,7 @@ ORDER = [
 ]
 # The same within a room, for folders and files that have a place in it.
 WITHIN = {
-    "train": ["optim", "update", "steering", "checkpoint", "loop"],
+    "train": ["optim", "tuning", "update", "steering", "checkpoint", "loop"],
     "plan": ["hlo", "topology", "summary", "communication", "compile", "memory", "advice"],
     "data": ["checksums", "sources", "tokenizer", "examples", "store", "layout", "packing", "pipeline"],
     "config": ["file", "help", "schema", "reading", "resolve", "imported", "resume", "init_from"],
@@ -60,6 +60,7 @@ WITHIN = {
         "source",
         "certificate",
         "hf_folder",
+        "peft_folder",
         "gguf",
         "foreign",
     ],

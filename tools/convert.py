@@ -3,6 +3,7 @@
     python -m tools.convert --from hf --to llmjax TinyLlama-1.1B runs/tinyllama
     python -m tools.convert --from llmjax --to hf runs/base exported --verify
     python -m tools.convert --from llmjax --to gguf runs/base exported --dtype q8_0
+    python -m tools.convert --from llmjax --to peft runs/tuned adapters
     python -m tools.convert --from llama2c --to hf stories260K.bin exported
 
 A model of transformers is a folder with config.json and safetensors files, one of llmjax a workdir, and one of llama2.c
@@ -28,6 +29,7 @@ from llmjax.build.conversion import (
     load_run,
     save_as_gguf,
     save_as_hf,
+    save_as_peft,
     save_as_run,
 )
 from llmjax.convert.gguf.export import FILE
@@ -37,7 +39,7 @@ from llmjax.errors import UserError, reason_of
 from llmjax.terminal.lines import say, warn
 
 # What writes a model for other programs, by --to.
-SAVE = {"hf": save_as_hf, "gguf": save_as_gguf}
+SAVE = {"hf": save_as_hf, "gguf": save_as_gguf, "peft": save_as_peft}
 # The rows and the tokens of a row that --verify compares. A choice.
 ROWS, COLUMNS = 4, 128
 
@@ -99,6 +101,10 @@ def run(asked: argparse.Namespace) -> None:
     if asked.verify and not SAVE.keys() & {asked.source_kind, asked.kind}:
         raise UserError(
             f"--verify needs a model of transformers on one side; convert --to {' or '.join(SAVE)}"
+        )
+    if asked.kind == "peft" and (asked.verify or asked.source_kind != "llmjax"):
+        raise UserError(
+            "--to peft writes the adapters of a run, which are no model; convert --from llmjax, and leave out --verify"
         )
     if asked.source_kind == "llmjax" and asked.tokenizer:
         raise UserError(

@@ -17,10 +17,11 @@ import numpy as np
 
 from llmjax.build.exported_tokenizer import copy_tokenizer_files, facts_for_gguf, save_for_transformers
 from llmjax.build.program import Program, make_program
-from llmjax.build.restore import load_params
+from llmjax.build.restore import load_parts
+from llmjax.build.tuning.adapters import save_adapters
 from llmjax.config.imported import imported_config, settings_of
 from llmjax.config.init_from import own_tokenizer
-from llmjax.config.reading import complete_config, read_optimizer
+from llmjax.config.reading import complete_config, read_optimizer, read_tuning
 from llmjax.config.resolve import resolve_config
 from llmjax.config.schema import Config
 from llmjax.convert import certificate, hf_folder, llama2c
@@ -63,6 +64,8 @@ class Model:
     facts      what the certificate says of where it came from
     ids        the ids of the special tokens, by their names in config.json
     folder     the folder of transformers that it was read from, if it was one
+    trained    the parameters that trained in the run, without the frozen ones; nothing for a model that is no run
+    base       what the run began with (checkpoint.init_from), if anything
     chat_template  how a dialogue is written as text, in Jinja; nothing if it is not known
     remarks    sentences about what it has and we do not, and about what it lacks
     """
@@ -76,6 +79,8 @@ class Model:
     folder: pathlib.Path | None = None
     chat_template: str = ""
     remarks: tuple[str, ...] = ()
+    trained: Params = dataclasses.field(default_factory=dict)
+    base: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -106,7 +111,7 @@ def load_foreign(kind: str, path: pathlib.Path, tokenizer: pathlib.Path | None =
         raise UserError(f"{path} does not exist; give a model")
     source = OPEN[kind](path)
     program = _program(imported_config(source.settings), source.vocab_size)
-    abstract = program.abstract_saved().params
+    abstract = program.params_shape
     places = source.places(abstract)
     # Before anything is read: all tensors are there, and of the right shape.
     remarks = source.remarks(source.match(places))
@@ -149,15 +154,18 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
             f"note: what is written is a language model; that {workdir} was trained with task.name="
             f"{trained['task']['name']!r}, and how its texts are marked, is not written with it"
         )
-    # An optimizer that averages keeps a part of the parameters in its state. Nothing else of the run matters here.
-    config = dataclasses.replace(config, **read_optimizer(saved, workdir))
+    # An optimizer that averages keeps a part of the parameters in its state, and frozen ones lie apart. Nothing else of
+    # the run matters here.
+    trained_with = read_optimizer(saved, workdir) | read_tuning(saved, workdir, config.train)
+    config = dataclasses.replace(config, **trained_with)
     program = _program(config, tokenizer.vocab_size)
-    update, params = load_params(program, workdir, checkpoint)
+    update, own, frozen = load_parts(program, workdir, checkpoint)
+    params, base = program.whole(own, frozen), trained["checkpoint"]["init_from"]
     facts = certificate.side("llmjax", workdir, update=update)
     file = workdir / "tokenizer" / hf_folder.CHAT_TEMPLATE
     template = file.read_text(encoding="utf-8") if file.is_file() else ""
     settings, ids = settings_of(program.config), _ids(tokenizer)
-    return Model(settings, program, params, tokenizer, facts, ids, None, template)
+    return Model(settings, program, params, tokenizer, facts, ids, None, template, own, base)
 
 
 def _ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
@@ -245,6 +253,26 @@ def save_as_gguf(
         export.write(unfinished, model.params, digests.__setitem__)
         to = _facts(model, "gguf", folder) | {"architecture": export.family}
         to |= certificate.written_tensors(places, types, digests)
+        certificate.write(unfinished, {"from": model.facts, "to": to, **verify(unfinished)})
+
+
+def save_as_peft(
+    model: Model,
+    folder: pathlib.Path,
+    dtype: str,
+    verify: Callable[[pathlib.Path], Mapping[str, Any]] = lambda _: {},
+) -> None:
+    """Writes a folder with the adapters of a run as the library `peft` reads them, float32, without their model.
+
+    `verify` is called with the folder, as in `save_as_hf`. Raises UserError if transformers has no such model.
+    """
+    if dtype != "float32":
+        raise UserError(f"--dtype={dtype} is not for adapters, which are written as float32; leave it out")
+    base = pathlib.Path(model.base)
+    named = str(base.absolute()) if model.base and hf_folder.is_model_folder(base) else ""
+    with _new_folder(folder) as unfinished:
+        save_adapters(model.program, model.trained, unfinished, named)
+        to = _facts(model, "peft", folder)
         certificate.write(unfinished, {"from": model.facts, "to": to, **verify(unfinished)})
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
+
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
 from llmjax.data.tokenizer.vocabulary import Vocabulary
@@ -15,6 +17,7 @@ from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.rules import Layout
 from llmjax.tasks.contract import AddsParameters, Setting
 from llmjax.tasks.table import TASKS
+from llmjax.train.tuning.tuning import Tuning, make_tuning
 from llmjax.types import LossSums
 
 
@@ -78,3 +81,16 @@ def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout
     if isinstance(task, AddsParameters):
         return task.make_model(model, config.tasks[config.task.name], config.model.init_std)
     return model
+
+
+def make_model_tuning(config: Config, model: Model) -> Tuning:
+    """Which parameters of the config's model train. UserError for names in `lora` or train.frozen that it lacks."""
+    shapes = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
+    added = added_entries(config)
+    return make_tuning(model.axes(), config.lora, config.train.frozen, shapes, added)
+
+
+def added_entries(config: Config) -> tuple[str, ...]:
+    """The entries of the tree of parameters that the task of a config adds."""
+    task = TASKS[config.task.name]
+    return task.added if isinstance(task, AddsParameters) else ()

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from llmjax.build.model import batch_shards, make_model, make_task_loss
+from llmjax.build.model import batch_shards, make_model, make_model_tuning, make_task_loss
 from llmjax.build.placement import Placement
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
@@ -27,11 +27,13 @@ from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, is_axes, partition_spec
 from llmjax.tasks.contract import Task
 from llmjax.tasks.table import TASKS
+from llmjax.train.optim.layer_decay import deepest
 from llmjax.train.optim.offload import HOST
 from llmjax.train.optim.optimizer import make_optimizer
 from llmjax.train.optim.param_roles import Roles
 from llmjax.train.steering.batch_schedule import BatchArithmetic
 from llmjax.train.steering.steering import Steering
+from llmjax.train.tuning.tuning import Tuning
 from llmjax.train.update.accumulate import UpdateInputs
 from llmjax.train.update.engine import Engine, EngineOptions
 from llmjax.train.update.engines import ENGINES
@@ -50,7 +52,13 @@ from llmjax.types import Batch, LossSums, Params
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What runs on the devices: the model on its mesh, the shape of the state, and the jitted steps."""
+    """What runs on the devices: the model on its mesh, the shape of the state, and the jitted steps.
+
+    tuning        which parameters train
+    param_specs   how the parameters that train lie on the mesh
+    params_shape  shapes, dtypes and shardings of the parameters of the model
+    join          jitted `Tuning.join`
+    """
 
     config: Config
     derived: Derived
@@ -58,7 +66,10 @@ class Program:
     model: Model
     engine: Engine
     steering: Steering
+    tuning: Tuning
     param_specs: Params
+    params_shape: Params
+    join: Callable[[Params, Params], Params]
     # Shapes, dtypes and shardings of the state.
     state_shape: TrainState
     # Called as a `step.TrainStep`; donates the state.
@@ -73,12 +84,12 @@ class Program:
         return Layout(self.mesh)
 
     def init(self, params: Params | None = None) -> TrainState:
-        """A new state, each array made in shards on the mesh. `params`, if given, are used instead of random ones, and
-        donated."""
+        """A new state, each array made in shards on the mesh. `params`, if given, are those of the model instead of
+        random ones, and donated."""
         rng = make_key(self.config.seed)
         if params is not None:
-            return state_around(params, self.engine, rng, self.param_specs, self.mesh)
-        return init_state(self.model.init, self.engine, rng, self.state_shape)
+            return state_around(params, self.engine, rng, self.param_specs, self.mesh, self.tuning)
+        return init_state(self.model.init, self.engine, rng, self.state_shape, self.tuning)
 
     def changed(self, config: Config, derived: Derived) -> Program:
         """The program of another config, for the same tokenizer and devices."""
@@ -92,19 +103,25 @@ class Program:
     def abstract_saved(self) -> TrainState:
         """Shapes, dtypes and shardings of the state as a checkpoint holds it."""
         own = Engine(self.engine.optimizer)
-        return abstract_state(self.model.init, own, self.param_specs, self.mesh)
+        state = abstract_state(self.model.init, own, self.param_specs, self.mesh, self.tuning)
+        return dataclasses.replace(state, frozen={})
 
     def saved(self, state: TrainState) -> TrainState:
         """The state as a checkpoint holds it."""
         return saved_state(state, self.engine)
 
-    def resumed(self, saved: TrainState) -> TrainState:
-        """The state to train on from, made of the state that a checkpoint holds."""
-        return resumed_state(saved, self.engine, self.param_specs, self.mesh)
+    def resumed(self, saved: TrainState, frozen: Params) -> TrainState:
+        """The state to train on from, made of the state that a checkpoint holds and of the frozen parameters."""
+        saved = dataclasses.replace(saved, frozen=frozen)
+        return resumed_state(saved, self.engine, self.param_specs, self.mesh, self.tuning.frozen_specs)
 
     def eval_params(self, state: TrainState) -> Params:
-        """The parameters to evaluate and generate with."""
-        return self.engine.eval_params(state.opt_state, state.params)
+        """The parameters of the model to evaluate and generate with."""
+        return self.whole(self.engine.eval_params(state.opt_state, state.params), state.frozen)
+
+    def whole(self, trained: Params, frozen: Params) -> Params:
+        """The parameters of the model, made of those that train and the frozen ones."""
+        return self.join(trained, frozen) if self.tuning.is_partial else trained
 
     @property
     def task(self) -> Task:
@@ -195,19 +212,10 @@ def make_program(
         )
     _check_host_memory(config, mesh)
     model = make_model(config, derived, vocab_size, Layout(mesh))
-    axes = model.axes()
+    tuning = make_model_tuning(config, model)
+    params, axes = _params_shape(model, mesh), tuning.trained_axes
     roles = Roles(axes)
-    make_engine = choose(ENGINES, "compute.engine", config.compute.engine)
-    engine = make_engine(
-        make_optimizer(
-            config.optimizer,
-            config.optimizers,
-            config.train.num_updates,
-            roles,
-            offload=config.compute.offload_optimizer,
-        ),
-        options=EngineOptions(config.compute.gather, config.model.dtype),
-    )
+    engine = _make_engine(config, tuning, params)
     steering = make_steering(config, derived, mesh, engine)
     engine = dataclasses.replace(engine, max_steps=max(steering.max_steps, 1 + accumulates))
     loss = make_task_loss(config, model, model.layout, vocabulary, training=True)
@@ -216,13 +224,13 @@ def make_program(
         model, shards=batch_shards(model.layout), vocab_shards=model.layout.axis_size("tensor")
     )
     param_specs = jax.tree.map(partition_spec, axes, is_leaf=is_axes)
-    state = abstract_state(model.init, engine, param_specs, mesh)
+    state = abstract_state(model.init, engine, param_specs, mesh, tuning)
     # Where each device keeps gradients of its own, it computes with a model that sees only its own sequences.
     local = make_model(config, derived, vocab_size, Layout(mesh, engine.manual)) if engine.manual else model
     local_loss = (
         make_task_loss(config, local, local.layout, vocabulary, training=True) if engine.manual else loss
     )
-    step = engine.make_step(local_loss, mesh, param_specs, roles)
+    step = engine.make_step(local_loss, mesh, param_specs, roles, tuning)
     return Program(
         config=config,
         derived=derived,
@@ -230,7 +238,10 @@ def make_program(
         model=model,
         engine=engine,
         steering=steering,
+        tuning=tuning,
         param_specs=param_specs,
+        params_shape=params,
+        join=jax.jit(tuning.join, out_shardings=jax.tree.map(lambda x: x.sharding, params)),
         state_shape=state,
         # The state is donated, so that old and new state are never both in memory. Its shardings are fixed, because the
         # compiler would choose others and compile again for the next call.
@@ -239,9 +250,36 @@ def make_program(
         ),
         # Sums are complete on every device, also those that are arrays.
         eval_step=jax.jit(make_eval_step(held_out_loss), out_shardings=Layout(mesh).sharding()),
-        statistics=jax.jit(make_statistics(model.activations, loss, roles)),
+        statistics=jax.jit(make_statistics(model.activations, loss, Roles(tuning.axes))),
         token_losses=jax.jit(token_losses, out_shardings=Layout(mesh).sharding(None, None)),
         vocabulary=vocabulary,
+    )
+
+
+def _make_engine(config: Config, tuning: Tuning, params: Params) -> Engine:
+    """The config's engine, with its optimizer; `params` are the shapes of the model's parameters."""
+    make_engine = choose(ENGINES, "compute.engine", config.compute.engine)
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.optimizers,
+        config.train.num_updates,
+        Roles(tuning.trained_axes),
+        offload=config.compute.offload_optimizer,
+        num_layers=deepest(Roles(tuning.axes), params),
+    )
+    # What adapters are added to is rounded after the addition, by the model itself.
+    compute_dtype = "float32" if tuning.adapters else config.model.dtype
+    return make_engine(optimizer, options=EngineOptions(config.compute.gather, compute_dtype))
+
+
+def _params_shape(model: Model, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of the parameters of a model."""
+    shapes = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
+    specs = jax.tree.map(partition_spec, model.axes(), is_leaf=is_axes)
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes,
+        specs,
     )
 
 

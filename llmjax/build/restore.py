@@ -12,9 +12,12 @@ import jax
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import describe_difference
+from llmjax.build.model import added_entries
 from llmjax.build.program import Program
+from llmjax.build.tuning.adapters import with_adapters
+from llmjax.build.tuning.frozen import load_frozen, save_frozen
 from llmjax.config.imported import imported_config
-from llmjax.config.reading import complete_config, read_optimizer, read_task
+from llmjax.config.reading import complete_config, read_optimizer, read_task, read_tuning
 from llmjax.config.resume import made_anew
 from llmjax.config.schema import Config
 from llmjax.convert.foreign import is_foreign, open_foreign
@@ -23,8 +26,6 @@ from llmjax.models.table import FAMILIES
 from llmjax.ops.seeds import make_key
 from llmjax.parallel import hosts
 from llmjax.parallel.agreement import from_primary, together
-from llmjax.tasks.contract import AddsParameters
-from llmjax.tasks.table import TASKS
 from llmjax.terminal.lines import say, warn
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.checkpoint.config import CheckpointConfig
@@ -93,29 +94,46 @@ def resume_or_init(
             together(lambda: standing.check_standing(workdir, warn))
             if standing.has_begun(workdir):
                 warn(f"no checkpoint in {workdir} has shown a finite loss; the run begins again")
-            params = None
-            if program.config.checkpoint.init_from:
+            params, begun_with = None, program.config.checkpoint.init_from
+            if begun_with:
                 update, params = initial_params(program, lambda sentence: say(f"note: {sentence}"))
-                say(
-                    f"beginning with the parameters of update {update} of {program.config.checkpoint.init_from}"
-                )
-            return program.init(params), Position()
+                say(f"beginning with the parameters of update {update} of {begun_with}")
+            state = begin_with(program, params)
+            save_frozen(program, state, workdir)
+            return state, Position()
         newest = max(metas, key=lambda source: metas[source]["cursor"])
         if different := describe_difference(workdir, metas[newest]["data_fingerprint"], corpus):
             raise UserError(
                 f"{different}, so its data cursor means nothing here; restore them or use another --workdir"
             )
         if newest is checkpoints:
-            return restore(program, checkpoints)
+            return restore(program, checkpoints, workdir)
         position = Position.from_meta(metas[newest])
         position.check_partial_update(program.batch.micro_batch_size, program.engine.stops_within)
-        return newest.restore(program.abstract_state())[0], position
+        stopped, _ = newest.restore(dataclasses.replace(program.abstract_state(), frozen={}))
+        return dataclasses.replace(stopped, frozen=load_frozen(program, workdir, metas[newest])), position
 
 
-def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
+def begin_with(program: Program, params: Params | None) -> TrainState:
+    """A new state, with `params` if they are given, and with the adapters in lora.init_from if it names some."""
+    state = program.init(params)
+    return with_adapters(program, state) if program.config.lora.init_from else state
+
+
+def untrained_params(
+    program: Program, tell: Callable[[str], None] = lambda sentence: None
+) -> tuple[int, Params]:
+    """The update and the parameters with which a run would begin, see `initial_params`."""
+    update, params = initial_params(program, tell)
+    if program.config.lora.init_from:
+        params = program.eval_params(begin_with(program, params))
+    return update, params
+
+
+def restore(program: Program, checkpoints: Checkpoints, workdir: pathlib.Path) -> tuple[TrainState, Position]:
     """The state of the latest checkpoint, ready to train on, and its position."""
     saved, meta = checkpoints.restore(program.abstract_saved())
-    return program.resumed(saved), Position.from_meta(meta)
+    return program.resumed(saved, load_frozen(program, workdir, meta)), Position.from_meta(meta)
 
 
 def initial_params(
@@ -131,9 +149,9 @@ def initial_params(
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
     if is_foreign(source):
-        wanted, model = program.abstract_saved().params, open_foreign(source)
+        wanted, model = program.params_shape, open_foreign(source)
         absent = _absent(config, imported_config(model.settings).to_dict())
-        added = (*absent.values(), *_added(config))
+        added = (*absent.values(), *added_entries(config))
         known = {name: x for name, x in wanted.items() if name not in added}
         for remark in model.remarks(model.match(model.places(known))):
             tell(remark)
@@ -143,7 +161,7 @@ def initial_params(
         raise UserError(
             f"checkpoint.init_from={config.checkpoint.init_from!r} has lost its config.json; restore it"
         )
-    trained_with = read_optimizer(saved, source)
+    trained_with = read_optimizer(saved, source) | read_tuning(saved, source, config.train)
     there = dataclasses.replace(config, **read_task(saved, source))
     absent = _absent(config, complete_config(saved, source))
     for key in absent:
@@ -151,7 +169,7 @@ def initial_params(
         off = dataclasses.replace(trained_with.get(section, getattr(config, section)), **{name: False})
         trained_with[section] = off
     # Both are empty for most tasks.
-    ours, theirs = _added(config), _added(there)
+    ours, theirs = added_entries(config), added_entries(there)
     if (ours or theirs) and not has_same_head(config, there):
         trained_with |= read_task(saved, source)
     # An optimizer that averages keeps a part of the parameters to evaluate with in its state.
@@ -174,12 +192,6 @@ def has_same_head(config: Config, other: Config) -> bool:
     return name == other.task.name and labels[0] == labels[1]
 
 
-def _added(config: Config) -> tuple[str, ...]:
-    """The entries of the tree of parameters that the task of a config adds."""
-    task = TASKS[config.task.name]
-    return task.added if isinstance(task, AddsParameters) else ()
-
-
 def _absent(config: Config, there: Mapping[str, Any]) -> dict[str, str]:
     """The keys and entries of a head that a run of `config` has and the run of the config `there` has not."""
     return made_anew(there, config.to_dict(), FAMILIES[config.model.family])
@@ -199,7 +211,7 @@ def _with_added(
         f"checkpoint.init_from={source!r} has all parameters but {' and '.join(added)}, which {asked} adds "
         "and which begins anew"
     )
-    wanted = program.abstract_saved().params
+    wanted = program.params_shape
     shardings = {name: jax.tree.map(lambda x: x.sharding, wanted[name]) for name in added}
     rng = jax.random.split(make_key(program.config.seed))[0]
 
@@ -213,7 +225,15 @@ def _with_added(
 def load_params(
     program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
 ) -> tuple[int, Params]:
-    """The update and parameters of a checkpoint, for evaluation and generation.
+    """The update and the parameters of the model in a checkpoint, for evaluation and generation; see `load_parts`."""
+    update, trained, frozen = load_parts(program, workdir, checkpoint, key)
+    return update, program.whole(trained, frozen)
+
+
+def load_parts(
+    program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
+) -> tuple[int, Params, Params]:
+    """The update of a checkpoint, the parameters that trained, as they are evaluated, and the frozen ones.
 
     checkpoint  latest (the newest good one), best, or the number of an update
     key         the flag or config key that named it, for errors
@@ -229,6 +249,7 @@ def load_params(
         update = named_update(checkpoints, key, checkpoint)
         if program.averages:
             saved, meta = checkpoints.restore(program.abstract_saved(), update)
-            return meta["update"], program.eval_params(program.resumed(saved))
+            state = program.resumed(saved, load_frozen(program, workdir, meta))
+            return meta["update"], program.engine.eval_params(state.opt_state, state.params), state.frozen
         params, meta = checkpoints.restore_params(program.abstract_saved().params, update)
-        return meta["update"], params
+        return meta["update"], params, load_frozen(program, workdir, meta)

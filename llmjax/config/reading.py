@@ -95,6 +95,16 @@ def read_optimizer(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
     }
 
 
+def read_tuning(saved: Mapping[str, Any], workdir: Any, train: Any) -> dict[str, Any]:
+    """What the saved config of the run in `workdir` says of which parameters train: `lora`, and train.frozen.
+
+    `train` is the section `train` of another config, which comes back with train.frozen of the saved one.
+    """
+    complete = complete_config(saved, workdir)
+    lora = _read_section(_hints(Config)["lora"], complete["lora"], "lora.")
+    return {"lora": lora, "train": dataclasses.replace(train, frozen=tuple(complete["train"]["frozen"]))}
+
+
 def read_task(saved: Mapping[str, Any], workdir: Any) -> dict[str, Any]:
     """The section `task` and the sections of all tasks in the saved config of the run in `workdir`."""
     complete, hints = complete_config(saved, workdir), _hints(Config)

@@ -71,6 +71,8 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     check_task_reads(config.task.name, config.tasks)
     _check_sight(config)
     check_optimizer_reads(config.optimizer.name, config.optimizers)
+    _check_layer_decay(config)
+    _check_patience(config)
     T = config.data.seq_len
     config = dataclasses.replace(config, **family.resolve(config.model, config.families, T, config.compute))
     data, fsdp, seq, tensor = mesh_shape(config.mesh, num_devices)
@@ -112,6 +114,32 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     return config, Derived(
         batch, batch_schedule, length_schedule, sharing, reason, layout, examples, source_len
     )
+
+
+def _check_layer_decay(config: Config) -> None:
+    """UserError where the family has no stack of layers whose learning rates could differ."""
+    if config.optimizer.layer_decay != 1 and "transformer" not in FAMILIES[config.model.family].sections:
+        raise UserError(
+            f"optimizer.layer_decay={config.optimizer.layer_decay} needs a stack of layers, which "
+            f"model.family={config.model.family!r} does not have; set it to 1"
+        )
+
+
+def _check_patience(config: Config) -> None:
+    """UserError where train.patience waits for evaluations that are never made."""
+    data, patience = config.data, config.train.patience
+    if not patience:
+        return
+    if not config.evaluate.every:
+        raise UserError(
+            f"train.patience={patience} counts evaluations, and evaluate.every=0 makes none before the end; set "
+            "evaluate.every, or train.patience to 0"
+        )
+    if not (data.held_out_fraction or data.held_out_sources):
+        raise UserError(
+            f"train.patience={patience} counts evaluations on held-out text, of which data.held_out_fraction=0 leaves "
+            "none; raise it, or set train.patience to 0"
+        )
 
 
 def _check_batch(config: Config, shards: int) -> None:

@@ -23,7 +23,7 @@ FREE_ON_RESUME = (
     "mesh", "compute", "controller", "stability", "evaluate", "metrics", "generate", "embed",
     "plan",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
-    "train.num_updates", "train.batch_schedule", "train.batch_points", "train.statistics_every",
+    "train.num_updates", "train.batch_schedule", "train.batch_points", "train.statistics_every", "train.patience",
     "data.sources", "data.held_out_sources", "data.follow_links", "data.max_expansion",
     "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
     "optimizer.learning_rate", "optimizer.schedule_updates",

@@ -28,6 +28,7 @@ from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
 from llmjax.train.steering.controller import ControllerConfig
 from llmjax.train.steering.spikes import StabilityConfig
+from llmjax.train.tuning.lora import LoraConfig
 from llmjax.workdir.sinks.contract import MetricsConfig
 
 
@@ -69,6 +70,7 @@ class Config(OwnSections):
     mesh: MeshConfig
     compute: ComputeConfig
     train: TrainConfig
+    lora: LoraConfig
     optimizer: OptimizerConfig
     controller: ControllerConfig
     stability: StabilityConfig

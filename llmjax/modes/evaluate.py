@@ -16,8 +16,8 @@ from llmjax.build.corpus_record import (
 )
 from llmjax.build.program import Program, make_program
 from llmjax.build.restore import (
-    initial_params,
     load_params,
+    untrained_params,
 )
 from llmjax.convert.foreign import is_foreign
 from llmjax.errors import UserError
@@ -63,7 +63,7 @@ def run(request: Request) -> int:
     with working("reading the checkpoint"):
         if untrained:
             workdir = pathlib.Path(config.checkpoint.init_from)
-            update, params = initial_params(program, _refuse_new)
+            update, params = untrained_params(program, _refuse_new)
         else:
             update, params = load_params(program, workdir, checkpoint)
     # A model of another program does not say what it was trained on.

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program, make_program
-from llmjax.build.restore import initial_params, load_params
+from llmjax.build.restore import load_params, untrained_params
 from llmjax.config.init_from import own_tokenizer, with_tokenizer
 from llmjax.data.examples.contract import Prompt, Prompting
 from llmjax.data.store.store import Store
@@ -75,7 +75,7 @@ def load(request: Request, speaks: Callable[[], bool] | None = None) -> Loaded:
     )
     with working("reading the checkpoint", speaks):
         if untrained:
-            update, params = initial_params(program)
+            update, params = untrained_params(program)
         else:
             update, params = load_params(program, workdir, request.checkpoint)
     return Loaded(program, params, tokenizer, update)

@@ -11,6 +11,7 @@ from llmjax.build.corpus_record import (
     trained_on,
 )
 from llmjax.build.program import make_program
+from llmjax.build.tuning.adapters import check_tuning
 from llmjax.config.init_from import resumes, with_tokenizer
 from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
 from llmjax.data.tokenizer.loading import load_tokenizer
@@ -30,6 +31,7 @@ def run(request: Request) -> int:
     With plan.topology the corpus is not read. Rows are then assumed to be filled by one document each.
     """
     config, derived, workdir = request.config, request.derived, request.workdir
+    check_tuning(config, derived, request.devices)
     if config.plan.topology:
         size = planned_vocab_size(config.tokenizer)
         program = make_program(

@@ -12,6 +12,7 @@ A workdir holds
     profile/          traces that --profile asked for
     classes.json      for classification: the confusion matrix of the newest evaluation
     wandb.json        the id of its W&B run, and wandb/ with the files of W&B, where metrics.wandb asks for it
+    frozen/           the parameters that do not train, where lora.rank or train.frozen leave some out
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from llmjax.build.restore import (
     open_checkpoints,
     resume_or_init,
 )
+from llmjax.build.tuning.adapters import check_tuning
 from llmjax.config.schema import Config
 from llmjax.errors import UserError, choose
 from llmjax.escapes import complain
@@ -96,6 +98,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     config, workdir = request.config, request.workdir
     check_profile(request.profile, config)
     on_primary(lambda: check_sinks(config.metrics))
+    check_tuning(config, request.derived, request.devices)
     corpus = read_corpus(config, request.derived, workdir)
     asked = make_probes(corpus, config)
     # A stopped update has sums in its state, even if updates now have one micro-step and need none.
@@ -115,7 +118,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     ):
         with working("preparing the parameters"):
             state, position = resume_or_init(program, corpus, checkpoints, workdir)
-        finished = position.tokens >= program.steering.num_tokens
+        finished = position.is_over(program.steering.num_tokens, config.train.patience)
         check_profile(request.profile, config, position)
         if not finished:
             ahead.start(position.tokens)
@@ -171,8 +174,11 @@ def say_beginning(
 ) -> None:
     """Says what a user should know of the run before its first update, and that it begins, or that it is finished."""
     if finished:
-        done, asked = f"{position.update:,} updates are done", program.config.train.num_updates
-        say(f"finished: {done}, and train.num_updates={asked} asks for no more")
+        done, asked = f"{position.update:,} updates are done", program.config.train
+        why = f"train.num_updates={asked.num_updates} asks for no more"
+        if position.tokens < program.steering.num_tokens:
+            why = f"{position.waited} evaluations were not better; raise train.patience={asked.patience} to go on"
+        say(f"finished: {done}, and {why}")
         return
     for remark in remarks(program, so_far, position.tokens):
         say(f"note: {remark}\n")

@@ -55,6 +55,9 @@ RULES: dict[str, Axis] = {
     # Dimensions of a mixture of experts: each expert has matrices of its own, and the router chooses among them.
     "experts": Axis((), "stack"),
     "router": Axis((), "outputs"),
+    # The inner dimension of an adapter: what its first matrix gives, and what its second one reads.
+    "rank": Axis((), "outputs"),
+    "rank_in": Axis((), "inputs"),
     # Dimensions of a recurrent layer. Its four gates have a matrix each, and `recurrent` reads the state of the layer.
     "gates": Axis((), "stack"),
     "recurrent": Axis(("fsdp", "seq"), "inputs"),

@@ -23,6 +23,11 @@ def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: in
     found = schedule_remarks(config.optimizer, config.train.num_updates)
     found += _unreached("train.batch_points", steering.schedule.points, steering.num_tokens)
     found += _unreached("data.length_points", steering.lengths.points, steering.num_tokens)
+    if config.lora.rank and not config.checkpoint.init_from:
+        found.append(
+            f"lora.rank={config.lora.rank} freezes parameters that nobody has trained, since checkpoint.init_from is "
+            "empty; give it the model to adapt"
+        )
     if saved is not None and tokens:
         old_length = schedule_length(
             read_optimizer(saved, "the run")["optimizer"], saved["train"]["num_updates"]

@@ -22,7 +22,7 @@ def check_state_fits(program: Program) -> None:
     local = sum(each.process_index == device.process_index for each in mesh.devices.flat)
     available = _machine_memory() // local if device.platform == "cpu" else available_memory(device)
     state = program.abstract_state()
-    parameters, needed = (tree_bytes_per_device(tree) for tree in (state.params, state))
+    parameters, needed = (tree_bytes_per_device(tree) for tree in ((state.params, state.frozen), state))
     if program.config.compute.offload_optimizer and device.platform != "cpu":
         # The optimizer state lies in host memory.
         needed = parameters

@@ -80,14 +80,13 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
     """The part of the plan that needs no corpus. `attended` is the mean number of keys per token."""
     c, mesh = program.config, program.mesh
     state = program.abstract_state()
-    num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     cost = program.cost(attended)
     # Gradients have the shapes and the sharding of the parameters.
     held, gradients = tree_bytes_per_device(state), tree_bytes_per_device(state.params)
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     return {
-        "model": f"{c.model.family}, {format_number(num_params)} parameters, "
+        "model": f"{c.model.family}, {_describe_params(program)}, "
         f"{format_quantity(cost.flops_per_token, 'FLOP')} per token, {c.model.dtype}",
         "attention": _describe_attention(program),
         "optimizer": _describe_optimizer(c.optimizer, c.train.num_updates),
@@ -96,6 +95,21 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
         "memory": f"about {format_bytes(held + gradients + cost.activation_bytes)} per device: state "
         f"{format_bytes(held)}, gradients {format_bytes(gradients)}, activations {format_bytes(cost.activation_bytes)}",
     }
+
+
+def _describe_params(program: Program) -> str:
+    """How many parameters the model has, and how many of the run's train and are frozen if not all train."""
+    state = program.abstract_state()
+    whole, trained, frozen = (
+        sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+        for tree in (program.params_shape, state.params, state.frozen)
+    )
+    text = f"{format_number(whole)} parameters"
+    if not program.tuning.is_partial:
+        return text
+    lora, adapters = program.config.lora, program.tuning.adapters
+    by = f" (adapters of rank {lora.rank} in {len(adapters)} arrays)" if adapters else ""
+    return f"{text}, {format_number(trained)} train{by} and {format_number(frozen)} are frozen"
 
 
 def _describe_optimizer(config: OptimizerConfig, num_updates: int) -> str:

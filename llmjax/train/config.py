@@ -23,6 +23,9 @@ class TrainConfig:
     batch_points        of the schedule, `TOKENS_SEEN:TOKENS_PER_UPDATE`
     z_loss              weight of log(Z)^2 in what gradients are of (de Brebisson and Vincent 2016; PaLM)
     statistics_every    updates between statistics of each layer; 0 = never
+    patience            the run ends after as many evaluations in a row without a better score; 0 = never
+    frozen              parameters that do not train, by their names, see `tuning/names.py`; NAME:N freezes the first N
+                        layers of a stack
 
     The run ends after num_updates x tokens_per_update tokens. Where the batch varies, schedules and cadences count
     tokens_per_update tokens as one update.
@@ -34,6 +37,8 @@ class TrainConfig:
     batch_schedule: Annotated[str, Unset("constant")]
     batch_points: Annotated[tuple[str, ...], Unset(())]
     statistics_every: Annotated[int, Range(1, COUNT, "never"), Unset(0)]
+    patience: Annotated[int, Range(1, COUNT, "never"), Unset(0)]
+    frozen: Annotated[tuple[str, ...], Unset(())]
 
     def __post_init__(self):
         check_ranges("train", self)

@@ -11,7 +11,7 @@ from llmjax.config.reading import read_config
 from llmjax.config.resolve import resolve_config
 from llmjax.errors import UserError
 from llmjax.train.checkpoint import shelf
-from llmjax.train.loop.run_position import PartialUpdateRecord, Position
+from llmjax.train.loop.run_position import NEWER, PartialUpdateRecord, Position
 from llmjax.workdir import standing
 from llmjax.workdir.contents import write_json
 from llmjax.workdir.lock import Lock
@@ -234,7 +234,7 @@ def test_metrics_that_lack_updates_are_said(workdir):
 
 
 META = Position(update=3, cursor=24, tokens=96).to_meta() | {"config": {}, "data_fingerprint": "a"}
-MAY_BE_NONE = ("evaluation", "histories", "partial_update", "owes")
+MAY_BE_NONE = ("evaluation", "histories", "partial_update", *NEWER)
 WRONG = {
     **{f"no {name}": {name: None} for name in META if name not in MAY_BE_NONE},
     "update of text": {"update": "3"}, "cursor below 0": {"cursor": -1}, "tokens not whole": {"tokens": 1.5},

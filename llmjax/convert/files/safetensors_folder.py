@@ -86,12 +86,6 @@ def write_tensors(
 
     sizes    the bytes of each tensor, by name, in the order in which `tensors` has them
     """
-    try:
-        from safetensors.numpy import save_file
-    except ImportError:
-        raise UserError(
-            "safetensors files are written with the package safetensors; pip install llmjax[convert]"
-        ) from None
     shards = list(_shards(sizes, shard_bytes))
     pattern = "model-{:05d}-of-{:05d}.safetensors"
     files = [pattern.format(i, len(shards)) for i in range(1, len(shards) + 1)] if shards[1:] else [WHOLE]
@@ -102,15 +96,26 @@ def write_tensors(
             found, array = next(rest)
             assert found == name, (found, name)
             part[name] = np.ascontiguousarray(array)
-        save_file(part, folder / file, metadata=METADATA)
-        # Some versions of the package write files that only their owner may read.
-        (folder / file).chmod(folder.stat().st_mode & 0o666)
+        save_tensors(part, folder / file)
     if shards[1:]:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         write_atomically(folder / INDEX, json.dumps(index, indent=2))
         files.append(INDEX)
     return files
+
+
+def save_tensors(tensors: dict[str, np.ndarray], file: pathlib.Path) -> None:
+    """Writes tensors into one file."""
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise UserError(
+            "safetensors files are written with the package safetensors; pip install llmjax[convert]"
+        ) from None
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, file, metadata=METADATA)
+    # Some versions of the package write files that only their owner may read.
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def _shards(sizes: dict[str, int], most: int) -> Iterator[list[str]]:

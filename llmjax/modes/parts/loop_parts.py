@@ -21,10 +21,12 @@ from llmjax.build.placement import Feed
 from llmjax.build.program import Program
 from llmjax.build.restore import (
     KEEP_NEWEST,
+    begin_with,
     initial_params,
     open_checkpoints,
     restore,
 )
+from llmjax.build.tuning.frozen import fingerprint_of
 from llmjax.errors import choose
 from llmjax.evaluate.not_finite import documents_not_finite
 from llmjax.files import write_atomically
@@ -74,6 +76,7 @@ def make_run(
         micro_batch_size=program.batch.micro_batch_size,
         seq_len=program.batch.seq_len,
         evaluate_every=config.evaluate.every,
+        patience=config.train.patience,
         statistics_every=config.train.statistics_every,
         engine=program.engine,
         step=parts.step,
@@ -83,7 +86,7 @@ def make_run(
         sample=parts.sample,
         loss=parts.loss,
         begin=parts.begin,
-        restore=lambda: restore(program, checkpoints),
+        restore=lambda: restore(program, checkpoints, workdir),
         statistics=parts.statistics,
         describe_batch=parts.describe_batch,
         name_guilty=parts.name_guilty,
@@ -94,6 +97,7 @@ def make_run(
             "config": config.to_dict(),
             "versions": versions(),
             "data_fingerprint": corpus.fingerprint,
+            **fingerprint_of(program, workdir),
         },
         flops_per_token={
             length: program.cost(corpus.train_plan.attended_in(length)).flops_per_token
@@ -180,7 +184,7 @@ class _Parts:
     def begin(self) -> TrainState:
         program = self.program
         params = initial_params(program)[1] if program.config.checkpoint.init_from else None
-        return program.init(params)
+        return begin_with(program, params)
 
     def describe_batch(self, first: int, count: int) -> str:
         return "documents " + _list_spans(self.corpus.train.documents(np.arange(first, first + count)))
@@ -207,7 +211,7 @@ class _Parts:
         folder = standing.PARTIAL_UPDATE
         with open_checkpoints(self.workdir, folder, KEEP_NEWEST, self.check_lock) as stopped:
             # Its number is the cursor, because several can be stopped within the same update.
-            stopped.save(meta["cursor"], state, meta)
+            stopped.save(meta["cursor"], dataclasses.replace(state, frozen={}), meta)
 
 
 def _list_spans(spans: Iterable[tuple[str, int, int]]) -> str:
@@ -216,6 +220,10 @@ def _list_spans(spans: Iterable[tuple[str, int, int]]) -> str:
 
 
 def layer_statistics(program: Program, state: TrainState, batch: Batch) -> dict[str, Any]:
-    """The statistics of each layer on the first micro-batch of `batch`, as plain numbers and lists of numbers."""
-    values = jax.device_get(program.statistics(state.params, program.engine.one_micro_batch(batch)))
+    """The statistics of each layer on the first micro-batch of `batch`, as plain numbers and lists of numbers.
+
+    They are those of the whole model, frozen parameters and their gradients included.
+    """
+    params = program.whole(state.params, state.frozen)
+    values = jax.device_get(program.statistics(params, program.engine.one_micro_batch(batch)))
     return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), values)

@@ -62,6 +62,7 @@ class Run:
     micro_batch_size    sequences per micro-step, over all devices
     seq_len             positions per sequence
     evaluate_every      updates between evaluations; 0 = only at the end
+    patience            the run ends after as many evaluations in a row without a better score; 0 = never
     statistics_every    updates between per-layer statistics; 0 = never
     engine              the engine of gradient accumulation, which calls `step`
     step                (state, batch, inputs) -> (state, metrics), compiled; metrics as in `step.make_train_step`
@@ -99,6 +100,7 @@ class Run:
     describe_batch: Callable[[int, int], str]
     write_documents: Callable[[str, int, int], str]
     save_partial_update: Callable[[State, dict], None]
+    patience: int = 0
     statistics_every: int = 0
     sample: Callable[[State, int], None] = lambda state, update: None
     statistics: Callable[[State, Any], dict[str, Any]] = lambda state, batch: {}

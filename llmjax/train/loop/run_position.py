@@ -10,6 +10,8 @@ from llmjax.train.steering.steering import History
 
 # Under which name versions before 0.2 wrote `Position.partial_update`.
 OLD_KEYS = {"partial_update": "window"}
+# Fields that checkpoints of older versions lack, with what they mean there: nothing is owed, and nothing was counted.
+NEWER = {"owes": False, "best_rank": None, "waited": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Position:
     evaluation  held-out scores of the parameters as they are now; None if they were not evaluated
     histories   what the steering observed up to the last update but one, and up to the last; None at the start
     partial_update  the update under way; None between updates
+    best_rank   the lowest rank of an evaluation so far (`Score.rank`); None before the first
+    waited      evaluations in a row, up to the last, that did not have a lower rank than all before
     owes        whether statistics, evaluation or samples that are due at this update are still to be made
     """
 
@@ -53,6 +57,26 @@ class Position:
     histories: tuple[History, History] | None = None
     partial_update: PartialUpdateRecord | None = None
     owes: bool = False
+    best_rank: float | None = None
+    waited: int = 0
+
+    def is_over(self, num_tokens: int, patience: int) -> bool:
+        """Whether the run ends here: after its tokens, or after `patience` evaluations without a better score."""
+        return self.tokens >= num_tokens or self.has_waited(patience)
+
+    def has_waited(self, patience: int) -> bool:
+        """Whether `patience` evaluations in a row had no better score; never where it is 0."""
+        return 0 < patience <= self.waited
+
+    def after_evaluation(self, results: dict[str, float], rank: float) -> Position:
+        """The position with the results of an evaluation at it."""
+        better = self.best_rank is None or rank < self.best_rank
+        return dataclasses.replace(
+            self,
+            evaluation=results,
+            best_rank=rank if better else self.best_rank,
+            waited=0 if better else self.waited + 1,
+        )
 
     def check_partial_update(self, micro_batch_size: int, stops_within: bool) -> None:
         """Raises UserError where the run, as it is configured now, cannot finish the update under way.
@@ -82,17 +106,19 @@ class Position:
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> Position:
         """The position that a checkpoint's meta holds. Raises ValueError, which says why, where it holds none."""
-        # Older versions named some fields otherwise, and did not know `owes`: their checkpoints owe nothing.
-        meta = {new: meta[old] for new, old in OLD_KEYS.items() if old in meta} | {"owes": False} | meta
+        # Older versions named some fields otherwise, and did not know those of NEWER.
+        meta = {new: meta[old] for new, old in OLD_KEYS.items() if old in meta} | NEWER | meta
         fields = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in fields if name not in meta]:
             raise ValueError(f"{missing[0]} is missing")
         values = {name: meta[name] for name in fields}
-        for name in ("update", "cursor", "tokens", "before"):
+        for name in ("update", "cursor", "tokens", "before", "waited"):
             if type(values[name]) is not int or values[name] < 0:
                 raise ValueError(f"{name}={values[name]!r} is not a whole number from 0")
         if type(values["seconds"]) not in (int, float):
             raise ValueError(f"seconds={values['seconds']!r} is not a number")
+        if type(values["best_rank"]) not in (int, float, type(None)):
+            raise ValueError(f"best_rank={values['best_rank']!r} is not a number")
         if not isinstance(values["evaluation"], dict | None):
             raise ValueError(f"evaluation={values['evaluation']!r} is not a set of results")
         values["histories"] = _read_histories(values["histories"])

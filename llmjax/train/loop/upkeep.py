@@ -79,7 +79,7 @@ class Upkeep:
 
     def ends(self, position: Position) -> bool:
         """Whether the run ends at `position`."""
-        return position.tokens >= self._run.steering.num_tokens
+        return position.is_over(self._run.steering.num_tokens, self._run.patience)
 
     def pauses(self, position: Position) -> bool:
         """Whether the loop must pause after `position`, to save, to evaluate or to record statistics."""
@@ -138,6 +138,7 @@ class Upkeep:
         saved = self._save_if_due(state, position, stopped)
         if not stopped:
             position = self._follow_up(state, position, batch)
+            saved = self._stop_early(state, position) or saved
         if self.applied is not None and self.applied.update == position.update:
             self.applied = position
         return position, saved
@@ -316,6 +317,8 @@ class Upkeep:
             best = self._checkpoints.would_be_best(rank)
             facts |= {"evaluation": results, "rank": rank, "finite_loss": True}
             facts |= {"spare": False} if best else {}
+            position = position.after_evaluation(results, rank)
+            facts |= {"best_rank": position.best_rank, "waited": position.waited}
         elif self.ends(position) and self._run.evaluate is None:
             good = self._looks_good(state, position)
             if good is False:
@@ -327,6 +330,21 @@ class Upkeep:
             self._unseen = None
         self._checkpoints.amend(position.update, **facts)
         return dataclasses.replace(position, evaluation=results, owes=False)
+
+    def _stop_early(self, state: State, position: Position) -> bool:
+        """Says so and saves where the evaluation at `position` ends the run before its last token."""
+        run, early = self._run, not position.is_over(self._run.steering.num_tokens, 0)
+        if not (early and position.has_waited(run.patience)):
+            return False
+        best = self._checkpoints.best()
+        where = "" if best is None else f"; the best checkpoint is of update {best}"
+        text = (
+            f"the {run.score.label} has not become better in {position.waited} evaluations in a row, so that"
+        )
+        self._recorder.event(
+            position.update, "stop", f"{text} train.patience={run.patience} ends the run{where}"
+        )
+        return self._save(state, position, finite_loss=True)
 
     def _save_undue(self, state: State, position: Position) -> None:
         """Saves the run before it ends early, although no checkpoint is due."""

@@ -21,6 +21,7 @@ import optax
 from llmjax.errors import UserError, choose
 from llmjax.ranges import COUNT, Range, Unset, check_ranges
 from llmjax.train.optim.clip import CLIPS, make_clip
+from llmjax.train.optim.layer_decay import scale_by_depth
 from llmjax.train.optim.optimizers.contract import Hyperparameters, Sections
 from llmjax.train.optim.optimizers.moments import OptState
 from llmjax.train.optim.optimizers.table import OPTIMIZERS
@@ -56,6 +57,7 @@ class OptimizerConfig:
     batch_scaling      the learning rate is multiplied by this root of (tokens of the update /
                        train.tokens_per_update): none, sqrt (for Adam and its kin: Malladi et al. 2022) or linear
                        (for SGD: Goyal et al. 2017)
+    layer_decay        the learning rate of each layer / that of the layer above it, see `layer_decay`; 1 = the same
     constant_in        updates: decays of moments and weight_decay are the same in every update, whatever its batch.
                        tokens: they belong to an update of train.tokens_per_update tokens. An update r times as large
                        has decay ** r, which keeps the half-life in tokens (Marek et al. 2025), and r times the weight
@@ -75,6 +77,7 @@ class OptimizerConfig:
     clip: Annotated[str, Unset("global")]
     batch_scaling: Annotated[str, Unset("none")]
     constant_in: Annotated[str, Unset("updates")]
+    layer_decay: Annotated[float, Range(0, 1, above=True), Unset(1.0)]
     schedule_updates: Annotated[int, Range(1, COUNT, "train.num_updates"), Unset(0)]
 
     def __post_init__(self) -> None:
@@ -101,6 +104,11 @@ class OptimizerConfig:
             raise UserError(
                 f"optimizer.schedule={self.schedule!r} decays what {self.name} averages instead; "
                 "set optimizer.schedule=constant"
+            )
+        if OPTIMIZERS[self.name].eval_params is not None and self.layer_decay != 1:
+            raise UserError(
+                f"optimizer.layer_decay={self.layer_decay} changes what is averaged in another way than {self.name} "
+                "knows; set it to 1, or use optimizer.name=adamw"
             )
 
 
@@ -129,12 +137,18 @@ class Optimizer:
 
 
 def make_optimizer(
-    config: OptimizerConfig, sections: Sections, num_updates: int, roles: Roles, *, offload: bool = False
+    config: OptimizerConfig,
+    sections: Sections,
+    num_updates: int,
+    roles: Roles,
+    *,
+    offload: bool = False,
+    num_layers: int = 0,
 ) -> Optimizer:
     """The optimizer of a run of `num_updates` updates of train.tokens_per_update tokens.
 
     `sections` holds the sections of all optimizers, and `roles` describes the parameters to be trained. With `offload`
-    the optimizer's state lies in the memory of the hosts.
+    the optimizer's state lies in the memory of the hosts. `num_layers` are those of the model, for layer_decay.
     """
     kind = OPTIMIZERS[config.name]
     schedule, scaling = make_schedule(config, num_updates), BATCH_SCALING[config.batch_scaling]
@@ -149,12 +163,14 @@ def make_optimizer(
         return Hyperparameters(scale * rate, config.weight_decay * decay_factor, decays)
 
     def chain(hyper: Hyperparameters) -> optax.GradientTransformation:
-        return optax.chain(
-            make_clip(config.clip, config.clip_norm, roles), kind.transform(sections, hyper, roles)
-        )
+        clip, own = make_clip(config.clip, config.clip_norm, roles), kind.transform(sections, hyper, roles)
+        if config.layer_decay == 1:
+            return optax.chain(clip, own)
+        return optax.chain(clip, own, scale_by_depth(config.layer_decay, num_layers, roles))
 
     def eval_params(opt_state: OptState, params: Params) -> Params:
-        # The last state of the chain is the one of the optimizer itself, after the clipping.
+        # The last state of the chain is the one of the optimizer itself, after the clipping: one that averages allows
+        # nothing after it.
         return params if kind.eval_params is None else kind.eval_params(opt_state[-1], params)
 
     return Optimizer(

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from llmjax.train.optim.offload import to_device
 from llmjax.train.optim.optimizer import Optimizer, OptState
 from llmjax.train.optim.param_roles import Roles
+from llmjax.train.tuning.tuning import WHOLE, Tuning
 from llmjax.train.update.accumulate import Outcome, PartialUpdate, UpdateInputs
 from llmjax.train.update.gradients import LossFn, Terms, empty_terms
 from llmjax.train.update.step import Metrics, TrainStep, make_train_step
@@ -128,8 +129,12 @@ class Engine:
         """
         return ()
 
-    def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Specs, roles: Roles) -> TrainStep:
+    def make_step(
+        self, loss_fn: LossFn, mesh: Mesh, param_specs: Specs, roles: Roles, tuning: Tuning = WHOLE
+    ) -> TrainStep:
         """`step(state, batch, inputs) -> (state, metrics)`, to be jitted with `state` donated.
+
+        `param_specs` and `roles` are those of the parameters that train, and `tuning` says which these are.
 
         `loss_fn` is the loss of a model whose `Layout` has the manual axes `manual`.
         """
@@ -199,8 +204,10 @@ class EachMicroStep(Engine):
         """
         raise NotImplementedError
 
-    def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Specs, roles: Roles) -> TrainStep:
-        return make_train_step(loss_fn, self.micro_step)
+    def make_step(
+        self, loss_fn: LossFn, mesh: Mesh, param_specs: Specs, roles: Roles, tuning: Tuning = WHOLE
+    ) -> TrainStep:
+        return make_train_step(loss_fn, self.micro_step, tuning)
 
     @property
     def lead(self) -> tuple[int, ...]:

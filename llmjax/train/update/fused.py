@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from llmjax.parallel.rules import without_axes
 from llmjax.train.optim.param_roles import Role, Roles
+from llmjax.train.tuning.tuning import WHOLE, Tuning
 from llmjax.train.update.engine import WholeUpdate
 from llmjax.train.update.gradients import (
     MAIN,
@@ -36,7 +37,7 @@ from llmjax.types import Array, Batch, LossSums, Params
 MANUAL = {"update": ("data", "fsdp"), "micro_step": ("data",)}
 
 Sums = dict[str, Array]
-UpdateSums = Callable[[Params, Batch, ArrayLike, Array | None], tuple[Terms, Sums]]
+UpdateSums = Callable[..., tuple[Terms, Sums]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +48,32 @@ class Fused(WholeUpdate):
     def manual(self) -> tuple[str, ...]:
         return MANUAL[self.options.gather]
 
-    def make_step(self, loss_fn: LossFn, mesh: Mesh, param_specs: Params, roles: Roles) -> TrainStep:
-        return make_fused_step(
-            make_update_sums(loss_fn, mesh, param_specs, roles, **dataclasses.asdict(self.options)),
-            self.optimizer,
-        )
+    def make_step(
+        self, loss_fn: LossFn, mesh: Mesh, param_specs: Params, roles: Roles, tuning: Tuning = WHOLE
+    ) -> TrainStep:
+        options = dataclasses.asdict(self.options)
+        sum_update = make_update_sums(loss_fn, mesh, param_specs, roles, tuning=tuning, **options)
+        return make_fused_step(sum_update, self.optimizer)
 
 
 def make_update_sums(
-    loss_fn: LossFn, mesh: Mesh, param_specs: Params, roles: Roles, *, gather: str, compute_dtype: str
+    loss_fn: LossFn,
+    mesh: Mesh,
+    param_specs: Params,
+    roles: Roles,
+    *,
+    gather: str,
+    compute_dtype: str,
+    tuning: Tuning = WHOLE,
 ) -> UpdateSums:
-    """`sum_update(params, batch, steps, rng) -> (Terms, sums)`, for jit: the sums of the first `steps` micro-steps.
+    """`sum_update(params, batch, steps, rng, frozen={}) -> (Terms, sums)`, for jit: the first `steps` micro-steps.
 
-    params  float32, laid out on `mesh` by `param_specs`; the summed gradients come out alike
+    params  those that train, float32, laid out on `mesh` by `param_specs`; the summed gradients come out alike
     batch   fields with a leading dimension K, the most micro-steps there can be: [K, M, T], and `index` [K, M],
             laid out (None, ("data", "fsdp"), "seq")
     steps   int32 [], traced: one compile serves 1 to K
     rng     one key for all micro-steps, or None
+    frozen  the parameters that do not train, which `tuning` joins with the others to those of the model
 
     The M sequences are cut into parts, and each part sums its own gradients. A part that is not finite is left out
     alone, because devices learn of each other only after the loop. `loss_fn` is given the M / parts sequences of one
@@ -82,7 +92,7 @@ def make_update_sums(
       of its own; `dropped` counts parts
       parts  how many parts hold any weight
     """
-    return _UpdateSums(loss_fn, mesh, param_specs, roles, gather, compute_dtype)
+    return _UpdateSums(loss_fn, mesh, param_specs, roles, gather, compute_dtype, tuning)
 
 
 # eq=False: jax.jit looks functions up by their hash, which a dataclass would make of its fields, and dicts have none.
@@ -96,21 +106,25 @@ class _UpdateSums:
     roles: Roles
     gather: str
     compute_dtype: str
+    tuning: Tuning
 
     def __call__(
-        self, params: Params, batch: Batch, steps: ArrayLike, rng: Array | None
+        self, params: Params, batch: Batch, steps: ArrayLike, rng: Array | None, frozen: Params | None = None
     ) -> tuple[Terms, Sums]:
+        frozen = frozen or {}
         # shard_map wants the specs of what comes out, which depend on the names of the loss terms and metrics.
         names = self._shard_map(self._names, PartitionSpec())
-        terms, values = jax.eval_shape(names, params, batch, steps, rng)
+        terms, values = jax.eval_shape(names, params, batch, steps, rng, frozen)
 
-        def part(params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Terms, Sums]:
-            return self._sum_part(params, batch, steps, rng, tuple(terms), tuple(values))
+        def part(
+            params: Params, batch: Batch, steps: Array, rng: Array | None, frozen: Params
+        ) -> tuple[Terms, Sums]:
+            return self._sum_part(params, batch, steps, rng, frozen, tuple(terms), tuple(values))
 
         # A PartitionSpec stands in the place of an array.
         whole: Any = PartitionSpec()
         specs = {name: TermSums(self._outer, whole) for name in terms}, whole
-        return self._shard_map(part, specs)(params, batch, steps, rng)
+        return self._shard_map(part, specs)(params, batch, steps, rng, frozen)
 
     @property
     def _manual(self) -> tuple[str, ...]:
@@ -124,39 +138,61 @@ class _UpdateSums:
     @property
     def _outer(self) -> Params:
         """The specs of the parameters over the manual axes, as shard_map wants them."""
-        automatic = tuple(axis for axis in self.mesh.axis_names if axis not in self._manual)
-        return jax.tree.map(lambda spec: without_axes(spec, automatic), self.param_specs)
+        return self._over_manual(self.param_specs)
 
     @property
     def _inner(self) -> Params:
         """The specs of the parameters over the other axes, as the compiler is told them inside shard_map."""
-        return jax.tree.map(lambda spec: without_axes(spec, self._manual), self.param_specs)
+        return self._over_others(self.param_specs)
+
+    def _over_manual(self, specs: Params) -> Params:
+        automatic = tuple(axis for axis in self.mesh.axis_names if axis not in self._manual)
+        return jax.tree.map(lambda spec: without_axes(spec, automatic), specs)
+
+    def _over_others(self, specs: Params) -> Params:
+        return jax.tree.map(lambda spec: without_axes(spec, self._manual), specs)
 
     def _shard_map(self, function: Callable, out_specs: Any) -> Callable:
-        """`function(params, batch, steps, rng)` on each part: the manual axes cut parameters and sequences."""
+        """`function(params, batch, steps, rng, frozen)` on each part: the manual axes cut parameters and sequences."""
+        frozen_specs, batch_specs = (
+            self._over_manual(self.tuning.frozen_specs),
+            PartitionSpec(None, self._manual),
+        )
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=(self._outer, PartitionSpec(None, self._manual), PartitionSpec(), PartitionSpec()),
+            in_specs=(self._outer, batch_specs, PartitionSpec(), PartitionSpec(), frozen_specs),
             out_specs=out_specs,
             axis_names={*self._manual},
             # With the check on, jax sums the gradient of a replicated weight over the devices in every micro-step.
             check_vma=False,
         )
 
-    def _names(self, params: Params, batch: Batch, steps: Array, rng: Array | None) -> tuple[Sums, Sums]:
+    def _names(
+        self, params: Params, batch: Batch, steps: Array, rng: Array | None, frozen: Params
+    ) -> tuple[Sums, Sums]:
         """The loss terms and the metrics of one micro-step, traced for their names alone."""
         weights = _gathered(params, self._outer, self.compute_dtype, self.roles)
-        terms, values = self._micro_step(weights, batch, 0, rng)
+        terms, values = self._micro_step(weights, batch, 0, rng, self._gathered_frozen(frozen))
         return {name: term.weight for name, term in terms.items()}, values
 
+    def _gathered_frozen(self, frozen: Params) -> Params:
+        """The frozen weights that the micro-steps compute with, as `_gathered` says."""
+        tuning = self.tuning
+        specs = tuning.frozen_specs
+        weights = _gathered(frozen, self._over_manual(specs), self.compute_dtype, tuning.frozen_roles)
+        return jax.tree.map(jax.lax.with_sharding_constraint, weights, self._over_others(specs))
+
     def _micro_step(
-        self, weights: Params, batch: Batch, i: Array | int, rng: Array | None
+        self, weights: Params, batch: Batch, i: Array | int, rng: Array | None, frozen: Params
     ) -> tuple[Terms, Sums]:
         """The gradient sums and metrics of micro-step `i` of this part."""
+        tuning = self.tuning
+        frozen = _whole_tables(frozen, self._over_others(tuning.frozen_specs), tuning.frozen_roles)
 
         def loss(weights: Params, batch: Batch, rng: Array | None) -> LossSums:
-            return self.loss_fn(_whole_tables(weights, self._inner, self.roles), batch, rng)
+            trained = _whole_tables(weights, self._inner, self.roles)
+            return self.loss_fn(tuning.join(trained, frozen), batch, rng)
 
         terms, values = micro_gradients(loss, weights, jax.tree.map(lambda x: x[i], batch), rng)
         return terms, {**values, "parts": (values["weight"] > 0).astype(jnp.float32)}
@@ -167,14 +203,16 @@ class _UpdateSums:
         batch: Batch,
         steps: Array,
         rng: Array | None,
+        frozen: Params,
         terms: tuple[str, ...],
         values: tuple[str, ...],
     ) -> tuple[Terms, Sums]:
         """Sums the micro-steps of this part in a loop, and then reduces the sums over the parts, once."""
         weights = self._constrain(_gathered(params, self._outer, self.compute_dtype, self.roles))
+        frozen = self._gathered_frozen(frozen)
 
         def body(i: Array, sums: tuple[Terms, Sums]) -> tuple[Terms, Sums]:
-            micro_terms, micro_values = self._micro_step(weights, batch, i, rng)
+            micro_terms, micro_values = self._micro_step(weights, batch, i, rng, frozen)
             total = self._constrain_terms(add_terms(sums[0], micro_terms))
             return total, jax.tree.map(lambda row, value: row.at[i].set(value), sums[1], micro_values)
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.train.optim.offload import is_offloaded, on_host
 from llmjax.train.optim.optimizer import Optimizer, OptState
+from llmjax.train.tuning.tuning import WHOLE, Tuning
 from llmjax.types import Array, Params
 
 # rng -> a nested dict of arrays.
@@ -43,19 +44,23 @@ class StateKeeper(Protocol):
 class TrainState:
     """Everything that training changes, except the data cursor.
 
-    params     nested dict of float32 arrays
+    params     nested dict of float32 arrays: the parameters that train
     opt_state  the engine's state: the optimizer's own, with the sums so far where an update takes several calls
     update     int32 [], updates done
     rng        random key [], which never changes: an update draws from fold_in(rng, update)
+    frozen     nested dict of float32 arrays that no update changes, see `tuning/tuning.py`; no checkpoint holds them
     """
 
     params: Params
     opt_state: OptState
     update: Array
     rng: Array
+    frozen: Params = dataclasses.field(default_factory=dict)
 
 
-def init_state(init_params: InitParams, engine: StateKeeper, rng: Array, abstract: TrainState) -> TrainState:
+def init_state(
+    init_params: InitParams, engine: StateKeeper, rng: Array, abstract: TrainState, tuning: Tuning = WHOLE
+) -> TrainState:
     """A new state, made under jit with each array sharded from the start, so that none is ever whole on one device.
 
     `init_params(rng)` gives unboxed parameters, and `abstract` is what `abstract_state` says of the state. The numbers
@@ -65,34 +70,38 @@ def init_state(init_params: InitParams, engine: StateKeeper, rng: Array, abstrac
     (device, *_) = shardings.update.mesh.devices.flat
     # Drawing random numbers is much code that runs once: on the CPU, LLVM compiles it five times faster unoptimised.
     options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
-    return jax.jit(_create(init_params, engine), out_shardings=shardings, compiler_options=options)(rng)
+    create = _create(init_params, engine, tuning)
+    return jax.jit(create, out_shardings=shardings, compiler_options=options)(rng)
 
 
 def state_around(
-    params: Params, engine: StateKeeper, rng: Array, param_specs: Specs, mesh: Mesh
+    params: Params, engine: StateKeeper, rng: Array, param_specs: Specs, mesh: Mesh, tuning: Tuning = WHOLE
 ) -> TrainState:
     """A new state as `init_state` makes it from `rng`, but with the given parameters, which are donated."""
-
-    def create(params: Params, rng: Array) -> TrainState:
-        return _begin(params, engine, jax.random.split(rng)[1])
-
+    create = _begin(engine, tuning)
     shapes, offload = jax.eval_shape(create, params, rng), engine.optimizer.offload
-    shardings = state_shardings(shapes, param_specs, mesh, offload=offload)
+    shardings = state_shardings(shapes, param_specs, mesh, offload=offload, frozen_specs=tuning.frozen_specs)
     return jax.jit(create, donate_argnums=0, out_shardings=shardings)(params, rng)
 
 
 def abstract_state(
-    init_params: InitParams, engine: StateKeeper, param_specs: Specs, mesh: Mesh
+    init_params: InitParams, engine: StateKeeper, param_specs: Specs, mesh: Mesh, tuning: Tuning = WHOLE
 ) -> TrainState:
     """The state as ShapeDtypeStructs with shardings, from which a step can be compiled or a checkpoint restored."""
     # Only the shape of a key is needed: a real one would be computed, for which jax compiles a program.
-    state = jax.eval_shape(_create(init_params, engine), jax.eval_shape(jax.random.key, 0))
-    shardings = state_shardings(state, param_specs, mesh, offload=engine.optimizer.offload)
+    state = jax.eval_shape(_create(init_params, engine, tuning), jax.eval_shape(jax.random.key, 0))
+    offload, frozen_specs = engine.optimizer.offload, tuning.frozen_specs
+    shardings = state_shardings(state, param_specs, mesh, offload=offload, frozen_specs=frozen_specs)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 def state_shardings(
-    state: TrainState, param_specs: Specs, mesh: Mesh, *, offload: bool = False
+    state: TrainState,
+    param_specs: Specs,
+    mesh: Mesh,
+    *,
+    offload: bool = False,
+    frozen_specs: Specs | None = None,
 ) -> TrainState:
     """A tree of NamedSharding like `state` (arrays or ShapeDtypeStructs), from the specs of its parameters.
 
@@ -102,6 +111,7 @@ def state_shardings(
 
     offload  the optimizer's own leaves lie in the memory of the hosts; the sums of a partial update do not, because
              every micro-step adds to them
+    frozen_specs  the specs of the frozen parameters, if there are any
     """
     flat_specs = jax.tree.leaves(param_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     flat_params = jax.tree_util.tree_leaves_with_path(state.params)
@@ -114,6 +124,7 @@ def state_shardings(
     specs = dataclasses.replace(
         jax.tree.map(lambda _: PartitionSpec(), state),
         params=param_specs,
+        frozen=frozen_specs or {},
         opt_state=jax.tree_util.tree_map_with_path(spec_of, state.opt_state),
     )
     shardings = jax.tree.map(
@@ -132,10 +143,12 @@ def state_shardings(
 
 def saved_state(state: TrainState, engine: StateKeeper) -> TrainState:
     """The state as a checkpoint between two updates holds it. It does not depend on how batches are cut."""
-    return dataclasses.replace(state, opt_state=engine.canonical(state.opt_state))
+    return dataclasses.replace(state, opt_state=engine.canonical(state.opt_state), frozen={})
 
 
-def resumed_state(saved: TrainState, engine: StateKeeper, param_specs: Specs, mesh: Mesh) -> TrainState:
+def resumed_state(
+    saved: TrainState, engine: StateKeeper, param_specs: Specs, mesh: Mesh, frozen_specs: Specs | None = None
+) -> TrainState:
     """The state to train on from, made of a `saved_state`, for any engine and any number of micro-steps."""
 
     def resume(saved: TrainState) -> TrainState:
@@ -144,20 +157,26 @@ def resumed_state(saved: TrainState, engine: StateKeeper, param_specs: Specs, me
         )
 
     shapes, offload = jax.eval_shape(resume, saved), engine.optimizer.offload
-    shardings = state_shardings(shapes, param_specs, mesh, offload=offload)
+    shardings = state_shardings(shapes, param_specs, mesh, offload=offload, frozen_specs=frozen_specs)
     return jax.jit(resume, out_shardings=shardings)(saved)
 
 
-def _create(init_params: InitParams, engine: StateKeeper) -> Callable[[Array], TrainState]:
+def _create(init_params: InitParams, engine: StateKeeper, tuning: Tuning) -> Callable[[Array], TrainState]:
     def create(rng: Array) -> TrainState:
-        init_rng, train_rng = jax.random.split(rng)
-        return _begin(init_params(init_rng), engine, train_rng)
+        return _begin(engine, tuning)(init_params(jax.random.split(rng)[0]), rng)
 
     return create
 
 
-def _begin(params: Params, engine: StateKeeper, rng: Array) -> TrainState:
-    return TrainState(params, engine.init(params), jnp.zeros([], jnp.int32), rng)
+def _begin(engine: StateKeeper, tuning: Tuning) -> Callable[[Params, Array], TrainState]:
+    """(parameters, random key of the run) -> a new state."""
+
+    def begin(params: Params, rng: Array) -> TrainState:
+        init_rng, train_rng = jax.random.split(rng)
+        trained, frozen = tuning.split(params, init_rng)
+        return TrainState(trained, engine.init(trained), jnp.zeros([], jnp.int32), train_rng, frozen)
+
+    return begin
 
 
 def _matching_spec(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from llmjax.train.optim.optimizer import Optimizer, OptState
+from llmjax.train.tuning.tuning import WHOLE, Tuning
 from llmjax.train.update.accumulate import Outcome, UpdateInputs, close_update
 from llmjax.train.update.gradients import LossFn, Terms, micro_gradients
 from llmjax.train.update.state import TrainState
@@ -25,7 +26,7 @@ TrainStep = Callable[[TrainState, Batch, UpdateInputs], tuple[TrainState, Metric
 Accumulate = Callable[[Params, OptState, Terms, Array, UpdateInputs], tuple[Params, OptState, Outcome]]
 
 
-def make_train_step(loss_fn: LossFn, accumulate: Accumulate) -> TrainStep:
+def make_train_step(loss_fn: LossFn, accumulate: Accumulate, tuning: Tuning = WHOLE) -> TrainStep:
     """`train_step(state, batch, inputs) -> (state, metrics)`, one micro-step; jit it with `state` donated.
 
     On a mesh, give jit the shardings of the state as `out_shardings` too. Otherwise the compiler changes some of them,
@@ -34,6 +35,8 @@ def make_train_step(loss_fn: LossFn, accumulate: Accumulate) -> TrainStep:
     All micro-steps of an update share one random key, fold_in(state.rng, state.update). `loss_fn` must draw the
     randomness of a sequence from that key and `batch.index` alone, so that it does not depend on how the batch was cut.
 
+    `loss_fn` gets the parameters of the model, which `tuning` joins. Gradients are those of the trained ones.
+
     metrics, float32 [] each:
       the sums of `micro_gradients`
       the fields of `Outcome`, which are 0 on micro-steps that do not end an update
@@ -41,7 +44,11 @@ def make_train_step(loss_fn: LossFn, accumulate: Accumulate) -> TrainStep:
 
     def train_step(state: TrainState, batch: Batch, inputs: UpdateInputs) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.update)
-        terms, sums = micro_gradients(loss_fn, state.params, batch, rng)
+
+        def loss(trained: Params, batch: Batch, rng: Array | None) -> LossSums:
+            return loss_fn(tuning.join(trained, state.frozen), batch, rng)
+
+        terms, sums = micro_gradients(loss, state.params, batch, rng)
         params, opt_state, outcome = accumulate(state.params, state.opt_state, terms, sums["loss"], inputs)
         return _advance(state, params, opt_state, outcome), sums | _as_metrics(outcome)
 
@@ -49,7 +56,8 @@ def make_train_step(loss_fn: LossFn, accumulate: Accumulate) -> TrainStep:
 
 
 def make_fused_step(
-    sum_update: Callable[[Params, Batch, ArrayLike, Array], tuple[Terms, Metrics]], optimizer: Optimizer
+    sum_update: Callable[[Params, Batch, ArrayLike, Array, Params], tuple[Terms, Metrics]],
+    optimizer: Optimizer,
 ) -> TrainStep:
     """`fused_step(state, batches, inputs) -> (state, metrics)`: k micro-steps and the end of the update, in one call.
 
@@ -60,7 +68,7 @@ def make_fused_step(
 
     def fused_step(state: TrainState, batches: Batch, inputs: UpdateInputs) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.update)
-        terms, sums = sum_update(state.params, batches, inputs.steps, rng)
+        terms, sums = sum_update(state.params, batches, inputs.steps, rng, state.frozen)
         params, opt_state, outcome = close_update(
             optimizer, state.params, state.opt_state, terms, jnp.sum(sums["loss"]), inputs
         )

@@ -1,0 +1,64 @@
+"""Parameters chosen by their names, as in `lora.targets` and `train.frozen`, and trees as flat dictionaries.
+
+A parameter lies at a path such as layers/attention/wq_DNH. Any part of the path names it, with or without the letters
+of its dimensions: `attention`, `wq`, `attention/wq_DNH`. A dot may stand for the slash, and `*` for any letters.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from llmjax.errors import UserError
+
+Path = tuple[str, ...]
+
+
+def flatten(tree: Any) -> dict[Path, Any]:
+    """The leaves of nested dictionaries by their paths, in the order of the tree. A leaf may be a tuple."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """Nested dictionaries, from leaves by their paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def choose_paths(key: str, pattern: str, paths: Iterable[Path]) -> set[Path]:
+    """The paths that `pattern` names. Raises UserError, which lists the names there are, if it names none.
+
+    key  the config key that has the pattern among its values
+    """
+    known = list(paths)
+    wanted = pattern.replace(".", "/")
+    found = {path for path in known if any(fnmatch.fnmatchcase(name, wanted) for name in _names(path))}
+    if not found:
+        names = dict.fromkeys(_short(part) for path in known for part in path)
+        raise UserError(
+            f"{key} has {pattern!r}, which names no parameter that it can have; use some of {', '.join(names)}, or all"
+        )
+    return found
+
+
+def _names(path: Path) -> set[str]:
+    """Everything that names the parameter at `path`."""
+    ends = range(1, len(path) + 1)
+    runs = [path[start:end] for end in ends for start in range(end)]
+    names = {"/".join(run) for run in runs} | {"/".join((*run[:-1], _short(run[-1]))) for run in runs}
+    return names | {"all"}
+
+
+def _short(name: str) -> str:
+    """A name without the letters of its dimensions: wq for wq_DNH."""
+    stem, _, letters = name.rpartition("_")
+    return stem if stem and letters.isupper() else name
