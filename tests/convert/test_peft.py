@@ -1,5 +1,7 @@
 """Adapters against peft: equal logits on the model of transformers, equal gradients, and its own files are read."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from random_models import T, V, one_text
 from test_peft_folder import Adapted
 
+from llmjax.convert.architectures.table import ARCHITECTURES
 from llmjax.convert.files.safetensors_header import read_header
 from llmjax.convert.peft_folder import check_adapters
 from llmjax.ops.logits import head_logits
@@ -32,18 +35,26 @@ def theirs_in(folder):
     import torch
     import transformers
 
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
     arguments = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    return getattr(transformers, ARCHITECTURES[name].opened_as).from_pretrained(folder, **arguments)
 
 
 @pytest.mark.parametrize(
-    "variant", ["LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel"]
-)
-@pytest.mark.parametrize("rslora", [False, True])
-def test_logits_and_gradients_are_those_of_peft(peft, tmp_path, variant, rslora):
+    "variant, lora",
+    [
+        *[(variant, {"rslora": rslora})
+          for variant in ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel")
+          for rslora in (False, True)],
+        ("MixtralForCausalLM", {"targets": ("attention",)}),
+        # The names of the module that is adapted are the end of another one.
+        ("BertForMaskedLM", {"targets": ("w_down", "w_DD")}),
+    ],
+)  # fmt: skip
+def test_logits_and_gradients_are_those_of_peft(peft, tmp_path, variant, lora):
     import torch
 
-    adapted = Adapted(tmp_path / "base", variant, rslora=rslora)
+    adapted = Adapted(tmp_path / "base", variant, **lora)
     folder = adapted.write(tmp_path / "adapters")
     theirs = peft.PeftModel.from_pretrained(theirs_in(tmp_path / "base"), folder, is_trainable=True).eval()
     tokens_BT = np.random.default_rng(0).integers(0, V, (2, T))
