@@ -78,3 +78,11 @@ def test_an_update_returns_the_frozen_parameters_as_they_were(tuned):
     # And the parameters that are evaluated are those of the whole model.
     whole = program.eval_params(states[-1][0])
     assert jax.tree.structure(whole) == jax.tree.structure(program.params_shape)
+
+
+def test_in_bfloat16_a_fused_update_rounds_an_adapted_matrix_as_the_other_engines_do():
+    changes = TUNED["gpt"] | {"model.dtype": "bfloat16", "compute.accumulation_steps": 1, "lora.alpha": 64.0}
+    in_place = trace(program_for("gpt", changes))
+    np.testing.assert_allclose(
+        trace(program_for("gpt", changes | {"compute.engine": "fused"})), in_place, rtol=1e-5
+    )

@@ -46,7 +46,7 @@ def definition(pieces: Sequence[str], settings: Mapping[str, Any]) -> str:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = sorted((ids[piece], piece) for piece in SPECIAL.values() if piece in ids)
     single = [_special(begin), {"Sequence": {"id": "A", "type_id": 0}}, _special(end)]
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}, _special(end, 1)]
+    pair = [*single, {"Sequence": {"type_id": 1, "id": "B"}}, _special(end, 1)]
     around = {
         "type": "TemplateProcessing",
         "single": single,
