@@ -230,6 +230,7 @@ def get_config() -> ConfigDict:
     evaluate.every = 100  # updates between evaluations on the held-out documents; 0 = only at the end
     evaluate.batch_size = 0  # sequences per call; 0 = the micro-batch size
     evaluate.probes = ()  # of long context, after the last update: position, context, passkey, needle, copy
+    evaluate.answer_prefix = " "  # with --questions, between a question and each of its answers
     evaluate.probe_lengths = ()  # tokens of probe texts, also above seq_len; () = 1, 16, 32, 64, ... seq_len
 
     c.checkpoint = checkpoint = ConfigDict()

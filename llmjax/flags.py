@@ -61,6 +61,12 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "table", None, "embed: write the vectors of all tokens to this file, as word2vec", flag_values=values
     )
+    flags.DEFINE_multi_string(
+        "questions", [], "evaluate: answer the questions of this file by likelihood", flag_values=values
+    )
+    flags.DEFINE_string(
+        "against", None, "evaluate: compare with these answers of another run", flag_values=values
+    )
     flags.DEFINE_string(
         "profile",
         None,
@@ -118,6 +124,10 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
         given = "--prompt" if values.prompt else "--prompt_file"
         raise UserError(
             f"--interactive reads its prompts from standard input, but {given} is given; leave one out"
+        )
+    if values.against is not None and not values.questions:
+        raise UserError(
+            "--against compares answers to --questions, which are not given; give both, or neither"
         )
     if values.workdir == "":
         raise UserError(

@@ -1,7 +1,8 @@
 """The command line: `python -m llmjax.main --config=configs/base.py [--mode=...] [--workdir=...] [--config.KEY=VALUE]`.
 
     train     train, or continue training, in --workdir (default: runs/NAME for configs/NAME.py); the default mode
-    evaluate  report the held-out loss of a checkpoint, or of --config.checkpoint.init_from before there is one
+    evaluate  report the held-out loss of a checkpoint, or of --config.checkpoint.init_from before there is one, or with
+              --questions=FILE how many questions it answers right
     generate  continue each --prompt, each line of --prompt_file, or with --interactive each line that is typed
     chat      answer each line that is typed, in a conversation, for a run of the task conversation or a chat model
     translate write the translation of each of these texts, for a run of the task translation
@@ -81,6 +82,8 @@ def main(argv: Sequence[str], *, alone: bool = False) -> int:
                 jsonl=values.jsonl,
                 neighbours=values.neighbours,
                 table=table,
+                questions=[pathlib.Path(path) for path in values.questions],
+                against=None if values.against is None else pathlib.Path(values.against),
             )
     except BrokenPipeError:
         from llmjax.terminal.progress import silence

@@ -165,7 +165,7 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
     file = workdir / "tokenizer" / hf_folder.CHAT_TEMPLATE
     template = file.read_text(encoding="utf-8") if file.is_file() else ""
     settings, ids = settings_of(program.config), _ids(tokenizer)
-    return Model(settings, program, params, tokenizer, facts, ids, None, template, own, base)
+    return Model(settings, program, params, tokenizer, facts, ids, None, template, trained=own, base=base)
 
 
 def _ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:

@@ -29,6 +29,7 @@ class EvaluateConfig:
     every          updates between evaluations on the held-out documents; 0 means only at the end
     batch_size     sequences per step; 0 means the micro-batch size of training
     probes         names of `PROBES` that test the use of long context, at the end and with --mode=evaluate
+    answer_prefix  what stands between a question and an answer, see `questions.py`
     probe_lengths  text lengths of the probes in tokens; () means 1, 16, 32, 64, ... up to data.seq_len
     """
 
@@ -36,6 +37,7 @@ class EvaluateConfig:
     batch_size: Annotated[int, Range(1, 2**24, "the micro-batch size")]
     probes: Annotated[tuple[str, ...], Unset(())]
     probe_lengths: Annotated[tuple[int, ...], Range(1, 2**30), Unset(())]
+    answer_prefix: Annotated[str, Unset(" ")]
 
     def __post_init__(self):
         check_ranges("evaluate", self)

@@ -44,6 +44,8 @@ def run(
     jsonl: bool = False,
     neighbours: Sequence[str] = (),
     table: pathlib.Path | None = None,
+    questions: Sequence[pathlib.Path] = (),
+    against: pathlib.Path | None = None,
 ) -> int:
     """Runs the mode `name`, a key of `MODES`, and returns the exit code. See `make_request` for what can be wrong."""
     request = make_request(name, raw, workdir, prompts=prompts, checkpoint=checkpoint)
@@ -55,6 +57,8 @@ def run(
         jsonl=jsonl,
         neighbours=tuple(neighbours),
         table=table,
+        questions=tuple(questions),
+        against=against,
     )
     config = request.config
     with reuse_programs(cache_directory(config), config.compute.compilation_cache_mb):

@@ -22,6 +22,7 @@ from llmjax.build.restore import (
 from llmjax.convert.foreign import is_foreign
 from llmjax.errors import UserError
 from llmjax.evaluate.held_out import compressed_bits_per_byte, evaluate
+from llmjax.modes.parts import answers
 from llmjax.modes.parts.corpus import read_corpus
 from llmjax.modes.parts.probe import make_probes, probe
 from llmjax.modes.request import Request
@@ -47,6 +48,8 @@ def run(request: Request) -> int:
     If the workdir holds no run yet, the checkpoint is the one that checkpoint.init_from names. Raises `UserError` if
     the config holds nothing out, or if the checkpoint does not exist.
     """
+    if request.questions:
+        return answers.run(request)
     config, derived = request.config, request.derived
     workdir, checkpoint = request.workdir, request.checkpoint
     untrained = saved_config(workdir) is None and not standing.has_begun(workdir)

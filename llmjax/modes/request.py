@@ -29,6 +29,8 @@ class Request:
     jsonl          whether the results are lines of JSON
     neighbours     the words or texts whose nearest neighbours are to be shown
     table          the file for the vectors of all tokens, if there is to be one
+    questions      files of questions that are answered by likelihood
+    against        the answers of another run, to compare with
     """
 
     config: Config
@@ -44,3 +46,5 @@ class Request:
     jsonl: bool = False
     neighbours: tuple[str, ...] = ()
     table: pathlib.Path | None = None
+    questions: tuple[pathlib.Path, ...] = ()
+    against: pathlib.Path | None = None

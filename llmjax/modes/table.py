@@ -29,7 +29,7 @@ class Mode:
 
 MODES = {
     "train": Mode(needs="nothing", flags=("profile",)),
-    "evaluate": Mode(needs="parameters", flags=("checkpoint",)),
+    "evaluate": Mode(needs="parameters", flags=("checkpoint", "questions", "against")),
     "generate": Mode(needs="parameters", flags=("checkpoint", "prompt", "prompt_file", "interactive")),
     "chat": Mode(needs="parameters", flags=("checkpoint",)),
     "translate": Mode(

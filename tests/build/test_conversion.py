@@ -236,7 +236,7 @@ def test_tokenizer_json_alone_gives_the_ids_of_the_sentencepiece_model(trained, 
 
 OTHERS = {
     "lstm": {"model__family": "lstm"},
-    "experts": {"experts__num_experts": 2, "experts__expert_dim": 16},
+    "experts": {"experts__num_experts": 2, "experts__expert_dim": 16, "experts__shared_experts": 1},
     "bert": {"model__family": "bert", "task__name": "masked_language_model"},
 }
 
