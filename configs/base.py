@@ -231,6 +231,7 @@ def get_config() -> ConfigDict:
     evaluate.batch_size = 0  # sequences per call; 0 = the micro-batch size
     evaluate.probes = ()  # of long context, after the last update: position, context, passkey, needle, copy
     evaluate.answer_prefix = " "  # with --questions, between a question and each of its answers
+    evaluate.read_bos = True  # with --questions, texts begin with bos; some models of others read none
     evaluate.probe_lengths = ()  # tokens of probe texts, also above seq_len; () = 1, 16, 32, 64, ... seq_len
 
     c.checkpoint = checkpoint = ConfigDict()

@@ -30,5 +30,7 @@ def get_config() -> ConfigDict:
     c.train.update(num_updates=1000, tokens_per_update=65_536)
     c.compute.update(micro_batch_size=1, accumulation_steps=0, remat="full")
     c.optimizer.update(name="adamw", learning_rate=1e-4, warmup_updates=50)
+    # The token that its file calls bos opens a message of a chat. It was not trained to begin a text with it.
+    c.evaluate.update(read_bos=False)
     c.generate.update(temperature=0.0, max_tokens=24)
     return c

@@ -30,6 +30,8 @@ class EvaluateConfig:
     batch_size     sequences per step; 0 means the micro-batch size of training
     probes         names of `PROBES` that test the use of long context, at the end and with --mode=evaluate
     answer_prefix  what stands between a question and an answer, see `questions.py`
+    read_bos       whether questions begin with the bos token, as all texts do that are trained on here. Some models of
+                   other programs were trained without
     probe_lengths  text lengths of the probes in tokens; () means 1, 16, 32, 64, ... up to data.seq_len
     """
 
@@ -38,6 +40,7 @@ class EvaluateConfig:
     probes: Annotated[tuple[str, ...], Unset(())]
     probe_lengths: Annotated[tuple[int, ...], Range(1, 2**30), Unset(())]
     answer_prefix: Annotated[str, Unset(" ")]
+    read_bos: Annotated[bool, Unset(True)]
 
     def __post_init__(self):
         check_ranges("evaluate", self)

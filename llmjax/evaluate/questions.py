@@ -130,12 +130,14 @@ class Reader:
     """Makes pieces for the model of questions, one for each possible answer.
 
     answer_prefix  what stands between a context and the text after it, unless the context is empty
-    limit      the most tokens that the model reads at once; a longer context loses its beginning
-    shortened  how many answers have lost a part of their context so far
+    read_bos       whether texts begin with the bos token; a text without a context does so in any case
+    limit          the most tokens that the model reads at once; a longer context loses its beginning
+    shortened      how many answers have lost a part of their context so far
     """
 
     tokenizer: Tokenizer
     answer_prefix: str
+    read_bos: bool
     limit: int
     shortened: int = 0
 
@@ -149,8 +151,9 @@ class Reader:
 
     def _piece(self, context: str, continuation: str, number: int) -> Piece:
         answer_prefix = self.answer_prefix if context else ""
-        bos = [self.tokenizer.bos_id]
-        read = np.array(bos + self.tokenizer.encode(context))
+        ids = self.tokenizer.encode(context)
+        bos = [self.tokenizer.bos_id] if self.read_bos or not ids else []
+        read = np.array(bos + ids)
         whole = np.array(bos + self.tokenizer.encode(context + answer_prefix + continuation))
         # Tokens that reach from the context into what follows are part of the answer.
         shortest = min(len(read), len(whole) - 1)

@@ -67,7 +67,7 @@ def test_a_file_that_is_no_questions_is_one_sentence(tmp_path):
 def test_the_tokens_after_the_context_count_and_nothing_else():
     tokenizer = ByteTokenizer()
     question = Question(("ab", ""), ("cd", "e"), None)
-    first, second = Reader(tokenizer, " ", 8).pieces([question])
+    first, second = Reader(tokenizer, " ", True, 8).pieces([question])
     assert first.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode("ab cd")]
     assert first.labels.tolist() == [-1, -1, 0, 0, 0]
     # Without a context there is no delimiter.
@@ -77,8 +77,15 @@ def test_the_tokens_after_the_context_count_and_nothing_else():
     ] and second.labels.tolist() == [1]
 
 
+def test_a_model_that_was_trained_without_bos_reads_none_but_where_it_would_read_nothing():
+    tokenizer = ByteTokenizer()
+    first, second = Reader(tokenizer, " ", False, 8).pieces([Question(("ab", ""), ("cd", "e"), None)])
+    assert first.tokens.tolist() == tokenizer.encode("ab cd") and first.labels.tolist() == [-1, 0, 0, 0]
+    assert second.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode("e")]
+
+
 def test_a_long_context_loses_its_beginning_which_is_counted_and_a_long_answer_is_refused():
-    reader = Reader(ByteTokenizer(), "", 4)
+    reader = Reader(ByteTokenizer(), "", True, 4)
     (piece,) = reader.pieces([Question(("abcdef",), ("gh",), None)])
     assert piece.tokens.tolist() == ByteTokenizer().encode("defgh") and piece.labels.tolist() == [
         -1,
@@ -99,7 +106,7 @@ class Merging(ByteTokenizer):
 
 
 def test_a_token_that_reaches_into_the_answer_counts():
-    (piece,) = Reader(Merging(), "", 8).pieces([Question(("ax",), ("yb",), None)])
+    (piece,) = Reader(Merging(), "", True, 8).pieces([Question(("ax",), ("yb",), None)])
     # The context alone ends with x, and the whole text has xy in its place.
     assert piece.labels.tolist() == [-1, 0, 0]
 

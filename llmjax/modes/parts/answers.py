@@ -64,7 +64,9 @@ def answer(loaded: Loaded, asked: Sequence[Question]) -> Answers:
             f"--questions needs a model that goes on with a text, which model.family={config.model.family!r} with "
             f"task.name={name!r} does not; use one with task.name=language_model or conversation"
         )
-    reader = Reader(loaded.tokenizer, config.evaluate.answer_prefix, program.batch.seq_len)
+    reader = Reader(
+        loaded.tokenizer, config.evaluate.answer_prefix, config.evaluate.read_bos, program.batch.seq_len
+    )
     losses = lambda params, arrays: program.token_losses(params, program.placement.place(arrays))  # noqa: E731
     count = sum(len(question.contexts) for question in asked)
     sums = score_pieces(losses, loaded.params, reader.pieces(asked), count, lambda n: program.probe_shape(1))
