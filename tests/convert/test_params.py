@@ -187,9 +187,16 @@ def test_an_overflow_in_half_precision_is_named(tmp_path):
         list(write_params(imported.source.places(params), params, "float16"))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (1, 2, 1, 2)])
-def test_parameters_lie_on_a_mesh_as_training_wants_them(tmp_path, sizes):
-    imported = read(write(tmp_path, "Qwen2ForCausalLM"))
+@pytest.mark.parametrize(
+    "variant, sizes",
+    [
+        ("Qwen2ForCausalLM", (2, 2, 2, 1)),
+        ("Qwen2ForCausalLM", (1, 2, 1, 2)),
+        ("MixtralForCausalLM", (1, 2, 1, 2)),
+    ],
+)
+def test_parameters_lie_on_a_mesh_as_training_wants_them(tmp_path, variant, sizes):
+    imported = read(write(tmp_path, variant))
     mesh = make_mesh(
         MeshConfig(*sizes, "auto", ulysses=0, layout="auto"), jax.devices()[: int(np.prod(sizes))]
     )
