@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from some_slow import often
 
-from llmjax.train.tuning.names import flatten
+from llmjax.train.trees import flatten
 from tests.build.test_program import UPDATES, trace
 from tests.build.test_program_of_families import program_for
 

@@ -13,7 +13,7 @@ from llmjax.convert.architectures.table import ARCHITECTURES
 from llmjax.convert.files.safetensors_header import read_header
 from llmjax.convert.peft_folder import check_adapters
 from llmjax.ops.logits import head_logits
-from llmjax.train.tuning.names import flatten, nest
+from llmjax.train.trees import flatten, nest
 
 pytestmark = [
     pytest.mark.interop,

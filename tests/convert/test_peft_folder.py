@@ -23,7 +23,7 @@ from llmjax.convert.peft_folder import (
 )
 from llmjax.convert.places import places_of
 from llmjax.errors import UserError
-from llmjax.train.tuning.names import flatten, nest
+from llmjax.train.trees import flatten, nest
 from llmjax.train.tuning.tuning import make_tuning
 
 EACH = pytest.mark.parametrize("variant", random_models.VARIANTS)

@@ -19,8 +19,8 @@ from llmjax.convert.config_keys import choose_architecture
 from llmjax.errors import UserError
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
+from llmjax.train.trees import Path, flatten, nest
 from llmjax.train.tuning.lora import A, B
-from llmjax.train.tuning.names import Path, flatten, nest
 from llmjax.train.tuning.tuning import Tuning
 from llmjax.train.update.state import TrainState
 from llmjax.types import Params

@@ -13,23 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llmjax.errors import UserError
+from llmjax.train.trees import nest
 
 
 def paths(tree: Any) -> list[tuple[str, ...]]:
     """The path of each leaf as names: ("params", "embed", "table")."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in flat]
-
-
-def nest(leaves: dict[tuple[str, ...], Any]) -> dict:
-    """Nested dictionaries of leaves, made from their paths."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
 
 
 def to_tree(state: Any) -> dict:

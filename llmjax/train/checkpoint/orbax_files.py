@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from llmjax.train.checkpoint import digests, leaves, shelf
 from llmjax.train.checkpoint.retention import Facts, Keeping, kept
+from llmjax.train.trees import nest
 
 # The folder, beside the checkpoints, into which a checkpoint is moved before it is deleted.
 DELETED = "deleted"
@@ -76,7 +77,7 @@ def read_state(folder: Path, abstract: Any, where: str, only: tuple[str, ...] = 
     found = {path: leaf for path, leaf in found.items() if path[: len(only)] == only}
     # orbax itself casts a wrong dtype, and leaves out what is missing, without a word.
     leaves.check_leaves(wanted, found, where)
-    tree = leaves.nest(wanted)
+    tree = nest(wanted)
     request = ocp.args.PyTreeRestore(
         item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
     )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from llmjax.ranges import COUNT, Range, Unset, check_ranges, check_unread
 from llmjax.train.optim.param_roles import Role
-from llmjax.train.tuning.names import Path
+from llmjax.train.trees import Path
 from llmjax.types import Array
 
 # The names of the two matrices, in the place of the matrix that they adapt.

@@ -1,4 +1,4 @@
-"""Parameters chosen by their names, as in `lora.targets` and `train.frozen`, and trees as flat dictionaries.
+"""Parameters chosen by their names, as in `lora.targets` and `train.frozen`.
 
 A parameter lies at a path such as layers/attention/wq_DNH. Any part of the path names it, with or without the letters
 of its dimensions: `attention`, `wq`, `attention/wq_DNH`. A dot may stand for the slash, and `*` for any letters.
@@ -7,31 +7,10 @@ of its dimensions: `attention`, `wq`, `attention/wq_DNH`. A dot may stand for th
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-import jax
+from collections.abc import Iterable
 
 from llmjax.errors import UserError
-
-Path = tuple[str, ...]
-
-
-def flatten(tree: Any) -> dict[Path, Any]:
-    """The leaves of nested dictionaries by their paths, in the order of the tree. A leaf may be a tuple."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
-    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
-    """Nested dictionaries, from leaves by their paths."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
+from llmjax.train.trees import Path
 
 
 def choose_paths(key: str, pattern: str, paths: Iterable[Path]) -> set[Path]:

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from llmjax.errors import UserError
 from llmjax.parallel.rules import is_axes, partition_spec
 from llmjax.train.optim.param_roles import Axes, Role, Roles
+from llmjax.train.trees import Path, flatten, nest
 from llmjax.train.tuning.lora import A, Adapter, B, LoraConfig
-from llmjax.train.tuning.names import Path, choose_paths, flatten, nest
+from llmjax.train.tuning.names import choose_paths
 from llmjax.types import Array, Params
 
 

@@ -9,8 +9,9 @@ from sections import section
 
 from llmjax.errors import UserError
 from llmjax.train.optim.param_roles import Role
+from llmjax.train.trees import flatten, nest
 from llmjax.train.tuning.lora import A, B
-from llmjax.train.tuning.names import choose_paths, flatten, nest
+from llmjax.train.tuning.names import choose_paths
 from llmjax.train.tuning.tuning import WHOLE, make_tuning
 
 KEY = jax.random.key(0)
