@@ -5,7 +5,8 @@
         --prompt='The first steps in the kitchen' --prompt='He drove to the airport' --prompt='Shares fell sharply'
 
 Says that the kitchen is nearest, with a cosine of 0.3955 (the airport 0.0556, the shares -0.0321), after 6 seconds on
-2 cores of an AMD EPYC. Its vectors are those of transformers, equal to 3e-7 (`tests/convert/test_minilm.py`). A
+2 cores of an AMD EPYC. Its vectors are those of transformers, equal to 3e-7 (`tests/convert/test_minilm.py`). The
+package sentence-transformers cuts texts at 256 tokens, and here the model's 512 positions are used. A
 classification may begin with it, see `experiments/2026-11-text-classification`.
 """
 

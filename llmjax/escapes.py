@@ -34,7 +34,13 @@ def escape_surrogates(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` on a single line, with very long words shortened, for error messages that quote a value."""
     text = LONG_WORD.sub(lambda word: f"{word[0][:200]}...{word[0][-100:]}", text)
-    return text.replace("\n", "\\n").replace("\r", "\\r")
+    return escape_breaks(text)
+
+
+def escape_breaks(text: str, tabs: bool = False) -> str:
+    """`text` with \\n and \\r, and with `tabs` also \\t, for what would end a line or a column of the output."""
+    text = text.replace("\n", "\\n").replace("\r", "\\r")
+    return text.replace("\t", "\\t") if tabs else text
 
 
 def show(text: str, *, file: TextIO | None = None, end: str = "\n") -> None:

@@ -32,6 +32,7 @@ from llmjax.build.conversion import (
     save_as_peft,
     save_as_run,
 )
+from llmjax.convert.config_keys import choose_architecture
 from llmjax.convert.gguf.export import FILE
 from llmjax.convert.gguf.writing import WRITTEN as GGUF_WRITTEN
 from llmjax.convert.verify import check, compare, their_logits
@@ -76,6 +77,12 @@ def verification(model: Model, kind: str, path: pathlib.Path, text: pathlib.Path
         raise UserError(
             "--verify compares with transformers, which reads no scaling of rotary positions from GGUF files; verify "
             "with --to hf"
+        )
+    head_dim = model.settings["transformer.head_dim"]
+    if kind == "gguf" and choose_architecture(model.settings).model_type == "qwen3" and head_dim != 128:
+        raise UserError(
+            "--verify compares with transformers, which takes each Qwen 3 in a GGUF file for one of head_dim=128, and "
+            f"this one has {head_dim}; verify with --to hf"
         )
     # What was written is read again, so that numbers that were rounded are so on both sides.
     written = model if path == pathlib.Path(model.facts["path"]) else load_foreign(kind, path)

@@ -98,6 +98,8 @@ def resume_or_init(
             if begun_with:
                 update, params = initial_params(program, lambda sentence: say(f"note: {sentence}"))
                 say(f"beginning with the parameters of update {update} of {begun_with}")
+            if program.config.lora.init_from:
+                say(f"beginning with the adapters in {program.config.lora.init_from}")
             state = begin_with(program, params)
             save_frozen(program, state, workdir)
             return state, Position()
@@ -162,6 +164,11 @@ def initial_params(
             f"checkpoint.init_from={config.checkpoint.init_from!r} has lost its config.json; restore it"
         )
     trained_with = read_optimizer(saved, source) | read_tuning(saved, source, config.train)
+    if trained_with["lora"].rank and config.lora.init_from:
+        tell(
+            f"checkpoint.init_from={config.checkpoint.init_from!r} has adapters of its own, which are in its matrices "
+            "now, and those in lora.init_from are added to that; if they are the same, give the model without them"
+        )
     there = dataclasses.replace(config, **read_task(saved, source))
     absent = _absent(config, complete_config(saved, source))
     for key in absent:
@@ -206,10 +213,12 @@ def _with_added(
     source, name = program.config.checkpoint.init_from, program.config.task.name
     optional = FAMILIES[program.config.model.family].optional
     keys = {entry: f"{key}=True" for key, entry in optional.items()}
-    asked = " and ".join(dict.fromkeys(keys.get(entry, f"task.name={name!r}") for entry in added))
+    why = dict.fromkeys(keys.get(entry, f"task.name={name!r}") for entry in added)
+    asked = " and ".join(why) + (" add" if len(why) > 1 else " adds")
+    begin = "begin" if len(added) > 1 else "begins"
     tell(
-        f"checkpoint.init_from={source!r} has all parameters but {' and '.join(added)}, which {asked} adds "
-        "and which begins anew"
+        f"checkpoint.init_from={source!r} has all parameters but {' and '.join(added)}, which {asked} "
+        f"and which {begin} anew"
     )
     wanted = program.params_shape
     shardings = {name: jax.tree.map(lambda x: x.sharding, wanted[name]) for name in added}

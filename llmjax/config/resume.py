@@ -26,7 +26,7 @@ FREE_ON_RESUME = (
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.statistics_every", "train.patience",
     "data.sources", "data.held_out_sources", "data.follow_links", "data.max_expansion",
     "data.length_points", "data.cache_dir", "data.num_workers", "data.prefetch",
-    "optimizer.learning_rate", "optimizer.schedule_updates",
+    "optimizer.learning_rate", "optimizer.schedule_updates", "lora.init_from",
 )  # fmt: skip
 
 
@@ -122,13 +122,12 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
     source = f"the run in checkpoint.init_from={config.checkpoint.init_from!r}"
     saved, new = complete_config(saved, config.checkpoint.init_from), config.to_dict()
     family = choose(FAMILIES, "model.family", config.model.family)
-    free = (*FREE_ON_INIT, *family.free_on_init)
+    free, anew = (*FREE_ON_INIT, *family.free_on_init), made_anew(saved, new, family)
     keys = [(section, key) for section in ("model", *family.sections) for key in new[section]]
     others = {
         f"{section}.{key}": (new[section][key], saved[section][key])
         for section, key in keys
-        if new[section][key] != saved[section][key]
-        and f"{section}.{key}" not in (*free, *made_anew(saved, new, family))
+        if new[section][key] != saved[section][key] and f"{section}.{key}" not in (*free, *anew)
     }
     if others:
         (name, (here, there)), *rest = others.items()
@@ -136,6 +135,12 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
         raise UserError(
             f"{name}={here!r}, but {source} has {there!r}; use that value to begin with its parameters"
             + (f", and also {also[2:]}" if also else "")
+        )
+    if anew and config.lora.rank:
+        key = next(iter(anew))
+        raise UserError(
+            f"{key}=True adds a part that {source} does not have, and lora.rank={config.lora.rank} freezes all but the "
+            f"adapters, so that it would stay as random as it begins; set {key}=False, or lora.rank=0"
         )
     length = saved["data"]["seq_len"]
     table = family.position_table(config.families)

@@ -33,6 +33,8 @@ from llmjax.types import Params
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Before the name of a module of the model.
 PREFIX = "base_model.model."
+# Ways to begin adapters that leave the model as it is. Others, such as PiSSA, take a part of it into the adapters.
+INITS = (True, False, "gaussian", "eva", "orthogonal")
 # What peft calls the task of a class of transformers; there is no name for masked tokens.
 TASK_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -149,6 +151,11 @@ def check_adapters(folder: pathlib.Path, lora: Settings, key: str) -> None:
         raise UserError(
             f"{folder / CONFIG} has peft_type={shown(config.get('peft_type'))} and bias={shown(config.get('bias'))}, "
             "and only LORA without biases is read; use other adapters"
+        )
+    if (init := config.get("init_lora_weights", True)) not in INITS:
+        raise UserError(
+            f"{folder / CONFIG} has init_lora_weights={shown(init)}, so that its adapters belong to a model that was "
+            "changed when they were made; use the model with the adapters merged, or adapters that began otherwise"
         )
     if more := [name for name in NOT_READ if config.get(name)]:
         raise UserError(

@@ -35,12 +35,18 @@ def their_logits(
         raise UserError("--verify compares with transformers; pip install llmjax[interop]") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = getattr(transformers, opened_as).from_pretrained(
-        path.parent if in_file else path,
-        gguf_file=path.name if in_file else None,
-        dtype=torch.float32,
-        attn_implementation="eager",
-    )
+    try:
+        model = getattr(transformers, opened_as).from_pretrained(
+            path.parent if in_file else path,
+            gguf_file=path.name if in_file else None,
+            dtype=torch.float32,
+            attn_implementation="eager",
+        )
+    except (RuntimeError, ValueError, OSError, NotImplementedError) as error:
+        raise UserError(
+            f"--verify cannot compare, because transformers {transformers.__version__} does not open what was written "
+            f"({str(error).strip().splitlines()[0]}); leave --verify out"
+        ) from error
     with torch.no_grad():
         logits: np.ndarray = logits_of(model.eval(), torch.as_tensor(tokens_BT, dtype=torch.long)).numpy()
     return logits

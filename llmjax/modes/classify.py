@@ -16,7 +16,7 @@ from llmjax.build.model import make_setting
 from llmjax.build.program import Program
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
-from llmjax.escapes import show
+from llmjax.escapes import escape_breaks, show
 from llmjax.evaluate.scoring import Piece, pack
 from llmjax.modes.generate import Loaded, load, mode_for
 from llmjax.modes.parts.interactive import piped_lines
@@ -76,7 +76,7 @@ def describe_json(text: str, answer: Answer) -> str:
 
 def describe_text(text: str, answer: Answer) -> str:
     """A line with the label, its probability and the text, between tabs."""
-    return f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{text}"
+    return f"{answer.label}\t{answer.probabilities[answer.label]:.4f}\t{escape_breaks(text, tabs=True)}"
 
 
 class TextClassifier:

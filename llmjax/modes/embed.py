@@ -14,7 +14,7 @@ import numpy as np
 from llmjax.data.examples.contract import Prompting
 from llmjax.data.tokenizer.formats.token_names import token_names
 from llmjax.errors import UserError
-from llmjax.escapes import show
+from llmjax.escapes import escape_breaks, show
 from llmjax.evaluate.scoring import Arrays
 from llmjax.evaluate.text_vectors import make_pooled, nearest, text_vectors
 from llmjax.files import write_atomically
@@ -85,7 +85,7 @@ def describe_vector(text: str, vector_D: np.ndarray, as_json: bool) -> str:
     """
     if as_json:
         return json.dumps({"text": text, "vector": _rounded(vector_D)}, ensure_ascii=False)
-    return f"{text} {_numbers(vector_D)}"
+    return f"{escape_breaks(text)} {_numbers(vector_D)}"
 
 
 def describe_neighbours(text: str, near: Sequence[Near], as_json: bool) -> str:
@@ -93,7 +93,8 @@ def describe_neighbours(text: str, near: Sequence[Near], as_json: bool) -> str:
     if as_json:
         found = [{"text": other, "cosine": round(cosine, 6)} for other, cosine in near]
         return json.dumps({"text": text, "neighbours": found}, ensure_ascii=False)
-    return "\n".join(f"{text}\t{cosine:.4f}\t{other}" for other, cosine in near)
+    word = escape_breaks(text, tabs=True)
+    return "\n".join(f"{word}\t{cosine:.4f}\t{escape_breaks(other, tabs=True)}" for other, cosine in near)
 
 
 def describe_table(names: Sequence[str], table_VD: np.ndarray) -> str:
@@ -168,7 +169,7 @@ class TextEmbedder:
         self._loaded.told.add("cut")
         warn(
             f"note: {count:,} text{'s'[: count != 1]} of up to {longest:,} tokens {'is' if count == 1 else 'are'} cut "
-            f"at the end to the {length:,} tokens that the model was trained on"
+            f"at the end to the {length:,} tokens that a row holds"
         )
 
     def table(self) -> np.ndarray:

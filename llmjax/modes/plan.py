@@ -31,7 +31,7 @@ def run(request: Request) -> int:
     With plan.topology the corpus is not read. Rows are then assumed to be filled by one document each.
     """
     config, derived, workdir = request.config, request.derived, request.workdir
-    check_tuning(config, derived, request.devices)
+    check_tuning(config, derived, request.devices, workdir)
     if config.plan.topology:
         size = planned_vocab_size(config.tokenizer)
         program = make_program(

@@ -98,7 +98,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
     config, workdir = request.config, request.workdir
     check_profile(request.profile, config)
     on_primary(lambda: check_sinks(config.metrics))
-    check_tuning(config, request.derived, request.devices)
+    check_tuning(config, request.derived, request.devices, workdir)
     corpus = read_corpus(config, request.derived, workdir)
     asked = make_probes(corpus, config)
     # A stopped update has sums in its state, even if updates now have one micro-step and need none.
@@ -177,7 +177,10 @@ def say_beginning(
         done, asked = f"{position.update:,} updates are done", program.config.train
         why = f"train.num_updates={asked.num_updates} asks for no more"
         if position.tokens < program.steering.num_tokens:
-            why = f"{position.waited} evaluations were not better; raise train.patience={asked.patience} to go on"
+            why = (
+                f"no score was better in the last {position.waited} of train.patience={asked.patience}; set it to "
+                f"{2 * asked.patience} to go on"
+            )
         say(f"finished: {done}, and {why}")
         return
     for remark in remarks(program, so_far, position.tokens):
@@ -285,7 +288,11 @@ def finish(
     if samples and config.data.sources != ("stdlib",):
         opening = samples[-1].prompt.strip().split("\n")[0][: told.opening]
     done = math.ceil(result.position.tokens / (config.train.tokens_per_update or 1))
-    following = commands(workdir, max(config.train.num_updates, done), opening, told.mode)
+    patience = config.train.patience if result.position.has_waited(config.train.patience) else 0
+    following = commands(workdir, max(config.train.num_updates, done), opening, told.mode, patience)
+    if patience and result.position.best_rank is not None:
+        best = scores[0].describe(scores[0].rank(result.position.best_rank))
+        results[f"best {scores[0].label}"] = f"{best}, before the run waited in vain"
     write_json(
         workdir / "summary.json",
         {"title": f"llmjax {workdir.name}", "plan": plan, "results": results, "commands": following},

@@ -28,6 +28,14 @@ def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: in
             f"lora.rank={config.lora.rank} freezes parameters that nobody has trained, since checkpoint.init_from is "
             "empty; give it the model to adapt"
         )
+    train, every = config.train, config.evaluate.every
+    # The first evaluation is the one that the next ones are compared with.
+    never = (train.patience + 1) * every >= train.num_updates
+    if train.patience and never and train.batch_schedule == "constant":
+        found.append(
+            f"train.patience={train.patience} evaluations, one every {every} updates, are not over before the "
+            f"train.num_updates={train.num_updates} of the run; lower train.patience or evaluate.every"
+        )
     if saved is not None and tokens:
         old_length = schedule_length(
             read_optimizer(saved, "the run")["optimizer"], saved["train"]["num_updates"]

@@ -23,6 +23,7 @@ from llmjax.quantities import format_bytes, format_number, format_quantity
 from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.schedules import describe_schedule
 from llmjax.train.steering.controller import RULES
+from llmjax.train.trees import flatten
 
 # The most labels that are counted one by one. A choice: more do not fit into a line.
 MOST_NAMED = 8
@@ -73,16 +74,15 @@ def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int
         rows["begins with"] = (
             f"parameters and tokenizer of {source.init_from}, checkpoint {source.init_checkpoint}"
         )
+    if program.config.lora.init_from:
+        rows["adapters"] = f"those in {program.config.lora.init_from}, until the run has some of its own"
     return rows | {"updates": _describe_updates(program, train.num_rows, start), "output": str(workdir)}
 
 
 def describe_program(program: Program, attended: float) -> dict[str, str]:
     """The part of the plan that needs no corpus. `attended` is the mean number of keys per token."""
     c, mesh = program.config, program.mesh
-    state = program.abstract_state()
     cost = program.cost(attended)
-    # Gradients have the shapes and the sharding of the parameters.
-    held, gradients = tree_bytes_per_device(state), tree_bytes_per_device(state.params)
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     return {
@@ -92,9 +92,21 @@ def describe_program(program: Program, attended: float) -> dict[str, str]:
         "optimizer": _describe_optimizer(c.optimizer, c.train.num_updates),
         "mesh": f"{axes} on {mesh.size} {kind} device{'s' if mesh.size > 1 else ''}",
         "batch": _describe_batch(program),
-        "memory": f"about {format_bytes(held + gradients + cost.activation_bytes)} per device: state "
-        f"{format_bytes(held)}, gradients {format_bytes(gradients)}, activations {format_bytes(cost.activation_bytes)}",
+        "memory": _describe_memory(program, cost.activation_bytes),
     }
+
+
+def _describe_memory(program: Program, activations: int) -> str:
+    """The bytes of a device, and what takes them. The compiler may need more for what it makes on the way."""
+    state, shapes = program.abstract_state(), flatten(program.params_shape)
+    # Gradients have the shapes and the sharding of the parameters.
+    parts = {"state": tree_bytes_per_device(state), "gradients": tree_bytes_per_device(state.params)}
+    if adapters := program.tuning.adapters:
+        # An adapter is added to a copy of its matrix, which has a gradient before the adapter has one.
+        parts["adapted matrices"] = 2 * tree_bytes_per_device([shapes[path] for path in adapters])
+    parts["activations"] = activations
+    each = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    return f"about {format_bytes(sum(parts.values()))} per device: {each}"
 
 
 def _describe_params(program: Program) -> str:

@@ -54,12 +54,15 @@ def saved_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     return saved
 
 
-def commands(workdir: pathlib.Path, num_updates: int, prompt: str, mode: str = "generate") -> dict[str, str]:
+def commands(
+    workdir: pathlib.Path, num_updates: int, prompt: str, mode: str = "generate", patience: int = 0
+) -> dict[str, str]:
     """Label -> a shell command that uses the run in `workdir`.
 
     num_updates  of the run; "train on" asks for twice as many
     prompt       of the command that uses the model
     mode         the mode that uses it; "" for none
+    patience     train.patience of a run that it has ended, whose best parameters are not its last ones; otherwise 0
     """
     python = pathlib.Path(sys.executable)
     here = pathlib.Path.cwd()
@@ -67,10 +70,12 @@ def commands(workdir: pathlib.Path, num_updates: int, prompt: str, mode: str = "
     run = f"{quote(python)} -m llmjax.main --workdir={quote(workdir)}"
     # A conversation is typed.
     given = "" if mode == "chat" else f" --prompt={quote(prompt)}"
+    further = f"patience={2 * patience}" if patience else f"num_updates={2 * num_updates or 100}"
+    which = " --checkpoint=best" if patience else ""
     return {
         "resume": run,
-        "train on": f"{run} --config.train.num_updates={2 * num_updates or 100}",
-        "evaluate": f"{run} --mode=evaluate",
-        **({mode: f"{run} --mode={mode}{given}"} if mode else {}),
+        "train on": f"{run} --config.train.{further}",
+        "evaluate": f"{run} --mode=evaluate{which}",
+        **({mode: f"{run} --mode={mode}{which}{given}"} if mode else {}),
         "report": f"{quote(python)} -m webbrowser {quote(workdir / 'report.html')}",
     }

@@ -92,6 +92,8 @@ def test_a_certificate_accounts_for_every_tensor_and_every_file(stories, shared_
 def test_a_trained_run_is_exported_and_a_new_run_begins_with_it(trained, tmp_path, capsys):
     exported = tmp_path / "hf"
     assert convert_to("llmjax", "hf", trained, exported) == 0
+    # A model that is written whole has nothing to remark on.
+    assert capsys.readouterr().err == ""
     assert certificate(exported)["to"]["architecture"] == "Qwen3ForCausalLM"
     settings = {"tokenizer__kind": "bpe", "tokenizer__vocab_size": 320, "model__tie_embeddings": False}
     settings |= {"checkpoint__init_from": exported, "train__num_updates": 1}
@@ -282,8 +284,12 @@ def test_a_bert_without_a_head_is_exported_and_gets_one_in_a_run_that_asks_for_i
     for source in ("run", "hf"):
         settings = {**BERT, "bert__output_bias": True, "checkpoint__init_from": tmp_path / source}
         words = command(tmp_path, f"--workdir={tmp_path / f'from_{source}'}", **settings)
+        # Adapters would leave the new head as it begins.
+        assert "so that it would stay as random as it begins; set bert.transform=False" in refuse(
+            capsys, [*words, "--config.lora.rank=2"]
+        )
         out = run(capsys, words)
-        anew = "has all parameters but transform and output, which bert.transform=True and bert.output_bias=True adds"
+        anew = "has all parameters but transform and output, which bert.transform=True and bert.output_bias=True add"
         assert anew in out.replace("\n", " ")
         assert convert_to("llmjax", "hf", tmp_path / f"from_{source}", tmp_path / f"hf_{source}") == 0
         assert certificate(tmp_path / f"hf_{source}")["to"]["architecture"] == "BertForMaskedLM"

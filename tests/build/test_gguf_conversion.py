@@ -114,6 +114,12 @@ def test_a_file_that_was_cut_short_is_one_sentence_and_nothing_is_written(export
     assert {path.name for path in tmp_path.iterdir()} == {"cut.gguf"}
 
 
+def test_what_transformers_misreads_is_not_compared_with_it(trained, tmp_path, capsys):
+    said = refused(capsys, "llmjax", "gguf", trained, tmp_path / "x", "--verify")
+    assert "takes each Qwen 3 in a GGUF file for one of head_dim=128, and this one has" in said
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.interop
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

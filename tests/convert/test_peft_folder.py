@@ -138,6 +138,7 @@ def damaged(folder, **changes):
     ({"use_dora": True}, "use_dora=True, which is not read here"),
     ({"peft_type": "IA3"}, "has peft_type='IA3' and bias='none', and only LORA"),
     ({"bias": "all"}, "bias='all', and only LORA"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', so that its adapters belong to a mo"),
 ])  # fmt: skip
 def test_adapters_of_other_settings_are_refused(tmp_path, changes, message):
     adapted = Adapted(tmp_path / "base")

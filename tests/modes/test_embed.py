@@ -11,7 +11,7 @@ import tiny_run
 
 import llmjax
 from llmjax import main
-from llmjax.modes.embed import TextEmbedder, describe_table
+from llmjax.modes.embed import TextEmbedder, describe_neighbours, describe_table, describe_vector
 from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 from tools import convert
 
@@ -34,6 +34,12 @@ def trained(tmp_path_factory, compile_once):  # noqa: F811 - the fixture
 @pytest.fixture(scope="module")
 def vectors(trained):
     return llmjax.load(trained).embed(TEXTS)
+
+
+def test_a_text_of_several_lines_takes_one_line():
+    vector = np.ones(2, np.float32)
+    assert describe_vector("a\nb", vector, False) == "a\\nb 1 1"
+    assert describe_neighbours("a\tb", [("c\r\nd", 0.5)], False) == "a\\tb\t0.5000\tc\\r\\nd"
 
 
 def test_vectors_in_python_are_those_of_each_text_alone(trained, vectors):
@@ -114,10 +120,7 @@ def test_a_text_that_is_too_long_is_cut_and_that_is_said_once(trained, capsys):
     (cut, _) = embedder.embed([long, "river"])
     embedder.embed([long])
     err = capsys.readouterr().err
-    assert (
-        err.count("are cut") + err.count("is cut at the end to the 32 tokens that the model was trained on")
-        == 1
-    )
+    assert err.count("are cut") + err.count("is cut at the end to the 32 tokens that a row holds") == 1
     tokenizer = embedder._loaded.tokenizer
     short = tokenizer.decode(tokenizer.encode(long)[:31])
     np.testing.assert_allclose(embedder.embed([short])[0], cut, rtol=1e-5, atol=1e-6)

@@ -128,6 +128,21 @@ def test_adapters_go_to_a_folder_of_peft_and_come_back_equal(folder, tmp_path, c
     words = tuned(folder, tmp_path / "none", "--mode=evaluate", lora__init_from=adapters)
     capsys.readouterr()
     assert held_out(capsys, words) == last_loss(folder / "run")
+    # A run that has begun needs its adapters no more.
+    adapters.rename(tmp_path / "moved")
+    capsys.readouterr()
+    run(capsys, [*began, "--config.train.num_updates=1"])
+    run(capsys, ["llmjax", f"--workdir={tmp_path / 'begun'}", "--config.lora.init_from=", "--mode=plan"])
+    adapters = (tmp_path / "moved").rename(adapters)
+    said = run(
+        capsys,
+        tuned(folder, tmp_path / "twice", train__num_updates=0, lora__init_from=adapters,
+              checkpoint__init_from=folder / "run"),
+    )  # fmt: skip
+    assert (
+        "has adapters of its own, which are in its matrices now" in said
+        and "beginning with the adapters in" in said
+    )
     said = refuse(capsys, tuned(folder, tmp_path / "other", lora__init_from=adapters, lora__alpha=3.0))
     assert "lora.alpha=3.0, but" in said
     assert convert.main(["--from", "llmjax", "--to", "peft", str(folder / "base"), str(tmp_path / "no")]) == 2
@@ -152,9 +167,11 @@ def test_a_run_without_better_scores_ends_early_as_a_finished_one(folder, tmp_pa
         "the held-out loss has not become better in 2 evaluations in a row" in said and "done after" in said
     )
     assert len(tiny_run.losses(tmp_path)) == 3 and (tmp_path / "checkpoints" / "3").is_dir()
-    assert "finished: 3 updates are done, and 2 evaluations were not better; raise train.patience=2" in run(
-        capsys, words
+    assert "--mode=evaluate --checkpoint=best" in said and "best held-out loss" in said
+    assert (
+        "--config.train.patience=4" in said and "--config.train.num_updates" not in said.split("\nnext\n")[1]
     )
+    assert "no score was better in the last 2 of train.patience=2; set it to 4 to go on" in run(capsys, words)
     run(capsys, [*words, "--config.train.patience=4"])
     assert len(tiny_run.losses(tmp_path)) == 5
 

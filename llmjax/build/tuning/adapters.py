@@ -24,18 +24,22 @@ from llmjax.train.tuning.lora import A, B
 from llmjax.train.tuning.tuning import Tuning
 from llmjax.train.update.state import TrainState
 from llmjax.types import Params
+from llmjax.workdir import standing
 
 
-def check_tuning(config: Config, derived: Derived, devices: Sequence[jax.Device]) -> None:
+def check_tuning(
+    config: Config, derived: Derived, devices: Sequence[jax.Device], workdir: pathlib.Path
+) -> None:
     """UserError for mistakes in `lora` and train.frozen, before any text is read.
 
-    They may name parameters that the config's model lacks, or adapters that do not fit.
+    They may name parameters that the config's model lacks, or adapters that do not fit. A run that has begun in
+    `workdir` has adapters of its own, and those in lora.init_from are not looked at.
     """
     if config.lora.rank or config.train.frozen:
         mesh = make_mesh(config.mesh, devices)
         # No name depends on the vocabulary, which is not known yet.
         make_model_tuning(config, make_model(config, derived, mesh.shape["tensor"], Layout(mesh)))
-    if config.lora.init_from:
+    if config.lora.init_from and not standing.has_begun(workdir):
         choose_architecture(settings_of(config))
         peft_folder.check_adapters(pathlib.Path(config.lora.init_from), _settings(config), "lora.init_from")
 

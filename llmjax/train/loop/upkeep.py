@@ -338,9 +338,9 @@ class Upkeep:
             return False
         best = self._checkpoints.best()
         where = "" if best is None else f"; the best checkpoint is of update {best}"
-        text = (
-            f"the {run.score.label} has not become better in {position.waited} evaluations in a row, so that"
-        )
+        count = position.waited
+        times = f"{count} evaluations in a row" if count > 1 else "the last evaluation"
+        text = f"the {run.score.label} has not become better in {times}, so that"
         self._recorder.event(
             position.update, "stop", f"{text} train.patience={run.patience} ends the run{where}"
         )

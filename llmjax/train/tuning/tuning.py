@@ -165,7 +165,8 @@ def _partly_frozen(axes: Axes, frozen: Sequence[str], shapes: Params) -> Tuning:
             entries = dict.fromkeys(path[0] for path in roles if roles[path].layers)
             raise UserError(
                 f"train.frozen has {pattern!r}, but a number after a colon is how many of the first layers of a stack "
-                f"are frozen, from 1 to all of them; use {' or '.join(f'{entry}:1' for entry in entries) or 'names'}"
+                f"are frozen, from 1 to {most or 'all'}; use "
+                f"{' or '.join(f'{entry}:1' for entry in entries) or 'names'}"
             )
         for path in found:
             cuts[path] = max(cuts.get(path, 0), int(number))

@@ -81,7 +81,9 @@ def state_around(
     create = _begin(engine, tuning)
     shapes, offload = jax.eval_shape(create, params, rng), engine.optimizer.offload
     shardings = state_shardings(shapes, param_specs, mesh, offload=offload, frozen_specs=tuning.frozen_specs)
-    return jax.jit(create, donate_argnums=0, out_shardings=shardings)(params, rng)
+    # Stacks of which some layers are frozen come out in two parts, which cannot take the place of the whole.
+    donated = () if tuning.cuts else 0
+    return jax.jit(create, donate_argnums=donated, out_shardings=shardings)(params, rng)
 
 
 def abstract_state(
