@@ -5,6 +5,7 @@ import re
 
 import pytest
 from test_architecture import FILES, PACKAGE
+from tiny_run import DURATION
 
 from llmjax.quantities import format_bytes, format_duration, format_number, format_quantity
 
@@ -21,11 +22,12 @@ def test_numbers_are_short_and_keep_three_digits(value, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (0.84, "0.84 s"), (48, "48 s"), (59.7, "1 min 00 s"), (228, "3 min 48 s"),
-     (7500, "2 h 05 min"), (273600, "3 d 4 h")],
+    [(0, "0 s"), (3e-4, "3×10⁻⁴ s"), (0.84, "0.84 s"), (9.63, "9.6 s"), (48, "48 s"), (59.7, "1 min 00 s"),
+     (228, "3 min 48 s"), (7500, "2 h 05 min"), (273600, "3 d 4 h")],
 )  # fmt: skip
 def test_durations_show_their_two_largest_units(seconds, text):
     assert format_duration(seconds) == text
+    assert re.fullmatch(DURATION, text)
 
 
 @pytest.mark.parametrize("number, text", [

@@ -21,6 +21,8 @@ from llmjax.workdir.metrics import read_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = f"--config={ROOT / 'configs' / 'base.py'}"
+# A time span as a person reads it. A test knows no more of how long something took: machines differ.
+DURATION = r"(\d+ d \d+ h|\d+ h \d\d min|\d+ min \d\d s|[\d.]+ s|\d+×10⁻[⁰¹²³⁴⁵⁶⁷⁸⁹]+ s)"
 # The settings of a tiny run, which differ from configs/base.py.
 SETTINGS = {
     "model.num_layers": 1, "model.model_dim": 16, "transformer.num_heads": 2, "transformer.mlp_dim": 32,

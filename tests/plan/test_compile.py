@@ -7,7 +7,7 @@ import re
 import jax
 import pytest
 import tiny_run
-from tiny_run import BASE
+from tiny_run import BASE, DURATION
 
 from configs import base
 from llmjax import main
@@ -47,7 +47,7 @@ def test_the_step_is_compiled_for_the_devices_at_hand_without_running_it():
     rows = compile_step(program)
     arguments = tree_bytes_per_device((program.abstract_state(), program.placement.abstract_batch()))
     order = sum(x.dtype.itemsize for x in jax.tree.leaves(program.abstract_inputs()))
-    assert re.fullmatch(r"in [\d.]+ s", rows["compiled"])
+    assert re.fullmatch(f"in {DURATION}", rows["compiled"])
     assert f"arguments {format_bytes(arguments + order)}" in rows["needs"]
 
 
@@ -135,7 +135,7 @@ class TestAheadOfTime:
         code, out, err = plan(capsys, "v5e:2x2", *sizes)
         assert (code, err) == (0, "")
         assert f"{first}=2" in out and f"{second}=2" in out and "on 4 TPU v5 lite devices" in out
-        assert re.search(r"compiled +in \d+ s", out)
+        assert re.search(f"compiled +in {DURATION}\n", out)
         assert re.search(r"needs +[\d.]+ MB per device: arguments [\d.]+ MB, temporaries [\d.]+ [kM]?B", out)
         assert "corpus" not in out
 

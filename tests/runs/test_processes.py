@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import command, finish, start
+from tiny_run import DURATION, command, finish, start
 
 from llmjax.build.program import make_program
 from llmjax.config.reading import read_config
@@ -115,16 +115,17 @@ def test_a_run_asked_to_stop_saves_exits_well_and_resumes_bit_for_bit(number, fo
 
 
 OURS = (
-    r"plan", r"next", r"sample: after", r"the model continued", r"  \| .*", r"done after [\d.]+ s",
+    r"plan", r"next", r"sample: after", r"the model continued", r"  \| .*", f"done after {DURATION}",
     r"  (corpus|held out|files|tokenizer|packing|model|attention|optimizer|mesh|batch|memory|updates|output) .*",
     r"  (held-out loss|perplexity|bits per byte|gzip|xz|report|resume|train on|evaluate|generate) .*",
-    r"ready after [\d.]+ s; the first update compiles", r"update \d+/6  (held-out )?loss .*",
+    f"ready after {DURATION}; the first update compiles", r"update \d+/6  (held-out )?loss .*",
 )  # fmt: skip
 GLOO = r"\[Gloo\] Rank \d is connected .*"  # of several processes on CPUs, printed by C++ inside jaxlib
 # What a run says of work that takes seconds: on a terminal always, elsewhere only where it takes more than three.
 STAGES = (
     r"(importing jax|looking through data\.sources|preparing the (tokenizer|parameters)|packing|compiling the update"
-    r"|training the tokenizer|sampling|compressing held-out text|writing the (report|checkpoint))  \d+ s",
+    r"|training the tokenizer|sampling|compressing held-out text|writing the (report|checkpoint))  "
+    + DURATION,
     r"(looking for changes|reading the text|tokenizing|evaluating) +\d+%  ?.* of .*",
 )
 BAR = r"\d+/6 \|.*\| (loss .*)?"
