@@ -155,7 +155,7 @@ def initial_params(
         absent = _absent(config, imported_config(model.settings).to_dict())
         added = (*absent.values(), *added_entries(config))
         known = {name: x for name, x in wanted.items() if name not in added}
-        for remark in model.remarks(model.match(model.places(known))):
+        for remark in model.remarks(model.match(model.places(known)), not added_entries(config)):
             tell(remark)
         return 0, _with_added(program, model.read(known), added, tell)
     saved = saved_config(source)

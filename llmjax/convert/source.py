@@ -56,9 +56,9 @@ class Source:
         """Which tensor is which. UserError where one is missing, left over or of another shape."""
         return match(self.architecture, places, self.tensors, str(self.path))
 
-    def remarks(self, matched: Matched) -> list[str]:
-        """Sentences about what the model has and we do not, and about what it lacks."""
-        lacks = self.architecture.untrained
+    def remarks(self, matched: Matched, predicts_tokens: bool = True) -> list[str]:
+        """Sentences about what the model has and we do not, and about what it lacks to predict tokens."""
+        lacks = self.architecture.untrained if predicts_tokens else ""
         return [
             *([f"of {self.path}, {matched.remark}"] if matched.remark else []),
             *([f"{self.path} has {lacks}"] if lacks else []),

@@ -79,7 +79,7 @@ def _read_json(path: Path, read: Callable[[Path], Tokenizer]) -> Tokenizer:
             raise
         raise_unless_damage(why)
         raise DamagedError(
-            f"tokenizer.path = {str(path)!r} cannot be read ({why})", "name another tokenizer"
+            f"tokenizer {str(path)!r} cannot be read ({why})", "name another tokenizer"
         ) from None
 
 
@@ -135,7 +135,7 @@ def _read_model(path: Path, fingerprint: str | None) -> SentencePieceTokenizer:
     """
     if not path.is_file():
         raise DamagedError(
-            f"tokenizer.path = {str(path)!r} is no tokenizer",
+            f"tokenizer {str(path)!r} is no tokenizer",
             "name a SentencePiece .model file, a tokenizer.json, a GGUF file, or a folder that holds one of them",
         )
     model = path.read_bytes()
@@ -145,7 +145,7 @@ def _read_model(path: Path, fingerprint: str | None) -> SentencePieceTokenizer:
         return SentencePieceTokenizer(model)
     except (RuntimeError, ValueError):
         raise DamagedError(
-            f"tokenizer.path = {str(path)!r} cannot be read as a SentencePiece model", "name another file"
+            f"tokenizer {str(path)!r} cannot be read as a SentencePiece model", "name another file"
         ) from None
 
 
