@@ -25,6 +25,7 @@ from llmjax.generate.generate import make_generator, power_of_two
 from llmjax.modes.generate import Loaded, given_part, load, mode_for, no_text
 from llmjax.modes.parts.interactive import Leave, converse
 from llmjax.modes.request import Request
+from llmjax.tasks.table import conversation_keys
 from llmjax.terminal.stages import on_terminal
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
@@ -80,7 +81,7 @@ class Chat:
 
     def __init__(self, loaded: Loaded):
         program, tokenizer = loaded.program, loaded.tokenizer
-        keys = program.config.tasks["conversation"]
+        keys = conversation_keys(program.config.task.name, program.config.tasks)
         self._format = check_converses(loaded)
         self._loaded, self._limit = loaded, program.config.data.seq_len
         self._generate = make_generator(
@@ -152,7 +153,7 @@ class Chat:
 def check_converses(loaded: Loaded) -> ChatFormat:
     """The format of the model's conversations. UserError if the model was not trained on any."""
     program, tokenizer = loaded.program, loaded.tokenizer
-    keys = program.config.tasks["conversation"]
+    keys = conversation_keys(program.config.task.name, program.config.tasks)
     trained = program.task.use == "chat"
     # Imported weights may have been trained elsewhere, which shows in the marks of their tokenizer.
     if not trained and program.task.use == "generate":
@@ -209,7 +210,7 @@ def make_answer(program: Program, corpus: Corpus) -> Callable[[Params, Watch], l
     """
     tokenizer, ids = corpus.tokenizer, corpus.held_out_ids
     prompt = given_part(corpus.store, int(ids[0]) if len(ids) else 0)
-    form = make_format(program.config.tasks["conversation"].format, tokenizer)
+    form = make_format(conversation_keys(program.config.task.name, program.config.tasks).format, tokenizer)
     config = program.config.generate
     write = make_generator(
         program.model, config, eos_id=form.end, banned_ids=[i for i in no_text(tokenizer) if i != form.end]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from llmjax.build.model import has_reference
 from llmjax.build.program import Program
 from llmjax.config.reading import read_optimizer
 from llmjax.train.optim.schedules import describe_jump, schedule_length, schedule_remarks
@@ -29,6 +30,11 @@ def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: in
         found.append(
             f"lora.rank={config.lora.rank} freezes parameters that nobody has trained, since checkpoint.init_from is "
             "empty; give it the model to adapt"
+        )
+    if has_reference(config) and not config.checkpoint.init_from:
+        found.append(
+            f"task.name={config.task.name!r} compares answers with parameters that nobody has trained, since "
+            "checkpoint.init_from is empty; give it a model that answers already"
         )
     found += _wide_adapters(program)
     train, every = config.train, config.evaluate.every
