@@ -16,7 +16,8 @@ import jax
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
-from llmjax.data.examples.chat_format import ASSISTANT, ChatFormat, Message, make_format
+from llmjax.data.chat.formats import CHATML, make_format
+from llmjax.data.chat.messages import ASSISTANT, ChatFormat, Message, special_ids
 from llmjax.data.tokenizer.tokenizer import StreamDecoder
 from llmjax.errors import UserError
 from llmjax.escapes import complain, show
@@ -155,13 +156,9 @@ def check_converses(loaded: Loaded) -> ChatFormat:
     program, tokenizer = loaded.program, loaded.tokenizer
     keys = conversation_keys(program.config.task.name, program.config.tasks)
     trained = program.task.use == "chat"
-    # Imported weights may have been trained elsewhere, which shows in the marks of their tokenizer.
-    if not trained and program.task.use == "generate":
-        try:
-            return make_format("chatml", tokenizer)
-        except UserError:
-            pass
-    if not trained:
+    # Imported weights may have been trained elsewhere, which shows in their tokenizer.
+    known = bool(tokenizer.chat_template) or set(CHATML) <= special_ids(tokenizer).keys()
+    if not trained and not (program.task.use == "generate" and known):
         raise UserError(
             f"task.name={program.config.task.name!r} learns no conversation; use {mode_for(program)}, or train "
             "a model with task.name=conversation"

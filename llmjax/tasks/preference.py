@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.data.examples.chat_format import FORMATS
+from llmjax.data.chat.formats import FORMATS
 from llmjax.errors import UserError, choose
 from llmjax.models.contract import Model
 from llmjax.models.reference import REFERENCE

@@ -8,7 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from llmjax.data.examples.chat_format import ASSISTANT, ROLES, ChatFormat, Message, make_format
+from llmjax.data.chat.formats import make_format
+from llmjax.data.chat.messages import ASSISTANT, ROLES, ChatFormat, Message
 from llmjax.data.examples.contract import Example
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError

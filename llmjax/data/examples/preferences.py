@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-from llmjax.data.examples.chat_format import ASSISTANT, Message
+from llmjax.data.chat.messages import ASSISTANT, Message
 from llmjax.data.examples.contract import Example
 from llmjax.data.examples.conversations import format_for, read_messages, short, with_system
 from llmjax.data.tokenizer.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ class Preferences:
         prompt, *answers = self.read(record)
         form = format_for(self.form, tokenizer)
         given = form.encode_prompt(prompt)
-        chosen, rejected = ([*tokenizer.encode(answer), form.end] for answer in answers)
+        chosen, rejected = (form.encode_answer(answer) for answer in answers)
         weights = ((len(given), 0.0), (len(chosen), 1.0))
         return Example([*given, *chosen], weights=weights, source=[*given, *rejected])
 

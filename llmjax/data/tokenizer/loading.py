@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmjax.data.checksums import DamagedError, raise_unless_damage
 from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
-from llmjax.data.tokenizer.formats.gguf_vocabulary import read_gguf_tokenizer
+from llmjax.data.tokenizer.formats.gguf_vocabulary import gguf_template, read_gguf_tokenizer
 from llmjax.data.tokenizer.formats.json_folder import (
     MERGES,
     VOCABULARY,
@@ -18,6 +18,7 @@ from llmjax.data.tokenizer.formats.json_folder import (
     read_gpt2_files,
     read_tokenizer_json,
     read_word_pieces,
+    template_in,
 )
 from llmjax.data.tokenizer.json_tokenizer import JSON_FILE, JsonTokenizer, SpecialIds
 from llmjax.data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -41,6 +42,12 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises `DamagedError` if `path` is none of them, or if the files are not as they were saved.
     """
     path = at_home(path, "tokenizer.path")
+    tokenizer = _load(path)
+    tokenizer.chat_template = gguf_template(path) if is_gguf(path) else template_in(path)
+    return tokenizer
+
+
+def _load(path: Path) -> Tokenizer:
     if is_gguf(path):
         return read_gguf_tokenizer(path)
     # lexists, because a broken link in place of the file is damage, which `_read_meta` reports.
