@@ -250,7 +250,7 @@ def get_config() -> ConfigDict:
     checkpoint.keep = 2  # newest checkpoints to keep; the newest known to give a finite loss stays as well
     checkpoint.keep_best = True  # keeps the checkpoint with the lowest held-out loss as well
     checkpoint.init_from = ""  # workdir, Hugging Face folder or GGUF file with the parameters to begin with
-    checkpoint.init_checkpoint = "latest"  # which of its checkpoints: latest | best | the number of an update
+    checkpoint.init_checkpoint = "latest"  # latest | best | number of an update | average:3 of the newest 3
 
     # Where a run shows its metrics, besides its workdir.
     c.metrics = metrics = ConfigDict()

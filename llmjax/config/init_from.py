@@ -28,7 +28,7 @@ from llmjax.escapes import complain
 from llmjax.models.table import FAMILIES
 from llmjax.terminal.lines import warn
 from llmjax.train.checkpoint.checkpoint import Checkpoints
-from llmjax.train.checkpoint.which import named_update
+from llmjax.train.checkpoint.which import named_updates
 from llmjax.types import Params
 from llmjax.workdir.contents import check_name, saved_config
 from llmjax.workdir.standing import has_begun
@@ -64,7 +64,8 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
     # Reading what a checkpoint says of itself shows whether it is there and undamaged.
     which = config.checkpoint.init_checkpoint
     with Checkpoints(source / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
-        checkpoints.read_meta(named_update(checkpoints, "checkpoint.init_checkpoint", which))
+        for update in named_updates(checkpoints, "checkpoint.init_checkpoint", which):
+            checkpoints.read_meta(update)
 
 
 def _check_foreign(config: Config, source: pathlib.Path) -> None:
