@@ -21,12 +21,14 @@ class Example:
     source   the token ids of a second stream, which the model reads but does not predict, such as the source of a
              translation
     label    the number of a class, counted from 0
+    turns    the positions in `tokens`, ascending, at which a document that is longer than a row is cut, if it can be
     """
 
     tokens: Sequence[int]
     weights: Sequence[tuple[int, float]] = ()
     source: Sequence[int] = ()
     label: int = 0
+    turns: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ExampleSetting:
 
 
 # The fields of `Example` that a store holds only for tasks that fill them.
-OPTIONAL_COLUMNS = ("weights", "source", "label")
+OPTIONAL_COLUMNS = ("weights", "source", "label", "turns")
 
 
 class Examples(Protocol):

@@ -35,9 +35,9 @@ class Conversations:
     text_field: str
     form: str
     system: str
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     further_texts: ClassVar[tuple[str, ...]] = ()
-    columns: ClassVar[tuple[str, ...]] = ("weights",)
+    columns: ClassVar[tuple[str, ...]] = ("weights", "turns")
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -55,8 +55,8 @@ class Conversations:
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
         messages = self.read(str(record[self.text_field]))
-        tokens, weights = format_for(self.form, tokenizer).encode(messages)
-        return Example(tokens, weights=tuple(weights))
+        spoken = format_for(self.form, tokenizer).encode(messages)
+        return Example(spoken.ids, weights=tuple(spoken.runs), turns=tuple(spoken.turns))
 
     def read(self, text: str) -> list[Message]:
         """The messages of a conversation in JSON. Raises UserError for one from which nothing could be learned."""

@@ -80,6 +80,8 @@ def encode_records(tokenizer: Tokenizer, examples: Examples, batch: Batch) -> En
         ragged["source"] = _concatenate([example.source for example in made], dtype)
     if "weights" in examples.columns:
         ragged["weights"] = _concatenate([example.weights for example in made], RUN)
+    if "turns" in examples.columns:
+        ragged["turns"] = _concatenate([example.turns for example in made], np.dtype("<u4"))
     # The first field is the text of the document.
     text = examples.fields[0]
     decisive = examples.held_out_by if isinstance(examples, HeldOutBy) else examples.fields
@@ -95,8 +97,8 @@ def encode_records(tokenizer: Tokenizer, examples: Examples, batch: Batch) -> En
 def _check(made: Sequence[Example], examples: Examples) -> None:
     """Raises ValueError if an example fills an undeclared column, or if its loss weights do not cover its tokens."""
     for example in made:
-        if (example.weights and "weights" not in examples.columns) or (
-            example.source and "source" not in examples.columns
+        if any(
+            getattr(example, name) and name not in examples.columns for name in ("weights", "source", "turns")
         ):
             raise ValueError(f"{examples!r} fills a column that its `columns` do not name.")
         if "weights" in examples.columns and sum(n for n, _ in example.weights) != len(example.tokens):
