@@ -92,6 +92,8 @@ def test_long_conversations_are_cut_between_turns_which_the_plan_says(tmp_path, 
         "2 conversations of more than data.seq_len=64 tokens, between turns; 1 of them within a turn of more than that"
         in said
     )
+    spoken = "<1><6>a b<7>[[c c c c c c c c c c <2>]]<6>a b<7>[[c c"
+    assert f"learned of the first document: what is [[ ]]\n  | {spoken}" in said
 
 
 def test_no_two_answers_are_drawn_alike(trained, monkeypatch):

@@ -66,6 +66,11 @@ class Conversations:
                 f"a conversation has no message of the assistant, so that nothing of it could be learned: "
                 f"{short(text)}; leave it out, or correct its roles"
             )
+        if all(message.role == ASSISTANT for message in messages):
+            raise UserError(
+                f"a conversation has no message that the assistant answers, so that all of it would be learned: "
+                f"{short(text)}; give what was asked, or learn it as a text with task.name=language_model"
+            )
         return with_system(messages, self.system)
 
 

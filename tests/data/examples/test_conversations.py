@@ -135,6 +135,7 @@ def test_a_system_message_is_added_where_there_is_none():
     ("hello", "a conversation is no list of messages: hello; write"),
     ("[]", "a conversation is no list of messages"),
     ('["only the user"]', "has no message of the assistant, so that nothing of it could be learned"),
+    ('[{"role": "assistant", "content": "a"}]', "has no message that the assistant answers, so that all of it would b"),
     ('[{"role": "robot", "content": "x"}]', 'message 1 of a conversation, {"role": "robot", "content": "x"}, has no'),
     ('["hi", ""]', 'message 2 of a conversation, "", has no text or no role of system, user, assistant'),
     ('["hi", {"role": "assistant"}]', "message 2 of a conversation"),
