@@ -84,7 +84,8 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     # The algorithm over mesh.seq decides in how many parts a sequence travels, and so how its tokens may be laid out.
     sizes = {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor}
     heads = family.heads(config.families)
-    sharing, reason = choose_sharing(heads, config.compute.kernel, config.mesh, sizes)
+    biased = family.position_bias(config.families)
+    sharing, reason = choose_sharing(heads, config.compute.kernel, config.mesh, sizes, biased)
     layout = choose_layout(config, 1 if sharing is None else sharing.chunks)
     layout.check(T)
     for key, size in {"model.model_dim": config.model.model_dim, **family.rows(config.families)}.items():
