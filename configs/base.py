@@ -76,9 +76,7 @@ def get_config() -> ConfigDict:
 
     c.encoder_decoder = encoder_decoder = ConfigDict()
     encoder_decoder.encoder_layers = 0  # layers of the encoder; 0 = model.num_layers, those of the decoder
-    encoder_decoder.scale_output = (
-        False  # divides the last states by the root of model_dim, as T5 with tied embeddings
-    )
+    encoder_decoder.scale_output = False  # divides the last states by the root of model_dim, as the first T5
     encoder_decoder.output_bias = False  # adds a learned bias to the logits, as Marian
 
     c.lstm = lstm = ConfigDict()
@@ -95,6 +93,11 @@ def get_config() -> ConfigDict:
     masked_language_model.whole_words = False  # chooses all tokens of a word together
 
     # What is written is data.text_field.
+    c.span_corruption = span_corruption = ConfigDict()
+    span_corruption.rate = 0.15  # share of the tokens that are taken out of a text
+    span_corruption.span_len = 3.0  # mean length of the spans that they are taken out in
+    span_corruption.sentinels = 16  # reserved ids that stand for gaps, 100 for T5; longer texts are cut
+
     c.translation = translation = ConfigDict()
     translation.source_field = "source"  # the field of a record with the text that is translated
     translation.label_smoothing = 0.0  # share of each target that is spread over all ids in training; 0 = off

@@ -121,6 +121,8 @@ def load_foreign(kind: str, path: pathlib.Path, tokenizer: pathlib.Path | None =
     remarks = source.remarks(source.match(places))
     found = tokenizer or source.tokenizer
     text = None if found is None else tokenizer_for(found, source.vocab_size)
+    if text is not None:
+        source.check_start(text.bos_id)
     digests: dict[str, str] = {}
     params = source.read(abstract, digests.__setitem__)
     facts = certificate.side(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.convert.architectures.contract import FREE, ROPE_KEYS, SCALES_TIED, Architecture
+from llmjax.convert.architectures.contract import FREE, ROPE_KEYS, SCALES_TIED, START, Architecture
 from llmjax.convert.architectures.table import ARCHITECTURES
 from llmjax.convert.files.json_file import typed
 from llmjax.convert.rope_keys import read_rope, write_rope
@@ -23,8 +23,6 @@ GENERAL = {
     "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path",
 }  # fmt: skip
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# The id that what is written after a source begins with.
-START = "decoder_start_token_id"
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -9,9 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.convert.architectures.contract import Architecture
+from llmjax.convert.architectures.contract import START, Architecture
 from llmjax.convert.config_keys import (
-    START,
     TOKEN_IDS,
     architecture_of,
     choose_architecture,

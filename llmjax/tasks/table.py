@@ -14,6 +14,7 @@ from llmjax.tasks.conversation import Conversation
 from llmjax.tasks.copy import Copy
 from llmjax.tasks.language_model import LanguageModel
 from llmjax.tasks.masked_language_model import MaskedLanguageModel
+from llmjax.tasks.span_corruption import SpanCorruption
 from llmjax.tasks.translation import Translation
 
 # The device half of each task; `data/examples/table.py` has the host half under the same names.
@@ -21,6 +22,7 @@ TASKS: dict[str, Task] = {
     "language_model": LanguageModel(),
     "masked_language_model": MaskedLanguageModel(),
     "translation": Translation(),
+    "span_corruption": SpanCorruption(),
     "conversation": Conversation(),
     "copy": Copy(),
     "classification": Classification(),

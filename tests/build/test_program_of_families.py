@@ -131,7 +131,7 @@ def test_masks_follow_the_tokens_into_every_layout(variant, name, seq):
      "model.family=gpt or bert or encoder_decoder, or leave transformer.num_heads at 4"),
     ("gpt", {"translation.source_field": "en"}, "translation.source_field='en' is without effect for task.name='la"),
     ("encoder_decoder", {"task.name": "language_model"}, "model.family='encoder_decoder' reads a second text, which "
-     "task.name='language_model' does not have; set task.name=translation, or another model.family"),
+     "task.name='language_model' does not have; set task.name=translation or span_corruption, or another model.family"),
     ("encoder_decoder", {"compute.tile": 8}, "compute.tile=8 is without effect for model.family='encoder_decoder'"),
     ("encoder_decoder", {"experts.num_experts": 2}, "experts.num_experts=2 is without effect for model.family='enc"),
     ("encoder_decoder", {"data.source_len": 30, "mesh.seq": 4}, "data.source_len=30 is not divisible by mesh.seq=4"),

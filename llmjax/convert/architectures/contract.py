@@ -9,6 +9,8 @@ from typing import Any
 
 from llmjax.convert.architectures.forms import Stored
 
+# The key of config.json for the id that a text begins with which is written after a source was read.
+START = "decoder_start_token_id"
 # The keys of `transformer` that the rotary positions of config.json say, see `rope_keys.py`.
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_len")
 # The keys of ours that change no function of the parameters: a table need not mention them.
