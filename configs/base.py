@@ -33,9 +33,7 @@ def get_config() -> ConfigDict:
     transformer.num_kv_heads = 0  # K, key/value heads; 0 = num_heads, 1 = multi-query, between: grouped
     transformer.head_dim = 0  # H, the width of a head; 0 = model_dim / num_heads
     transformer.mlp_dim = 0  # F; 0 = 4 D, or for swiglu 8/3 D rounded up to a multiple of 64
-    transformer.activation = (
-        "swiglu"  # swiglu | geglu | gelu (by tanh) | gelu_erf (exact) | silu | relu | relu2
-    )
+    transformer.activation = "swiglu"  # swiglu | geglu | gelu (tanh) | gelu_erf (exact) | silu | relu | relu2
     transformer.norm = "rmsnorm"  # rmsnorm | layernorm
     transformer.norm_eps = 1e-6  # added to the variance
     transformer.position = "rope"  # rope | learned | sinusoidal | relative: a bias of attention, as in T5

@@ -151,8 +151,9 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
     settings = {f"{section}.{key}": value for section in names for key, value in trained[section].items()}
     config = imported_config({**settings, "data.seq_len": trained["data"]["seq_len"]})
     if trained["task"]["name"] != config.task.name:
+        kind = "a model that writes after a source" if family.reads_source else "a language model"
         warn(
-            f"note: what is written is a language model; that {workdir} was trained with task.name="
+            f"note: what is written is {kind}; that {workdir} was trained with task.name="
             f"{trained['task']['name']!r}, and how its texts are marked, is not written with it"
         )
     # An optimizer that averages keeps a part of the parameters in its state, and frozen ones lie apart. Nothing else of

@@ -97,6 +97,7 @@ T5 = Architecture(
     repeats={f"{name}.embed_tokens.weight": "shared.weight" for name in ("encoder", "decoder")},
     rope=0.0,
     scales_tied=True,
+    also=("T5WithLMHeadModel",),
     opened_as="AutoModelForSeq2SeqLM",
 )
 
