@@ -1,8 +1,10 @@
-"""A small T5 (3 M parameters) that learns to fill gaps in the code of the standard library.
+"""A small T5 (2.0 M parameters) that learns to fill gaps in the code of the standard library.
 
     python -m llmjax.main --config=configs/t5_small.py
 
-TODO
+The held-out loss falls from 5.38 nats a target after 100 updates to 4.78 after 600, which are 614,000 targets or 0.78
+epochs; 25.3 % of the targets are the likeliest token then (2 cores of an AMD EPYC, 2026-11-30, 16 minutes beside other
+work). By then the model writes every sentinel in its place, and mostly spaces into the gaps.
 """
 
 from ml_collections import ConfigDict
