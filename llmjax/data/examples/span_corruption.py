@@ -8,6 +8,7 @@ text with all of its gaps at the end; `tasks/span_corruption.py` draws where the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
@@ -72,7 +73,7 @@ class SpanCorruptions:
     def fields(self) -> tuple[str, ...]:
         return (self.text_field,)
 
-    @property
+    @functools.cached_property
     def longest(self) -> int:
         """The most tokens of a part."""
         longest = 1
