@@ -83,7 +83,9 @@ def _check_foreign(config: Config, source: pathlib.Path) -> None:
             f"checkpoint.init_from={name!r} has no tokenizer that is read here (tokenizer.model, tokenizer.json, "
             "vocab.json with merges.txt, or vocab.txt); give the path of its tokenizer in tokenizer.path"
         )
-    ids = load_tokenizer(path).vocab_size
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.vocab_size
+    model.check_start(tokenizer.bos_id)
     if ids != model.vocab_size:
         raise UserError(
             f"the tokenizer {path} has {ids} ids, and checkpoint.init_from={name!r} has {model.vocab_size} embeddings; "

@@ -39,12 +39,14 @@ class ExampleSetting:
     seq_len       T, the positions of a packed sequence
     keys          the task's own section of the config, if it has one
     reads_source  whether the model family reads a second stream of tokens
+    source_len    S, the positions of a packed row of the second stream; 0 = seq_len
     """
 
     text_field: str
     seq_len: int
     keys: Any = None
     reads_source: bool = False
+    source_len: int = 0
 
 
 # The fields of `Example` that a store holds only for tasks that fill them.
@@ -117,6 +119,14 @@ class OwnTexts(Protocol):
 
     def texts(self, record: Mapping[str, str | int]) -> list[str]:
         """The texts of a record that are encoded."""
+
+
+@runtime_checkable
+class Several(Protocol):
+    """A task that makes several examples of a long record, each a document of the store."""
+
+    def encode_several(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> list[Example]:
+        """Makes the examples of one record: one at least."""
 
 
 @dataclasses.dataclass(frozen=True)
