@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     transformer.activation = "swiglu"  # swiglu | geglu | gelu (tanh) | gelu_erf (exact) | silu | relu | relu2
     transformer.norm = "rmsnorm"  # rmsnorm | layernorm
     transformer.norm_eps = 1e-6  # added to the variance
-    transformer.position = "rope"  # rope | learned | sinusoidal | relative: a bias of attention, as in T5
+    transformer.position = "rope"  # rope | learned | sinusoidal | relative (a bias, as in T5) | alibi | none
     transformer.rope_theta = 10000.0  # base of the wavelengths of rope
     transformer.local_rope_theta = 0.0  # base in layers with a window, without scaling; 0 = rope_theta
     transformer.rope_scaling = "none"  # for longer texts than before: none | linear | ntk | yarn | llama3

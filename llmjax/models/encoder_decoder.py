@@ -32,7 +32,7 @@ from llmjax.nn.attention import KeyValue
 from llmjax.nn.block import Block, Source
 from llmjax.nn.config import BlockConfig, ExpertsConfig, ModelConfig, TransformerConfig, block_config
 from llmjax.nn.layer_compute import LayerCompute
-from llmjax.nn.layers import OutputBias, RelativePositions
+from llmjax.nn.layers import OutputBias, RelativePositions, make_position_bias
 from llmjax.nn.position import POSITIONS
 from llmjax.nn.source_block import SourceBlock
 from llmjax.nn.stack import init_stack, run_stack
@@ -117,7 +117,7 @@ class EncoderDecoder(GPT):
         params["encoder"] = init_stack(encoder, rng_encoder, x_BTD, rotation, mask)
         if not self._ends_normalized:
             params["encoder_norm"] = self._final_norm.init(rng_norm, x_BTD)["params"]
-        if POSITIONS[c.position].biases:
+        if POSITIONS[c.position].biases == "learned":
             own = jax.random.fold_in(rng_encoder, RELATIVE)
             params["encoder_relative"] = self._encoder_relative.init(own)["params"]
         if c.output_bias:
@@ -135,9 +135,6 @@ class EncoderDecoder(GPT):
         """x_BSD, the encoded source."""
         x_BSD = dropout(self._embed(params, tokens_BS, positions_BS), keys_BS, self.config.dropout, 0)
         whole = (self.layout.constrain(x, "batch", None) for x in (segments_BS, positions_BS))
-        position_bias: Any = None
-        if POSITIONS[self.config.position].biases:
-            position_bias = self._encoder_relative.apply({"params": params["encoder_relative"]})
         x_BSD, _ = run_stack(
             self._encoder_block,
             params["encoder"],
@@ -145,7 +142,7 @@ class EncoderDecoder(GPT):
             self._rotations(positions_BS),
             self_mask(*whole, causal=False),
             keys_BT=keys_BS,
-            position_bias=position_bias,
+            position_bias=make_position_bias(self.config, params.get("encoder_relative"), both_sides=True),
         )
         if self._ends_normalized:
             return x_BSD

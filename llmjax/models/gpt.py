@@ -27,7 +27,7 @@ from llmjax.nn.config import (
 )
 from llmjax.nn.experts import Penalties
 from llmjax.nn.layer_compute import LayerCompute
-from llmjax.nn.layers import Norm, RelativePositions, look_up, matrix
+from llmjax.nn.layers import Norm, RelativePositions, look_up, make_position_bias, matrix
 from llmjax.nn.position import POSITIONS
 from llmjax.nn.remat import Widths, kept_width
 from llmjax.nn.stack import Rotations, decode_stack, init_stack, measure_stack, run_stack
@@ -122,7 +122,7 @@ class GPT:
         }
         if not self._ends_normalized:
             params["final_norm"] = self._final_norm.init(rng_norm, x_BTD)["params"]
-        if POSITIONS[self.config.position].biases:
+        if POSITIONS[self.config.position].biases == "learned":
             params["relative"] = self._relative.init(jax.random.fold_in(rng, RELATIVE))["params"]
         return params
 
@@ -145,11 +145,7 @@ class GPT:
         return Rotations(everywhere, rope.rotation(positions_BT, c.head_dim, c.local_rope_theta))
 
     def _position_bias(self, params: Params) -> PositionBias | None:
-        """What attention adds to its scores by the distance of two tokens, if the model has relative positions."""
-        if not POSITIONS[self.config.position].biases:
-            return None
-        bias: Any = self._relative.apply({"params": params["relative"]})
-        return bias
+        return make_position_bias(self.config, params.get("relative"), self._relative.both_sides)
 
     def _embed(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """x_BTD, what the first layer reads."""
@@ -386,7 +382,7 @@ def heads_of(sections: Sections) -> tuple[int, int]:
 
 def position_bias_of(sections: Sections) -> bool:
     """Whether positions are a bias of attention."""
-    return POSITIONS[sections["transformer"].position].biases
+    return bool(POSITIONS[sections["transformer"].position].biases)
 
 
 def position_table_of(sections: Sections) -> str:

@@ -28,10 +28,11 @@ def choose_kernel(name: str, platform: str, biased: bool) -> tuple[str, str]:
         )
     if biased and not adds_bias(kernel):
         if name == "auto":
-            return next(filter(adds_bias, KERNELS)), "the kernel that adds transformer.position='relative'"
+            return next(filter(adds_bias, KERNELS)), "the kernel that adds a bias of positions"
         others = " or ".join(filter(adds_bias, ("full", *KERNELS)))
         raise UserError(
-            f"compute.kernel={name!r} cannot add the bias of transformer.position='relative'; use auto or {others}"
+            f"compute.kernel={name!r} cannot add the bias of transformer.position=relative or alibi; use auto or "
+            f"{others}"
         )
     return (
         kernel,
@@ -75,13 +76,13 @@ def choose_sharing(
         why = f"{K} key/value heads a device for {n} devices"
         name = "ulysses" if dealt == n else "hybrid" if dealt > 1 else "ring"
         if biased and name != "ulysses":
-            name, why = "gather", "a ring cannot add transformer.position='relative'"
+            name, why = "gather", "a ring cannot add a bias of positions"
         elif kernel == "full" and name != "ulysses":
             name, why = "gather", "full attention needs all keys at once"
     if name in ("ring", "hybrid") and biased:
         raise UserError(
-            f"mesh.seq_attention={name!r} cannot add the bias of transformer.position='relative'; use auto, gather or "
-            "ulysses"
+            f"mesh.seq_attention={name!r} cannot add the bias of transformer.position=relative or alibi; use auto, "
+            "gather or ulysses"
         )
     if name in ("ring", "hybrid") and kernel == "full":
         raise UserError(

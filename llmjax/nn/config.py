@@ -225,7 +225,7 @@ def _check_rope_scaling(config: TransformerConfig) -> None:
 def _check_relative(config: TransformerConfig) -> None:
     """Raises UserError if the keys of relative positions do not fit together."""
     buckets, distance = config.relative_buckets, config.relative_distance
-    if not POSITIONS[config.position].biases:
+    if POSITIONS[config.position].biases != "learned":
         for key in ("relative_buckets", "relative_distance"):
             if getattr(config, key) != (value := unset(TransformerConfig)[key]):
                 raise UserError(

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 
 from llmjax.errors import choose
 from llmjax.nn.config import BlockConfig
+from llmjax.nn.position import POSITIONS
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.norm import NORMS
-from llmjax.ops.position_bias import PositionBias
+from llmjax.ops.position_bias import LinearBias, PositionBias, slopes
 from llmjax.ops.wide_product import wide_product
 from llmjax.parallel.rules import Layout
+from llmjax.types import Params
 
 
 def matrix(
@@ -127,6 +129,24 @@ class RelativePositions(nn.Module):
         shape, axes = (c.relative_buckets, c.num_heads), ("positions", "heads")
         table_RN = matrix(self, "table_RN", shape, axes, c.init_std)
         return PositionBias(table_RN, c.relative_distance, self.both_sides)
+
+
+def make_position_bias(
+    config: BlockConfig, params: Params | None = None, both_sides: bool = False
+) -> PositionBias | None:
+    """What attention adds to its scores by the distance of two tokens in a stack of layers, if anything.
+
+    params      those of `RelativePositions`, if the bias is learned
+    both_sides  whether a token sees those after it as well
+    """
+    kind = POSITIONS[config.position].biases
+    if kind == "learned":
+        assert params is not None
+        learned: Any = RelativePositions(config, both_sides).apply({"params": params})
+        return learned
+    if kind == "linear":
+        return LinearBias(jnp.asarray(slopes(config.num_heads))[None], 0, both_sides)
+    return None
 
 
 class MLP(nn.Module):

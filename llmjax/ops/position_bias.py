@@ -1,7 +1,7 @@
-"""The bias that attention adds to a score by the distance of key and query (T5: Raffel et al. 2020, section 2.1).
+"""The bias that attention adds to a score by the distance of key and query: learned, or minus the distance (ALiBi).
 
-Small distances have a bucket each. Larger ones share buckets that grow with the logarithm of the distance, up to the
-last one, which holds all that is further away.
+The learned one is that of T5 (Raffel et al. 2020, section 2.1). Small distances have a bucket each. Larger ones share
+buckets that grow with the logarithm of the distance, up to the last one, which holds all that is further away.
 """
 
 from __future__ import annotations
@@ -44,6 +44,34 @@ class PositionBias:
         """The bias of `heads` query heads from `start` on."""
         table_RN = jax.lax.dynamic_slice_in_dim(self.table_RN, start, heads, axis=1)
         return dataclasses.replace(self, table_RN=table_RN)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearBias(PositionBias):
+    """Minus the distance, times a number for each head that nobody learns (ALiBi: Press et al. 2022).
+
+    table_RN  float32 [1, N], the number of each query head
+    """
+
+    def buckets(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+        return jnp.zeros_like(k_positions - q_positions)
+
+    def bias(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+        far = jnp.abs(k_positions - q_positions).astype(jnp.float32)
+        return -jnp.tensordot(self.table_RN[0], far, axes=0)
+
+
+def slopes(num_heads: int) -> np.ndarray:
+    """float32 [N], how fast the scores of each head fall with the distance, as in the published code.
+
+    For a power of two, a geometric series from 2 ** (-8 / N) to 2 ** -8. Otherwise the series of the next smaller
+    power, and every second number of the one of the next larger power.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    own = 2.0 ** (-8 / power * np.arange(1, power + 1))
+    others = 2.0 ** (-4 / power * np.arange(1, 2 * (num_heads - power), 2))
+    return np.concatenate([own, others]).astype(np.float32)
 
 
 def buckets_of(R: int, distance: int) -> np.ndarray:

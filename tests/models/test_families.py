@@ -209,6 +209,17 @@ def test_operations_are_counted_by_the_weights_of_matrix_products(family):
     assert cost.activation_bytes > 0
 
 
+@pytest.mark.parametrize("position", ["alibi", "none"])
+def test_positions_without_parameters_are_read_packed_and_from_a_cache(position):
+    family = made("gpt olmo2", transformer__position=position)
+    test_packed_logits_equal_each_document_alone(family)
+    test_cached_decode_equals_the_full_pass_with_prompts_of_different_lengths(family)
+    # The bias makes another model of the same parameters.
+    plain = Made(families.make("gpt olmo2", transformer__position="none"), family.params, "gpt olmo2")
+    batch = batch_for(family, [[24]])
+    assert np.allclose(plain.logits(batch), family.logits(batch), atol=1e-3) == (position == "none")
+
+
 @pytest.mark.parametrize("variant", ["gpt olmo2", "bert"])
 def test_relative_positions_tell_the_order_of_tokens_also_in_tiles(variant):
     changes = {"transformer__position": "relative", "transformer__relative_distance": 20}

@@ -56,7 +56,7 @@ def test_sizes_that_are_given_stay():
     ({"model_dim": 95, "head_dim": 8, "position": "sinusoidal"}, "model.model_dim=95 must be even"),
     ({"activation": "swish"}, "transformer.activation='swish' is not known; use one of swiglu, geglu, gelu, gelu_erf"),
     ({"norm": "none"}, "transformer.norm='none' is not known"),
-    ({"position": "alibi"}, "transformer.position='alibi' is not known"),
+    ({"position": "sines"}, "transformer.position='sines' is not known"),
     ({"dtype": "float16"}, "model.dtype='float16' is not known"),
     ({"norm_eps": -1.0}, "transformer.norm_eps=-1.0"),
     ({"init_std": -1.0}, "model.init_std=-1.0"),

@@ -10,7 +10,7 @@ import pytest
 from llmjax.ops.attention import blockwise, full, sequence_attention
 from llmjax.ops.attention.mask import cross_mask, self_mask
 from llmjax.ops.attention.sequence_attention import Sharing, make_attend
-from llmjax.ops.position_bias import PositionBias, buckets_of
+from llmjax.ops.position_bias import LinearBias, PositionBias, buckets_of, slopes
 from tests.ops.attention.test_blockwise import MASKS, assert_equal, make_inputs, packed
 
 N, R = 4, 8
@@ -21,11 +21,15 @@ def bias_of(both_sides, distance=12, seed=7):
     return PositionBias(table_RN, distance, both_sides)
 
 
-@functools.partial(jax.jit, static_argnames=("attend", "softcap", "both_sides"))
-def run(attend, inputs, mask, *, softcap=0.0, both_sides=False):
+def linear(both_sides):
+    return LinearBias(jnp.asarray(slopes(N))[None], 0, both_sides)
+
+
+@functools.partial(jax.jit, static_argnames=("attend", "softcap", "both_sides", "make"))
+def run(attend, inputs, mask, *, softcap=0.0, both_sides=False, make=bias_of):
     """The output, and the gradients of q, k, v, sinks and the table."""
     *arrays, dout = inputs
-    bias = bias_of(both_sides)
+    bias = make(both_sides)
 
     def out(q, k, v, sinks, bias):
         return attend(q, k, v, mask, softcap=softcap, sinks_N=sinks, position_bias=bias)
@@ -85,6 +89,33 @@ def test_blocks_equal_full_attention_with_gradients_of_the_table(kind):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected))
 
 
+@pytest.mark.parametrize("heads", [1, 2, 8, 12, 20])
+def test_slopes_are_those_of_the_paper(heads):
+    found = slopes(heads)
+    assert found.shape == (heads,) and found.dtype == np.float32
+    if heads == 8:
+        np.testing.assert_allclose(found, [2.0**-i for i in range(1, 9)])
+    if heads == 12:
+        # Of 8 heads all, and of 16 heads the first, third, fifth and seventh.
+        np.testing.assert_allclose(found[8:], [2.0**-0.5, 2.0**-1.5, 2.0**-2.5, 2.0**-3.5])
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("heads", [1, 2, 8, 12, 20])
+def test_slopes_are_those_of_transformers(heads):
+    torch = pytest.importorskip("torch")
+    modeling = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    theirs = modeling.build_alibi_tensor(torch.ones((1, 2)), heads, torch.float32)
+    np.testing.assert_allclose(slopes(heads), theirs[:, 0, 1].numpy(), rtol=1e-6)
+
+
+def test_a_linear_bias_is_minus_the_distance_times_a_number_of_the_head():
+    q, k = jnp.array([[5], [9]]), jnp.array([[0, 5, 7]])
+    expected = -slopes(N)[:, None, None] * np.array([[5, 0, 2], [9, 4, 2]])
+    np.testing.assert_allclose(linear(True).bias(q, k), expected, rtol=1e-6)
+    np.testing.assert_allclose(linear(False).part(jnp.int32(1), 2).bias(q, k), expected[1:3], rtol=1e-6)
+
+
 @pytest.mark.parametrize("algorithm, size", [("gather", 1), ("ulysses", 4)])
 @pytest.mark.parametrize("kernel", ["full", "blockwise"])
 def test_devices_that_share_a_sequence_equal_one(kernel, algorithm, size):
@@ -103,6 +134,10 @@ def test_devices_that_share_a_sequence_equal_one(kernel, algorithm, size):
 
     got = run(attend, inputs, mask, both_sides=True)
     assert_equal(got, run(full.attend, inputs, mask, both_sides=True))
+    # Nobody asks for the gradient of numbers that are not learned.
+    *got, _ = run(attend, inputs, mask, both_sides=True, make=linear)
+    *expected, _ = run(full.attend, inputs, mask, both_sides=True, make=linear)
+    assert_equal(got, expected)
 
 
 def test_what_cannot_add_a_bias_does_not_leave_it_out():
