@@ -138,7 +138,7 @@ def make_generator(
     # Keys and cache are made within this program: made outside of it, each operation would be a program of its own.
     @jax.jit
     def prefill(params: Params, prompts: Rows, sources: Rows | None, index_B: jax.Array, number_B: jax.Array):
-        rngs_B = jax.vmap(functools.partial(_key, config.seed))(index_B, number_B)
+        rngs_B = jax.vmap(functools.partial(sample_key, config.seed))(index_B, number_B)
         last_BV, cache = read_prompts(model, params, prompts, sources, round_up(config.max_tokens))
         return choose(last_BV, rngs_B, jnp.zeros((), jnp.int32)), cache, rngs_B
 
@@ -228,7 +228,7 @@ def room(prompts: Rows, sources: Rows | None, max_tokens: int, position_limit: i
     return limits
 
 
-def _key(seed: int, index: jax.Array, number: jax.Array) -> jax.Array:
+def sample_key(seed: int, index: jax.Array, number: jax.Array) -> jax.Array:
     """The key of sample `number`, from 0, of the prompt `index`. The first sample has the key of the prompt."""
     key = jax.random.fold_in(make_key(seed), index)
     # The key of a sample is folded with the numbers of its steps as well, which FURTHER keeps apart.

@@ -47,7 +47,7 @@ def sample(
     scaled_BV = jnp.where(logits_BV == largest_B1, 0.0, (logits_BV - largest_B1) / temperature)
     scaled_BV = jnp.where(largest_B1 > -jnp.inf, scaled_BV, -jnp.inf)
     if top_k or top_p < 1.0:
-        scaled_BV = _keep_first(scaled_BV, _count_likeliest(scaled_BV, top_k, top_p))
+        scaled_BV = keep_first(scaled_BV, *_count_likeliest(scaled_BV, top_k, top_p))
     return jax.random.categorical(rng, scaled_BV, axis=-1).astype(jnp.int32)
 
 
@@ -66,10 +66,9 @@ def _count_likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> tuple[ja
     return count_B1, jnp.take_along_axis(sorted_Bk, count_B1 - 1, axis=-1)
 
 
-def _keep_first(logits_BV: jax.Array, count_and_least: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """`logits_BV` with -inf for all but the `count` largest. Among logits that equal the least one kept, the first
-    ids stay."""
-    count_B1, least_B1 = count_and_least
+def keep_first(logits_BV: jax.Array, count_B1: jax.Array, least_B1: jax.Array) -> jax.Array:
+    """`logits_BV` with -inf for all but the `count` largest, of which `least` is the smallest. Among logits that equal
+    it, the first ids stay."""
     above_BV, equal_BV = logits_BV > least_B1, logits_BV == least_B1
     # Ties: of the ids whose logit equals the least one kept, only as many stay as there are places left.
     left_B1 = count_B1 - jnp.sum(above_BV, axis=-1, keepdims=True, dtype=jnp.int32)

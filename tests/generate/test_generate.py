@@ -10,7 +10,7 @@ import pytest
 from sections import block_section
 
 from llmjax.errors import UserError
-from llmjax.generate.generate import GenerateConfig, _key, make_generator
+from llmjax.generate.generate import GenerateConfig, make_generator, sample_key
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
 from llmjax.ops.attention.mask import self_mask
@@ -109,7 +109,7 @@ def test_several_samples_of_a_prompt_differ_and_the_first_are_those_of_fewer(cou
 def test_a_further_sample_shares_no_draw_with_the_steps_of_the_first(params):
     """Of 10 steps and 10 samples, none may be drawn with the key of another."""
     numbers = jnp.arange(10, dtype=jnp.uint32)
-    keys = jax.vmap(lambda number: _key(3, jnp.int32(0), number))(numbers)
+    keys = jax.vmap(lambda number: sample_key(3, jnp.int32(0), number))(numbers)
     draws = jax.vmap(lambda key: jax.vmap(lambda step: jax.random.fold_in(key, step))(numbers))(keys)
     used = jax.random.key_data(draws).reshape(-1, 2).tolist() + jax.random.key_data(keys).tolist()
     assert len({tuple(key) for key in used}) == 110
