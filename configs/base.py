@@ -263,6 +263,18 @@ def get_config() -> ConfigDict:
     embed.read_end = False  # also reads the token that ends a text, as BERT was trained to
     embed.neighbours = 10  # how many nearest neighbours --neighbours shows
 
+    # The server of mode serve; see docs/serving.md. The environment variable LLMJAX_API_KEY asks clients for a key.
+    c.serve = serve = ConfigDict()
+    serve.host = "127.0.0.1"  # the address to listen at: this machine alone; 0.0.0.0 = all its networks
+    serve.port = 8000  # 0 = a free one, which is printed
+    serve.slots = 8  # texts that are written at the same time; each has a cache of its own
+    serve.max_context = 0  # tokens of a prompt and its answer; 0 = data.seq_len
+    serve.max_text_tokens = 4096  # the most new tokens that a request may ask for in a text
+    serve.max_queue = 64  # texts that may wait for a slot; more are refused
+    serve.max_body_bytes = 1_000_000  # the largest request
+    serve.max_seconds = 600.0  # the longest that a request may take
+    serve.shutdown_seconds = 10.0  # how long texts may go on after the server was told to stop
+
     c.plan = plan = ConfigDict()
     plan.topology = ""  # compile for this TPU (v5p:4x4x4; v5e:4x4*2 = two slices), not the devices at hand
 

@@ -54,7 +54,7 @@ class Order:
     max_tokens  the most new tokens; with 0 the prompt is only read
     top         how many of the likeliest tokens are told beside each token; None tells none
     echo        whether the log-probabilities of the prompt are told as well
-    eos_id      the id that ends the text
+    ends        the ids that end the text
     """
 
     prompt: tuple[int, ...]
@@ -62,7 +62,7 @@ class Order:
     sampling: Sampling = Sampling()
     top: int | None = None
     echo: bool = False
-    eos_id: int = -1
+    ends: tuple[int, ...] = ()
 
 
 class Score(NamedTuple):
@@ -287,7 +287,7 @@ class Engine:
 def _count(text: _Text, token: int, score: Score) -> Written:
     """The event of a new token of `text`, which has one less to write."""
     text.left -= 1
-    if token == text.order.eos_id:
+    if token in text.order.ends:
         return Written(text.number, None, score, "stop")
     return Written(text.number, token, score, "" if text.left else "length")
 

@@ -134,12 +134,13 @@ class Slots:
         self,
         params: Params,
         tokens_S: np.ndarray,
-        keys_S: jax.Array,
+        keys_S: np.ndarray,
         numbers_S: np.ndarray,
         settings: Settings,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Reads a token in each slot and returns the next one of each with its log-probability.
 
+        keys_S     the data of the key of each text, uint32
         numbers_S  the number of the next token in each text, uint32, from which its draw follows
         """
         ids_S, logprobs_S, self._logits_SV, self._cache, self._seen_SV = self._step(

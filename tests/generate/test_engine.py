@@ -41,7 +41,7 @@ def shared_engine(variant):
 def orders(prompts=PROMPTS):
     """Greedy and sampled ones, each of a length of its own."""
     settings = [Sampling(temperature=0.0), Sampling(seed=3, top_p=0.9), Sampling(seed=4, top_k=5, number=2)]
-    return [Order(prompt, 2 + i, settings[i % 3], eos_id=63) for i, prompt in enumerate(prompts)]
+    return [Order(prompt, 2 + i, settings[i % 3], ends=(63,)) for i, prompt in enumerate(prompts)]
 
 
 def run_all(engine, wanted, arrive=lambda step: 10**9):
@@ -71,7 +71,7 @@ def by_generator(variant, order):
         num_samples=s.number + 1,
     )  # fmt: skip
     model, params = model_of(variant)
-    generate = make_generator(model, config, eos_id=order.eos_id, banned_ids=(0,))
+    generate = make_generator(model, config, eos_id=(*order.ends, 64)[0], banned_ids=(0,))
     return [ids[-1] for ids in generate(params, [list(order.prompt)]) if ids[-1] is not None]
 
 
