@@ -155,7 +155,14 @@ def _refusal(error: ApiError) -> Response:
 
 
 def _model(served: Served) -> dict[str, Any]:
-    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "llmjax"}
+    chats = served.format is not None
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "llmjax",
+        "chats": chats,
+    }
 
 
 async def _texts(
