@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -32,9 +33,12 @@ def listen(config: ServeConfig) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=128)
     except OSError as error:
+        # The errors of looking a name up have numbers of their own.
+        known = error.errno is not None and error.errno > 0
+        reason = os.strerror(error.errno) if known else error.strerror or error
         raise UserError(
-            f"serve.host={config.host!r} with serve.port={config.port} cannot be listened at "
-            f"({error.strerror or error}); give another address, or a port that is free"
+            f"serve.host={config.host!r} with serve.port={config.port} cannot be listened at ({reason}); give another "
+            "address, or a port that is free"
         ) from None
 
 

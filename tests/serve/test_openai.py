@@ -68,7 +68,10 @@ def test_a_stream_that_is_closed_frees_its_slot(client, server, monkeypatch):
 
 def test_vectors_come_in_base64_by_themselves(client):
     vectors = client.embeddings.create(model="tiny", input=["a", "春江"])
-    assert [entry.embedding for entry in vectors.data] == [[1.0, 97.0, 0.25], [2.0, float(sum("春江".encode())), 0.25]]
+    assert [entry.embedding for entry in vectors.data] == [
+        [1.0, 97.0, 0.25],
+        [2.0, float(sum("春江".encode())), 0.25],
+    ]
 
 
 def test_errors_are_those_of_the_client(client, server):
