@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -70,6 +71,8 @@ class Service(uvicorn.Server):
                 self._loop.call_soon_threadsafe(self._stop)
 
     async def _run(self, listening: socket.socket) -> None:
+        # A client that leaves while it is answered is no warning; the server counts it.
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
         self._loop = asyncio.get_running_loop()
         worker = Worker(self._engine, self._served.tokenizer, self._loop)
         desk = self._desk = Desk(self._served, self._engine, worker, self._api_key)
