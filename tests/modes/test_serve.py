@@ -17,10 +17,14 @@ from some_slow import often
 
 import llmjax
 from llmjax import main
+from llmjax.generate.engine import Written
+from llmjax.generate.text import StoppedText
 from llmjax.modes import serve
 from llmjax.modes.chat import Chat
 from llmjax.modes.dispatch import make_request
-from llmjax.modes.generate import load
+from llmjax.modes.generate import Writer, load
+from llmjax.serve.asked import read_completion
+from llmjax.serve.fields import Fields
 from llmjax.workdir.contents import saved_config
 from tests.modes.test_modes import compile_once, refuse  # noqa: F401 - a fixture
 from tests.serve.running import ask
@@ -162,3 +166,27 @@ def test_a_model_that_fills_masks_or_translates_is_not_served(tmp_path, capsys):
         capsys, ["llmjax", f"--workdir={tmp_path / 'run'}", "--mode=serve", "--config.serve.port=0"]
     )
     assert "task.name='masked_language_model' fills in masks and continues no text" in said
+
+
+@pytest.mark.parametrize("mesh", often([{}, {"fsdp": 2, "seq": 2}], lambda mesh: not mesh))
+def test_on_several_devices_the_engine_writes_what_the_generator_writes(trained, mesh):
+    raw = saved_config(trained)
+    raw["mesh"] |= mesh
+    raw["generate"] |= {"temperature": 0.9, "max_tokens": 12}
+    raw["serve"] |= {"slots": 3, "max_context": 64}
+    loaded = load(make_request("serve", raw, trained))
+    served, expected = serve.make_served(loaded, "run"), Writer(loaded).write(["river"])[0][0]
+    engine = serve.make_engine(loaded, served)
+    asked = read_completion(
+        Fields({"prompt": ["river", "stone", "river"], "n": 2}), served, raw["generate"]["seed"]
+    )
+    texts = {
+        engine.submit(order): StoppedText(loaded.tokenizer, (), continues=True) for order in asked.orders
+    }
+    written = dict.fromkeys(texts, "")
+    while not engine.is_idle:
+        for event in engine.step():
+            if isinstance(event, Written) and event.token is not None:
+                written[event.order] += texts[event.order].push(event.token)
+    found = [written[number] + text.flush() for number, text in texts.items()]
+    assert found[0] == found[4] == expected and found[1] == found[5] != expected
