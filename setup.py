@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 DATA = ["pyarrow>=15", "zstandard>=0.22", "charset-normalizer>=3"]
-CONVERT = ["safetensors>=0.5", "gguf>=0.17", "tokenizers>=0.21"]
+CONVERT = ["safetensors>=0.5", "gguf>=0.17", "tokenizers>=0.21", "jinja2>=3.1"]
 TRANSLATE = ["sacrebleu>=2.4"]
 SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "matplotlib>=3.9"]

@@ -93,8 +93,19 @@ def get_config() -> ConfigDict:
 
     # Conversations, lists of messages in data.text_field, of which the assistant's are learned.
     c.conversation = conversation = ConfigDict()
-    conversation.format = "auto"  # marks of messages: plain | chatml | auto: chatml if the tokenizer has it
+    conversation.format = "auto"  # plain | chatml | template: of the tokenizer | auto: the last it has
     conversation.system = ""  # the system message of conversations that have none; "" = none
+
+    # Two answers to one prompt, of which people prefer the one in data.text_field.
+    c.preference = preference = ConfigDict()
+    preference.loss = "dpo"  # dpo | ipo | simpo | orpo; the first two compare with the model at the beginning
+    preference.beta = 0.1  # how much a difference of log-probabilities counts; simpo: 2 to 10
+    preference.margin = 0.0  # simpo: how much larger the reward of the better answer is to be
+    preference.label_smoothing = 0.0  # dpo, simpo: the share of pairs taken to be the wrong way round
+    preference.rejected_field = "rejected"  # the field with the other answer: a text, or a list of messages
+    preference.prompt_field = "prompt"  # the field with the prompt; "" = both answers are whole conversations
+    preference.format = "auto"  # of messages, as conversation.format
+    preference.system = ""  # the system message of conversations that have none; "" = none
 
     # A label for every text. Texts of more than data.seq_len tokens are cut at the end, which the plan says.
     c.classification = classification = ConfigDict()

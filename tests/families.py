@@ -17,6 +17,7 @@ from llmjax.models.contract import Model
 from llmjax.models.table import FAMILIES
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
+from llmjax.tasks.contract import ReadsPairs
 from llmjax.tasks.table import TASKS
 
 V, T = 64, 24
@@ -76,7 +77,7 @@ COMMON = {"model.num_layers": 2, "model.model_dim": 16, "model.init_std": 0.2, "
 def goes_with(family: str, task: str) -> bool:
     """Whether the task can train the family: whether the family sees and reads what the task has."""
     kind = FAMILIES[family]
-    reads = "source" in columns_of(family, task)
+    reads = "source" in columns_of(family, task) and not isinstance(TASKS[task], ReadsPairs)
     return TASKS[task].sees_both_sides in (None, kind.sees_both_sides) and kind.reads_source == reads
 
 

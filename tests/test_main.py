@@ -131,7 +131,7 @@ DATA = {
                   "1 sequences of data.seq_len=32, fewer than the 16 of one update", "add documents"),
     "not UTF-8": ("latin1.txt", {}, "latin1.txt' is not UTF-8 at byte 400", "set skip or replace"),
     "all skipped": ("latin1.txt", {"data__on_bad_text": "skip"}, "0 documents empty, 1 skipped", "name sources"),
-    "no tokenizer": ("corpus", {"tokenizer__path": "/nowhere.model"}, "tokenizer.path = '/nowhere.model'", "name a"),
+    "no tokenizer": ("corpus", {"tokenizer__path": "/nowhere.model"}, "tokenizer '/nowhere.model'", "name a"),
 }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_a_corpus_that_will_not_do_is_named(name, folder, tmp_path, capsys):
 def test_a_file_that_is_no_tokenizer_is_named(folder, tmp_path, capsys):
     path = folder / "nonsense.model"
     sentence = refuse(capsys, command(folder, f"--workdir={tmp_path}", tokenizer__path=path))
-    assert f"tokenizer.path = '{path}' cannot be read as a SentencePiece model" in sentence
+    assert f"tokenizer '{path}' cannot be read as a SentencePiece model" in sentence
 
 
 def a_run(workdir, **changes):

@@ -31,10 +31,10 @@ from llmjax.convert.gguf import model as gguf_model
 from llmjax.convert.places import places_of
 from llmjax.convert.source import Source
 from llmjax.data.tokenizer.imported import tokenizer_for
-from llmjax.data.tokenizer.tokenizer import Tokenizer
+from llmjax.data.tokenizer.tokenizer import Tokenizer, save_template
 from llmjax.data.tokenizer.vocabulary import words_without_text
 from llmjax.errors import UserError, choose
-from llmjax.files import new_folder, write_atomically
+from llmjax.files import new_folder
 from llmjax.models.table import FAMILIES
 from llmjax.ops.logits import head_logits
 from llmjax.tasks.contract import AddsParameters
@@ -125,7 +125,8 @@ def load_foreign(kind: str, path: pathlib.Path, tokenizer: pathlib.Path | None =
     facts |= certificate.source_tensors(source, places, digests)
     folder, ids = (path, source.ids) if kind == "hf" else (None, _ids(text))
     settings = settings_of(program.config)
-    return Model(settings, program, params, text, facts, ids, folder, source.chat_template, tuple(remarks))
+    template = "" if text is None else text.chat_template
+    return Model(settings, program, params, text, facts, ids, folder, template, tuple(remarks))
 
 
 def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
@@ -162,9 +163,7 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
     update, own, frozen = load_parts(program, workdir, checkpoint)
     params, base = program.whole(own, frozen), trained["checkpoint"]["init_from"]
     facts = certificate.side("llmjax", workdir, update=update)
-    file = workdir / "tokenizer" / hf_folder.CHAT_TEMPLATE
-    template = file.read_text(encoding="utf-8") if file.is_file() else ""
-    settings, ids = settings_of(program.config), _ids(tokenizer)
+    settings, ids, template = settings_of(program.config), _ids(tokenizer), tokenizer.chat_template
     return Model(settings, program, params, tokenizer, facts, ids, None, template, trained=own, base=base)
 
 
@@ -200,8 +199,7 @@ def save_as_run(model: Model, workdir: pathlib.Path, facts: Mapping[str, Any]) -
     meta = {"config": config.to_dict(), "data_fingerprint": "none", "versions": {}} | Position().to_meta()
     with _new_folder(workdir) as folder:
         model.tokenizer.save(folder / "tokenizer")
-        if model.chat_template:
-            write_atomically(folder / "tokenizer" / hf_folder.CHAT_TEMPLATE, model.chat_template)
+        save_template(folder / "tokenizer", model.chat_template)
         write_json(folder / "config.json", config.to_dict())
         noted = standing.note_saved(folder, standing.CHECKPOINTS)
         with Checkpoints(folder / standing.CHECKPOINTS, config.checkpoint, on_saved=noted) as checkpoints:

@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.convert.hf_folder import CHAT_TEMPLATE
 from llmjax.convert.tokenizer_files import tokenizer_config, tokenizer_json
 from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.data.tokenizer.formats.bytes_as_bpe import as_bpe
 from llmjax.data.tokenizer.formats.gguf_vocabulary import gguf_facts
 from llmjax.data.tokenizer.json_tokenizer import JsonTokenizer
 from llmjax.data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
-from llmjax.data.tokenizer.tokenizer import MODEL_FILE, Tokenizer
+from llmjax.data.tokenizer.tokenizer import MODEL_FILE, TEMPLATE_FILE, Tokenizer
 from llmjax.files import write_atomically
 from llmjax.terminal.lines import warn
 from llmjax.workdir.contents import write_json
@@ -22,7 +21,7 @@ from llmjax.workdir.contents import write_json
 # Files of a tokenizer beside weights, which are copied from one folder of transformers to another.
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", CHAT_TEMPLATE,
+    "vocab.json", "merges.txt", "vocab.txt", TEMPLATE_FILE,
 )  # fmt: skip
 
 
@@ -62,7 +61,7 @@ def save_for_transformers(
     names = {name.removesuffix("_id"): tokenizer.piece(i) for name, i in named.items() if i is not None}
     write_json(folder / "tokenizer_config.json", tokenizer_config(names))
     if chat_template:
-        write_atomically(folder / CHAT_TEMPLATE, chat_template)
+        write_atomically(folder / TEMPLATE_FILE, chat_template)
 
 
 def _tokenizer_json(own: SentencePieceTokenizer) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from llmjax.config.schema import Config
 from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.errors import choose
 from llmjax.models.contract import Model
+from llmjax.models.reference import REFERENCE, Referenced
 from llmjax.models.table import FAMILIES
 from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.attention.sequence_attention import make_attend
 from llmjax.parallel.rules import Layout
-from llmjax.tasks.contract import AddsParameters, Setting
+from llmjax.tasks.contract import AddsParameters, ReadsPairs, Setting
 from llmjax.tasks.table import TASKS
 from llmjax.train.tuning.tuning import Tuning, make_tuning
 from llmjax.types import LossSums
@@ -80,14 +81,20 @@ def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout
     task = TASKS[config.task.name]
     if isinstance(task, AddsParameters):
         return task.make_model(model, config.tasks[config.task.name], config.model.init_std)
-    return model
+    return Referenced(model) if has_reference(config) else model
+
+
+def has_reference(config: Config) -> bool:
+    """Whether the config's task compares the model with the one that the run began with."""
+    task = TASKS[config.task.name]
+    return isinstance(task, ReadsPairs) and task.has_reference(config.tasks[config.task.name])
 
 
 def make_model_tuning(config: Config, model: Model) -> Tuning:
     """Which parameters of the config's model train. UserError for names in `lora` or train.frozen that it lacks."""
     shapes = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
-    added = added_entries(config)
-    return make_tuning(model.axes(), config.lora, config.train.frozen, shapes, added)
+    kept = (REFERENCE,) if has_reference(config) else ()
+    return make_tuning(model.axes(), config.lora, config.train.frozen, shapes, added_entries(config), kept)
 
 
 def added_entries(config: Config) -> tuple[str, ...]:

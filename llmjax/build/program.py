@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from llmjax.build.model import batch_shards, make_model, make_model_tuning, make_task_loss
+from llmjax.build.model import batch_shards, has_reference, make_model, make_model_tuning, make_task_loss
 from llmjax.build.placement import Placement
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
@@ -25,7 +25,7 @@ from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.seeds import make_key
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, is_axes, partition_spec
-from llmjax.tasks.contract import Task
+from llmjax.tasks.contract import ReadsPairs, Task
 from llmjax.tasks.table import TASKS
 from llmjax.train.optim.layer_decay import deepest
 from llmjax.train.optim.offload import HOST
@@ -165,7 +165,14 @@ class Program:
         """The cost of a micro-step, where a token attends to `attended` keys on average."""
         mesh, batch = self.mesh.shape, self.batch
         tokens = batch.micro_batch_size * batch.seq_len / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
-        return self.model.cost(attended, tokens, batch.seq_len)
+        cost = self.model.cost(attended, tokens, batch.seq_len)
+        if not isinstance(self.task, ReadsPairs):
+            return cost
+        # The second text of a pair is read as the first. A forward pass, which is all that the reference takes, costs a
+        # third of a step.
+        texts = 1 + self.derived.source_len / batch.seq_len
+        passes = texts * (4 / 3 if has_reference(self.config) else 1)
+        return Cost(passes * cost.flops_per_token, round(texts * cost.activation_bytes))
 
     def abstract_inputs(self) -> UpdateInputs:
         """Shapes and dtypes of the `UpdateInputs` that the host decides."""

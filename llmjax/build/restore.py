@@ -12,7 +12,7 @@ import jax
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.corpus_record import describe_difference
-from llmjax.build.model import added_entries
+from llmjax.build.model import added_entries, has_reference
 from llmjax.build.program import Program
 from llmjax.build.tuning.adapters import with_adapters
 from llmjax.build.tuning.frozen import load_frozen, save_frozen
@@ -22,6 +22,8 @@ from llmjax.config.resume import made_anew
 from llmjax.config.schema import Config
 from llmjax.convert.foreign import is_foreign, open_foreign
 from llmjax.errors import UserError
+from llmjax.models.reference import own as own_params
+from llmjax.models.reference import with_reference
 from llmjax.models.table import FAMILIES
 from llmjax.ops.seeds import make_key
 from llmjax.parallel import hosts
@@ -151,11 +153,11 @@ def initial_params(
     config = program.config
     source = pathlib.Path(config.checkpoint.init_from)
     if is_foreign(source):
-        wanted, model = program.params_shape, open_foreign(source)
+        wanted, model = own_params(program.params_shape), open_foreign(source)
         absent = _absent(config, imported_config(model.settings).to_dict())
         added = (*absent.values(), *added_entries(config))
         known = {name: x for name, x in wanted.items() if name not in added}
-        for remark in model.remarks(model.match(model.places(known))):
+        for remark in model.remarks(model.match(model.places(known)), not added_entries(config)):
             tell(remark)
         return 0, _with_added(program, model.read(known), added, tell)
     saved = saved_config(source)
@@ -177,7 +179,9 @@ def initial_params(
         trained_with[section] = off
     # Both are empty for most tasks.
     ours, theirs = added_entries(config), added_entries(there)
-    if (ours or theirs) and not has_same_head(config, there):
+    if ((ours or theirs) and not has_same_head(config, there)) or has_reference(config) != has_reference(
+        there
+    ):
         trained_with |= read_task(saved, source)
     # An optimizer that averages keeps a part of the parameters to evaluate with in its state.
     loader = program
@@ -185,7 +189,8 @@ def initial_params(
         loader = program.changed(dataclasses.replace(config, **trained_with), program.derived)
     which = config.checkpoint.init_checkpoint
     update, params = load_params(loader, source, which, "checkpoint.init_checkpoint")
-    added = tuple(absent.values())
+    # What the other run began with is of no use to this one.
+    params, added = own_params(params), tuple(absent.values())
     if not has_same_head(config, there):
         params = {name: x for name, x in params.items() if name not in theirs}
         added += ours
@@ -207,9 +212,17 @@ def _absent(config: Config, there: Mapping[str, Any]) -> dict[str, str]:
 def _with_added(
     program: Program, params: Params, added: tuple[str, ...], tell: Callable[[str], None]
 ) -> Params:
-    """`params` with newly initialised parameters for the entries `added`."""
-    if not added:
+    """`params` with newly initialised parameters for the entries `added`, and with what the task remembers of all."""
+    if added:
+        params |= _made_anew(program, added, tell)
+    if not has_reference(program.config):
         return params
+    shardings = jax.tree.map(lambda x: x.sharding, program.params_shape)
+    return jax.jit(with_reference, out_shardings=shardings)(params)
+
+
+def _made_anew(program: Program, added: tuple[str, ...], tell: Callable[[str], None]) -> Params:
+    """Newly initialised parameters for the entries `added`."""
     source, name = program.config.checkpoint.init_from, program.config.task.name
     optional = FAMILIES[program.config.model.family].optional
     keys = {entry: f"{key}=True" for key, entry in optional.items()}
@@ -228,7 +241,7 @@ def _with_added(
         whole = program.model.init(rng)
         return {name: whole[name] for name in added}
 
-    return {**params, **jax.jit(init, out_shardings=shardings)(rng)}
+    return jax.jit(init, out_shardings=shardings)(rng)
 
 
 def load_params(

@@ -18,6 +18,7 @@ from llmjax.models.table import check_all_read as check_family_reads
 from llmjax.nn.attention_choice import choose_sharing
 from llmjax.ops.attention.sequence_attention import Sharing
 from llmjax.parallel.mesh import mesh_shape
+from llmjax.tasks.contract import ReadsPairs
 from llmjax.tasks.table import TASKS
 from llmjax.tasks.table import check_all_read as check_task_reads
 from llmjax.train.optim.optimizers.table import check_all_read as check_optimizer_reads
@@ -211,7 +212,9 @@ def _check_smoothing(config: Config) -> None:
 def _check_source(config: Config, examples: Examples) -> None:
     """UserError where the family does not read the second stream of the task, or waits for one in vain."""
     family, task = config.model.family, config.task.name
-    if FAMILIES[family].reads_source == ("source" in examples.columns):
+    # The second text of a pair is read as the first.
+    read_apart = "source" in examples.columns and not isinstance(TASKS[task], ReadsPairs)
+    if FAMILIES[family].reads_source == read_apart:
         return
     if FAMILIES[family].reads_source:
         raise UserError(

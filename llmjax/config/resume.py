@@ -119,7 +119,8 @@ def check_init(saved: Mapping[str, Any], config: Config) -> None:
     Keys that do not shape the parameters may differ: how rotary positions turn, which tokens attention sees, the dtype
     of the computation.
     """
-    source = f"the run in checkpoint.init_from={config.checkpoint.init_from!r}"
+    kind = "model" if is_foreign(pathlib.Path(config.checkpoint.init_from)) else "run"
+    source = f"the {kind} in checkpoint.init_from={config.checkpoint.init_from!r}"
     saved, new = complete_config(saved, config.checkpoint.init_from), config.to_dict()
     family = choose(FAMILIES, "model.family", config.model.family)
     free, anew = (*FREE_ON_INIT, *family.free_on_init), made_anew(saved, new, family)

@@ -19,7 +19,7 @@ from llmjax.convert.config_keys import (
     vocab_size_of,
     write_config,
 )
-from llmjax.convert.files.json_file import MOST_BYTES, read_object
+from llmjax.convert.files.json_file import read_object
 from llmjax.convert.files.safetensors_folder import open_tensors, write_tensors
 from llmjax.convert.params import WRITTEN, Note, sizes, write_params
 from llmjax.convert.places import places_of
@@ -29,7 +29,6 @@ from llmjax.files import write_atomically
 from llmjax.types import Params
 
 CONFIG = "config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
 # The files of tokenizers that are read here; the first that is there counts. vocab.json is read with merges.txt.
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
 
@@ -68,17 +67,7 @@ def open_model(folder: pathlib.Path) -> Source:
         tokenizer_in(folder),
         tuple(not_read(architecture, config)),
         {name: config.get(name) for name in TOKEN_IDS},
-        _chat_template(folder),
     )
-
-
-def _chat_template(folder: pathlib.Path) -> str:
-    """The chat template in a file of its own, or in tokenizer_config.json; nothing if there is none, or several."""
-    file, config = folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"
-    if file.is_file() and file.stat().st_size <= MOST_BYTES:
-        return file.read_text(encoding="utf-8", errors="replace")
-    found = read_object(config).get("chat_template") if config.is_file() else None
-    return found if isinstance(found, str) else ""
 
 
 @dataclasses.dataclass(frozen=True)

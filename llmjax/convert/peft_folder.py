@@ -104,11 +104,7 @@ def write_adapters(
         for _, b in blocks:
             lora_b[row : row + len(b), column : column + b.shape[1]] = b
             row, column = row + len(b), column + b.shape[1]
-        module = name.removesuffix(".weight")
-        tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = (
-            lora_a,
-            lora_b,
-        )
+        tensors[f"{_module(name)}.lora_A.weight"], tensors[f"{_module(name)}.lora_B.weight"] = lora_a, lora_b
         ranks[_target(architecture, name)] = len(lora_a)
     save_tensors(tensors, folder / TENSORS)
     write_atomically(folder / CONFIG, json.dumps(_config(architecture, ranks, lora, base), indent=2) + "\n")
@@ -173,29 +169,47 @@ def check_adapters(folder: pathlib.Path, lora: Settings, key: str) -> None:
             )
 
 
-def read_adapters(
-    folder: pathlib.Path, architecture: Architecture, shapes: Params, sides: Sides, lora: Settings
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The adapters in a folder for which `check_adapters` passes, as `Pairs`.
+def check_tensors(folder: pathlib.Path, architecture: Architecture, shapes: Params, sides: Sides) -> None:
+    """UserError where an adapted matrix has no adapter in `folder`, or where one there has no matrix.
 
-    Raises UserError where a matrix has none, where one has no matrix, where a shape is not that of the model, or where
-    one is multiplied by another number than all others.
+    shapes  the parameters of the model, of which only the names count, so that the vocabulary may have any size
     """
-    tensors, alphas = read_header(folder / TENSORS), read_object(folder / CONFIG).get("alpha_pattern") or {}
-    layers: dict[str, dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]] = {}
-    places = _places(architecture, shapes, sides)
-    modules = {name: f"{PREFIX}{name.removesuffix('.weight')}" for name in places}
-    wanted = {f"{module}.lora_{half}.weight" for module in modules.values() for half in "AB"}
+    tensors = read_header(folder / TENSORS)
+    modules = [_module(name) for name in _places(architecture, shapes, sides)]
+    wanted = {f"{module}.lora_{half}.weight" for module in modules for half in "AB"}
     for names, what, remedy in (
         (wanted - tensors.keys(), "lacks", "name in lora.targets the matrices that it adapts"),
         (tensors.keys() - wanted, "has", "let lora.targets name its matrix, if this model has it"),
     ):
         if names:
-            raise UserError(f"{folder / TENSORS} {what} the tensor {shown(min(names))}; {remedy}")
-    for name, place in places.items():
-        a, b = (tensors[f"{modules[name]}.lora_{half}.weight"].read().astype(np.float32) for half in "AB")
+            raise UserError(f"{folder / TENSORS} {what} the tensor {min(names)!r}; {remedy}")
+
+
+def remarks(folder: pathlib.Path) -> list[str]:
+    """What the adapters in a folder were trained with and are not trained with here, a sentence each."""
+    dropout = read_object(folder / CONFIG).get("lora_dropout", 0)
+    if not dropout:
+        return []
+    return [
+        f"{folder / CONFIG} has lora_dropout={shown(dropout)}, and the adapters train without dropout here"
+    ]
+
+
+def read_adapters(
+    folder: pathlib.Path, architecture: Architecture, shapes: Params, sides: Sides, lora: Settings
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The adapters in a folder for which `check_adapters` passes, as `Pairs`.
+
+    Raises UserError as `check_tensors` does, where a shape is not that of the model, or where an adapter is multiplied
+    by another number than all others.
+    """
+    check_tensors(folder, architecture, shapes, sides)
+    tensors, alphas = read_header(folder / TENSORS), read_object(folder / CONFIG).get("alpha_pattern") or {}
+    layers: dict[str, dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]] = {}
+    for name, place in _places(architecture, shapes, sides).items():
+        a, b = (tensors[f"{_module(name)}.lora_{half}.weight"].read().astype(np.float32) for half in "AB")
         alpha = next(
-            (x for key, x in alphas.items() if re.search(rf"(^|\.)({key})$", modules[name])), lora.alpha
+            (x for key, x in alphas.items() if re.search(rf"(^|\.)({key})$", _module(name))), lora.alpha
         )
         if not math.isclose(lora.scale(len(a), alpha), lora.scale(lora.rank, lora.alpha)):
             raise UserError(
@@ -256,6 +270,11 @@ def _places(architecture: Architecture, shapes: Params, sides: Sides) -> dict[st
         )
     places = places_of(architecture, shapes)
     return {name: place for name, place in places.items() if any(part.path in sides for part in place.parts)}
+
+
+def _module(name: str) -> str:
+    """The module of their tensor `name`, as files of adapters call it."""
+    return f"{PREFIX}{name.removesuffix('.weight')}"
 
 
 def _target(architecture: Architecture, name: str) -> str:

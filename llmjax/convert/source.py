@@ -35,7 +35,6 @@ class Source:
     tokenizer     the file or folder with its tokenizer, or None if there is none that is read here
     not_read      the keys of its config.json that no table mentions
     ids           the ids of the special tokens, by their names in config.json
-    chat_template  how a dialogue is written as text, in Jinja; nothing if the model does not say it
     """
 
     path: pathlib.Path
@@ -46,7 +45,6 @@ class Source:
     tokenizer: pathlib.Path | None
     not_read: tuple[str, ...] = ()
     ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    chat_template: str = ""
 
     def places(self, shapes: Params) -> dict[str, Place]:
         """The place of each tensor in a model of these `shapes`, by its name in the table."""
@@ -56,9 +54,9 @@ class Source:
         """Which tensor is which. UserError where one is missing, left over or of another shape."""
         return match(self.architecture, places, self.tensors, str(self.path))
 
-    def remarks(self, matched: Matched) -> list[str]:
-        """Sentences about what the model has and we do not, and about what it lacks."""
-        lacks = self.architecture.untrained
+    def remarks(self, matched: Matched, predicts_tokens: bool = True) -> list[str]:
+        """Sentences about what the model has and we do not, and about what it lacks to predict tokens."""
+        lacks = self.architecture.untrained if predicts_tokens else ""
         return [
             *([f"of {self.path}, {matched.remark}"] if matched.remark else []),
             *([f"{self.path} has {lacks}"] if lacks else []),

@@ -16,7 +16,8 @@ import jax
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
-from llmjax.data.examples.chat_format import ASSISTANT, ChatFormat, Message, make_format
+from llmjax.data.chat.formats import CHATML, make_format
+from llmjax.data.chat.messages import ASSISTANT, ChatFormat, Message, special_ids
 from llmjax.data.tokenizer.tokenizer import StreamDecoder
 from llmjax.errors import UserError
 from llmjax.escapes import complain, show
@@ -25,6 +26,7 @@ from llmjax.generate.generate import make_generator, power_of_two
 from llmjax.modes.generate import Loaded, given_part, load, mode_for, no_text
 from llmjax.modes.parts.interactive import Leave, converse
 from llmjax.modes.request import Request
+from llmjax.tasks.table import conversation_keys
 from llmjax.terminal.stages import on_terminal
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
@@ -80,7 +82,7 @@ class Chat:
 
     def __init__(self, loaded: Loaded):
         program, tokenizer = loaded.program, loaded.tokenizer
-        keys = program.config.tasks["conversation"]
+        keys = conversation_keys(program.config.task.name, program.config.tasks)
         self._format = check_converses(loaded)
         self._loaded, self._limit = loaded, program.config.data.seq_len
         self._generate = make_generator(
@@ -152,15 +154,11 @@ class Chat:
 def check_converses(loaded: Loaded) -> ChatFormat:
     """The format of the model's conversations. UserError if the model was not trained on any."""
     program, tokenizer = loaded.program, loaded.tokenizer
-    keys = program.config.tasks["conversation"]
+    keys = conversation_keys(program.config.task.name, program.config.tasks)
     trained = program.task.use == "chat"
-    # Imported weights may have been trained elsewhere, which shows in the marks of their tokenizer.
-    if not trained and program.task.use == "generate":
-        try:
-            return make_format("chatml", tokenizer)
-        except UserError:
-            pass
-    if not trained:
+    # Imported weights may have been trained elsewhere, which shows in their tokenizer.
+    known = bool(tokenizer.chat_template) or set(CHATML) <= special_ids(tokenizer).keys()
+    if not trained and not (program.task.use == "generate" and known):
         raise UserError(
             f"task.name={program.config.task.name!r} learns no conversation; use {mode_for(program)}, or train "
             "a model with task.name=conversation"
@@ -209,7 +207,7 @@ def make_answer(program: Program, corpus: Corpus) -> Callable[[Params, Watch], l
     """
     tokenizer, ids = corpus.tokenizer, corpus.held_out_ids
     prompt = given_part(corpus.store, int(ids[0]) if len(ids) else 0)
-    form = make_format(program.config.tasks["conversation"].format, tokenizer)
+    form = make_format(conversation_keys(program.config.task.name, program.config.tasks).format, tokenizer)
     config = program.config.generate
     write = make_generator(
         program.model, config, eos_id=form.end, banned_ids=[i for i in no_text(tokenizer) if i != form.end]

@@ -12,6 +12,7 @@ from llmjax.build.corpus_record import (
 )
 from llmjax.build.program import make_program
 from llmjax.build.tuning.adapters import check_tuning
+from llmjax.build.tuning.frozen import describe_lost
 from llmjax.config.init_from import resumes, with_tokenizer
 from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
 from llmjax.data.tokenizer.loading import load_tokenizer
@@ -46,6 +47,8 @@ def run(request: Request) -> int:
         if under_way and (different := describe_difference(workdir, trained_on(workdir), corpus)):
             say(f"{different}; training does not go on with these\n")
         program = make_program(config, derived, corpus.tokenizer.vocab_size, vocabulary=corpus.vocabulary)
+        if under_way and (lost := describe_lost(program, workdir)):
+            say(f"{lost}\n")
         rows = describe(corpus, program, workdir)
     say(f"plan\n{format_table(rows)}")
     for remark in remarks(program):

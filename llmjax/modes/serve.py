@@ -19,6 +19,7 @@ from llmjax.modes.embed import TextEmbedder
 from llmjax.modes.generate import Loaded, check_continues, load, no_text
 from llmjax.modes.request import Request
 from llmjax.serve.asked import Served
+from llmjax.tasks.table import conversation_keys
 from llmjax.terminal.lines import say, warn
 from llmjax.terminal.stages import on_terminal, working
 
@@ -98,7 +99,7 @@ def make_served(loaded: Loaded, name: str) -> Served:
         min(context, limit) if limit else context,
         form,
         no_chat,
-        config.tasks["conversation"].system if form else "",
+        conversation_keys(config.task.name, config.tasks).system if form else "",
         embedder.embed,
         embedder.size_of,
     )

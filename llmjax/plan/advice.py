@@ -5,12 +5,15 @@ They may be right: the run may be the beginning of a longer one, or a trial of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from llmjax.build.model import has_reference
 from llmjax.build.program import Program
 from llmjax.config.reading import read_optimizer
 from llmjax.train.optim.schedules import describe_jump, schedule_length, schedule_remarks
+from llmjax.train.trees import flatten
 
 
 def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: int = 0) -> list[str]:
@@ -28,6 +31,12 @@ def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: in
             f"lora.rank={config.lora.rank} freezes parameters that nobody has trained, since checkpoint.init_from is "
             "empty; give it the model to adapt"
         )
+    if has_reference(config) and not config.checkpoint.init_from:
+        found.append(
+            f"task.name={config.task.name!r} compares answers with parameters that nobody has trained, since "
+            "checkpoint.init_from is empty; give it a model that answers already"
+        )
+    found += _wide_adapters(program)
     train, every = config.train, config.evaluate.every
     # The first evaluation is the one that the next ones are compared with.
     never = (train.patience + 1) * every >= train.num_updates
@@ -44,6 +53,24 @@ def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: in
         jump = describe_jump(config.optimizer, config.train.num_updates, old_length, done)
         found += [jump] if jump else []
     return found
+
+
+def _wide_adapters(program: Program) -> list[str]:
+    """A sentence where adapters are wider than a matrix, which no matrix A B of its size needs."""
+    shapes, rank = flatten(program.params_shape), program.config.lora.rank
+    narrow: dict[str, int] = {}
+    for path, adapter in program.tuning.adapters.items():
+        sides = (adapter.role.inputs, adapter.role.outputs)
+        side = min(math.prod(shapes[path].shape[i] for i in dims) for dims in sides)
+        if side < rank:
+            narrow["/".join(path)] = side
+    if not narrow:
+        return []
+    name = min(narrow, key=lambda path: narrow[path])
+    return [
+        f"lora.rank={rank} is larger than the smaller side of {name}, {narrow[name]}, so that an adapter has more "
+        f"numbers than the matrix; a rank of {narrow[name]} can change it just as much"
+    ]
 
 
 def _unreached(key: str, points: tuple[tuple[int, int], ...], num_tokens: int) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmjax.build.corpus import Corpus
 from llmjax.build.hold_out import DOCUMENTS, NOTHING, TAILS
+from llmjax.build.model import has_reference
 from llmjax.build.program import Program
 from llmjax.config.schema import Config
 from llmjax.data.examples.contract import Structured
@@ -19,6 +20,7 @@ from llmjax.data.sources.cutting import TAIL
 from llmjax.data.sources.listing import Listing
 from llmjax.data.store.columns import StoreHeader
 from llmjax.data.tokenizer.kinds import KINDS
+from llmjax.models.reference import own
 from llmjax.quantities import format_bytes, format_number, format_quantity
 from llmjax.train.optim.optimizer import OptimizerConfig
 from llmjax.train.optim.schedules import describe_schedule
@@ -46,7 +48,7 @@ def describe_packing(plan: PackingPlan) -> str:
     if plan.source_lengths is None:
         return rows
     share = int(np.sum(plan.source_lengths, dtype=np.int64)) / (plan.num_rows * plan.source_len)
-    return f"{rows}, and of {plan.source_len:,} tokens of their sources, {share:.1%} full"
+    return f"{rows}, and of {plan.source_len:,} tokens of their second texts, {share:.1%} full"
 
 
 def describe(corpus: Corpus, program: Program, workdir: pathlib.Path, start: int = 0) -> dict[str, str]:
@@ -113,11 +115,13 @@ def _describe_params(program: Program) -> str:
     """How many parameters the model has, and how many of the run's train and are frozen if not all train."""
     state = program.abstract_state()
     whole, trained, frozen = (
-        sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+        sum(math.prod(x.shape) for x in jax.tree.leaves(own(tree)))
         for tree in (program.params_shape, state.params, state.frozen)
     )
     text = f"{format_number(whole)} parameters"
-    if not program.tuning.is_partial:
+    if has_reference(program.config):
+        text += ", compared with those that the run begins with"
+    if not frozen:
         return text
     lora, adapters = program.config.lora, program.tuning.adapters
     by = f" (adapters of rank {lora.rank} in {len(adapters)} arrays)" if adapters else ""
@@ -214,7 +218,8 @@ def _describe_long_conversations(corpus: Corpus, program: Program) -> dict[str, 
     """How many conversations are longer than a row, so that an answer may stand in another one than its question."""
     limit = program.config.data.seq_len
     long = int(np.count_nonzero(np.asarray(corpus.store.lengths) > limit + 1))
-    if not (isinstance(program.derived.examples, Structured) and long):
+    # Texts of two streams are never cut.
+    if program.derived.source_len or not (isinstance(program.derived.examples, Structured) and long):
         return {}
     return {
         "cut": f"{long:,} conversation{'s'[: long != 1]} of more than data.seq_len={limit:,} tokens: "

@@ -173,7 +173,7 @@ async def _texts(
     desk.check_open()
     fields = await desk.read_body(request)
     # Tokenizing a large prompt takes a while.
-    asked = await asyncio.to_thread(read, fields, desk.served, desk.new_seed())
+    asked = await desk.aside(read, fields, desk.served, desk.new_seed())
     form = Form(asked, desk.served.tokenizer, desk.served.name, chat)
     if asked.stream:
         stream = _Stream(desk, asked, form, started, request.url.path)
@@ -280,11 +280,11 @@ async def _embeddings(desk: Desk, request: Request) -> Response:
     started, served = time.monotonic(), desk.served
     desk.check_open()
     fields = await desk.read_body(request)
-    texts, in_base64 = await asyncio.to_thread(read_embeddings, fields, served)
+    texts, in_base64 = await desk.aside(read_embeddings, fields, served)
     if served.embed is None or served.embed_size is None:
         raise ApiError(400, "this model gives no vectors of texts; serve another one")
     embed, size_of = served.embed, served.embed_size
-    sizes = await asyncio.to_thread(lambda: [size_of(text) for text in texts])
+    sizes = await desk.aside(lambda: [size_of(text) for text in texts])
     for size, most in sizes:
         if size > most:
             raise ApiError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.data.examples.chat_format import ROLES, ChatFormat, Message
+from llmjax.data.chat.messages import ROLES, ChatFormat, Message
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.generate.engine import Order, Sampling
 from llmjax.generate.generate import GenerateConfig

@@ -7,7 +7,7 @@ import contextlib
 import hmac
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -44,6 +44,8 @@ class Desk:
         # Headers are bytes, which starlette reads as Latin-1.
         self._engine, self._api_key = engine, api_key.strip().encode()
         self._numbers = itertools.count()
+        # Tokenizers and templates are used by one thread at a time.
+        self._reading = asyncio.Lock()
         self._open: set[Ticket] = set()
 
     @property
@@ -106,7 +108,12 @@ class Desk:
         except ClientDisconnect:
             raise Gone from None
         # Large bodies take a while, in which others want to be served.
-        return await asyncio.to_thread(read_object, bytes(body))
+        return await self.aside(read_object, bytes(body))
+
+    async def aside(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """The result of a function that takes a while, in which others are served; one at a time."""
+        async with self._reading:
+            return await asyncio.to_thread(function, *arguments)
 
     def new_seed(self) -> int:
         """The seed of a request that has none: generate.seed for the first one, and another for each that follows."""

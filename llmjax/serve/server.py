@@ -35,8 +35,8 @@ def listen(config: ServeConfig) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=128)
     except OSError as error:
         # The errors of looking a name up have numbers of their own.
-        known = error.errno is not None and error.errno > 0
-        reason = os.strerror(error.errno) if known else error.strerror or error
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else error.strerror or error
         raise UserError(
             f"serve.host={config.host!r} with serve.port={config.port} cannot be listened at ({reason}); give another "
             "address, or a port that is free"

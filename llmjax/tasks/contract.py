@@ -173,6 +173,17 @@ class AddsParameters(Protocol):
 
 
 @runtime_checkable
+class ReadsPairs(Protocol):
+    """A task whose second stream is a text like the first one: the model reads both, each by itself."""
+
+    def has_reference(self, keys: Any) -> bool:
+        """Whether the loss compares the model with the one that the run began with. `keys` is the section of the task.
+
+        `params` of the loss then have an entry `models/reference.py: REFERENCE` with its parameters.
+        """
+
+
+@runtime_checkable
 class HasDetails(Protocol):
     """A task whose evaluation gives more than scores, such as a confusion matrix."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from llmjax.data.examples.chat_format import FORMATS
+from llmjax.data.chat.formats import FORMATS
 from llmjax.errors import choose
 from llmjax.models.contract import Model
 from llmjax.ranges import Unset

@@ -14,6 +14,7 @@ from llmjax.tasks.conversation import Conversation
 from llmjax.tasks.copy import Copy
 from llmjax.tasks.language_model import LanguageModel
 from llmjax.tasks.masked_language_model import MaskedLanguageModel
+from llmjax.tasks.preference import Preference
 from llmjax.tasks.translation import Translation
 
 # The device half of each task; `data/examples/table.py` has the host half under the same names.
@@ -22,6 +23,7 @@ TASKS: dict[str, Task] = {
     "masked_language_model": MaskedLanguageModel(),
     "translation": Translation(),
     "conversation": Conversation(),
+    "preference": Preference(),
     "copy": Copy(),
     "classification": Classification(),
 }
@@ -40,6 +42,11 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         choose(TASKS, "task.name", self.name)
+
+
+def conversation_keys(name: str, sections: Mapping[str, Any]) -> Any:
+    """The section with the keys `format` and `system` of conversations: that of the task `name`, if it learns them."""
+    return sections[name if TASKS[name].use == "chat" else "conversation"]
 
 
 def check_all_read(name: str, sections: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from llmjax.convert.peft_folder import (
     Settings,
     check_adapters,
     read_adapters,
+    remarks,
     side_of,
     write_adapters,
 )
@@ -146,6 +147,15 @@ def test_adapters_of_other_settings_are_refused(tmp_path, changes, message):
     damaged(folder, **changes)
     with pytest.raises(UserError, match=message):
         check_adapters(folder, adapted.lora, "lora.init_from")
+
+
+def test_dropout_that_the_adapters_had_is_mentioned(tmp_path):
+    folder = Adapted(tmp_path / "base").write(tmp_path / "adapters")
+    assert not remarks(folder)
+    damaged(folder, lora_dropout=0.05)
+    assert remarks(folder) == [
+        f"{folder / CONFIG} has lora_dropout=0.05, and the adapters train without dropout here"
+    ]
 
 
 def test_adapters_of_other_matrices_are_refused(tmp_path):

@@ -49,6 +49,14 @@ def test_the_plan_says_how_many_parameters_train(folder):
     )
 
 
+def test_a_rank_beyond_the_matrices_is_pointed_out(folder, tmp_path, capsys):
+    said = run(capsys, tuned(folder, tmp_path / "run", "--mode=plan", lora__rank=17))
+    assert "lora.rank=17 is larger than the smaller side of layers/attention/wk_DKH, 16, so that" in said
+    assert "larger than the smaller side" not in run(
+        capsys, tuned(folder, tmp_path / "run", "--mode=plan", lora__rank=16)
+    )
+
+
 def test_a_checkpoint_holds_adapters_alone_and_the_workdir_their_base_once(folder):
     with Checkpoints(folder / "run" / "checkpoints", read_only=True) as checkpoints:
         meta = checkpoints.read_meta()
@@ -108,11 +116,19 @@ def test_other_frozen_parameters_are_refused(folder, tmp_path, capsys, what):
             "frozen does not hold the frozen parameters that the checkpoint of update 6 was trained with"
             in said
         )
+    assert "frozen does not hold" in run(capsys, tuned(folder, workdir, "--mode=plan"))
 
 
 def test_names_that_do_not_exist_are_refused_before_text_is_read(folder, tmp_path, capsys):
     said = refuse(capsys, tuned(folder, tmp_path / "run", lora__targets="wz", data__sources=folder / "base"))
     assert "lora.targets has 'wz', which names no parameter that it can have; use some of layers" in said
+    adapters = tmp_path / "adapters"
+    assert convert.main(["--from", "llmjax", "--to", "peft", str(folder / "run"), str(adapters)]) == 0
+    fewer = {"lora__targets": "attention", "lora__init_from": adapters, "data__sources": folder / "base"}
+    said = refuse(capsys, tuned(folder, tmp_path / "run", **fewer))
+    assert (
+        "has the tensor 'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'; let lora.targets" in said
+    )
 
 
 def test_adapters_go_to_a_folder_of_peft_and_come_back_equal(folder, tmp_path, capsys):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from sections import block_section, section
 
-from llmjax.data.examples.chat_format import make_format
+from llmjax.data.chat.formats import make_format
 from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.generate.engine import Engine
 from llmjax.models.gpt import GPT

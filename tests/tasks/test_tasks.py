@@ -36,6 +36,7 @@ def write_rows(folder, task):
     ]
     for row in rows:
         row["label"] = rng.choice(tiny_run.WORDS[:3])
+        row["prompt"], row["rejected"] = row["source"][:16], row["label"]
         if task == "conversation":
             row["text"] = [row["source"], row["text"]]
     (folder / "corpus").mkdir()

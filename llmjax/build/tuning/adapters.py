@@ -19,6 +19,7 @@ from llmjax.convert.config_keys import choose_architecture
 from llmjax.errors import UserError
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout
+from llmjax.terminal.lines import warn
 from llmjax.train.trees import Path, flatten, nest
 from llmjax.train.tuning.lora import A, B
 from llmjax.train.tuning.tuning import Tuning
@@ -35,13 +36,19 @@ def check_tuning(
     They may name parameters that the config's model lacks, or adapters that do not fit. A run that has begun in
     `workdir` has adapters of its own, and those in lora.init_from are not looked at.
     """
-    if config.lora.rank or config.train.frozen:
-        mesh = make_mesh(config.mesh, devices)
-        # No name depends on the vocabulary, which is not known yet.
-        make_model_tuning(config, make_model(config, derived, mesh.shape["tensor"], Layout(mesh)))
+    if not (config.lora.rank or config.train.frozen):
+        return
+    mesh = make_mesh(config.mesh, devices)
+    # No name depends on the vocabulary, which is not known yet.
+    model = make_model(config, derived, mesh.shape["tensor"], Layout(mesh))
+    tuning = make_model_tuning(config, model)
     if config.lora.init_from and not standing.has_begun(workdir):
-        choose_architecture(settings_of(config))
-        peft_folder.check_adapters(pathlib.Path(config.lora.init_from), _settings(config), "lora.init_from")
+        architecture, folder = choose_architecture(settings_of(config)), pathlib.Path(config.lora.init_from)
+        peft_folder.check_adapters(folder, _settings(config), "lora.init_from")
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        peft_folder.check_tensors(folder, architecture, shapes, _sides(tuning))
+        for remark in peft_folder.remarks(folder):
+            warn(f"note: {remark}")
 
 
 def with_adapters(program: Program, state: TrainState) -> TrainState:

@@ -53,16 +53,31 @@ def load_frozen(program: Program, workdir: pathlib.Path, meta: Mapping[str, Any]
     """
     if not program.tuning.is_partial:
         return {}
-    found = _fingerprint(workdir)
-    if not found or found != meta.get(META):
-        raise UserError(
-            f"{workdir / FOLDER} does not hold the frozen parameters that the checkpoint of update {meta['update']} "
-            "was trained with; restore that folder, or begin again with another --workdir"
-        )
+    if problem := _describe_lost(workdir, meta):
+        raise UserError(problem)
     frozen = program.abstract_state().frozen
     with Checkpoints(workdir / FOLDER, _ONE, read_only=True) as folder:
         params, _ = folder.restore_params(frozen, 0)
     return params
+
+
+def describe_lost(program: Program, workdir: pathlib.Path) -> str:
+    """A sentence where the newest checkpoint has lost its frozen parameters; "" where all is well."""
+    if not program.tuning.is_partial:
+        return ""
+    with Checkpoints(workdir / "checkpoints", read_only=True, tell=lambda text: None) as checkpoints:
+        return _describe_lost(workdir, checkpoints.read_meta())
+
+
+def _describe_lost(workdir: pathlib.Path, meta: Mapping[str, Any]) -> str:
+    """A sentence where the frozen parameters are gone or are not those of the checkpoint with `meta`, or ""."""
+    found = _fingerprint(workdir)
+    if found and found == meta.get(META):
+        return ""
+    return (
+        f"{workdir / FOLDER} does not hold the frozen parameters that the checkpoint of update {meta['update']} "
+        "was trained with; restore that folder, or begin again with another --workdir"
+    )
 
 
 def _fingerprint(workdir: pathlib.Path) -> str:

@@ -14,7 +14,6 @@ from llmjax.errors import UserError
 from llmjax.gguf.header import read_header
 
 EMBEDDING = "token_embd.weight"
-CHAT_TEMPLATE = "tokenizer.chat_template"
 
 
 def open_model(path: pathlib.Path) -> Source:
@@ -45,5 +44,4 @@ def open_model(path: pathlib.Path) -> Source:
         path if "tokenizer.ggml.model" in header.facts else None,
         tuple(not_read(name, family, header.facts)),
         {ours: header.facts.get(theirs) for ours, theirs in IDS.items()},
-        template if isinstance(template := header.facts.get(CHAT_TEMPLATE), str) else "",
     )

@@ -8,7 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from llmjax.data.examples.chat_format import ASSISTANT, ROLES, ChatFormat, Message, make_format
+from llmjax.data.chat.formats import make_format
+from llmjax.data.chat.messages import ASSISTANT, ROLES, ChatFormat, Message
 from llmjax.data.examples.contract import Example
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
@@ -54,8 +55,7 @@ class Conversations:
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
         messages = self.read(str(record[self.text_field]))
-        as_key: Any = tokenizer
-        tokens, weights = _format(self.form, as_key).encode(messages)
+        tokens, weights = format_for(self.form, tokenizer).encode(messages)
         return Example(tokens, weights=tuple(weights))
 
     def read(self, text: str) -> list[Message]:
@@ -64,14 +64,40 @@ class Conversations:
         if not any(message.role == ASSISTANT for message in messages):
             raise UserError(
                 f"a conversation has no message of the assistant, so that nothing of it could be learned: "
-                f"{_short(text)}; leave it out, or correct its roles"
+                f"{short(text)}; leave it out, or correct its roles"
             )
-        return self.with_system(messages)
+        return with_system(messages, self.system)
 
-    def with_system(self, messages: list[Message]) -> list[Message]:
-        """The messages after the system message of conversations that have none."""
-        begins = messages and messages[0].role == "system"
-        return messages if begins or not self.system else [Message("system", self.system), *messages]
+
+def with_system(messages: list[Message], system: str) -> list[Message]:
+    """The messages after the message `system`, unless it is empty or they have a system message of their own."""
+    begins = messages and messages[0].role == "system"
+    return messages if begins or not system else [Message("system", system), *messages]
+
+
+def read_messages(text: str) -> list[Message] | None:
+    """The messages of a list of objects in JSON, {"role": ..., "content": ...} or {"from": ..., "value": ...}; None
+    where `text` is no such list. Raises UserError for a message without text or without a known role."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, list) or not values:
+        return None
+    if all(isinstance(value, str) for value in values):
+        raise UserError(
+            f"{short(text)} is a list of texts that does not say who says them; write "
+            '[{"role": "assistant", "content": "..."}]'
+        )
+    if not all(isinstance(value, dict) for value in values):
+        return None
+    return [_message(value, number) for number, value in enumerate(values)]
+
+
+def format_for(name: str, tokenizer: Tokenizer) -> ChatFormat:
+    """The format `name` in the ids of `tokenizer`, made once for all records."""
+    as_key: Any = tokenizer
+    return _format(name, as_key)
 
 
 # A format looks through all pieces of a tokenizer, which is the same object for all records.
@@ -87,7 +113,7 @@ def _list(text: str) -> list[Any]:
         values = None
     if not isinstance(values, list) or not values:
         raise UserError(
-            f'a conversation is no list of messages: {_short(text)}; write [{{"role": "user", "content": "..."}}, ...]'
+            f'a conversation is no list of messages: {short(text)}; write [{{"role": "user", "content": "..."}}, ...]'
         )
     return values
 
@@ -102,11 +128,12 @@ def _message(value: Any, number: int) -> Message:
     role = SAME_ROLE.get(role, role) if isinstance(role, str) else None
     if role not in ROLES or not isinstance(text, str) or not text.strip():
         raise UserError(
-            f"message {number + 1} of a conversation, {_short(json.dumps(value, ensure_ascii=False))}, has no text or "
+            f"message {number + 1} of a conversation, {short(json.dumps(value, ensure_ascii=False))}, has no text or "
             f'no role of {", ".join(ROLES)}; write {{"role": "user", "content": "..."}}'
         )
     return Message(role, text)
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """The beginning of a text, for errors."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

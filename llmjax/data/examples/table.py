@@ -9,6 +9,7 @@ from llmjax.data.examples.contract import Examples, ExampleSetting
 from llmjax.data.examples.conversations import Conversations
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.documents import Documents
+from llmjax.data.examples.preferences import Preferences
 from llmjax.data.examples.translations import Translations
 
 # The name of a task -> a function that returns its `Examples`.
@@ -20,6 +21,13 @@ EXAMPLES: dict[str, Callable[[ExampleSetting], Examples]] = {
     ),
     "conversation": lambda setting: Conversations(
         setting.text_field, setting.keys.format, setting.keys.system
+    ),
+    "preference": lambda setting: Preferences(
+        setting.text_field,
+        setting.keys.rejected_field,
+        setting.keys.prompt_field,
+        setting.keys.format,
+        setting.keys.system,
     ),
     "classification": make_classified,
     "copy": lambda setting: Copies(setting.text_field),

@@ -47,8 +47,8 @@ class SourceStream:
             too_long = int(np.count_nonzero(found > limit))
             if too_long:
                 raise UserError(
-                    f"{key}={limit} is too short for {too_long:,} of {len(doc_ids):,} documents, whose sources and "
-                    f"targets are never cut; the longest has {int(found.max()):,} tokens: raise {key} or leave them out"
+                    f"{key}={limit} is too short for {too_long:,} of {len(doc_ids):,} documents, whose two texts "
+                    f"are never cut; the longest has {int(found.max()):,} tokens: raise {key} or leave them out"
                 )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmjax.data.checksums import DamagedError
-from llmjax.data.examples.contract import Examples, OwnTexts, naming
+from llmjax.data.examples.contract import Examples, OwnTexts, Structured, naming
 from llmjax.data.sources.cutting import WHOLE, Cutting
 from llmjax.data.sources.fingerprint import corpus_fingerprint, file_digest
 from llmjax.data.sources.listing import SourceFile
@@ -207,6 +207,9 @@ def _store_settings(
         settings += ["held out", [file.held_out for file in files]]
     if reading.columns:
         settings += ["columns", reading.columns]
+    # What a conversation becomes may be up to the tokenizer's template, which its fingerprint does not cover.
+    if tokenizer.chat_template and isinstance(examples, Structured):
+        settings += ["chat template", tokenizer.chat_template]
     # The names of files are part of the fingerprint, and those of their folders are not always.
     if FOLDER in examples.fields:
         settings += ["folders", [places_of(file)[FOLDER] for file in files]]

@@ -12,13 +12,14 @@ import numpy as np
 
 from llmjax.data.tokenizer import cuts
 from llmjax.data.tokenizer.passages import check_unicode
-from llmjax.data.tokenizer.tokenizer import META_FILE, NUM_BYTES, SPECIAL_PIECES, checked_ids
+from llmjax.data.tokenizer.tokenizer import META_FILE, NUM_BYTES, SPECIAL_PIECES, checked_ids, save_template
 from llmjax.files import write_atomically
 
 
 class ByteTokenizer:
     """The ids are the special pieces, then `num_reserved` reserved ids, then the 256 bytes. See `Tokenizer`."""
 
+    chat_template = ""
     text_prefix = b""
     strips_spaces = False
     lossless = True
@@ -51,6 +52,7 @@ class ByteTokenizer:
     def save(self, directory: str | os.PathLike) -> None:
         meta = {"kind": "byte", "num_reserved": self._num_reserved, "fingerprint": self.fingerprint}
         write_atomically(Path(directory) / META_FILE, json.dumps(meta, indent=2))
+        save_template(directory, self.chat_template)
 
     def __reduce__(self):
-        return ByteTokenizer, (self._num_reserved,)
+        return ByteTokenizer, (self._num_reserved,), {"chat_template": self.chat_template}

@@ -28,6 +28,13 @@ def tokenizer_for(path: pathlib.Path, vocab_size: int) -> Tokenizer:
                 f"{path} is no tokenizer of llama2.c with {vocab_size} pieces ({why}); give the one of the model"
             ) from None
     tokenizer = load_tokenizer(path)
+    whole = _with_ids(path, tokenizer, vocab_size)
+    whole.chat_template = tokenizer.chat_template
+    return whole
+
+
+def _with_ids(path: pathlib.Path, tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """`tokenizer` with so many ids."""
     missing = vocab_size - tokenizer.vocab_size
     if missing == 0:
         return tokenizer

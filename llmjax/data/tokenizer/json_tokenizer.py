@@ -25,7 +25,7 @@ from llmjax.data.tokenizer.cuts import LOOK_AHEAD, neighbours
 from llmjax.data.tokenizer.formats import word_piece
 from llmjax.data.tokenizer.formats.byte_bpe import byte_characters
 from llmjax.data.tokenizer.passages import SPACE_MARK, check_unicode
-from llmjax.data.tokenizer.tokenizer import META_FILE, NUM_BYTES, checked_ids
+from llmjax.data.tokenizer.tokenizer import META_FILE, NUM_BYTES, checked_ids, save_template
 from llmjax.errors import UserError
 from llmjax.files import write_atomically
 
@@ -58,6 +58,8 @@ class JsonTokenizer:
 
     Raises ValueError, as the end of a sentence, if it is no tokenizer that is read here.
     """
+
+    chat_template = ""
 
     def __init__(self, definition: str, special: SpecialIds, vocab_size: int = 0):
         self.definition, self.special = definition, special
@@ -183,9 +185,14 @@ class JsonTokenizer:
         }
         write_atomically(Path(directory) / JSON_FILE, self.definition)
         write_atomically(Path(directory) / META_FILE, json.dumps(meta, indent=2))
+        save_template(directory, self.chat_template)
 
     def __reduce__(self):
-        return JsonTokenizer, (self.definition, self.special, self.vocab_size)
+        return (
+            JsonTokenizer,
+            (self.definition, self.special, self.vocab_size),
+            {"chat_template": self.chat_template},
+        )
 
 
 def _first(*ids: int | None) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmjax.data.checksums import DamagedError, raise_unless_damage
 from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
-from llmjax.data.tokenizer.formats.gguf_vocabulary import read_gguf_tokenizer
+from llmjax.data.tokenizer.formats.gguf_vocabulary import gguf_template, read_gguf_tokenizer
 from llmjax.data.tokenizer.formats.json_folder import (
     MERGES,
     VOCABULARY,
@@ -18,6 +18,7 @@ from llmjax.data.tokenizer.formats.json_folder import (
     read_gpt2_files,
     read_tokenizer_json,
     read_word_pieces,
+    template_in,
 )
 from llmjax.data.tokenizer.json_tokenizer import JSON_FILE, JsonTokenizer, SpecialIds
 from llmjax.data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -41,6 +42,12 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises `DamagedError` if `path` is none of them, or if the files are not as they were saved.
     """
     path = at_home(path, "tokenizer.path")
+    tokenizer = _load(path)
+    tokenizer.chat_template = gguf_template(path) if is_gguf(path) else template_in(path)
+    return tokenizer
+
+
+def _load(path: Path) -> Tokenizer:
     if is_gguf(path):
         return read_gguf_tokenizer(path)
     # lexists, because a broken link in place of the file is damage, which `_read_meta` reports.
@@ -79,7 +86,7 @@ def _read_json(path: Path, read: Callable[[Path], Tokenizer]) -> Tokenizer:
             raise
         raise_unless_damage(why)
         raise DamagedError(
-            f"tokenizer.path = {str(path)!r} cannot be read ({why})", "name another tokenizer"
+            f"tokenizer {str(path)!r} cannot be read ({why})", "name another tokenizer"
         ) from None
 
 
@@ -135,7 +142,7 @@ def _read_model(path: Path, fingerprint: str | None) -> SentencePieceTokenizer:
     """
     if not path.is_file():
         raise DamagedError(
-            f"tokenizer.path = {str(path)!r} is no tokenizer",
+            f"tokenizer {str(path)!r} is no tokenizer",
             "name a SentencePiece .model file, a tokenizer.json, a GGUF file, or a folder that holds one of them",
         )
     model = path.read_bytes()
@@ -145,7 +152,7 @@ def _read_model(path: Path, fingerprint: str | None) -> SentencePieceTokenizer:
         return SentencePieceTokenizer(model)
     except (RuntimeError, ValueError):
         raise DamagedError(
-            f"tokenizer.path = {str(path)!r} cannot be read as a SentencePiece model", "name another file"
+            f"tokenizer {str(path)!r} cannot be read as a SentencePiece model", "name another file"
         ) from None
 
 

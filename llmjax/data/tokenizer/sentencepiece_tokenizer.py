@@ -28,7 +28,14 @@ from llmjax.data.tokenizer.model_file import (
     piece_kinds,
 )
 from llmjax.data.tokenizer.passages import SPACE_MARK, check_unicode
-from llmjax.data.tokenizer.tokenizer import META_FILE, MODEL_FILE, NUM_BYTES, StreamDecoder, checked_ids
+from llmjax.data.tokenizer.tokenizer import (
+    META_FILE,
+    MODEL_FILE,
+    NUM_BYTES,
+    StreamDecoder,
+    checked_ids,
+    save_template,
+)
 from llmjax.files import write_atomically
 
 # Only fatal errors of SentencePiece are logged. All others are raised as well.
@@ -45,6 +52,8 @@ class SentencePieceTokenizer:
 
     Raises RuntimeError or ValueError if these are not a model.
     """
+
+    chat_template = ""
 
     def __init__(self, model: bytes):
         # `save` writes the model as it was given, whatever is changed below.
@@ -210,9 +219,10 @@ class SentencePieceTokenizer:
         meta = {"kind": "sentencepiece", "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
         write_atomically(Path(directory) / MODEL_FILE, self._model)
         write_atomically(Path(directory) / META_FILE, json.dumps(meta, indent=2))
+        save_template(directory, self.chat_template)
 
     def __reduce__(self):
-        return SentencePieceTokenizer, (self._model,)
+        return SentencePieceTokenizer, (self._model,), {"chat_template": self.chat_template}
 
 
 def _keeps_text(processor: sentencepiece.SentencePieceProcessor) -> bool:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from llmjax.files import write_atomically
 
 # The special pieces, in the order of their ids, which begin at 0.
 SPECIAL_PIECES = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
@@ -19,6 +22,8 @@ SPECIAL_PIECES = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 NUM_BYTES = 256
 # The files of a saved tokenizer: the SentencePiece model, if it is one, and what kind of tokenizer it is.
 MODEL_FILE, META_FILE = "tokenizer.model", "tokenizer.json"
+# The file beside a tokenizer that says how conversations are written, as Hugging Face names it.
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 class Tokenizer(Protocol):
@@ -36,6 +41,7 @@ class Tokenizer(Protocol):
     text_prefix    what the model puts before every text, `b" "` or nothing. `decode` takes it off again
     strips_spaces  whether the model drops spaces at the beginning of a text
     fingerprint    a SHA-256 in hex. Tokenizers with equal fingerprints give equal ids
+    chat_template  how a conversation is written as text, in Jinja; nothing if nobody has said it. No id depends on it
     """
 
     vocab_size: int
@@ -49,6 +55,7 @@ class Tokenizer(Protocol):
     strips_spaces: bool
     unk_id: int
     fingerprint: str
+    chat_template: str
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """The ids of a text, without bos and eos. Text that looks like a special piece is encoded as plain text.
@@ -104,6 +111,12 @@ class StreamDecoder:
     def flush(self) -> str:
         """What was held back, as U+FFFD, or nothing. It is called once, at the end."""
         return self._decoder.decode(b"", final=True)
+
+
+def save_template(directory: str | os.PathLike, template: str) -> None:
+    """Writes the chat template of a tokenizer beside it, if it has one."""
+    if template:
+        write_atomically(Path(directory) / TEMPLATE_FILE, template)
 
 
 def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:

@@ -32,12 +32,14 @@ class Tuning:
     adapters  the adapters of frozen matrices, by the paths of the matrices
     frozen    the paths of the parameters that are frozen as a whole, adapted matrices among them
     cuts      the paths of stacks of which the first layers are frozen, and of how many layers
+    same      the paths of frozen parameters that are the same as others, and the paths of these, which alone are kept
     """
 
     axes: Axes = dataclasses.field(default_factory=dict)
     adapters: Mapping[Path, Adapter] = dataclasses.field(default_factory=dict)
     frozen: frozenset[Path] = frozenset()
     cuts: Mapping[Path, int] = dataclasses.field(default_factory=dict)
+    same: Mapping[Path, Path] = dataclasses.field(default_factory=dict)
 
     @property
     def is_partial(self) -> bool:
@@ -53,6 +55,8 @@ class Tuning:
         for path, x in flatten(params).items():
             if path in self.adapters:
                 trained[*path, A], trained[*path, B] = self.adapters[path].init(rng, path, x.shape)
+            if path in self.same:
+                continue
             if path in self.frozen:
                 frozen[path] = x
             elif count := self.cuts.get(path):
@@ -72,7 +76,7 @@ class Tuning:
                 return theirs[path] + self.adapters[path].product(ours[*path, A], ours[*path, B])
             if path in self.cuts:
                 return jnp.concatenate([theirs[path], ours[path]])
-            return theirs[path] if path in self.frozen else ours[path]
+            return theirs[self.same.get(path, path)] if path in self.frozen else ours[path]
 
         return nest({path: whole(path) for path in flatten(self.axes)})
 
@@ -94,7 +98,7 @@ class Tuning:
             {
                 path: axes
                 for path, axes in flatten(self.axes).items()
-                if path in self.frozen or path in self.cuts
+                if (path in self.frozen or path in self.cuts) and path not in self.same
             }
         )
 
@@ -114,12 +118,18 @@ WHOLE = Tuning()
 
 
 def make_tuning(
-    axes: Axes, lora: LoraConfig, frozen: Sequence[str], shapes: Params, added: Sequence[str] = ()
+    axes: Axes,
+    lora: LoraConfig,
+    frozen: Sequence[str],
+    shapes: Params,
+    added: Sequence[str] = (),
+    kept: Sequence[str] = (),
 ) -> Tuning:
     """What `lora` and train.frozen make of a model with these `axes`.
 
     shapes  the parameters of the model, of which only the shapes are looked at
     added   entries of the tree of parameters that the task adds, which train as a whole also with adapters
+    kept    entries that hold all other parameters as they were when the run began, and never train
 
     Raises UserError for a name that no parameter has, and where nothing is left to train.
     """
@@ -128,9 +138,19 @@ def make_tuning(
             f"train.frozen={tuple(frozen)} has no meaning with lora.rank={lora.rank}, which freezes all but the "
             "adapters; set train.frozen to ()"
         )
+    own = {name: x for name, x in axes.items() if name not in kept}
     if lora.rank:
-        return _with_adapters(axes, lora, added)
-    return _partly_frozen(axes, frozen, shapes) if frozen else Tuning(axes)
+        tuning = _with_adapters(own, lora, added)
+    elif frozen:
+        tuning = _partly_frozen(own, frozen, shapes)
+    else:
+        tuning = Tuning(own)
+    if not kept:
+        return tuning
+    paths = [path for path in flatten(axes) if path[0] in kept]
+    # What never trains is as it was.
+    same = {path: path[1:] for path in paths if path[1:] in tuning.frozen}
+    return dataclasses.replace(tuning, axes=axes, frozen=tuning.frozen | {*paths}, same=same)
 
 
 def _with_adapters(axes: Axes, lora: LoraConfig, added: Sequence[str]) -> Tuning:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from families import examples_of
 
-from llmjax.data.examples.contract import OPTIONAL_COLUMNS, Example, Structured
+from llmjax.data.examples.contract import OPTIONAL_COLUMNS, Example
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.table import EXAMPLES
 from llmjax.data.packing.make_plan import cached_plan, plan_packing
@@ -72,15 +72,17 @@ def test_examples_can_be_pickled_and_fill_the_columns_that_they_name(task):
         != repr(examples_of(task, text_field="body", **labels))
     )
     assert set(examples.columns) <= set(OPTIONAL_COLUMNS) == set(FIELDS_OF_COLUMN)
-    texts = ["人工 ab", "c"]
-    if isinstance(examples, Structured):
-        texts = [json.dumps([text, text], ensure_ascii=False) for text in texts]
-    records = [dict.fromkeys(examples.fields, text) for text in texts]
+    # No two fields of a record have the same text.
+    records = [{name: text + "x" * i for i, name in enumerate(examples.fields)} for text in ("人工 ab", "c")]
+    if task == "classification":
+        records = [record | {"label": record["text"]} for record in records]
+    if task == "conversation":
+        records = [{"text": json.dumps([text, text], ensure_ascii=False)} for text in ("人工 ab", "c")]
     encoded = encode_records(BYTES, examples, records)
     assert set(encoded.ragged) - {"tokens"} | set(encoded.fixed) - {"num_bytes", "hashes"} == set(
         examples.columns
     )
-    assert encoded.fixed["num_bytes"].tolist() == [len(text.encode()) for text in texts]
+    assert encoded.fixed["num_bytes"].tolist() == [len(record["text"].encode()) for record in records]
 
 
 def test_only_the_second_text_of_a_copy_has_weight():

@@ -25,6 +25,7 @@ TOKENS, SCORES, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "token
 MERGES, SPLITTING = "tokenizer.ggml.merges", "tokenizer.ggml.pre"
 ADDS_SPACE, DROPS_SPACES = "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.remove_extra_whitespaces"
 ADDS_BOS = "tokenizer.ggml.add_bos_token"
+TEMPLATE = "tokenizer.chat_template"
 # The facts about special tokens, by our names for them.
 IDS = {
     "bos": "tokenizer.ggml.bos_token_id",
@@ -50,6 +51,12 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
         if isinstance(why, UserError):
             raise
         raise UserError(f"the tokenizer in {path} cannot be read ({why}); give another") from None
+
+
+def gguf_template(path: Path) -> str:
+    """The chat template in a GGUF file; nothing if it has none."""
+    found = read_header(path).facts.get(TEMPLATE)
+    return found if isinstance(found, str) else ""
 
 
 def _sentencepiece(facts: Mapping[str, Any]) -> Tokenizer:

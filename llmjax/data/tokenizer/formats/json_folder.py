@@ -6,6 +6,7 @@ Which tokens begin and end a text is said in a file beside them, tokenizer_confi
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 from llmjax.data.tokenizer.formats import word_piece
 from llmjax.data.tokenizer.formats.byte_bpe import SPLITTINGS, definition
 from llmjax.data.tokenizer.json_tokenizer import JsonTokenizer, SpecialIds
+from llmjax.data.tokenizer.tokenizer import TEMPLATE_FILE
 from llmjax.ranges import shown
 
 CONFIG, VOCABULARY, MERGES = "tokenizer_config.json", "vocab.json", "merges.txt"
 WORD_PIECES = "vocab.txt"
+# Larger templates are not read. A choice.
+MOST_BYTES = 1 << 20
 # The token that begins and ends texts of GPT-2.
 GPT2_END = "<|endoftext|>"
 # The names of the special tokens there, by ours. Of several the first one that is said counts.
@@ -58,6 +62,23 @@ def read_gpt2_files(folder: Path) -> JsonTokenizer:
         raise ValueError(f"a line of {MERGES} is no pair of pieces")
     end = vocabulary[GPT2_END]
     return JsonTokenizer(definition(pieces, merges, SPLITTINGS["gpt-2"], [end]), SpecialIds(bos=end, eos=end))
+
+
+def template_in(path: Path) -> str:
+    """The chat template in the folder of a tokenizer, or beside its file: in a file of its own, or in
+    tokenizer_config.json, where it is named default if there are several. Nothing if there is none."""
+    folder = path if path.is_dir() else path.parent
+    file, config = folder / TEMPLATE_FILE, folder / CONFIG
+    if file.is_file() and file.stat().st_size <= MOST_BYTES:
+        return file.read_text(encoding="utf-8", errors="replace")
+    found = None
+    if config.is_file():
+        with contextlib.suppress(OSError, ValueError):
+            found = _object(config.read_text(encoding="utf-8"), CONFIG).get("chat_template")
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else ""
 
 
 def _config_beside(path: Path) -> dict[str, Any]:

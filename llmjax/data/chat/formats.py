@@ -1,31 +1,18 @@
-"""How a conversation becomes tokens: marks around each message, and what of it a model learns to write.
-
-The text of a message never becomes a mark, whatever it spells: marks are ids, and text is encoded as text.
-"""
+"""The formats of conversations: marks around each message, of llmjax or of ChatML, or the template of a tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
-from llmjax.data.tokenizer.tokenizer import Tokenizer
+from llmjax.data.chat.messages import ASSISTANT, ROLES, ChatFormat, Message, Runs, special_ids
+from llmjax.data.chat.template_format import TemplateFormat
+from llmjax.data.tokenizer.tokenizer import TEMPLATE_FILE, Tokenizer
 from llmjax.errors import UserError, choose
-
-# Who may speak. Every mark of a format is for one of them.
-ROLES = ("system", "user", "assistant")
-ASSISTANT = "assistant"
-
-
-class Message(NamedTuple):
-    """What one side of a conversation said."""
-
-    role: str
-    text: str
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatFormat:
+class MarkedFormat:
     """The marks of a format, as ids of a tokenizer.
 
     tokenizer  encodes the texts
@@ -41,28 +28,21 @@ class ChatFormat:
     end: int
     closing: Mapping[str, tuple[int, ...]]
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, float]]]:
-        """The ids of a conversation, and runs of (number of ids, loss weight): 1 for what the assistant says and for
-        its end, 0 for everything else."""
+    def encode(self, messages: Sequence[Message]) -> tuple[list[int], Runs]:
         ids, runs = list(self.begin), [(len(self.begin), 0.0)]
         for message in messages:
-            opening, text = self.opening[message.role], self.tokenizer.encode(message.text)
-            said = [*text, self.end] if message.role == ASSISTANT else text
+            opening, text = self.opening[message.role], message.text
+            said = self.encode_answer(text) if message.role == ASSISTANT else self.tokenizer.encode(text)
             ids += [*opening, *said, *self.closing[message.role]]
             weight = 1.0 if message.role == ASSISTANT else 0.0
             runs += [(len(opening), 0.0), (len(said), weight), (len(self.closing[message.role]), 0.0)]
         return ids, [run for run in runs if run[0]]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The ids after which the assistant's answer follows."""
         return [*self.encode(messages)[0], *self.opening[ASSISTANT]]
 
-
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of a tokenizer that no text gives, by the names of their pieces, if it has such names."""
-    piece: Callable[[int], str] | None = getattr(tokenizer, "piece", None)
-    own = (*tokenizer.reserved_ids, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-    return {} if piece is None else {piece(i): i for i in own}
+    def encode_answer(self, text: str) -> list[int]:
+        return [*self.tokenizer.encode(text), self.end]
 
 
 def _plain(tokenizer: Tokenizer) -> ChatFormat:
@@ -74,7 +54,7 @@ def _plain(tokenizer: Tokenizer) -> ChatFormat:
             "tokenizer.path"
         )
     opening = {role: (tokenizer.reserved_ids[i],) for i, role in enumerate(ROLES)}
-    return ChatFormat(tokenizer, (tokenizer.bos_id,), opening, tokenizer.eos_id, dict.fromkeys(ROLES, ()))
+    return MarkedFormat(tokenizer, (tokenizer.bos_id,), opening, tokenizer.eos_id, dict.fromkeys(ROLES, ()))
 
 
 # The marks of ChatML, which Qwen, SmolLM2 and many others were trained with.
@@ -93,16 +73,32 @@ def _chatml(tokenizer: Tokenizer) -> ChatFormat:
     opening = {role: (start, *tokenizer.encode(f"{role}\n", continues=True)) for role in ROLES}
     newline = tuple(tokenizer.encode("\n", continues=True))
     closing = {role: (newline if role == ASSISTANT else (end, *newline)) for role in ROLES}
-    return ChatFormat(tokenizer, (), opening, end, closing)
+    return MarkedFormat(tokenizer, (), opening, end, closing)
+
+
+def _template(tokenizer: Tokenizer) -> ChatFormat:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"conversation.format='template' needs a chat template ({TEMPLATE_FILE}) beside the tokenizer, and there "
+            "is none; use chatml or plain"
+        )
+    return TemplateFormat(tokenizer, special_ids(tokenizer))
 
 
 def _auto(tokenizer: Tokenizer) -> ChatFormat:
-    """ChatML where the tokenizer has its marks."""
+    """The template of the tokenizer if it has one, otherwise ChatML where it has its marks."""
+    if tokenizer.chat_template:
+        return _template(tokenizer)
     return (_chatml if set(CHATML) <= special_ids(tokenizer).keys() else _plain)(tokenizer)
 
 
 # The values of conversation.format.
-FORMATS: dict[str, Callable[[Tokenizer], ChatFormat]] = {"auto": _auto, "plain": _plain, "chatml": _chatml}
+FORMATS: dict[str, Callable[[Tokenizer], ChatFormat]] = {
+    "auto": _auto,
+    "plain": _plain,
+    "chatml": _chatml,
+    "template": _template,
+}
 
 
 def make_format(name: str, tokenizer: Tokenizer) -> ChatFormat:

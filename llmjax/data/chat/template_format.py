@@ -1,0 +1,115 @@
+"""Conversations as the chat template of a tokenizer writes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from llmjax.data.chat.messages import ASSISTANT, Message, Runs
+from llmjax.data.chat.template import Template, TemplateError
+from llmjax.data.tokenizer.tokenizer import Tokenizer
+
+# A character of private use, which is put inside of what a message spells like a special token while the template runs.
+GUARD = "\ue000"
+# The special tokens that templates ask for, and our names for their ids.
+NAMED = ("bos", "eos", "pad", "unk")
+
+
+class TemplateFormat:
+    """The format that `tokenizer.chat_template` describes, see `ChatFormat`.
+
+    What the template writes itself may name special tokens, and gives their ids. What a message says never does.
+
+    Args:
+      tokenizer: has the template, and encodes the text.
+      special: the ids of its special tokens, by their names.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, special: Mapping[str, int]):
+        self._tokenizer, self._template = tokenizer, Template(tokenizer.chat_template)
+        # A guard stands between two characters.
+        self._special = {name: i for name, i in special.items() if len(name) > 1}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._tokens = _named_tokens(tokenizer, self._special)
+        self.end = self._find_end()
+
+    def _find_end(self) -> int:
+        """The first special token after an answer; where there is none, the end of a text."""
+        said = [Message("user", "a"), Message(ASSISTANT, "answer")]
+        before, whole = self._render(said[:1], answer=True), self._render(said)
+        mark = self._marks.search(whole, max(whole.rfind("answer"), len(before)))
+        return self._special[mark[0]] if mark else self._tokenizer.eos_id
+
+    def encode(self, messages: Sequence[Message]) -> tuple[list[int], Runs]:
+        messages, guard = self._guarded(messages)
+        whole, at, ids, runs = self._render(messages), 0, list[int](), Runs()
+
+        def add(text: str, is_answer: bool) -> None:
+            found = self._ids(text, guard, continues=bool(ids))
+            learned = found.index(self.end) + 1 if is_answer and self.end in found else len(found) * is_answer
+            ids.extend(found)
+            runs.extend([(learned, 1.0), (len(found) - learned, 0.0)])
+
+        for number, message in enumerate(messages):
+            if message.role != ASSISTANT:
+                continue
+            before = self._render(messages[:number], answer=True)
+            after = self._render(messages[: number + 1])
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise TemplateError(
+                    f"the chat template writes message {number + 1} otherwise when more follows, so that nobody can "
+                    "say which tokens the assistant wrote; use the format chatml or plain"
+                )
+            add(whole[at : len(before)], False)
+            add(whole[len(before) : len(after)], True)
+            at = len(after)
+        add(whole[at:], False)
+        return ids, [run for run in runs if run[0]]
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        messages, guard = self._guarded(messages)
+        return self._ids(self._render(messages, answer=True), guard)
+
+    def encode_answer(self, text: str) -> list[int]:
+        return [*self._tokenizer.encode(text, continues=True), self.end]
+
+    def _render(self, messages: Sequence[Message], answer: bool = False) -> str:
+        said = [{"role": message.role, "content": message.text} for message in messages]
+        return self._template.render(said, answer=answer, tokens=self._tokens)
+
+    def _guarded(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        """The messages with a guard in what spells a special token, and the guard, which no message has itself."""
+        longest = max((len(run) for m in messages for run in re.findall(f"{GUARD}+", m.text)), default=0)
+        guard = GUARD * (longest + 1)
+
+        def guarded(found: re.Match) -> str:
+            return f"{found[0][0]}{guard}{found[0][1:]}"
+
+        return [Message(m.role, self._marks.sub(guarded, m.text)) for m in messages], guard
+
+    def _ids(self, text: str, guard: str, continues: bool = False) -> list[int]:
+        """The ids of a text that the template wrote, or of a part of it that `continues` another."""
+        ids, at = list[int](), 0
+        for mark in [*self._marks.finditer(text), None]:
+            part = text[at : mark.start() if mark else len(text)].replace(guard, "")
+            if part:
+                ids += self._tokenizer.encode(part, continues=continues or bool(ids))
+            if mark:
+                ids.append(self._special[mark[0]])
+                at = mark.end()
+        return ids
+
+
+def _named_tokens(tokenizer: Tokenizer, special: Mapping[str, int]) -> dict[str, str]:
+    """The texts of special tokens by the names that templates have for them, those that the tokenizer has."""
+    texts = {i: name for name, i in special.items()}
+    # A tokenizer of Hugging Face says which it has. Another one without a token has the id of another in its place.
+    said = getattr(tokenizer, "special", None)
+    ids = {
+        name: getattr(tokenizer if said is None else said, f"{name}_id" if said is None else name)
+        for name in NAMED
+    }
+    if said is None and ids["bos"] == ids["pad"]:
+        del ids["bos"]
+    return {f"{name}_token": texts[i] for name, i in ids.items() if i in texts}

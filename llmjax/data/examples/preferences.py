@@ -1,0 +1,104 @@
+"""Examples for preferences: a prompt with two answers, of which people prefer the first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from llmjax.data.chat.messages import ASSISTANT, Message
+from llmjax.data.examples.contract import Example
+from llmjax.data.examples.conversations import format_for, read_messages, short, with_system
+from llmjax.data.tokenizer.tokenizer import Tokenizer
+from llmjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferences:
+    """Two conversations that differ in their last message alone, which the assistant says.
+
+    The preferred one is the stream that is packed, `tokens`, with weight 1 for its answer, and the other is the second
+    stream. Both begin with the same tokens of the prompt and end with the end of an answer.
+
+    text_field      the field of a record with the preferred answer: a text, a list that has it as its only message, or
+                    a whole conversation
+    rejected_field  the same for the other answer
+    prompt_field    the field with what stands before both: the text of a user, or a list of messages. "" where both
+                    fields above hold whole conversations
+    form            preference.format
+    system          the system message of conversations that have none; "" for none
+    """
+
+    text_field: str
+    rejected_field: str
+    prompt_field: str
+    form: str
+    system: str
+    version: ClassVar[int] = 1
+    further_texts: ClassVar[tuple[str, ...]] = ()
+    columns: ClassVar[tuple[str, ...]] = ("weights", "source")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.text_field, self.rejected_field, self.prompt_field) if name)
+
+    @property
+    def structured(self) -> tuple[str, ...]:
+        return self.fields
+
+    @property
+    def held_out_by(self) -> tuple[str, ...]:
+        """A prompt may have several pairs, and the model has seen it if it was trained on one of them."""
+        return (self.prompt_field or self.text_field,)
+
+    def check(self, record: Mapping[str, str | int]) -> None:
+        self.read(record)
+
+    def texts(self, record: Mapping[str, str | int]) -> list[str]:
+        prompt, chosen, rejected = self.read(record)
+        return [*(message.text for message in prompt), chosen, rejected]
+
+    def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
+        prompt, *answers = self.read(record)
+        form = format_for(self.form, tokenizer)
+        given = form.encode_prompt(prompt)
+        chosen, rejected = (form.encode_answer(answer) for answer in answers)
+        weights = ((len(given), 0.0), (len(chosen), 1.0))
+        return Example([*given, *chosen], weights=weights, source=[*given, *rejected])
+
+    def read(self, record: Mapping[str, str | int]) -> tuple[list[Message], str, str]:
+        """The messages before the answers, the preferred answer, and the other.
+
+        Raises UserError where there is nothing to compare.
+        """
+        prompt = self._messages(record, self.prompt_field, "user") if self.prompt_field else []
+        both = [self._messages(record, name, ASSISTANT) for name in (self.text_field, self.rejected_field)]
+        (*before, chosen), (*others, rejected) = both
+        if before != others:
+            raise UserError(
+                f"the conversations in {self.text_field!r} and {self.rejected_field!r} differ before their last "
+                "messages, which alone are compared; cut them after the first message that differs"
+            )
+        prompt = [*prompt, *before]
+        if not prompt:
+            raise UserError(
+                f"a pair has no prompt before its answer {short(chosen.text)!r}; name its field in "
+                "preference.prompt_field, or give whole conversations"
+            )
+        if (chosen.role, rejected.role) != (ASSISTANT, ASSISTANT):
+            raise UserError(
+                f"a pair ends with messages of {chosen.role!r} and {rejected.role!r}; both are to be answers of "
+                f"{ASSISTANT!r}"
+            )
+        if chosen.text == rejected.text:
+            raise UserError(
+                f"both answers of a pair are {short(chosen.text)!r}, so that neither is preferred; leave it out"
+            )
+        return with_system(prompt, self.system), chosen.text, rejected.text
+
+    def _messages(self, record: Mapping[str, str | int], name: str, role: str) -> list[Message]:
+        """The messages in a field: those of a list, or one of `role`."""
+        text = str(record[name])
+        if not text.strip():
+            raise UserError(f"the field {name!r} of a pair has no text; leave the pair out")
+        return read_messages(text) or [Message(role, text)]
