@@ -265,6 +265,10 @@ def get_config() -> ConfigDict:
     generate.seed = 0  # decides the sampling
     generate.num_samples = 1  # texts per prompt, in mode generate
     generate.num_beams = 1  # texts side by side in beam search, the likeliest as a whole; 1 = samples
+    generate.min_p = 0.0  # samples only tokens with this share of the largest probability or more; 0 = off
+    generate.repetition_penalty = 1.0  # divides the logits of tokens that are there already; 1 = off
+    generate.stop = ()  # strings that end a text, and are not written
+    generate.slots = 0  # in mode generate, texts side by side, where there are more; 0 = all at once
     generate.length_penalty = 1.0  # beam search divides log-probabilities by the length to this power
 
     # Vectors of texts, for mode embed.

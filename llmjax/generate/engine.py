@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -30,7 +30,8 @@ from llmjax.types import Params
 class Sampling:
     """How the tokens of an order are drawn; see `ops/sampling.py`.
 
-    seed    with a seed, `--mode=generate` draws the same for a single prompt
+    seed    `--mode=generate` draws the same with the same one
+    index   the number of the prompt, on which draws depend in a file of prompts
     number  which of several samples this is, from 0: they differ, and do not depend on how many there are
     """
 
@@ -41,6 +42,7 @@ class Sampling:
     repetition_penalty: Annotated[float, Range(0, 1e4, above=True)] = 1.0
     seed: Annotated[int, Range(0, FOLD)] = 0
     number: Annotated[int, Range(0, 1023)] = 0
+    index: Annotated[int, Range(0, 2**31 - 1)] = 0
 
     def __post_init__(self) -> None:
         check_ranges("", self)
@@ -284,6 +286,22 @@ class Engine:
         return events
 
 
+def write_all(
+    engine: Engine, orders: Sequence[Order], has_ended: Callable[[int], bool]
+) -> Iterator[tuple[int, int]]:
+    """Yields (place of the order, id of its next token) until all orders are carried out.
+
+    has_ended  of a place, whether nothing more is wanted of it, which is asked after each of its tokens
+    """
+    places = {engine.submit(order): place for place, order in enumerate(orders)}
+    while not engine.is_idle:
+        for event in engine.step():
+            if isinstance(event, Written) and event.token is not None:
+                yield places[event.order], event.token
+                if has_ended(places[event.order]):
+                    engine.cancel(event.order)
+
+
 def _count(text: _Text, token: int, score: Score) -> Written:
     """The event of a new token of `text`, which has one less to write."""
     text.left -= 1
@@ -297,8 +315,8 @@ def _pairs(values: np.ndarray, ids: np.ndarray, count: int) -> tuple[tuple[int, 
 
 
 def _key_data(sampling: Sampling) -> np.ndarray:
-    """The key of a sample, as numbers: the first prompt of `make_generator` with the same seed has it too."""
-    key = sample_key(sampling.seed, jnp.int32(0), jnp.uint32(sampling.number))
+    """The key of a sample, as numbers. It is that of `make_generator`."""
+    key = sample_key(sampling.seed, jnp.int32(sampling.index), jnp.uint32(sampling.number))
     return np.asarray(jax.random.key_data(key))
 
 

@@ -43,6 +43,11 @@ class StoppedText:
         return text[: len(text) - keep]
 
 
+def until_stop(text: str, stops: Sequence[str]) -> str:
+    """A whole text up to the first of the strings in it."""
+    return text[: min([len(text), *(place for place in map(text.find, stops) if place >= 0)])]
+
+
 def _overlap(text: str, stop: str) -> int:
     """The most characters at the end of `text` that `stop` begins with, less than all of `stop`."""
     longest = min(len(text), len(stop) - 1)

@@ -25,8 +25,8 @@ from llmjax.terminal.stages import on_terminal, working
 
 # The environment variable with the key that clients must send.
 KEY = "LLMJAX_API_KEY"
-# What a request may hold of the section `generate`, and what it cannot be told by.
-UNREAD = {"num_samples": 1, "num_beams": 1}
+# Keys of the section `generate` that are not read, and their values that say so.
+UNREAD = {"num_samples": 1, "num_beams": 1, "slots": 0}
 
 
 def run(request: Request) -> int:
@@ -41,8 +41,8 @@ def run(request: Request) -> int:
     for key, value in UNREAD.items():
         if (given := getattr(config.generate, key)) != value:
             raise UserError(
-                f"generate.{key}={given} is without effect for --mode=serve, where each request says how many texts it "
-                f"asks for; leave it at {value}"
+                f"generate.{key}={given} is without effect for --mode=serve, where each request says what it asks for "
+                f"and serve.slots how many texts are written at a time; leave it at {value}"
             )
     # Before the checkpoint is read: an address that is taken is told at once.
     with listen(config.serve) as listening:

@@ -37,7 +37,7 @@ class Served:
 
     name        of the model, which requests give
     created     seconds since 1970, as `/v1/models` tells them
-    defaults    what a request does not say: max_tokens, temperature, top_k, top_p
+    defaults    what a request does not say, such as temperature
     config      addresses and limits
     context     the most tokens of a prompt and its answer
     format      of conversations; None, and `no_chat` the reason, for a model that does not chat
@@ -192,11 +192,11 @@ def _asked(
         top_k=max(fields.integer("top_k", defaults.top_k, -1, 2**24), 0),
         # The smallest normal float32: a probability below it would be 0 on the device.
         top_p=max(fields.number("top_p", defaults.top_p, 0, 1), 1.2e-38),
-        min_p=fields.number("min_p", 0.0, 0, 1),
-        repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100),
+        min_p=fields.number("min_p", defaults.min_p, 0, 1),
+        repetition_penalty=fields.number("repetition_penalty", defaults.repetition_penalty, 1e-4, 1e4),
         seed=fields.integer("seed", seed, 0, 2**63 - 1),
     )
-    stops = fields.texts("stop", MOST_STOPS)
+    stops = fields.texts("stop", MOST_STOPS) if "stop" in fields else defaults.stop
     options = fields.inner("stream_options")
     stream, usage = fields.flag("stream"), options.flag("include_usage")
     options.ignore(("include_obfuscation",))

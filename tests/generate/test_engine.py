@@ -40,8 +40,11 @@ def shared_engine(variant):
 
 def orders(prompts=PROMPTS):
     """Greedy and sampled ones, each of a length of its own."""
-    settings = [Sampling(temperature=0.0), Sampling(seed=3, top_p=0.9), Sampling(seed=4, top_k=5, number=2)]
-    return [Order(prompt, 2 + i, settings[i % 3], ends=(63,)) for i, prompt in enumerate(prompts)]
+    settings = [
+        Sampling(temperature=0.0), Sampling(seed=3, top_p=0.9), Sampling(seed=4, top_k=5, number=2),
+        Sampling(seed=5, min_p=0.05, repetition_penalty=1.7, index=6),
+    ]  # fmt: skip
+    return [Order(prompt, 2 + i, settings[i % 4], ends=(63,)) for i, prompt in enumerate(prompts)]
 
 
 def run_all(engine, wanted, arrive=lambda step: 10**9):
@@ -68,11 +71,11 @@ def by_generator(variant, order):
     s = order.sampling
     config = section(
         "generate", max_tokens=order.max_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed,
-        num_samples=s.number + 1,
+        num_samples=s.number + 1, min_p=s.min_p, repetition_penalty=s.repetition_penalty,
     )  # fmt: skip
     model, params = model_of(variant)
     generate = make_generator(model, config, eos_id=(*order.ends, 64)[0], banned_ids=(0,))
-    return [ids[-1] for ids in generate(params, [list(order.prompt)]) if ids[-1] is not None]
+    return [ids[-1] for ids in generate(params, [list(order.prompt)], first=s.index) if ids[-1] is not None]
 
 
 OFTEN = ("gpt", "gpt experts", "lstm")

@@ -133,6 +133,8 @@ def test_what_cannot_be_served_is_one_sentence_before_anything_is_read(trained, 
     assert "serve.slots=0 must be at least 1" in refuse(capsys, [*words, "--config.serve.slots=0"])
     said = refuse(capsys, [*words, "--config.generate.num_beams=3"])
     assert "generate.num_beams=3 is without effect for --mode=serve" in said
+    said = refuse(capsys, [*words, "--config.generate.slots=3"])
+    assert "generate.slots=3 is without effect for --mode=serve" in said and "serve.slots" in said
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else found(name))
     assert "needs the package uvicorn, which is not installed; pip install 'llmjax[serve]'" in refuse(
