@@ -180,12 +180,14 @@ class Writer:
     ):
         self._loaded, self._speaks = loaded, speaks
         self._config = loaded.program.config.generate
-        if self._config.slots and jax.process_count() > 1:
-            raise UserError(
-                f"generate.slots={self._config.slots} writes texts side by side in one process, and there are several; "
-                "leave it at 0"
-            )
         self._examples = loaded.program.derived.examples
+        if self._config.slots:
+            alone = jax.process_count() == 1
+            if not alone or "source" in self._examples.columns:
+                raise UserError(
+                    f"generate.slots={self._config.slots} writes side by side, and "
+                    f"{'each text reads another one' if alone else 'there are several processes'}; leave it at 0"
+                )
         make = searcher if self._config.num_beams > 1 else generator
         self._generate: Any = make(loaded.program, loaded.tokenizer, self._config, width_of)
 
@@ -236,7 +238,7 @@ class Writer:
         def has_ended(row: int) -> bool:
             return decoders[row].stopped
 
-        if sources is None and 0 < self._config.slots < len(decoders):
+        if 0 < self._config.slots < len(decoders):
             pairs = self._side_by_side(ids, first, has_ended)
         else:
             pairs = _all_at_once(self._generate(loaded.params, ids, first, sources), len(decoders), has_ended)

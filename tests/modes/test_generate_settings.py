@@ -72,6 +72,19 @@ def test_min_p_and_a_penalty_change_what_is_written(loaded):
     ]
 
 
+def test_slots_are_refused_where_texts_read_others(loaded):
+    class ReadsSources:
+        columns = ("source",)
+
+    changed = _with(loaded, dataclasses.replace(loaded.program.config.generate, slots=2))
+    derived = dataclasses.replace(loaded.program.derived, examples=ReadsSources())
+    program = dataclasses.replace(changed.program, derived=derived)
+    with pytest.raises(
+        UserError, match="generate.slots=2 writes side by side, and each text reads another one"
+    ):
+        Writer(dataclasses.replace(changed, program=program))
+
+
 def _with(loaded, generate):
     config = dataclasses.replace(loaded.program.config, generate=generate)
     return dataclasses.replace(loaded, program=dataclasses.replace(loaded.program, config=config))
