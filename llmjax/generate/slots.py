@@ -61,7 +61,15 @@ class Slots:
             return ids_S, _log_probabilities(logits_SV, ids_S)
 
         @functools.partial(jax.jit, donate_argnums=(2, 3))
-        def step(params, tokens_S, cache, seen_SV, keys_S, numbers_S, settings):  # type: ignore[no-untyped-def]
+        def step(
+            params: Params,
+            tokens_S: jax.Array,
+            cache: Cache,
+            seen_SV: jax.Array,
+            keys_S: jax.Array,
+            numbers_S: jax.Array,
+            settings: Settings,
+        ):
             seen_SV = seen_SV.at[jnp.arange(count), tokens_S].set(True)
             logits_SV, cache = jax.vmap(decode_one, in_axes=(None, 0, 0))(params, tokens_S, cache)
             return *choose(logits_SV, seen_SV, keys_S, numbers_S, settings), logits_SV, cache, seen_SV

@@ -142,6 +142,7 @@ def test_what_cannot_be_served_is_one_sentence_before_anything_is_read(trained, 
     )
 
 
+@pytest.mark.slow
 def test_without_a_key_others_are_let_in_only_with_a_note(trained):
     words = [
         "llmjax",
