@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llmjax.errors import UserError
 from llmjax.generate.engine import Engine
@@ -24,6 +25,8 @@ from llmjax.serve.worker import Worker
 
 # How often it is looked whether all texts have ended, in seconds. A choice.
 GLANCE = 0.02
+# The seconds that the head of a request may take to come. A choice.
+HEAD_SECONDS = 30.0
 # The most connections at a time, of which idle ones count too. A choice.
 CONNECTIONS = 256
 
@@ -41,6 +44,28 @@ def listen(config: ServeConfig) -> socket.socket:
             f"serve.host={config.host!r} with serve.port={config.port} cannot be listened at ({reason}); give another "
             "address, or a port that is free"
         ) from None
+
+
+class Protocol(H11Protocol):
+    """A connection that is closed when its client sends no whole head of a request for `HEAD_SECONDS`: otherwise
+    clients that begin a request and never end it could hold every connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._waited_after: object = self
+        self._watch()
+
+    def _watch(self) -> None:
+        answers = self.cycle is not None and not self.cycle.response_complete
+        if not answers and self._waited_after is self.cycle:
+            self.transport.close()
+            return
+        self._waited_after = self if answers else self.cycle
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._watch)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
 
 
 class Service(uvicorn.Server):
@@ -80,7 +105,7 @@ class Service(uvicorn.Server):
         app = make_app(desk, self._engine)
         super().__init__(
             uvicorn.Config(
-                app, http="h11", ws="none", lifespan="off", log_config=None, log_level="error", access_log=False,
+                app, http=Protocol, ws="none", lifespan="off", log_config=None, log_level="error", access_log=False,
                 server_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=30,
                 # By then every text has ended, and what is left reads too slowly.
                 timeout_graceful_shutdown=2,

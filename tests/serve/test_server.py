@@ -257,6 +257,22 @@ def test_a_request_that_is_too_large_is_refused_whether_or_not_it_says_so():
         connection.close()
 
 
+def test_a_client_that_never_ends_a_request_loses_its_connection(monkeypatch):
+    monkeypatch.setattr("llmjax.serve.server.HEAD_SECONDS", 0.3)
+    head = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+    with slow_steps(monkeypatch, 0.1), running() as server:
+        for sent in (b"", head, head + b"\r\n" + head):
+            with socket.create_connection((server.host, server.port)) as connection:
+                connection.settimeout(10)
+                connection.sendall(sent)
+                started, said = time.monotonic(), b""
+                while data := connection.recv(9999):
+                    said += data
+                assert time.monotonic() - started > 0.25 and said.count(b"200 OK") == sent.count(b"\r\n\r\n")
+        # An answer that takes longer is none of these.
+        assert len(complete(server, max_tokens=12)["choices"][0]["text"]) > 0
+
+
 def test_forms_of_strange_pages_and_strange_hosts_are_refused(server):
     assert ask(server, "POST", COMPLETIONS, {"prompt": "a"}, headers={"content-type": "text/plain"})[0] == 415
     status, answer = ask(server, "GET", "/v1/models", headers={"host": "evil.example:80"})
