@@ -97,11 +97,11 @@ def make_served(loaded: Loaded, name: str) -> Served:
         config.generate,
         config.serve,
         min(context, limit) if limit else context,
+        embedder.embed,
+        embedder.size_of,
         form,
         no_chat,
         conversation_keys(config.task.name, config.tasks).system if form else "",
-        embedder.embed,
-        embedder.size_of,
     )
 
 

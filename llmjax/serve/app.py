@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import hashlib
 import json
 import pathlib
@@ -26,6 +27,7 @@ from llmjax.serve.answers import Choice, Form
 from llmjax.serve.asked import Asked, Served, read_chat, read_completion, read_embeddings, vector_as
 from llmjax.serve.desk import Desk, Gone, until_gone
 from llmjax.serve.errors import ApiError
+from llmjax.serve.fields import Fields
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 # The texts whose vectors are computed between two tokens of the others. A choice.
@@ -166,14 +168,14 @@ def _model(served: Served) -> dict[str, Any]:
 
 
 async def _texts(
-    desk: Desk, request: Request, read: Callable[[Any, Served, int], Asked], chat: bool
+    desk: Desk, request: Request, read: Callable[[Fields, Served, Callable[[], int]], Asked], chat: bool
 ) -> Response:
     """The answer to a request for texts, whole or as a stream."""
     started = time.monotonic()
     desk.check_open()
     fields = await desk.read_body(request)
     # Tokenizing a large prompt takes a while.
-    asked = await desk.aside(read, fields, desk.served, desk.new_seed())
+    asked = await desk.aside(read, fields, desk.served, desk.new_seed)
     form = Form(asked, desk.served.tokenizer, desk.served.name, chat)
     if asked.stream:
         stream = _Stream(desk, asked, form, started, request.url.path)
@@ -281,10 +283,7 @@ async def _embeddings(desk: Desk, request: Request) -> Response:
     desk.check_open()
     fields = await desk.read_body(request)
     texts, in_base64 = await desk.aside(read_embeddings, fields, served)
-    if served.embed is None or served.embed_size is None:
-        raise ApiError(400, "this model gives no vectors of texts; serve another one")
-    embed, size_of = served.embed, served.embed_size
-    sizes = await desk.aside(lambda: [size_of(text) for text in texts])
+    sizes = await desk.aside(lambda: [served.embed_size(text) for text in texts])
     for size, most in sizes:
         if size > most:
             raise ApiError(
@@ -295,7 +294,7 @@ async def _embeddings(desk: Desk, request: Request) -> Response:
         vectors: list[Any] = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             group = texts[start : start + TEXTS_AT_ONCE]
-            vectors += list(await desk.worker.call(lambda group=group: embed(group)))  # type: ignore[misc]
+            vectors += list(await desk.worker.call(functools.partial(served.embed, group)))
         return vectors
 
     vectors = await _in_time(desk, until_gone(request.receive, collect()))

@@ -40,10 +40,10 @@ class Served:
     defaults    what a request does not say, such as temperature
     config      addresses and limits
     context     the most tokens of a prompt and its answer
+    embed       float32 [texts, D] of some texts
+    embed_size  the tokens of a text as `embed` reads it, and the most that it reads
     format      of conversations; None, and `no_chat` the reason, for a model that does not chat
     system      the system message of conversations that have none; "" for none
-    embed       float32 [texts, D] of some texts; None, and `no_embeddings` the reason, where there are none
-    embed_size  the tokens of a text as `embed` reads it, and the most that it reads
     """
 
     name: str
@@ -52,11 +52,11 @@ class Served:
     defaults: GenerateConfig
     config: ServeConfig
     context: int
+    embed: Callable[[Sequence[str]], np.ndarray]
+    embed_size: Callable[[str], tuple[int, int]]
     format: ChatFormat | None = None
     no_chat: str = ""
     system: str = ""
-    embed: Callable[[Sequence[str]], np.ndarray] | None = None
-    embed_size: Callable[[str], tuple[int, int]] | None = None
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -89,8 +89,8 @@ class Asked:
         return sum(len(order.prompt) for order in self.orders if order.sampling.number == 0)
 
 
-def read_completion(fields: Fields, served: Served, seed: int) -> Asked:
-    """The texts that a body of `/v1/completions` asks for; `seed` is that of a request that has none."""
+def read_completion(fields: Fields, served: Served, new_seed: Callable[[], int]) -> Asked:
+    """The texts that a body of `/v1/completions` asks for; `new_seed` gives that of a request that has none."""
     tokenizer = served.tokenizer
     prompts = [
         ([tokenizer.bos_id, *tokenizer.encode(prompt)], prompt)
@@ -105,10 +105,10 @@ def read_completion(fields: Fields, served: Served, seed: int) -> Asked:
     most = served.config.max_text_tokens
     max_tokens = fields.integer("max_tokens", min(served.defaults.max_tokens, most), 0 if echo else 1, most)
     order = Order((), max_tokens, top=logprobs, echo=echo and logprobs is not None, ends=served.ends)
-    return _asked(fields, served, seed, order, prompts, count, logprobs, echo)
+    return _asked(fields, served, new_seed, order, prompts, count, logprobs, echo)
 
 
-def read_chat(fields: Fields, served: Served, seed: int) -> Asked:
+def read_chat(fields: Fields, served: Served, new_seed: Callable[[], int]) -> Asked:
     """The answers that a body of `/v1/chat/completions` asks for."""
     if served.format is None:
         raise ApiError(400, served.no_chat)
@@ -126,7 +126,7 @@ def read_chat(fields: Fields, served: Served, seed: int) -> Asked:
     max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, most)
     order = Order((), max_tokens, top=top if tells else None, ends=served.ends)
     logprobs = top if tells else None
-    return _asked(fields, served, seed, order, [(prompt, "")], count, logprobs, False)
+    return _asked(fields, served, new_seed, order, [(prompt, "")], count, logprobs, False)
 
 
 def read_embeddings(fields: Fields, served: Served) -> tuple[list[str], bool]:
@@ -169,7 +169,7 @@ def check_length(tokens: int, served: Served, param: str) -> None:
 def _asked(
     fields: Fields,
     served: Served,
-    seed: int,
+    new_seed: Callable[[], int],
     order: Order,
     prompts: Sequence[tuple[Sequence[int], str]],
     count: int,
@@ -194,7 +194,7 @@ def _asked(
         top_p=max(fields.number("top_p", defaults.top_p, 0, 1), 1.2e-38),
         min_p=fields.number("min_p", defaults.min_p, 0, 1),
         repetition_penalty=fields.number("repetition_penalty", defaults.repetition_penalty, 1e-4, 1e4),
-        seed=fields.integer("seed", seed, 0, 2**63 - 1),
+        seed=fields.integer("seed", 0, 0, 2**63 - 1) if "seed" in fields else new_seed(),
     )
     stops = fields.texts("stop", MOST_STOPS) if "stop" in fields else defaults.stop
     options = fields.inner("stream_options")

@@ -181,7 +181,7 @@ def test_on_several_devices_the_engine_writes_what_the_generator_writes(trained,
     served, expected = serve.make_served(loaded, "run"), Writer(loaded).write(["river"])[0][0]
     engine = serve.make_engine(loaded, served)
     asked = read_completion(
-        Fields({"prompt": ["river", "stone", "river"], "n": 2}), served, raw["generate"]["seed"]
+        Fields({"prompt": ["river", "stone", "river"], "n": 2}), served, lambda: raw["generate"]["seed"]
     )
     texts = {
         engine.submit(order): StoppedText(loaded.tokenizer, (), continues=True) for order in asked.orders

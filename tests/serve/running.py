@@ -57,7 +57,7 @@ def served(**changes):
     generate = section("generate", max_tokens=12, temperature=0.0)
     return Served(
         "tiny", 1, TOKENIZER, generate, section("serve", port=0, slots=4, **changes), CONTEXT,
-        make_format("plain", TOKENIZER), "", "", embed, lambda text: (len(text.encode()), CONTEXT),
+        embed, lambda text: (len(text.encode()), CONTEXT), make_format("plain", TOKENIZER),
     )  # fmt: skip
 
 

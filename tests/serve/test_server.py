@@ -85,6 +85,7 @@ def test_seeds_samples_lists_and_ids_are_those_of_the_generator(server):
 
 def test_requests_without_a_seed_differ_and_the_first_has_that_of_the_config():
     with running() as server:
+        complete(server, seed=9)
         texts = [complete(server, temperature=1.5)["choices"][0]["text"] for _ in range(3)]
     config = {"temperature": 1.5, "top_p": server.served.defaults.top_p}
     assert len(set(texts)) == 3 and texts[0] == written(ids_of("a river"), **config)
