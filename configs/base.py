@@ -33,15 +33,17 @@ def get_config() -> ConfigDict:
     transformer.num_kv_heads = 0  # K, key/value heads; 0 = num_heads, 1 = multi-query, between: grouped
     transformer.head_dim = 0  # H, the width of a head; 0 = model_dim / num_heads
     transformer.mlp_dim = 0  # F; 0 = 4 D, or for swiglu 8/3 D rounded up to a multiple of 64
-    transformer.activation = "swiglu"  # swiglu | geglu | gelu (by tanh) | gelu_erf (exact) | relu | relu2
+    transformer.activation = "swiglu"  # swiglu | geglu | gelu (tanh) | gelu_erf (exact) | silu | relu | relu2
     transformer.norm = "rmsnorm"  # rmsnorm | layernorm
     transformer.norm_eps = 1e-6  # added to the variance
-    transformer.position = "rope"  # rope | learned | sinusoidal
+    transformer.position = "rope"  # rope | learned | sinusoidal | relative: a bias of attention, as in T5
     transformer.rope_theta = 10000.0  # base of the wavelengths of rope
     transformer.local_rope_theta = 0.0  # base in layers with a window, without scaling; 0 = rope_theta
     transformer.rope_scaling = "none"  # for longer texts than before: none | linear | ntk | yarn | llama3
     transformer.rope_factor = 1.0  # new length / old length, for rope_scaling
     transformer.rope_original_len = 0  # the T trained at before, for rope_scaling yarn and llama3
+    transformer.relative_buckets = 32  # the buckets of distances that relative positions have a bias for
+    transformer.relative_distance = 128  # from this distance on, tokens share the last bucket
     transformer.qk_norm = True  # RMSNorm of queries and keys, per head
     transformer.qk_norm_over = "head"  # what qk_norm averages over: head | all heads together
     transformer.norm_at = "input"  # of each layer: input | output | both | sum: of x + layer(x)
@@ -72,6 +74,8 @@ def get_config() -> ConfigDict:
 
     c.encoder_decoder = encoder_decoder = ConfigDict()
     encoder_decoder.encoder_layers = 0  # layers of the encoder; 0 = model.num_layers, those of the decoder
+    encoder_decoder.scale_output = False  # divides the last states by the root of model_dim, as the first T5
+    encoder_decoder.output_bias = False  # adds a learned bias to the logits, as Marian
 
     c.lstm = lstm = ConfigDict()
     lstm.hidden_dim = 0  # M, width of the hidden and the cell state of each layer; 0 = model_dim
@@ -87,6 +91,11 @@ def get_config() -> ConfigDict:
     masked_language_model.whole_words = False  # chooses all tokens of a word together
 
     # What is written is data.text_field.
+    c.span_corruption = span_corruption = ConfigDict()
+    span_corruption.rate = 0.15  # share of the tokens that are taken out of a text
+    span_corruption.span_len = 3.0  # mean length of the spans that they are taken out in
+    span_corruption.sentinels = 16  # reserved ids that stand for gaps, 100 for T5; longer texts are cut
+
     c.translation = translation = ConfigDict()
     translation.source_field = "source"  # the field of a record with the text that is translated
     translation.label_smoothing = 0.0  # share of each target that is spread over all ids in training; 0 = off
@@ -250,7 +259,7 @@ def get_config() -> ConfigDict:
     checkpoint.keep = 2  # newest checkpoints to keep; the newest known to give a finite loss stays as well
     checkpoint.keep_best = True  # keeps the checkpoint with the lowest held-out loss as well
     checkpoint.init_from = ""  # workdir, Hugging Face folder or GGUF file with the parameters to begin with
-    checkpoint.init_checkpoint = "latest"  # which of its checkpoints: latest | best | the number of an update
+    checkpoint.init_checkpoint = "latest"  # latest | best | number of an update | average:3 of the newest 3
 
     # Where a run shows its metrics, besides its workdir.
     c.metrics = metrics = ConfigDict()

@@ -73,7 +73,12 @@ def make_flags() -> flags.FlagValues:
         "train: trace the updates FIRST:END, without END, in WORKDIR/profile",
         flag_values=values,
     )
-    flags.DEFINE_string("checkpoint", "latest", "latest, best or an update number", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint",
+        "latest",
+        "latest, best, an update number, or average:N",
+        flag_values=values,
+    )
     return values
 
 

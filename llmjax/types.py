@@ -6,6 +6,7 @@ Dimension letters are suffixes of array names and appear in einsums:
     F feed-forward width   N query heads          K key/value heads     H head width
     V vocabulary           C chunk                L layers              G query heads per key/value head (N / K)
     M state of a recurrent layer                  E experts              J experts of a token
+    R buckets of relative positions
 
 A suffix names logical dimensions, never shards. An *update* is one optimizer step. A *micro-step* is one forward and
 backward pass over one micro-batch. An update consists of one or more micro-steps.

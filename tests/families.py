@@ -67,6 +67,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "transformer.use_bias": True, "transformer.qk_norm": False, "encoder_decoder.encoder_layers": 3,
         "translation.label_smoothing": 0.1, "compute.scan_layers": True, "data.source_len": 16,
     },
+    "encoder_decoder t5": {
+        "transformer.num_heads": 4, "transformer.mlp_dim": 32, "transformer.position": "relative",
+        "transformer.relative_buckets": 8, "transformer.relative_distance": 12, "transformer.activation": "relu",
+        "transformer.qk_norm": False, "transformer.head_dim": 8, "transformer.score_dim": 1,
+        "encoder_decoder.scale_output": True, "encoder_decoder.output_bias": True, "data.source_len": 16,
+    },
     "lstm": {},
     "lstm projected": {"lstm.hidden_dim": 24, "lstm.truncation": 7, "model.logit_softcap": 5.0},
     "lstm untied": {"lstm.hidden_dim": 24, "model.tie_embeddings": False, "compute.remat": "full"},

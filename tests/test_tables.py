@@ -131,7 +131,7 @@ TABLES = {
     "remat, plan": (remat.REMATS, Reaching(), kept),
     "offload": (remat.OFFLOADS, Reaching(), lambda name: remat.remat(lambda x: x, "full", (name,))),
     "attention": (sequence_attention.ATTENTION, Reaching(),
-                  lambda name: attention_choice.choose_kernel(name, "cpu")),
+                  lambda name: attention_choice.choose_kernel(name, "cpu", False)),
     "kernel": (sequence_attention.KERNELS, reach, kernel_call),
     "seq_attention": (sequence_attention.ALGORITHMS, reach, bring),
     "layout": (layout.LAYOUTS, Reaching(), lambda name: layout.RowLayout(name, 2).order(np.array([4]), 4)),

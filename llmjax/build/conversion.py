@@ -35,6 +35,7 @@ from llmjax.data.tokenizer.tokenizer import Tokenizer, save_template
 from llmjax.data.tokenizer.vocabulary import words_without_text
 from llmjax.errors import UserError, choose
 from llmjax.files import new_folder
+from llmjax.models.contract import ReadsSource
 from llmjax.models.table import FAMILIES
 from llmjax.ops.logits import head_logits
 from llmjax.tasks.contract import AddsParameters
@@ -93,12 +94,15 @@ class Model:
         return choose_architecture(self.settings).opened_as
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """logits_BTV, float32, of rows of tokens that are a text each."""
+        """logits_BTV, float32, of rows of tokens that are a text each, and its source if the model reads one."""
         model, shape = self.program.model, tokens_BT.shape
         segments_BT = np.ones(shape, np.int32)
         positions_BT = np.broadcast_to(np.arange(shape[1], dtype=np.int32)[None], shape)
         weights_BT, index_B = np.ones(shape, np.float32), np.arange(shape[0], dtype=np.int32)
         batch = Batch(tokens_BT, tokens_BT, weights_BT, segments_BT, positions_BT, index_B)
+        if isinstance(model, ReadsSource):
+            source = {"tokens": tokens_BT, "segments": segments_BT, "positions": positions_BT}
+            batch = dataclasses.replace(batch, **{f"source_{name}": array for name, array in source.items()})
         logits = jax.jit(
             lambda params: head_logits(model.apply(params, batch).hidden_BTD, model.head(params))
         )
@@ -117,6 +121,8 @@ def load_foreign(kind: str, path: pathlib.Path, tokenizer: pathlib.Path | None =
     remarks = source.remarks(source.match(places))
     found = tokenizer or source.tokenizer
     text = None if found is None else tokenizer_for(found, source.vocab_size)
+    if text is not None:
+        source.check_start(text.bos_id)
     digests: dict[str, str] = {}
     params = source.read(abstract, digests.__setitem__)
     facts = certificate.side(
@@ -137,11 +143,6 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
     tokenizer = own_tokenizer(workdir)
     trained = complete_config(saved, workdir)
     family = choose(FAMILIES, "model.family", trained["model"]["family"])
-    if family.reads_source:
-        raise UserError(
-            f"{workdir} holds a model of model.family={trained['model']['family']!r}, which is not converted yet; give "
-            "a run of a family that reads one text"
-        )
     if isinstance(TASKS[trained["task"]["name"]], AddsParameters):
         raise UserError(
             f"{workdir} holds a model of task.name={trained['task']['name']!r}, whose head for labels is not converted "
@@ -151,8 +152,9 @@ def load_run(workdir: pathlib.Path, checkpoint: str = "latest") -> Model:
     settings = {f"{section}.{key}": value for section in names for key, value in trained[section].items()}
     config = imported_config({**settings, "data.seq_len": trained["data"]["seq_len"]})
     if trained["task"]["name"] != config.task.name:
+        kind = "a model that writes after a source" if family.reads_source else "a language model"
         warn(
-            f"note: what is written is a language model; that {workdir} was trained with task.name="
+            f"note: what is written is {kind}; that {workdir} was trained with task.name="
             f"{trained['task']['name']!r}, and how its texts are marked, is not written with it"
         )
     # An optimizer that averages keeps a part of the parameters in its state, and frozen ones lie apart. Nothing else of

@@ -167,8 +167,11 @@ def make_corpus(
     progress("packing", 0, 0)
     train_ids, held_out_ids = store.split(data.held_out_fraction)
     source = None if store.source_lengths is None else SourceStream(store.source_lengths, derived.source_len)
+    borders = store.turns if "turns" in examples.columns else None
     train_plan, held_out_plan = (
-        cached_plan(store.lengths, ids, data.seq_len, config.seed, cache / "plans", source=source)
+        cached_plan(
+            store.lengths, ids, data.seq_len, config.seed, cache / "plans", source=source, borders=borders
+        )
         for ids in (train_ids, held_out_ids)
     )
     check_corpus(

@@ -20,8 +20,8 @@ from llmjax.workdir.contents import write_json
 
 # Files of a tokenizer beside weights, which are copied from one folder of transformers to another.
 TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", TEMPLATE_FILE,
+    "tokenizer.model", "spiece.model", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", TEMPLATE_FILE,
 )  # fmt: skip
 
 

@@ -63,10 +63,16 @@ def batch_shards(layout: Layout) -> tuple[int, int]:
     return layout.axis_size("data") * layout.axis_size("fsdp"), layout.axis_size("seq")
 
 
+def choose_model_kernel(config: Config, platform: str) -> tuple[str, str]:
+    """The attention kernel of a config on `platform`, and the reason, for the plan, see `choose_kernel`."""
+    family = choose(FAMILIES, "model.family", config.model.family)
+    return choose_kernel(config.compute.kernel, platform, family.position_bias(config.families))
+
+
 def make_model(config: Config, derived: Derived, vocab_size: int, layout: Layout) -> Model:
     """The model of a resolved `config`, with the parameters that its task adds."""
     assert layout.mesh is not None  # a program always has one
-    kernel, _ = choose_kernel(config.compute.kernel, layout.mesh.devices.flat[0].platform)
+    kernel, _ = choose_model_kernel(config, layout.mesh.devices.flat[0].platform)
     family = choose(FAMILIES, "model.family", config.model.family)
     attend = make_attend(kernel, derived.sharing)
     model = family.model(

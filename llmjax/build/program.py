@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from llmjax.build.model import batch_shards, has_reference, make_model, make_model_tuning, make_task_loss
+from llmjax.build.model import (
+    batch_shards,
+    choose_model_kernel,
+    has_reference,
+    make_model,
+    make_model_tuning,
+    make_task_loss,
+)
 from llmjax.build.placement import Placement
 from llmjax.config.resolve import Derived
 from llmjax.config.schema import Config
@@ -21,7 +28,6 @@ from llmjax.data.tokenizer.vocabulary import Vocabulary
 from llmjax.errors import UserError, choose
 from llmjax.evaluate.scoring import make_token_losses
 from llmjax.models.contract import Cost, Model
-from llmjax.nn.attention_choice import choose_kernel
 from llmjax.ops.seeds import make_key
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.rules import Layout, is_axes, partition_spec
@@ -157,7 +163,7 @@ class Program:
     def attention(self) -> dict[str, tuple[str, str]]:
         """What was chosen, and why: the attention kernel, and the algorithm over `mesh.seq`."""
         sharing = self.derived.sharing
-        kernel = choose_kernel(self.config.compute.kernel, self.mesh.devices.flat[0].platform)
+        kernel = choose_model_kernel(self.config, self.mesh.devices.flat[0].platform)
         described = "" if sharing is None else sharing.describe()
         return {"kernel": kernel, "mesh.seq": (described, self.derived.sharing_reason)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,7 +32,7 @@ from llmjax.parallel.agreement import from_primary, together
 from llmjax.terminal.lines import say, warn
 from llmjax.train.checkpoint.checkpoint import Checkpoints
 from llmjax.train.checkpoint.config import CheckpointConfig
-from llmjax.train.checkpoint.which import named_update
+from llmjax.train.checkpoint.which import named_updates
 from llmjax.train.loop.run_position import Position
 from llmjax.train.update.state import TrainState
 from llmjax.types import Params
@@ -247,31 +248,59 @@ def _made_anew(program: Program, added: tuple[str, ...], tell: Callable[[str], N
 def load_params(
     program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
 ) -> tuple[int, Params]:
-    """The update and the parameters of the model in a checkpoint, for evaluation and generation; see `load_parts`."""
-    update, trained, frozen = load_parts(program, workdir, checkpoint, key)
-    return update, program.whole(trained, frozen)
+    """The update and the parameters of the model in a checkpoint, for evaluation and generation.
+
+    Of several, the parameters are averaged (as in Vaswani et al. 2017), and the update is that of the newest.
+
+    checkpoint  latest (the newest good one), best, the number of an update, or average:N of the newest N
+    key         the flag or config key that named it, for errors
+    """
+    with _opened(program, workdir) as checkpoints:
+        updates = named_updates(checkpoints, key, checkpoint)
+        update, *parts = _load_parts(program, workdir, checkpoints, updates[0])
+        mean = program.whole(*parts)
+        for number, other in enumerate(updates[1:], 2):
+            update, *parts = _load_parts(program, workdir, checkpoints, other)
+            mean = _add_to_mean(mean, program.whole(*parts), 1 / number)
+        return update, mean
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add_to_mean(mean: Params, params: Params, share: float) -> Params:
+    return jax.tree.map(lambda m, x: m + (x - m) * share, mean, params)
 
 
 def load_parts(
     program: Program, workdir: pathlib.Path, checkpoint: str, key: str = "--checkpoint"
 ) -> tuple[int, Params, Params]:
-    """The update of a checkpoint, the parameters that trained, as they are evaluated, and the frozen ones.
+    """The update of one checkpoint, the parameters that trained, as they are evaluated, and the frozen ones."""
+    with _opened(program, workdir) as checkpoints:
+        updates = named_updates(checkpoints, key, checkpoint)
+        if len(updates) > 1:
+            raise UserError(
+                f"{key}={checkpoint} is an average of several checkpoints, which is not converted; give one, or let a "
+                "run begin with the average by checkpoint.init_checkpoint and convert that run"
+            )
+        return _load_parts(program, workdir, checkpoints, updates[0])
 
-    checkpoint  latest (the newest good one), best, or the number of an update
-    key         the flag or config key that named it, for errors
-    """
-    if not (workdir / "checkpoints").is_dir():
+
+@contextlib.contextmanager
+def _opened(program: Program, workdir: pathlib.Path) -> Iterator[Checkpoints]:
+    """The checkpoints of a run, to be read."""
+    folder, config = workdir / "checkpoints", program.config.checkpoint
+    if not folder.is_dir():
         raise UserError(f"{workdir} holds no checkpoints; train there first, or give another --workdir")
-    with Checkpoints(
-        workdir / "checkpoints",
-        program.config.checkpoint,
-        read_only=True,
-        check_meta=standing.check_meta,
-    ) as checkpoints:
-        update = named_update(checkpoints, key, checkpoint)
-        if program.averages:
-            saved, meta = checkpoints.restore(program.abstract_saved(), update)
-            state = program.resumed(saved, load_frozen(program, workdir, meta))
-            return meta["update"], program.engine.eval_params(state.opt_state, state.params), state.frozen
-        params, meta = checkpoints.restore_params(program.abstract_saved().params, update)
-        return meta["update"], params, load_frozen(program, workdir, meta)
+    with Checkpoints(folder, config, read_only=True, check_meta=standing.check_meta) as checkpoints:
+        yield checkpoints
+
+
+def _load_parts(
+    program: Program, workdir: pathlib.Path, checkpoints: Checkpoints, update: int | None
+) -> tuple[int, Params, Params]:
+    """The result of `load_parts` for the checkpoint of `update`, None for the latest."""
+    if program.averages:
+        saved, meta = checkpoints.restore(program.abstract_saved(), update)
+        state = program.resumed(saved, load_frozen(program, workdir, meta))
+        return meta["update"], program.engine.eval_params(state.opt_state, state.params), state.frozen
+    params, meta = checkpoints.restore_params(program.abstract_saved().params, update)
+    return meta["update"], params, load_frozen(program, workdir, meta)

@@ -35,7 +35,12 @@ def imported_config(settings: Mapping[str, Any], tokenizer: str = "") -> Config:
     sees = FAMILIES[raw["model"]["family"]].sees_both_sides
     # As far as they are known here, models that see both sides were trained with [SEP] at the end of each text.
     raw["embed"]["read_end"] = sees
-    raw["task"]["name"] = next(name for name, task in TASKS.items() if task.sees_both_sides == sees)
+    reads = FAMILIES[raw["model"]["family"]].reads_source
+    raw["task"]["name"] = next(
+        name
+        for name, task in TASKS.items()
+        if task.sees_both_sides == sees and (task.use == "translate") == reads
+    )
     return read_config(raw)
 
 

@@ -28,7 +28,7 @@ from llmjax.escapes import complain
 from llmjax.models.table import FAMILIES
 from llmjax.terminal.lines import warn
 from llmjax.train.checkpoint.checkpoint import Checkpoints
-from llmjax.train.checkpoint.which import named_update
+from llmjax.train.checkpoint.which import named_updates
 from llmjax.types import Params
 from llmjax.workdir.contents import check_name, saved_config
 from llmjax.workdir.standing import has_begun
@@ -64,7 +64,8 @@ def check_initial(config: Config, workdir: pathlib.Path) -> None:
     # Reading what a checkpoint says of itself shows whether it is there and undamaged.
     which = config.checkpoint.init_checkpoint
     with Checkpoints(source / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
-        checkpoints.read_meta(named_update(checkpoints, "checkpoint.init_checkpoint", which))
+        for update in named_updates(checkpoints, "checkpoint.init_checkpoint", which):
+            checkpoints.read_meta(update)
 
 
 def _check_foreign(config: Config, source: pathlib.Path) -> None:
@@ -82,7 +83,9 @@ def _check_foreign(config: Config, source: pathlib.Path) -> None:
             f"checkpoint.init_from={name!r} has no tokenizer that is read here (tokenizer.model, tokenizer.json, "
             "vocab.json with merges.txt, or vocab.txt); give the path of its tokenizer in tokenizer.path"
         )
-    ids = load_tokenizer(path).vocab_size
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.vocab_size
+    model.check_start(tokenizer.bos_id)
     if ids != model.vocab_size:
         raise UserError(
             f"the tokenizer {path} has {ids} ids, and checkpoint.init_from={name!r} has {model.vocab_size} embeddings; "

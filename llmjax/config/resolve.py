@@ -85,7 +85,8 @@ def resolve_config(config: Config, num_devices: int) -> tuple[Config, Derived]:
     # The algorithm over mesh.seq decides in how many parts a sequence travels, and so how its tokens may be laid out.
     sizes = {"data": data, "fsdp": fsdp, "seq": seq, "tensor": tensor}
     heads = family.heads(config.families)
-    sharing, reason = choose_sharing(heads, config.compute.kernel, config.mesh, sizes)
+    biased = family.position_bias(config.families)
+    sharing, reason = choose_sharing(heads, config.compute.kernel, config.mesh, sizes, biased)
     layout = choose_layout(config, 1 if sharing is None else sharing.chunks)
     layout.check(T)
     for key, size in {"model.model_dim": config.model.model_dim, **family.rows(config.families)}.items():
@@ -172,7 +173,8 @@ def make_examples(config: Config) -> Examples:
     """What turns records into examples of the config's task."""
     data, name = config.data, config.task.name
     reads_source = FAMILIES[config.model.family].reads_source
-    return EXAMPLES[name](ExampleSetting(data.text_field, data.seq_len, config.tasks.get(name), reads_source))
+    keys = config.tasks.get(name)
+    return EXAMPLES[name](ExampleSetting(data.text_field, data.seq_len, keys, reads_source, data.source_len))
 
 
 def _check_sight(config: Config) -> None:
@@ -219,7 +221,7 @@ def _check_source(config: Config, examples: Examples) -> None:
     if FAMILIES[family].reads_source:
         raise UserError(
             f"model.family={family!r} reads a second text, which task.name={task!r} does not have; set "
-            "task.name=translation, or another model.family"
+            "task.name=translation or span_corruption, or another model.family"
         )
     families = " or ".join(name for name, kind in FAMILIES.items() if kind.reads_source)
     raise UserError(

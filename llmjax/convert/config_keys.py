@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.convert.architectures.contract import FREE, ROPE_KEYS, Architecture
+from llmjax.convert.architectures.contract import FREE, ROPE_KEYS, SCALES_TIED, START, Architecture
 from llmjax.convert.architectures.table import ARCHITECTURES
 from llmjax.convert.files.json_file import typed
 from llmjax.convert.rope_keys import read_rope, write_rope
@@ -31,10 +31,10 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     names = names if isinstance(names, list) else [names]
     # Of several tables for a type, the first one counts.
     by_type = {each.model_type: each for each in reversed(ARCHITECTURES.values())}
-    known = {name: each for each in ARCHITECTURES.values() for name in (each.name, *each.also)}
-    found = [known[name] for name in names if isinstance(name, str) and name in known]
+    found = [each for name in names for each in ARCHITECTURES.values() if name in (each.name, *each.also)]
     if not names and isinstance(config.get("model_type"), str) and config["model_type"] in by_type:
-        found = [by_type[config["model_type"]]]
+        name = by_type[config["model_type"]].name
+        found = [each for each in ARCHITECTURES.values() if each.name == name]
     if not found:
         what = f"architectures={shown(names)}" if names else f"model_type={shown(config.get('model_type'))}"
         raise UserError(
@@ -45,7 +45,18 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             "config.json has a quantization_config, and quantised weights are not read here; use the model as float32, "
             "bfloat16 or float16"
         )
-    return found[0]
+    # The keys of config.json tell the tables of a class apart. If none can do them, the first one says so.
+    return next(
+        (each for each in found if each.name == found[0].name and not _undoable(each, config)), found[0]
+    )
+
+
+def _undoable(architecture: Architecture, config: Mapping[str, Any]) -> str:
+    """A key of config.json whose value we cannot do in models of this table; nothing if there is none."""
+    values = {name: config.get(name) for name in {**architecture.only, **architecture.must}}
+    wrong = [name for name, known in architecture.only.items() if values[name] not in (None, *known)]
+    wrong += [name for name, known in architecture.must.items() if values[name] not in known]
+    return wrong[0] if wrong else ""
 
 
 def read_settings(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,19 +64,28 @@ def read_settings(architecture: Architecture, config: Mapping[str, Any]) -> dict
 
     Raises UserError for a value that we cannot do or that is of another type than ours.
     """
-    for name, known in architecture.only.items():
-        value = config.get(name)
-        if value is not None and value not in known:
-            raise UserError(
-                f"config.json has {name}={shown(value)}, which llmjax cannot do in {architecture.name}; use a model of "
-                f"{name}={' or '.join(map(repr, known))}"
-            )
-    settings = dict(architecture.fixed)
+    if name := _undoable(architecture, config):
+        known = {**architecture.only, **architecture.must}[name]
+        raise UserError(
+            f"config.json has {name}={shown(config.get(name))}, which llmjax cannot do in {architecture.name}; use a "
+            f"model of {name}={' or '.join(map(repr, known))}"
+        )
+    settings, names = dict(architecture.fixed), dict[str, str]()
     for name, key in architecture.keys.items():
         value = config.get(name, config.get(key.also, key.default))
         if value is None:
-            value = key.default if key.none is ... else key.none
-        settings[key.ours] = typed(name, value, key.default)
+            value = config.get(key.also, key.default) if key.none is ... else key.none
+        value = typed(name, value, key.default)
+        if key.ours in names and settings[key.ours] != value:
+            raise UserError(
+                f"config.json has {name}={value} and {names[key.ours]}={settings[key.ours]}, which are one key here, "
+                f"{key.ours}; use a model in which they are equal"
+            )
+        settings[key.ours], names[key.ours] = value, name
+    if architecture.scales_tied:
+        tied = typed("tie_word_embeddings", config.get("tie_word_embeddings", True), True)
+        scaled = typed("scale_decoder_outputs", config.get("scale_decoder_outputs", tied), True)
+        settings |= dict(zip(SCALES_TIED, (tied, scaled), strict=True))
     if architecture.alternates:
         settings["transformer.global_every"] = read_period(config, architecture.alternates)
     if architecture.rope:
@@ -82,9 +102,10 @@ def not_read(architecture: Architecture, config: Mapping[str, Any]) -> list[str]
     """The keys of a config.json that no table mentions, for the certificate."""
     windows = set(WINDOW_KEYS) if architecture.alternates else set()
     also = {key.also for key in architecture.keys.values()}
-    return sorted(
-        config.keys() - GENERAL - windows - architecture.keys.keys() - architecture.only.keys() - also
-    )
+    also |= {START} if architecture.encoder else set()
+    also |= {"tie_word_embeddings", "scale_decoder_outputs"} if architecture.scales_tied else set()
+    told = architecture.keys.keys() | architecture.only.keys() | architecture.must.keys()
+    return sorted(config.keys() - GENERAL - windows - told - also)
 
 
 def choose_architecture(
@@ -123,7 +144,7 @@ def _lacking(architecture: Architecture, settings: Mapping[str, Any]) -> dict[st
     if found["transformer.score_dim"] == settings["transformer.head_dim"]:
         found["transformer.score_dim"] = 0
     experts = "experts.num_experts"
-    if experts not in architecture.fixed and not found[experts]:
+    if experts not in architecture.fixed and not found.get(experts):
         return {experts: next(key.default for key in architecture.keys.values() if key.ours == experts)}
     return {key: value for key, value in architecture.fixed.items() if found.get(key, value) != value}
 
@@ -150,7 +171,18 @@ def write_config(
         # A size of 0 is one that follows from others, as it does there without the key.
         if value != 0 or type(value) is bool or key.none is not ...:
             config[name] = None if value == key.none else value
-    config |= {name: known[0] for name, known in architecture.only.items()}
+    config |= {name: known[0] for name, known in {**architecture.only, **architecture.must}.items()}
+    if architecture.encoder:
+        config[START] = ids.get(START, ids["bos_token_id"])
+    if architecture.scales_tied:
+        tied, scaled = (settings[key] for key in SCALES_TIED)
+        if scaled and not tied:
+            raise UserError(
+                f"encoder_decoder.scale_output=True with model.tie_embeddings=False is not what {architecture.name} "
+                "has, which scales the states for the embedding alone; export a model with both or neither"
+            )
+        # Version 4 of transformers reads from the first key whether to scale, and version 5 from the second.
+        config |= {"tie_word_embeddings": scaled, "scale_decoder_outputs": scaled}
     if architecture.alternates:
         every = settings["transformer.global_every"]
         config |= {
@@ -168,6 +200,7 @@ def accounted(architecture: Architecture) -> set[str]:
     # Without rotary positions, these have no effect.
     keys |= {f"transformer.{key}" for key in ROPE_KEYS}
     keys |= {"transformer.global_every", "transformer.local_rope_theta"}
+    keys |= set(SCALES_TIED) if architecture.scales_tied else set()
     # Further loss terms are of training alone. Without experts no key of theirs has an effect.
     keys |= {"experts.balance_loss", "experts.router_z_loss"}
     if architecture.fixed.get("experts.num_experts") == 0:

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.convert.architectures.contract import Architecture
+from llmjax.convert.architectures.contract import START, Architecture
 from llmjax.convert.config_keys import (
     TOKEN_IDS,
     architecture_of,
@@ -30,7 +30,7 @@ from llmjax.types import Params
 
 CONFIG = "config.json"
 # The files of tokenizers that are read here; the first that is there counts. vocab.json is read with merges.txt.
-TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
+TOKENIZERS = ("tokenizer.model", "spiece.model", "tokenizer.json", "vocab.json", "vocab.txt")
 
 
 def is_model_folder(path: pathlib.Path) -> bool:
@@ -57,7 +57,11 @@ def open_model(folder: pathlib.Path) -> Source:
     config = read_object(folder / CONFIG)
     architecture = architecture_of(config)
     settings, tensors = read_settings(architecture, config), open_tensors(folder, architecture.skips)
-    check_layers(folder, settings["model.num_layers"], tensors)
+    if architecture.scales_tied and tensors and not settings["encoder_decoder.scale_output"]:
+        # Without a scale, only the tensors say whether there is an output matrix besides the embedding.
+        settings["model.tie_embeddings"] = architecture.output not in tensors
+    for key in ("model.num_layers", "encoder_decoder.encoder_layers"):
+        check_layers(folder, settings.get(key, 0), tensors)
     return Source(
         folder,
         architecture,
@@ -66,7 +70,7 @@ def open_model(folder: pathlib.Path) -> Source:
         tensors,
         tokenizer_in(folder),
         tuple(not_read(architecture, config)),
-        {name: config.get(name) for name in TOKEN_IDS},
+        {name: config.get(name) for name in (*TOKEN_IDS, *([START] if architecture.encoder else []))},
     )
 
 
@@ -103,4 +107,8 @@ class Export:
         write_tensors(folder, sizes(places, self.dtype), tensors)
         config = write_config(self.architecture, self.settings, self.vocab_size, self.ids, self.dtype)
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        write_atomically(folder / "generation_config.json", json.dumps(dict(self.ids), indent=2) + "\n")
+        write_atomically(
+            folder / "generation_config.json",
+            json.dumps({name: config[name] for name in (*TOKEN_IDS, START) if name in config}, indent=2)
+            + "\n",
+        )

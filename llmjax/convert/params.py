@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llmjax.convert.files.tensor_files import Tensors
-from llmjax.convert.places import Matched, Part, Place, flatten
+from llmjax.convert.places import STACKS, Matched, Part, Place, flatten
 from llmjax.errors import UserError
 from llmjax.types import Params
 
@@ -50,7 +50,7 @@ def read_params(
     """
     wanted, arrays = flatten(abstract), {}
     for path, leaf in wanted.items():
-        if path.startswith("layers/"):
+        if path.split("/")[0] in STACKS:
             arrays[path] = _zeros(leaf)
     for name, place in places.items():
         theirs = tensors[matched.names[name]].read()

@@ -24,7 +24,7 @@ from llmjax.convert.architectures.forms import Form
 from llmjax.convert.files.json_file import read_object
 from llmjax.convert.files.safetensors_folder import save_tensors
 from llmjax.convert.files.safetensors_header import read_header
-from llmjax.convert.places import LAYERS, Place, places_of
+from llmjax.convert.places import LAYERS, STACKS, Place, places_of
 from llmjax.errors import UserError
 from llmjax.files import write_atomically
 from llmjax.ranges import shown
@@ -38,6 +38,7 @@ INITS = (True, False, "gaussian", "eva", "orthogonal")
 # What peft calls the task of a class of transformers; there is no name for masked tokens.
 TASK_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
     "AutoModelForMaskedLM": None,
     "AutoModel": "FEATURE_EXTRACTION",
 }
@@ -279,7 +280,10 @@ def _module(name: str) -> str:
 
 def _target(architecture: Architecture, name: str) -> str:
     """What `target_modules` calls the module of a tensor: the end of its name, such as self_attn.q_proj, which all
-    layers have, or its whole name where it lies in no layer, or where that is the end of other names too."""
+    layers have, or its whole name where it lies in no layer, or where that is the end of other names too. With an
+    encoder, whose layers have the same ends, it is always the whole name."""
+    if architecture.encoder:
+        return name.removesuffix(".weight")
     ends = [line.split("{}.", 1)[1] for line in architecture.layer]
     end = next((end for end in ends if re.search(rf"\.\d+\.{re.escape(end)}$", name)), name)
     if any(other.endswith(f".{end}") for other in ends):
@@ -329,5 +333,5 @@ def _ours(
 
 def side_of(path: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Side:
     """The side of a stack of matrices whose dimensions are counted with the layers."""
-    first = 1 if path.startswith(f"{LAYERS}/") else 0
+    first = 1 if path.split("/")[0] in STACKS else 0
     return Side(tuple(i - first for i in inputs), tuple(i - first for i in outputs))

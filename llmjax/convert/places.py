@@ -16,8 +16,9 @@ from llmjax.errors import UserError
 from llmjax.ranges import shown
 from llmjax.types import Params
 
-# The first name of the path of our parameters that have a leading dimension for the layers.
-LAYERS = "layers"
+# The first name of the path of our parameters that have a leading dimension for the layers, in a decoder or the only
+# stack of layers there is, and in an encoder.
+LAYERS, ENCODER = STACKS = ("layers", "encoder")
 # The path of the table of token embeddings.
 EMBEDDING = "embedding/embedding_VD"
 
@@ -78,7 +79,6 @@ def places_of(architecture: Architecture, shapes: Params) -> dict[str, Place]:
     UserError if the model has a parameter that the table does not mention.
     """
     ours = {path: leaf.shape for path, leaf in flatten(shapes).items()}
-    num_layers = next(shape[0] for path, shape in ours.items() if path.startswith(f"{LAYERS}/"))
     found: dict[str, Place] = {}
 
     def add(name: str, line: Stored, prefix: str, *layer: int) -> None:
@@ -93,9 +93,11 @@ def places_of(architecture: Architecture, shapes: Params) -> dict[str, Place]:
 
     for name, line in architecture.outer.items():
         add(name, line, "")
-    for layer in range(num_layers):
-        for name, line in architecture.layer.items():
-            add(name, line, f"{LAYERS}/", layer)
+    for stack, lines in ((LAYERS, architecture.layer), (ENCODER, architecture.encoder)):
+        counts = (shape[0] for path, shape in ours.items() if path.startswith(f"{stack}/"))
+        for layer in range(next(counts, 0)):
+            for name, line in lines.items():
+                add(name, line, f"{stack}/", layer)
     left = ours.keys() - {part.path for place in found.values() for part in place.parts}
     if left:
         raise UserError(

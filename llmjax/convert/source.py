@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.convert.architectures.contract import Architecture
+from llmjax.convert.architectures.contract import START, Architecture
 from llmjax.convert.files.tensor_files import Tensors
 from llmjax.convert.params import Note, read_params
 from llmjax.convert.places import Matched, Place, match, places_of
@@ -53,6 +53,15 @@ class Source:
     def match(self, places: Mapping[str, Place]) -> Matched:
         """Which tensor is which. UserError where one is missing, left over or of another shape."""
         return match(self.architecture, places, self.tensors, str(self.path))
+
+    def check_start(self, bos_id: int) -> None:
+        """UserError if what the model writes after a source does not begin with the id `bos_id` of its tokenizer."""
+        start = self.ids.get(START)
+        if start is not None and start != bos_id:
+            raise UserError(
+                f"{self.path} has {START}={start}, and its tokenizer begins a text with id {bos_id}; give the "
+                "tokenizer of the model"
+            )
 
     def remarks(self, matched: Matched, predicts_tokens: bool = True) -> list[str]:
         """Sentences about what the model has and we do not, and about what it lacks to predict tokens."""

@@ -55,8 +55,11 @@ def their_logits(
 def logits_of(model: Any, tokens_BT: Any, **arguments: Any) -> Any:
     """logits_BTV of a model of `transformers`, as a tensor of PyTorch.
 
-    A model without a head, such as BertModel, gets the one that it has here: the embedding is the output matrix.
+    A model without a head, such as BertModel, gets the one that it has here: the embedding is the output matrix. A
+    model that reads a second text reads the same tokens.
     """
+    if model.config.is_encoder_decoder:
+        arguments = {"decoder_input_ids": tokens_BT, **arguments}
     out = model(tokens_BT, **arguments)
     return out.logits if "logits" in out else out.last_hidden_state @ model.get_input_embeddings().weight.T
 

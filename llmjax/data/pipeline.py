@@ -123,6 +123,7 @@ FIELDS_OF_COLUMN = {
     "weights": (),
     "source": ("source_tokens", "source_segments", "source_positions"),
     "label": ("labels",),
+    "turns": (),
 }
 
 

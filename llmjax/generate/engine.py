@@ -21,14 +21,14 @@ from llmjax.errors import UserError
 from llmjax.generate.generate import sample_key
 from llmjax.generate.slots import LONGEST, MOST_TOP, Slots, cut
 from llmjax.models.contract import Cache, Model
-from llmjax.ops.sampling import Settings
+from llmjax.ops.logits import Settings
 from llmjax.ranges import FOLD, Range, check_ranges
 from llmjax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the tokens of an order are drawn; see `ops/sampling.py`.
+    """How the tokens of an order are drawn; see `ops/logits.py`.
 
     seed    `--mode=generate` draws the same with the same one
     index   the number of the prompt, on which draws depend in a file of prompts

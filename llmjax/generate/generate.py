@@ -13,8 +13,7 @@ import numpy as np
 
 from llmjax.errors import UserError
 from llmjax.models.contract import Cache, Model, ReadsSource
-from llmjax.ops.logits import sample
-from llmjax.ops.sampling import Settings, sample_rows
+from llmjax.ops.logits import Settings, sample, sample_rows
 from llmjax.ops.seeds import make_key
 from llmjax.ranges import FOLD, Range, Unset, check_ranges
 from llmjax.types import Params

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmjax.generate.generate import round_up, without_ids
 from llmjax.models.contract import Cache, Model
-from llmjax.ops.sampling import Settings, sample_rows
+from llmjax.ops.logits import Settings, sample_rows
 from llmjax.types import Params
 
 # Prompts are padded to a multiple of SHORTEST tokens, and read in pieces of SHORTEST x 2^i tokens up to LONGEST: this

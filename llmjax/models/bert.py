@@ -26,12 +26,12 @@ from llmjax.models.gpt import GPT, GPT_FAMILY
 from llmjax.nn.cache import Cache
 from llmjax.nn.config import BlockConfig, ModelConfig, block_config
 from llmjax.nn.experts import Penalties
-from llmjax.nn.layers import Norm, add_bias, matrix, product, vector
+from llmjax.nn.layers import Norm, OutputBias, RelativePositions, add_bias, matrix, product, vector
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.attention.mask import Mask, self_mask
 from llmjax.parallel.rules import Layout
 from llmjax.ranges import Range, Unset, check_ranges
-from llmjax.types import Batch, Head, Output, Params
+from llmjax.types import Batch, Output, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +67,6 @@ class TokenTypes(nn.Module):
         matrix(self, "token_types_CD", (c.token_types, c.model_dim), ("token_types", "embed"), c.init_std)
 
 
-class OutputBias(nn.Module):
-    """The bias of the logits."""
-
-    vocab_size: int
-
-    @nn.compact
-    def __call__(self) -> None:
-        vector(self, "bias_V", (self.vocab_size,), ("classes",), 0.0)
-
-
 class Transform(nn.Module):
     """The layer between the last hidden state and the output matrix: a dense layer, an activation and a norm."""
 
@@ -103,6 +93,10 @@ class BERT(GPT):
     """The `Model` contract for a bidirectional encoder, but for generation. The fields are those of `GPT`."""
 
     config: Settings
+
+    @property
+    def _relative(self) -> RelativePositions:
+        return RelativePositions(self.config, both_sides=True)
 
     @property
     def _transform(self) -> Transform:
@@ -141,10 +135,8 @@ class BERT(GPT):
             hidden_BTD = self._transform.apply({"params": params["transform"]}, states_BTD)
         return Output(hidden_BTD, penalties=penalties, states_BTD=states_BTD)
 
-    def head(self, params: Params) -> Head:
-        head = super().head(params)
-        bias_V = params["output"]["bias_V"] if self.config.output_bias else None
-        return dataclasses.replace(head, bias_V=bias_V)
+    def _output_bias(self, params: Params) -> jax.Array | None:
+        return params["output"]["bias_V"] if self.config.output_bias else None
 
     def _mask(self, batch: Batch) -> Mask:
         mask = super()._mask(batch)

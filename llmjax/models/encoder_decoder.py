@@ -18,12 +18,22 @@ import jax.numpy as jnp
 
 from llmjax.models.contract import Cost
 from llmjax.models.family import Family, Sections
-from llmjax.models.gpt import GPT, GPT_FAMILY, heads_of, position_table_of, resolve_blocks
+from llmjax.models.gpt import (
+    GPT,
+    GPT_FAMILY,
+    RELATIVE,
+    heads_of,
+    position_bias_of,
+    position_table_of,
+    resolve_blocks,
+)
 from llmjax.nn import cache as nn_cache
 from llmjax.nn.attention import KeyValue
 from llmjax.nn.block import Block, Source
 from llmjax.nn.config import BlockConfig, ExpertsConfig, ModelConfig, TransformerConfig, block_config
 from llmjax.nn.layer_compute import LayerCompute
+from llmjax.nn.layers import OutputBias, RelativePositions
+from llmjax.nn.position import POSITIONS
 from llmjax.nn.source_block import SourceBlock
 from llmjax.nn.stack import init_stack, run_stack
 from llmjax.ops.attention import full
@@ -42,6 +52,8 @@ class EncoderDecoderConfig:
     """The keys of the section `encoder_decoder`, explained in `configs/base.py`."""
 
     encoder_layers: Annotated[int, Range(1, 10_000, "model.num_layers"), Unset(0)]
+    scale_output: Annotated[bool, Unset(False)]
+    output_bias: Annotated[bool, Unset(False)]
 
     def __post_init__(self) -> None:
         check_ranges("encoder_decoder", self, EncoderDecoderConfig)
@@ -86,6 +98,10 @@ class EncoderDecoder(GPT):
         config = dataclasses.replace(self.config, num_layers=self.config.encoder_layers)
         return Block(config, self.layout, self.attend, self.compute)
 
+    @property
+    def _encoder_relative(self) -> RelativePositions:
+        return RelativePositions(self.config, both_sides=True)
+
     def _init_boxed(self, rng: jax.Array) -> Params:
         c = self.config
         rng_encoder, rng_norm, rng_decoder = jax.random.split(jax.random.fold_in(rng, ENCODER), 3)
@@ -101,6 +117,11 @@ class EncoderDecoder(GPT):
         params["encoder"] = init_stack(encoder, rng_encoder, x_BTD, rotation, mask)
         if not self._ends_normalized:
             params["encoder_norm"] = self._final_norm.init(rng_norm, x_BTD)["params"]
+        if POSITIONS[c.position].biases:
+            own = jax.random.fold_in(rng_encoder, RELATIVE)
+            params["encoder_relative"] = self._encoder_relative.init(own)["params"]
+        if c.output_bias:
+            params["output"] = OutputBias(self.vocab_size).init(rng)["params"]
         return params
 
     def _encode(
@@ -114,6 +135,9 @@ class EncoderDecoder(GPT):
         """x_BSD, the encoded source."""
         x_BSD = dropout(self._embed(params, tokens_BS, positions_BS), keys_BS, self.config.dropout, 0)
         whole = (self.layout.constrain(x, "batch", None) for x in (segments_BS, positions_BS))
+        position_bias: Any = None
+        if POSITIONS[self.config.position].biases:
+            position_bias = self._encoder_relative.apply({"params": params["encoder_relative"]})
         x_BSD, _ = run_stack(
             self._encoder_block,
             params["encoder"],
@@ -121,6 +145,7 @@ class EncoderDecoder(GPT):
             self._rotations(positions_BS),
             self_mask(*whole, causal=False),
             keys_BT=keys_BS,
+            position_bias=position_bias,
         )
         if self._ends_normalized:
             return x_BSD
@@ -143,6 +168,15 @@ class EncoderDecoder(GPT):
         )
         segments = (self.layout.constrain(x, "batch", None) for x in (batch.segments, batch.source_segments))
         return Source(cross_mask(*segments), x_BSD)
+
+    def _normalize(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+        hidden_BTD = super()._normalize(params, x_BTD)
+        c = self.config
+        # T5 divides the states by the root of their width where the embedding is the output matrix as well.
+        return hidden_BTD * jnp.asarray(c.model_dim**-0.5, hidden_BTD.dtype) if c.scale_output else hidden_BTD
+
+    def _output_bias(self, params: Params) -> jax.Array | None:
+        return params["output"]["bias_V"] if self.config.output_bias else None
 
     def make_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache, with no source. `read_source` gives it one."""
@@ -232,7 +266,9 @@ ENCODER_DECODER_FAMILY = Family(
     config=_config,
     split=_split,
     heads=heads_of,
+    position_bias=position_bias_of,
     position_table=position_table_of,
     reads_source=True,
+    optional={"encoder_decoder.output_bias": "output"},
     free_on_init=GPT_FAMILY.free_on_init,
 )

@@ -40,6 +40,7 @@ class Family:
     rows            (sections) -> the sizes that mesh.fsdp must divide, besides model.model_dim
     heads           (sections) -> the numbers of query heads and of key/value heads, or None for a family without
                     attention, whose sequences cannot be split over mesh.seq
+    position_bias   (sections) -> whether attention adds a bias to its scores by the distance of two tokens
     position_table  (sections) -> the setting by which documents may not be longer than data.seq_len, as
                     `key='value'`; "" where they may
     sees_both_sides whether a token sees those after it, so that the family cannot predict the next one
@@ -60,6 +61,7 @@ class Family:
     split: Callable[[Sections], Mapping[str, int]] = lambda sections: {}
     rows: Callable[[Sections], Mapping[str, int]] = lambda sections: {}
     heads: Callable[[Sections], tuple[int, int] | None] = lambda sections: None
+    position_bias: Callable[[Sections], bool] = lambda sections: False
     position_table: Callable[[Sections], str] = lambda sections: ""
     sees_both_sides: bool = False
     reads_source: bool = False

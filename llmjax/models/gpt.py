@@ -27,7 +27,7 @@ from llmjax.nn.config import (
 )
 from llmjax.nn.experts import Penalties
 from llmjax.nn.layer_compute import LayerCompute
-from llmjax.nn.layers import Norm, look_up, matrix
+from llmjax.nn.layers import Norm, RelativePositions, look_up, matrix
 from llmjax.nn.position import POSITIONS
 from llmjax.nn.remat import Widths, kept_width
 from llmjax.nn.stack import Rotations, decode_stack, init_stack, measure_stack, run_stack
@@ -37,9 +37,13 @@ from llmjax.ops.attention import full
 from llmjax.ops.attention.mask import Mask, self_mask
 from llmjax.ops.dropout import dropout, token_keys
 from llmjax.ops.logits import head_logits
+from llmjax.ops.position_bias import PositionBias
 from llmjax.parallel.rules import Layout, is_axes, partition_spec
 from llmjax.ranges import check_unread
 from llmjax.types import Batch, Head, Output, Params
+
+# What the random draws of relative positions are folded with.
+RELATIVE = 0x72656C
 
 
 class Embedding(nn.Module):
@@ -91,6 +95,10 @@ class GPT:
         return Embedding(self.config, self.vocab_size, self.max_positions)
 
     @property
+    def _relative(self) -> RelativePositions:
+        return RelativePositions(self.config)
+
+    @property
     def _final_norm(self) -> Norm:
         return Norm(self.config.norm, self.config.norm_eps, self.config.use_bias)
 
@@ -114,6 +122,8 @@ class GPT:
         }
         if not self._ends_normalized:
             params["final_norm"] = self._final_norm.init(rng_norm, x_BTD)["params"]
+        if POSITIONS[self.config.position].biases:
+            params["relative"] = self._relative.init(jax.random.fold_in(rng, RELATIVE))["params"]
         return params
 
     def init(self, rng: jax.Array) -> Params:
@@ -133,6 +143,13 @@ class GPT:
             return Rotations(everywhere, everywhere)
         # A layer with a window never sees longer distances than it was trained on, and needs no scaling.
         return Rotations(everywhere, rope.rotation(positions_BT, c.head_dim, c.local_rope_theta))
+
+    def _position_bias(self, params: Params) -> PositionBias | None:
+        """What attention adds to its scores by the distance of two tokens, if the model has relative positions."""
+        if not POSITIONS[self.config.position].biases:
+            return None
+        bias: Any = self._relative.apply({"params": params["relative"]})
+        return bias
 
     def _embed(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """x_BTD, what the first layer reads."""
@@ -195,6 +212,7 @@ class GPT:
             keys_BT=keys_BT,
             specs=specs,
             source=self._source(params, batch, rng),
+            position_bias=self._position_bias(params),
         )
         return self._output(params, x_BTD, penalties)
 
@@ -204,11 +222,22 @@ class GPT:
         rotations = self._rotations(batch.positions)
         source = self._source(params, batch, None)
         return measure_stack(
-            self._block, params["layers"], x_BTD, rotations, mask, batch.segments > 0, source
+            self._block,
+            params["layers"],
+            x_BTD,
+            rotations,
+            mask,
+            batch.segments > 0,
+            source,
+            self._position_bias(params),
         )
 
     def _output_table(self, params: Params) -> jax.Array:
         return params["embedding"]["embedding_VD" if self.config.tie_embeddings else "unembedding_VD"]
+
+    def _output_bias(self, params: Params) -> jax.Array | None:
+        """bias_V of the logits, which only some families have."""
+        return None
 
     def head(self, params: Params) -> Head:
         w_VD = self._output_table(params)
@@ -217,7 +246,7 @@ class GPT:
             # Gathered once here; otherwise each chunk of the loss would gather it. Cast first, because a copy is made
             # anyway.
             w_VD = self.layout.constrain(w_VD.astype(self.config.dtype), "classes", None)
-        return Head(w_VD, softcap=self.config.logit_softcap)
+        return Head(w_VD, self._output_bias(params), self.config.logit_softcap)
 
     def make_cache(self, batch: int, slots: int) -> Cache:
         c = self.config
@@ -258,10 +287,11 @@ class GPT:
             (cache.k_LBSKH, cache.v_LBSKH),
             slot,
             source,
+            self._position_bias(params),
         )
         hidden_BTD = self._normalize(params, x_BTD)
         # Generation has few tokens, so the output matrix stays split.
-        head = Head(self._output_table(params), softcap=c.logit_softcap)
+        head = Head(self._output_table(params), self._output_bias(params), c.logit_softcap)
         cache = dataclasses.replace(cache, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
         return head_logits(hidden_BTD, head), cache
 
@@ -354,6 +384,11 @@ def heads_of(sections: Sections) -> tuple[int, int]:
     return sections["transformer"].num_heads, sections["transformer"].num_kv_heads
 
 
+def position_bias_of(sections: Sections) -> bool:
+    """Whether positions are a bias of attention."""
+    return POSITIONS[sections["transformer"].position].biases
+
+
 def position_table_of(sections: Sections) -> str:
     """The setting by which positions are embeddings in a table, if they are."""
     position = sections["transformer"].position
@@ -368,6 +403,7 @@ GPT_FAMILY = Family(
     config=lambda model, sections: block_config(model, sections["transformer"], sections["experts"]),
     split=_split,
     heads=heads_of,
+    position_bias=position_bias_of,
     position_table=position_table_of,
     # How rotary positions turn, and which keys attention sees.
     free_on_init=tuple(

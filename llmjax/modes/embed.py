@@ -120,7 +120,7 @@ class TextEmbedder:
         self._loaded = loaded
         program = loaded.program
         self._settings = program.config.embed
-        self._encodes_source = "source" in program.derived.examples.columns
+        self._encodes_source = FAMILIES[program.config.model.family].reads_source
         sees = FAMILIES[program.config.model.family].sees_both_sides or self._encodes_source
         pooled = make_pooled(program.model, self._settings, sees)
         # The results are complete on every process.

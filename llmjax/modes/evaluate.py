@@ -33,6 +33,7 @@ from llmjax.scores.score import describe_scores
 from llmjax.tasks.contract import HasDetails, Task
 from llmjax.terminal.lines import format_columns, format_table, say
 from llmjax.terminal.stages import StageProgress, working
+from llmjax.train.checkpoint.which import AVERAGE
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Batch, Params
 from llmjax.workdir import standing
@@ -62,6 +63,11 @@ def run(request: Request) -> int:
     if corpus.held_out is None:
         raise UserError("data.held_out_fraction=0 leaves nothing to evaluate on; train with a part held out")
     asked = make_probes(corpus, config)
+    if asked and AVERAGE.fullmatch(checkpoint):
+        raise UserError(
+            f"evaluate.probes={config.evaluate.probes} are recorded with one checkpoint, and --checkpoint={checkpoint} "
+            "is an average of several; set evaluate.probes to (), or name one checkpoint"
+        )
     program = make_program(config, derived, corpus.tokenizer.vocab_size, vocabulary=corpus.vocabulary)
     with working("reading the checkpoint"):
         if untrained:
@@ -78,7 +84,7 @@ def run(request: Request) -> int:
     details: list[dict[str, Any]] = []
     results = score_held_out(program, corpus, params, on_details=details.append)
     rows = {
-        "checkpoint": f"update {update} of {workdir}",
+        "checkpoint": f"{f'{checkpoint}, to ' if AVERAGE.fullmatch(checkpoint) else ''}update {update} of {workdir}",
         "held out": _describe_held_out(corpus),
     }
     say(

@@ -141,6 +141,7 @@ def run_interactive(request: Request) -> int:
 # What the tasks of each `Task.use` do instead of continuing a text, and the mode for it.
 OTHER_USES = {
     "fill_masks": ("fills in masks and continues no text", "--mode=evaluate"),
+    "fill_spans": ("fills gaps of a text and continues none", "--mode=evaluate"),
     "classify": ("gives labels to texts and continues none", "--mode=classify"),
     "chat": ("learns what an assistant says", "--mode=chat"),
     "translate": ("writes a text after it has read another, and continues none", "--mode=translate"),

@@ -17,6 +17,7 @@ from llmjax.config.init_from import resumes, with_tokenizer
 from llmjax.data.tokenizer.kinds import KINDS, TokenizerConfig
 from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.data.tokenizer.vocabulary import words_without_text
+from llmjax.modes.parts.learned import show_learned
 from llmjax.modes.request import Request
 from llmjax.plan.advice import remarks
 from llmjax.plan.compile import compile_step
@@ -51,6 +52,8 @@ def run(request: Request) -> int:
             say(f"{lost}\n")
         rows = describe(corpus, program, workdir)
     say(f"plan\n{format_table(rows)}")
+    if not config.plan.topology:
+        show_learned(corpus)
     for remark in remarks(program):
         say(f"note: {remark}")
     with working("compiling the step"):

@@ -45,6 +45,7 @@ from llmjax.escapes import complain
 from llmjax.files import write_atomically
 from llmjax.modes.evaluate import describe_compression, describe_details
 from llmjax.modes.parts.corpus import read_corpus
+from llmjax.modes.parts.learned import show_learned
 from llmjax.modes.parts.loop_parts import make_run
 from llmjax.modes.parts.probe import make_probes, probe
 from llmjax.modes.request import Request
@@ -126,6 +127,8 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
             write_beginning(program, corpus, workdir, position, finished)
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
+        if not position.update:
+            show_learned(corpus)
         say_beginning(program, so_far, position, finished, request.started)
         # Where a sink cannot be had on the first process, none may go on to wait for it.
         recorder = together(lambda: open_recorder(program, workdir, position, stop))

@@ -16,6 +16,7 @@ from llmjax.nn.config import QK_NORM_OVER, BlockConfig
 from llmjax.nn.layers import Norm, add_bias, matrix, product, vector
 from llmjax.ops import rope
 from llmjax.ops.attention.mask import Mask
+from llmjax.ops.position_bias import PositionBias
 from llmjax.parallel.rules import Layout, partition_spec, without_axes
 
 # Keys and values, or cos and sin of a rotation.
@@ -122,7 +123,13 @@ def on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable
         return without_axes(partition_spec(names), layout.manual)
 
     def split(
-        q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, sinks_N: jax.Array | None
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        mask: Mask,
+        *,
+        sinks_N: jax.Array | None,
+        position_bias: PositionBias | None = None,
     ) -> jax.Array:
         # The mask is whole along the sequence: a PartitionSpec takes the place of each of its arrays.
         whole: Any = spec("batch", None)
@@ -130,13 +137,17 @@ def on_each_device(attend: Callable[..., jax.Array], layout: Layout) -> Callable
         mask_specs = dataclasses.replace(
             mask, q_segments_BT=whole, q_positions_BT=whole, k_segments_BS=whole, k_positions_BS=whole
         )
+        bias_specs: Any = spec()
+        if position_bias is not None:
+            heads_of_table: Any = spec(None, "heads")
+            bias_specs = dataclasses.replace(position_bias, table_RN=heads_of_table)
         return jax.shard_map(
-            lambda q, k, v, mask, sinks: attend(q, k, v, mask, sinks_N=sinks),
+            lambda q, k, v, mask, sinks, bias: attend(q, k, v, mask, sinks_N=sinks, position_bias=bias),
             mesh=None if layout.manual else layout.mesh,
-            in_specs=(heads, kv_heads, kv_heads, mask_specs, spec("heads")),
+            in_specs=(heads, kv_heads, kv_heads, mask_specs, spec("heads"), bias_specs),
             out_specs=heads,
             axis_names=axes,
             check_vma=False,
-        )(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
+        )(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, position_bias)
 
     return split

@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping
 
 from llmjax.errors import UserError, choose
-from llmjax.ops.attention.sequence_attention import ATTENTION, Sharing
+from llmjax.ops.attention.sequence_attention import ATTENTION, KERNELS, Sharing, adds_bias
 from llmjax.parallel.mesh import MeshConfig
 
 
-def choose_kernel(name: str, platform: str) -> tuple[str, str]:
+def choose_kernel(name: str, platform: str, biased: bool) -> tuple[str, str]:
     """The kernel for compute.kernel=`name` on `platform` (cpu, gpu or tpu), and the reason, for the plan.
 
-    Raises UserError if the kernel does not exist for the platform.
+    `biased` says whether attention adds a bias of positions to its scores. Raises UserError if the kernel does not
+    exist for the platform, or adds no such bias.
     """
     kernels = choose(ATTENTION, "compute.kernel", name)
     kernel = kernels.get(platform, kernels.get(""))
@@ -25,6 +26,13 @@ def choose_kernel(name: str, platform: str) -> tuple[str, str]:
         raise UserError(
             f"compute.kernel={name!r} needs a {platforms}, not a {platform.upper()}; use {others}"
         )
+    if biased and not adds_bias(kernel):
+        if name == "auto":
+            return next(filter(adds_bias, KERNELS)), "the kernel that adds transformer.position='relative'"
+        others = " or ".join(filter(adds_bias, ("full", *KERNELS)))
+        raise UserError(
+            f"compute.kernel={name!r} cannot add the bias of transformer.position='relative'; use auto or {others}"
+        )
     return (
         kernel,
         f"the kernel for a {platform.upper()}" if name == "auto" else "as compute.kernel says",
@@ -32,7 +40,7 @@ def choose_kernel(name: str, platform: str) -> tuple[str, str]:
 
 
 def choose_sharing(
-    heads: tuple[int, int] | None, kernel: str, mesh: MeshConfig, sizes: Mapping[str, int]
+    heads: tuple[int, int] | None, kernel: str, mesh: MeshConfig, sizes: Mapping[str, int], biased: bool
 ) -> tuple[Sharing | None, str]:
     """How the devices along mesh.seq share a sequence (None if each device has whole sequences), and the reason, for
     the plan.
@@ -40,10 +48,11 @@ def choose_sharing(
     heads   the numbers of query heads and of key/value heads of the model; None if it has no attention
     kernel  the value of compute.kernel
     sizes   the sizes of the mesh axes
+    biased  whether attention adds a bias of positions to its scores
 
     `auto` uses Ulysses as long as there are enough key/value heads for the devices, because it sends the least and
-    its work does not depend on document lengths. It uses a ring for the rest. Raises UserError for a combination that
-    does not work.
+    its work does not depend on document lengths. It uses a ring for the rest, or gathers all keys where a ring cannot
+    be. Raises UserError for a combination that does not work.
     """
     n, name, degree = sizes["seq"], mesh.seq_attention, mesh.ulysses
     others = tuple(axis for axis in ("data", "fsdp") if sizes[axis] > 1)
@@ -65,8 +74,15 @@ def choose_sharing(
     if name == "auto":
         why = f"{K} key/value heads a device for {n} devices"
         name = "ulysses" if dealt == n else "hybrid" if dealt > 1 else "ring"
-        if kernel == "full" and name != "ulysses":
+        if biased and name != "ulysses":
+            name, why = "gather", "a ring cannot add transformer.position='relative'"
+        elif kernel == "full" and name != "ulysses":
             name, why = "gather", "full attention needs all keys at once"
+    if name in ("ring", "hybrid") and biased:
+        raise UserError(
+            f"mesh.seq_attention={name!r} cannot add the bias of transformer.position='relative'; use auto, gather or "
+            "ulysses"
+        )
     if name in ("ring", "hybrid") and kernel == "full":
         raise UserError(
             f"compute.kernel='full' needs all keys at once, which mesh.seq_attention={name!r} brings in parts; use "

@@ -18,6 +18,7 @@ from llmjax.nn.layer_compute import LayerCompute
 from llmjax.nn.layers import MLP, Norm
 from llmjax.ops.attention.mask import Mask
 from llmjax.ops.dropout import dropout
+from llmjax.ops.position_bias import PositionBias
 from llmjax.parallel.rules import Layout
 
 
@@ -92,6 +93,7 @@ class Block(nn.Module):
         cached: KeyValue | None = None,
         slot: jax.Array | None = None,
         source: Source | None = None,
+        position_bias: PositionBias | None = None,
     ) -> BlockOutput:
         """The output of the block.
 
@@ -100,6 +102,7 @@ class Block(nn.Module):
         layer     the index of the layer, which tells its dropout masks apart
         cached    cached keys and values, into which the new ones are written from `slot` on
         source    a second text, for a block that reads one
+        position_bias  what attention adds to its scores by the distance of two tokens
         """
         q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD, rotation)
         if cached is not None:
@@ -108,7 +111,7 @@ class Block(nn.Module):
             k_BSKH, v_BSKH = write(cached[0], k_BSKH, slot), write(cached[1], v_BSKH, slot)
         # Generation attends without shard_map: the compiler splits the cache and the few queries.
         out_BTNH = self.mix_tokens(
-            q_BTNH, k_BSKH, v_BSKH, mask, Layout() if cached is not None else self.layout
+            q_BTNH, k_BSKH, v_BSKH, mask, Layout() if cached is not None else self.layout, position_bias
         )
         x_BTD, attention_BTD = self.add_attention(x_BTD, out_BTNH, keys_BT, layer)
         if source is not None:
@@ -130,11 +133,19 @@ class Block(nn.Module):
         return self.attention.project(x_BTD, rotation)
 
     def mix_tokens(
-        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, layout: Layout
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        mask: Mask,
+        layout: Layout,
+        position_bias: PositionBias | None = None,
     ) -> jax.Array:
         """out_BTNH, the result of attention. Each device of `layout` computes it for its own rows, tokens and heads."""
         attend = functools.partial(self.attend, softcap=self.config.attention_softcap)
-        return on_each_device(attend, layout)(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N=self.attention.sink_bias)
+        return on_each_device(attend, layout)(
+            q_BTNH, k_BSKH, v_BSKH, mask, sinks_N=self.attention.sink_bias, position_bias=position_bias
+        )
 
     def finish(
         self, x_BTD: jax.Array, out_BTNH: jax.Array, keys_BT: jax.Array | None, layer: int | jax.Array

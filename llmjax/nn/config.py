@@ -84,6 +84,8 @@ class TransformerConfig:
     rope_scaling: Annotated[str, Unset("none")]
     rope_factor: Annotated[float, Range(1, 1e6), Unset(1.0)]
     rope_original_len: Annotated[int, Range(1, COUNT, "none"), Unset(0)]
+    relative_buckets: Annotated[int, Range(4, 2**16), Unset(32)]
+    relative_distance: Annotated[int, Range(2, 2**20), Unset(128)]
     qk_norm: Annotated[bool, Unset(True, always=True)]
     qk_norm_over: Annotated[str, Unset("head")]
     norm_at: Annotated[str, Unset("input")]
@@ -156,6 +158,7 @@ def resolve(config: BlockConfig) -> BlockConfig:
             "positions, which this model does not have; set both or leave it at 0"
         )
     _check_rope_scaling(config)
+    _check_relative(config)
     # 0 means multi-head attention: as many key/value heads as query heads.
     kv_heads = config.num_kv_heads or config.num_heads
     if config.num_heads % kv_heads:
@@ -216,6 +219,23 @@ def _check_rope_scaling(config: TransformerConfig) -> None:
         raise UserError(
             f"transformer.rope_scaling={scaling!r} {rule} transformer.rope_original_len, which is "
             f"{config.rope_original_len}; set it to {'the T that the model was trained at' if rule == 'needs' else '0'}"
+        )
+
+
+def _check_relative(config: TransformerConfig) -> None:
+    """Raises UserError if the keys of relative positions do not fit together."""
+    buckets, distance = config.relative_buckets, config.relative_distance
+    if not POSITIONS[config.position].biases:
+        for key in ("relative_buckets", "relative_distance"):
+            if getattr(config, key) != (value := unset(TransformerConfig)[key]):
+                raise UserError(
+                    f"transformer.{key}={getattr(config, key)} is without effect for transformer.position="
+                    f"{config.position!r}; set transformer.position='relative' or leave it at {value}"
+                )
+    elif buckets % 2 or distance <= buckets // 2:
+        raise UserError(
+            f"transformer.relative_buckets={buckets} must be even and less than twice transformer.relative_distance="
+            f"{distance}; change one of them"
         )
 
 

@@ -13,6 +13,7 @@ from llmjax.errors import choose
 from llmjax.nn.config import BlockConfig
 from llmjax.ops.activation import ACTIVATIONS
 from llmjax.ops.norm import NORMS
+from llmjax.ops.position_bias import PositionBias
 from llmjax.ops.wide_product import wide_product
 from llmjax.parallel.rules import Layout
 
@@ -99,6 +100,33 @@ class Norm(nn.Module):
         if normalize.has_bias and self.use_bias:
             y = y + vector(self, "bias", shape[-1:], ("feature",), 0.0).reshape(shape)
         return y.astype(x.dtype)
+
+
+class OutputBias(nn.Module):
+    """The bias of the logits."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self) -> None:
+        vector(self, "bias_V", (self.vocab_size,), ("classes",), 0.0)
+
+
+class RelativePositions(nn.Module):
+    """The bias of `transformer.position=relative`, which all layers of a stack share (T5: Raffel et al. 2020).
+
+    `both_sides` says whether a token sees those after it as well.
+    """
+
+    config: BlockConfig
+    both_sides: bool = False
+
+    @nn.compact
+    def __call__(self) -> PositionBias:
+        c = self.config
+        shape, axes = (c.relative_buckets, c.num_heads), ("positions", "heads")
+        table_RN = matrix(self, "table_RN", shape, axes, c.init_std)
+        return PositionBias(table_RN, c.relative_distance, self.both_sides)
 
 
 class MLP(nn.Module):

@@ -24,12 +24,15 @@ class Positions:
     add      function (x_BTD, positions_BT, table_TD) -> x_BTD that adds positions to embedded tokens
     rotates  whether attention rotates queries and keys by their positions
     table    whether positions are embeddings in a learned table, table_TD; documents cannot be longer than the table
+    biases   whether attention adds a learned bias to its scores by the distance of key and query, see
+             `ops/position_bias.py`
     even     the size that must be even, head_dim or model_dim; "" for none
     """
 
     add: Add
     rotates: bool = False
     table: bool = False
+    biases: bool = False
     even: str = ""
 
 
@@ -53,4 +56,5 @@ POSITIONS = {
     "rope": Positions(_nothing, rotates=True, even="head_dim"),  # Su et al. 2021
     "learned": Positions(_learned, table=True),  # Gehring et al. 2017
     "sinusoidal": Positions(_sinusoidal, even="model_dim"),  # Vaswani et al. 2017
+    "relative": Positions(_nothing, biases=True),  # Raffel et al. 2020 (T5)
 }

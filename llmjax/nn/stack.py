@@ -24,6 +24,7 @@ from llmjax.nn.experts import Penalties
 from llmjax.nn.remat import RESIDUAL, remat
 from llmjax.nn.token_tiles import by_tiles, inner_layout
 from llmjax.ops.attention.mask import Mask
+from llmjax.ops.position_bias import PositionBias
 from llmjax.types import Params
 
 
@@ -63,6 +64,7 @@ def run_stack(
     keys_BT: jax.Array | None = None,
     specs: Any = None,
     source: Source | None = None,
+    position_bias: PositionBias | None = None,
 ) -> tuple[jax.Array, Penalties]:
     """x after all layers, and the loss terms of each token, added up over the layers. Each layer uses `mask` with its
     own window.
@@ -70,6 +72,7 @@ def run_stack(
     params  the parameters of all layers, stacked along a leading dimension
     specs   the PartitionSpecs of the parameters of one layer; needed only if layers are computed in tiles
     source  the second text, which every layer reads
+    position_bias  what attention adds to its scores, the same in every layer
     """
     c, compute = block.config, block.compute
 
@@ -81,8 +84,10 @@ def run_stack(
         def layer(x_BTD: jax.Array, layer_params: Params, i: int | jax.Array) -> tuple[jax.Array, Penalties]:
             x_BTD = checkpoint_name(x_BTD, RESIDUAL)
             if compute.tile:
-                return _tiled_layer(block, layer_params, specs, x_BTD, rotation, layer_mask, keys_BT, i), {}
-            out = _output(block, layer_params, x_BTD, rotation, layer_mask, keys_BT, i, None, None, source)
+                tiled = block, layer_params, specs, x_BTD, rotation, layer_mask, keys_BT, i, position_bias
+                return _tiled_layer(*tiled), {}
+            arrays = x_BTD, rotation, layer_mask, keys_BT, i, None, None, source, position_bias
+            out = _output(block, layer_params, *arrays)
             return out.x_BTD, out.penalties
 
         return remat(layer, compute.remat, compute.offload)(x_BTD, *scanned)
@@ -106,6 +111,7 @@ def _tiled_layer(
     mask: Mask,
     keys_BT: jax.Array | None,
     layer: int | jax.Array,
+    position_bias: PositionBias | None,
 ) -> jax.Array:
     """The output of a layer whose token-wise parts are computed tile by tile. Attention sees all tokens at once."""
     inner, c = block.clone(layout=inner_layout(block.layout)), block.config
@@ -127,7 +133,8 @@ def _tiled_layer(
     tiles = functools.partial(by_tiles, layout=block.layout, tile=block.compute.tile, dtype=c.dtype)
     names: tuple[str, ...] = ("attention_norm", "attention")
     q, k, v = tiles(project, of(params, *names), of(specs, *names), (x_BTD, rotation))
-    out_BTNH = block.apply({"params": params}, q, k, v, mask, block.layout, method="mix_tokens")
+    arrays = q, k, v, mask, block.layout, position_bias
+    out_BTNH = block.apply({"params": params}, *arrays, method="mix_tokens")
     # In a scan, the layer index is a traced value. The function inside `jax.shard_map` must not close over traced
     # values, so the index is passed as an argument.
     names = (
@@ -189,6 +196,7 @@ def decode_stack(
     cached_LBSKH: KeyValue,
     slot: jax.Array,
     source: Source | None = None,
+    position_bias: PositionBias | None = None,
 ) -> tuple[jax.Array, KeyValue]:
     """x after all layers, and the cached keys and values of every layer, with the new ones written from `slot` on.
 
@@ -202,7 +210,17 @@ def decode_stack(
         of_layer = None if source is None else source._replace(kv=source_kv)
         layer_mask = dataclasses.replace(mask, window=window)
         out = _output(
-            block, layer_params, x, rotations.of(window), layer_mask, None, 0, cached, slot, of_layer
+            block,
+            layer_params,
+            x,
+            rotations.of(window),
+            layer_mask,
+            None,
+            0,
+            cached,
+            slot,
+            of_layer,
+            position_bias,
         )
         return out.x_BTD, out.kv
 
@@ -218,6 +236,7 @@ def measure_stack(
     mask: Mask,
     real_BT: jax.Array,
     source: Source | None = None,
+    position_bias: PositionBias | None = None,
 ) -> dict[str, jax.Array]:
     """Root mean squares over the positions where `real_BT`, float32 [L], for each layer.
 
@@ -233,7 +252,8 @@ def measure_stack(
 
     def body(x: jax.Array, layer_params: Params, window: int) -> tuple[jax.Array, dict[str, jax.Array]]:
         layer_mask = dataclasses.replace(mask, window=window)
-        out = _output(block, layer_params, x, rotations.of(window), layer_mask, None, 0, None, None, source)
+        arrays = x, rotations.of(window), layer_mask, None, 0, None, None, source, position_bias
+        out = _output(block, layer_params, *arrays)
         measured = {
             "residual_rms": rms(out.x_BTD),
             "attention_rms": rms(out.attention_BTD),

@@ -51,6 +51,7 @@ ACTIVATIONS = {
     # differs from the exact form (BERT) by up to 5e-4.
     "gelu": Activation(jax.nn.gelu),
     "gelu_erf": Activation(_gelu_erf),
+    "silu": Activation(jax.nn.silu),  # Elfwing et al. 2017; swish: Ramachandran et al. 2017
     "relu": Activation(jax.nn.relu),  # Vaswani et al. 2017
     "relu2": Activation(_relu2),  # So et al. 2021
 }

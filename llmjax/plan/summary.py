@@ -13,7 +13,6 @@ from llmjax.build.hold_out import DOCUMENTS, NOTHING, TAILS
 from llmjax.build.model import has_reference
 from llmjax.build.program import Program
 from llmjax.config.schema import Config
-from llmjax.data.examples.contract import Structured
 from llmjax.data.packing.plan import PackingPlan
 from llmjax.data.pipeline import DataConfig
 from llmjax.data.sources.cutting import TAIL
@@ -215,16 +214,20 @@ def _describe_labels(corpus: Corpus, config: Config) -> dict[str, str]:
 
 
 def _describe_long_conversations(corpus: Corpus, program: Program) -> dict[str, str]:
-    """How many conversations are longer than a row, so that an answer may stand in another one than its question."""
-    limit = program.config.data.seq_len
-    long = int(np.count_nonzero(np.asarray(corpus.store.lengths) > limit + 1))
-    # Texts of two streams are never cut.
-    if program.derived.source_len or not (isinstance(program.derived.examples, Structured) and long):
+    """How many conversations are longer than a row, and how many have a turn that is."""
+    limit, store = program.config.data.seq_len, corpus.store
+    if "turns" not in program.derived.examples.columns:
         return {}
-    return {
-        "cut": f"{long:,} conversation{'s'[: long != 1]} of more than data.seq_len={limit:,} tokens: "
-        "an answer may stand in another row than its question"
-    }
+    long = np.flatnonzero(np.asarray(store.lengths) > limit + 1).tolist()
+    ends = ([0, *store.turns(doc).tolist(), int(store.lengths[doc]) - 1] for doc in long)
+    cut = sum(max(np.diff(each)) > limit for each in ends)
+    if not long:
+        return {}
+    count = f"{len(long):,} conversation{'s'[: len(long) != 1]}"
+    text = f"{count} of more than data.seq_len={limit:,} tokens, between turns"
+    if cut:
+        text += f"; {cut:,} of them within a turn of more than that, so that an answer stands in two rows"
+    return {"cut": text}
 
 
 def _describe_files(listing: Listing) -> str:

@@ -138,8 +138,8 @@ class Task(Protocol):
     def use(self) -> str:
         """What a trained model is used for, which decides what its samples are and which mode uses it.
 
-        It is `generate` to continue a text, `fill_masks`, `classify` to label a text, `translate` to write a text
-        after another was read, or `chat` to answer in a conversation.
+        It is `generate` to continue a text, `fill_masks`, `fill_spans`, `classify` to label a text, `translate` to
+        write a text after another was read, or `chat` to answer in a conversation.
         """
 
     @property

@@ -15,6 +15,7 @@ from llmjax.tasks.copy import Copy
 from llmjax.tasks.language_model import LanguageModel
 from llmjax.tasks.masked_language_model import MaskedLanguageModel
 from llmjax.tasks.preference import Preference
+from llmjax.tasks.span_corruption import SpanCorruption
 from llmjax.tasks.translation import Translation
 
 # The device half of each task; `data/examples/table.py` has the host half under the same names.
@@ -22,6 +23,7 @@ TASKS: dict[str, Task] = {
     "language_model": LanguageModel(),
     "masked_language_model": MaskedLanguageModel(),
     "translation": Translation(),
+    "span_corruption": SpanCorruption(),
     "conversation": Conversation(),
     "preference": Preference(),
     "copy": Copy(),

@@ -12,6 +12,7 @@ from llmjax import main
 from llmjax.build.conversion import load_run
 from llmjax.convert.files.safetensors_folder import open_tensors
 from llmjax.data.tokenizer.loading import load_tokenizer
+from tests.convert import random_models
 from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 from tools import convert
 
@@ -297,3 +298,48 @@ def test_a_bert_without_a_head_is_exported_and_gets_one_in_a_run_that_asks_for_i
     refusal = refuse(capsys, command(tmp_path, f"--workdir={tmp_path / 'other'}", **headless,
                                      checkpoint__init_from=tmp_path / "from_run"))  # fmt: skip
     assert "bert.transform=False, but the run in" in refusal
+
+
+T5 = {
+    "model__family": "encoder_decoder", "task__name": "span_corruption", "transformer__position": "relative",
+    "transformer__qk_norm": False, "transformer__score_dim": 1, "transformer__activation": "relu",
+    "encoder_decoder__scale_output": True, "train__num_updates": 2,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_t5_that_learned_to_fill_gaps_is_exported_and_a_new_run_begins_with_it(tmp_path, capsys):
+    tiny_run.write_corpus(tmp_path / "corpus")
+    run(capsys, command(tmp_path, f"--workdir={tmp_path / 'run'}", **T5))
+    assert convert_to("llmjax", "hf", tmp_path / "run", tmp_path / "hf") == 0
+    assert certificate(tmp_path / "hf")["to"]["architecture"] == "T5ForConditionalGeneration"
+    assert convert_to("hf", "llmjax", tmp_path / "hf", tmp_path / "again") == 0
+    before, after = load_run(tmp_path / "run"), load_run(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["decoder_start_token_id"] == before.tokenizer.bos_id
+    words = command(tmp_path, f"--workdir={tmp_path / 'new'}", **T5, checkpoint__init_from=tmp_path / "hf")
+    last = tiny_run.read_lines(tmp_path / "run")[-1]
+    assert "note: what is written is a model that writes after a source" in capsys.readouterr().err
+    assert f"{last['loss']:.4f}" in run(capsys, [*words, "--mode=evaluate"])
+    # A model that begins its texts with another id than the tokenizer would write nonsense.
+    change_config(tmp_path / "hf", decoder_start_token_id=7)
+    assert "has decoder_start_token_id=7, and its tokenizer begins a text with id 1" in refuse(capsys, words)
+    assert "has decoder_start_token_id=7" in refused(capsys, "hf", "llmjax", tmp_path / "hf", tmp_path / "x")
+
+
+def test_a_t5_of_transformers_has_its_own_tokenizer_and_a_marian_has_none(shared_data, tmp_path, capsys):
+    t5, marian = tmp_path / "t5", tmp_path / "marian"
+    random_models.write(t5, "T5ForConditionalGeneration", vocab_size=32128, pad_token_id=0, eos_token_id=1)
+    spiece = (shared_data / "tokenizers" / "spm" / "t5_32k.model").read_bytes()
+    (t5 / "spiece.model").write_bytes(spiece)
+    assert convert_to("hf", "llmjax", t5, tmp_path / "run") == 0
+    found = load_run(tmp_path / "run")
+    assert found.tokenizer.bos_id == found.tokenizer.pad_id == 0 and found.tokenizer.eos_id == 1
+    # The sentinels of T5 are the last of its own 100 ids.
+    assert found.tokenizer.reserved_ids[:100][::-1][0] == 32099
+    random_models.write(marian, "MarianMTModel")
+    (marian / "vocab.json").write_text("{}")
+    assert convert_to("hf", "hf", marian, tmp_path / "copy") == 0
+    assert open_tensors(tmp_path / "copy").keys() == open_tensors(marian).keys()
+    assert "has no tokenizer that is read here" in refused(capsys, "hf", "llmjax", marian, tmp_path / "x")

@@ -110,7 +110,7 @@ class TestAheadOfTime:
 @pytest.mark.parametrize("accumulation, gather", WAYS)
 def test_a_train_step_lowers_for_gpus(accumulation, gather, mesh, monkeypatch):
     """Without a GPU, for a mesh of CPU devices, with the kernel that GPUs get."""
-    monkeypatch.setattr(model, "choose_kernel", lambda name, platform: ("pallas_gpu", "as the test says"))
+    monkeypatch.setattr(model, "choose_kernel", lambda *arguments: ("pallas_gpu", "as the test says"))
     devices = jax.devices()[: math.prod(MESHES[mesh].values())]
     settings = {"compute.engine": accumulation, "compute.gather": gather}
     program = make_program(devices, **settings, **MESHES[mesh])

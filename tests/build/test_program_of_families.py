@@ -26,8 +26,12 @@ COMMON = {
 }
 # Matrices so large that the states say something from the beginning.
 TRAINED = {"model.dropout": 0.1, "model.init_std": 0.5, "optimizer.learning_rate": 0.03}
-# With norms of sums, gradients in matrices so large are too rough to be the same in float32.
-GENTLE = {name: {"model.init_std": 0.1} for name in ("encoder_decoder original", "bert original")}
+# With norms of sums, or scores that are not divided, gradients in matrices so large are too rough to be the same in
+# float32.
+GENTLE = {
+    name: {"model.init_std": 0.1}
+    for name in ("encoder_decoder original", "encoder_decoder t5", "bert original")
+}
 # Ids of which every third one goes on with a word.
 VOCABULARY = Vocabulary(63, np.arange(V) % 63 > 0, np.arange(V) % 3 > 0)
 OTHERS = [variant for variant in families.VARIANTS if variant not in ("gpt", "gpt learned")]
@@ -77,7 +81,7 @@ def losses_of(variant):
 
 def variants_and_cuts():
     """Every family with every cut, the cuts dealt out among the variants of the family, and those of every run."""
-    pairs = {(variant, cut) for variant in OFTEN for cut in CUTS if CUTS[cut][1]}
+    pairs = {(variant, cut) for variant in (*OFTEN, "encoder_decoder t5") for cut in CUTS if CUTS[cut][1]}
     for family in FAMILIES:
         variants = [variant for variant in OTHERS if families.family_of(variant) == family]
         pairs |= {(variants[i % len(variants)], cut) for i, cut in enumerate(CUTS)}
@@ -127,7 +131,7 @@ def test_masks_follow_the_tokens_into_every_layout(variant, name, seq):
      "model.family=gpt or bert or encoder_decoder, or leave transformer.num_heads at 4"),
     ("gpt", {"translation.source_field": "en"}, "translation.source_field='en' is without effect for task.name='la"),
     ("encoder_decoder", {"task.name": "language_model"}, "model.family='encoder_decoder' reads a second text, which "
-     "task.name='language_model' does not have; set task.name=translation, or another model.family"),
+     "task.name='language_model' does not have; set task.name=translation or span_corruption, or another model.family"),
     ("encoder_decoder", {"compute.tile": 8}, "compute.tile=8 is without effect for model.family='encoder_decoder'"),
     ("encoder_decoder", {"experts.num_experts": 2}, "experts.num_experts=2 is without effect for model.family='enc"),
     ("encoder_decoder", {"data.source_len": 30, "mesh.seq": 4}, "data.source_len=30 is not divisible by mesh.seq=4"),
@@ -135,6 +139,10 @@ def test_masks_follow_the_tokens_into_every_layout(variant, name, seq):
      "data.seq_len=32, for which transformer.position='learned' has positions; lower it, or raise data.seq_len"),
     ("gpt", {"task.name": "conversation", "data.split_on": "x"}, "data.split_on='x' cuts documents of one text, and "
      "those of task.name='conversation' have messages that belong together; set it to ''"),
+    ("encoder_decoder t5", {"transformer.relative_distance": 4}, "transformer.relative_buckets=8 must be even and less "
+     "than twice transformer.relative_distance=4; change one of them"),
+    ("bert", {"transformer.relative_buckets": 8}, "transformer.relative_buckets=8 is without effect for transformer"),
+    ("encoder_decoder t5", {"mesh.seq": 2, "mesh.seq_attention": "ring"}, "mesh.seq_attention='ring' cannot add the b"),
     ("encoder_decoder", {"translation.source_field": ""}, "translation.source_field='' names no field"),
     ("encoder_decoder", {"translation.label_smoothing": 0.1, "model.logit_softcap": 5.0}, "translation.label_smoothing="
      "0.1 needs logits without a soft-cap; set model.logit_softcap=0, or translation.label_smoothing=0"),

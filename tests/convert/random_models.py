@@ -13,8 +13,10 @@ import numpy as np
 from llmjax.build.model import make_model
 from llmjax.config.imported import imported_config
 from llmjax.config.resolve import resolve_config
+from llmjax.convert.architectures.contract import Architecture
 from llmjax.convert.architectures.forms import PLUS_ONE, SAME
 from llmjax.convert.architectures.table import ARCHITECTURES
+from llmjax.convert.config_keys import architecture_of
 from llmjax.convert.hf_folder import open_model
 from llmjax.convert.params import write_params
 from llmjax.convert.source import Source
@@ -28,6 +30,11 @@ V, T = 30, 24
 SIZES = {
     "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32, "tie_word_embeddings": False,
+}  # fmt: skip
+T5 = {
+    "vocab_size": V, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "n_positions": 32,
+    "decoder_start_token_id": 0,
 }  # fmt: skip
 # What makes a small model of each architecture, as keys of its config.json. Every feature that can differ between two
 # models of an architecture is on in one of them.
@@ -70,6 +77,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
         "max_position_embeddings": 32, "type_vocab_size": 3, "layer_norm_eps": 1e-3,
     },
+    "T5ForConditionalGeneration": T5,
+    "T5ForConditionalGeneration untied": T5 | {"tie_word_embeddings": False},
+    "T5ForConditionalGeneration gated tied": T5 | {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 2},
+    "T5ForConditionalGeneration gated": T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "MarianMTModel": {
+        "vocab_size": V, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 2,
+        "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "scale_embedding": True,
+        "activation_function": "swish", "max_position_embeddings": 32, "init_std": 0.2, "decoder_start_token_id": 0,
+    },
     "GPT2LMHeadModel": {
         "vocab_size": V, "n_embd": 16, "n_inner": 24, "n_layer": 3, "n_head": 4, "n_positions": 32,
         "bos_token_id": 1, "eos_token_id": 2,
@@ -79,11 +95,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 TINY = {
     "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 4, "n_embd": 8, "n_inner": 12, "n_layer": 2, "n_head": 2,
-    "num_experts": 3, "num_local_experts": 3, "moe_intermediate_size": 8,
+    "num_experts": 3, "num_local_experts": 3, "moe_intermediate_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 12,
+    "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12,
+    "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
 }  # fmt: skip
-assert {variant.split()[0] for variant in VARIANTS} == ARCHITECTURES.keys(), (
-    "every architecture has a variant here"
-)
 
 
 def config_json(variant: str) -> dict[str, Any]:
@@ -91,12 +106,37 @@ def config_json(variant: str) -> dict[str, Any]:
     name = variant.split()[0]
     return {
         "architectures": [name],
-        "model_type": ARCHITECTURES[name].model_type,
+        "model_type": next(each.model_type for each in ARCHITECTURES.values() if each.name == name),
         "rms_norm_eps": 1e-5,
         # PyTorch gives the embedding of padding no gradient, which ours has as any other.
         "pad_token_id": None,
         **VARIANTS[variant],
     }
+
+
+def architecture(variant: str) -> Architecture:
+    """The name table of a variant."""
+    return architecture_of(config_json(variant))
+
+
+assert {architecture(variant).title for variant in VARIANTS} == ARCHITECTURES.keys(), (
+    "every architecture has a variant here"
+)
+
+
+def with_random_numbers(model: Any, config: dict[str, Any], torch: Any) -> None:
+    """Gives a new model of transformers random numbers where it begins with others that would hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                # Norms and biases begin with 1 and 0.
+                parameter += 0.3 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name == "final_logits_bias":
+                buffer += torch.randn_like(buffer)
+        if config["model_type"] == "t5" and config.get("tie_word_embeddings") is False:
+            # transformers makes T5 with tied embeddings only, and reads it with others.
+            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,14 +195,17 @@ def one_text(tokens_BT: np.ndarray) -> Batch:
 
 
 def batch_of(tokens_BT: np.ndarray, segments_BT: np.ndarray) -> Batch:
-    """A batch with these segments, whose positions restart in each."""
+    """A batch with these segments, whose positions restart in each. Models that read a source read the same texts."""
     B, length = tokens_BT.shape
     begins = np.diff(segments_BT, axis=1, prepend=-1) != 0
     starts = np.maximum.accumulate(np.where(begins, np.arange(length), 0), axis=1)
     positions_BT = (np.arange(length)[None] - starts).astype(np.int32)
     tokens_BT = tokens_BT.astype(np.int32)
     weights_BT = (segments_BT > 0).astype(np.float32)
-    return Batch(tokens_BT, tokens_BT, weights_BT, segments_BT, positions_BT, np.arange(B, dtype=np.int32))
+    return Batch(
+        tokens_BT, tokens_BT, weights_BT, segments_BT, positions_BT, np.arange(B, dtype=np.int32),
+        source_tokens=tokens_BT, source_segments=segments_BT, source_positions=positions_BT,
+    )  # fmt: skip
 
 
 def tensors_of(source: Source, params: Params) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from test_peft_folder import Adapted
 from llmjax.convert.architectures.table import ARCHITECTURES
 from llmjax.convert.files.safetensors_header import read_header
 from llmjax.convert.peft_folder import check_adapters
+from llmjax.convert.verify import logits_of
 from llmjax.ops.logits import head_logits
 from llmjax.train.trees import flatten, nest
 
@@ -49,6 +50,8 @@ def theirs_in(folder):
         ("MixtralForCausalLM", {"targets": ("attention",)}),
         # The names of the module that is adapted are the end of another one.
         ("BertForMaskedLM", {"targets": ("w_down", "w_DD")}),
+        # Layers of the encoder have the names of those of the decoder.
+        ("T5ForConditionalGeneration", {"targets": ("encoder", "source_attention")}),
     ],
 )  # fmt: skip
 def test_logits_and_gradients_are_those_of_peft(peft, tmp_path, variant, lora):
@@ -59,7 +62,7 @@ def test_logits_and_gradients_are_those_of_peft(peft, tmp_path, variant, lora):
     theirs = peft.PeftModel.from_pretrained(theirs_in(tmp_path / "base"), folder, is_trainable=True).eval()
     tokens_BT = np.random.default_rng(0).integers(0, V, (2, T))
     seed_BTV = np.random.default_rng(1).normal(size=(2, T, V)).astype(np.float32)
-    logits = theirs(torch.as_tensor(tokens_BT)).logits
+    logits = logits_of(theirs, torch.as_tensor(tokens_BT))
     (logits * torch.as_tensor(seed_BTV)).sum().backward()
 
     base = adapted.source.read(adapted.shapes)

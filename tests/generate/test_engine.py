@@ -17,8 +17,7 @@ from llmjax.generate import slots
 from llmjax.generate.engine import Engine, Order, PromptRead, Sampling, settings_of
 from llmjax.generate.generate import make_generator
 from llmjax.generate.slots import LONGEST, SHORTEST, Slots, cut
-from llmjax.ops.logits import head_logits, sample
-from llmjax.ops.sampling import sample_rows
+from llmjax.ops.logits import head_logits, sample, sample_rows
 from llmjax.types import Batch
 
 WRITING = [name for name in families.VARIANTS if families.family_of(name) in ("gpt", "lstm")]

@@ -43,8 +43,8 @@ class Made:
         object.__setattr__(self, "_logits", jax.jit(logits))
 
 
-def made(variant):
-    model = families.make(variant)
+def made(variant, **changes):
+    model = families.make(variant, **changes)
     return Made(model, jax.jit(lambda rng: every_bias(model.init(rng)))(jax.random.key(0)), variant)
 
 
@@ -207,3 +207,19 @@ def test_operations_are_counted_by_the_weights_of_matrix_products(family):
     cost = family.model.cost(0.0, 10.0, T)
     assert cost.flops_per_token == 6 * (sum(jax.tree.leaves(sizes)) + head)
     assert cost.activation_bytes > 0
+
+
+@pytest.mark.parametrize("variant", ["gpt olmo2", "bert"])
+def test_relative_positions_tell_the_order_of_tokens_also_in_tiles(variant):
+    changes = {"transformer__position": "relative", "transformer__relative_distance": 20}
+    family = made(variant, **changes)
+    batch = batch_for(family, [[24]])
+    logits = family.logits(batch)
+    swapped = batch.tokens[:, ::-1]
+    # Without positions, a token would see the same set of tokens in any order, if it sees both sides.
+    assert not np.allclose(
+        family.logits(dataclasses.replace(batch, tokens=swapped))[:, ::-1], logits, atol=1e-3
+    )
+    if family.model.compute.tile:
+        untiled = Made(families.make(variant, **changes, compute__tile=0), family.params, variant)
+        np.testing.assert_allclose(untiled.logits(batch), logits, **CLOSE)

@@ -82,6 +82,20 @@ def test_what_is_saved_is_all_that_was_said_and_no_file_is_lost(trained, capsys,
     assert len(json.loads(file.read_text(encoding="utf-8"))["messages"]) == 12
 
 
+def test_long_conversations_are_cut_between_turns_which_the_plan_says(tmp_path, capsys):
+    (tmp_path / "corpus").mkdir()
+    talks = [["a b", "c " * 10] * 9, ["a", "b" * 200], *[[str(i), "b"] for i in range(60)]]
+    lines = [json.dumps({"messages": talk}) for talk in talks]
+    (tmp_path / "corpus" / "talks.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    said = run(capsys, command(tmp_path, f"--workdir={tmp_path / 'run'}", "--mode=plan", **SETTINGS))
+    assert (
+        "2 conversations of more than data.seq_len=64 tokens, between turns; 1 of them within a turn of more than that"
+        in said
+    )
+    spoken = "<1><6>a b<7>[[c c c c c c c c c c <2>]]<6>a b<7>[[c c"
+    assert f"learned of the first document: what is [[ ]]\n  | {spoken}" in said
+
+
 def test_no_two_answers_are_drawn_alike(trained, monkeypatch):
     raw = saved_config(trained)
     raw["generate"] |= {"temperature": 50.0, "max_tokens": 16}

@@ -281,7 +281,7 @@ def test_a_checkpoint_that_is_not_there_is_named(trained, capsys):
     for mode in ("evaluate", "generate"):
         words = ["llmjax", f"--workdir={trained}", f"--mode={mode}"]
         assert "there is no checkpoint of update 7" in refuse(capsys, [*words, "--checkpoint=7"])
-        assert "--checkpoint='newest' is neither latest, best nor" in refuse(
+        assert "--checkpoint='newest' is neither latest, best, the" in refuse(
             capsys, [*words, "--checkpoint=newest"]
         )
 

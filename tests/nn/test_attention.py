@@ -106,7 +106,7 @@ def test_around_a_kernel_every_axis_of_the_mesh_is_manual(sizes, manual):
     mesh = make_mesh(mesh_section(*sizes), jax.devices()[: math.prod(sizes)])
     seen = []
 
-    def kernel(q, k, v, mask, *, sinks_N):
+    def kernel(q, k, v, mask, *, sinks_N, position_bias=None):
         seen.append(jax.sharding.get_abstract_mesh())
         return q
 

@@ -54,7 +54,7 @@ def test_sizes_that_are_given_stay():
     ({"dropout": 1.0}, "model.dropout=1.0 must lie in"),
     ({"head_dim": 7}, "transformer.head_dim=7 must be even for transformer.position='rope'"),
     ({"model_dim": 95, "head_dim": 8, "position": "sinusoidal"}, "model.model_dim=95 must be even"),
-    ({"activation": "silu"}, "transformer.activation='silu' is not known; use one of swiglu, geglu, gelu, gelu_erf, "),
+    ({"activation": "swish"}, "transformer.activation='swish' is not known; use one of swiglu, geglu, gelu, gelu_erf"),
     ({"norm": "none"}, "transformer.norm='none' is not known"),
     ({"position": "alibi"}, "transformer.position='alibi' is not known"),
     ({"dtype": "float16"}, "model.dtype='float16' is not known"),

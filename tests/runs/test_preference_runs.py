@@ -113,6 +113,23 @@ def test_a_further_run_remembers_where_it_begins_itself(folder, tmp_path):
     assert tiny_run.losses(tmp_path / "back")[0] == pytest.approx(math.log(2), rel=1e-5)
 
 
+def test_what_reads_one_text_reads_it_with_the_model_alone(folder, tmp_path, capsys):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"query": "river", "choices": ["yes", "no"], "gold": 0}))
+    found = []
+    for workdir in (folder / "run", tmp_path / "alone"):
+        if workdir != folder / "run":
+            assert (
+                convert.main(["--from", "llmjax", "--to", "llmjax", str(folder / "run"), str(workdir)]) == 0
+            )
+            capsys.readouterr()
+        words = ["llmjax", f"--workdir={workdir}"]
+        run(capsys, [*words, "--mode=evaluate", f"--questions={asked}"])
+        items = json.loads((workdir / "questions" / "asked.json").read_text())["items"]
+        found.append((items, run(capsys, [*words, "--mode=embed", "--prompt=river"])))
+    assert found[0] == found[1]
+
+
 def test_a_run_is_used_as_one_of_conversations(folder, tmp_path, capsys, monkeypatch):
     answer = talk(capsys, monkeypatch, folder / "run", "river stone")
     # The same model without what it remembers.

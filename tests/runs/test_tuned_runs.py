@@ -1,15 +1,21 @@
 """Runs of adapters from the command line: begun, resumed, evaluated, used and begun from, and what their files hold."""
 
+import dataclasses
 import json
 import re
 import shutil
 
+import jax
+import numpy as np
 import pytest
 import tiny_run
 from tiny_run import command
 
 from llmjax import main
+from llmjax.modes.dispatch import make_request
+from llmjax.modes.generate import load
 from llmjax.train.checkpoint.checkpoint import Checkpoints
+from llmjax.workdir.contents import saved_config
 from tests.modes import test_classify
 from tests.modes.test_modes import compile_once, refuse, run  # noqa: F401 - a fixture
 from tests.runs.test_runs_of_families import OTHERS, settings_of
@@ -117,6 +123,35 @@ def test_other_frozen_parameters_are_refused(folder, tmp_path, capsys, what):
             in said
         )
     assert "frozen does not hold" in run(capsys, tuned(folder, workdir, "--mode=plan"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
+def test_an_average_is_the_mean_of_the_newest_checkpoints(folder, tmp_path, capsys, optimizer):
+    workdir = folder / "run"
+    if optimizer != "adamw":
+        workdir = tmp_path / "run"
+        words = {"optimizer__name": optimizer, "optimizer__schedule": "constant"}
+        assert main.main(command(folder, f"--workdir={workdir}", **words)) == 0
+    request = make_request("generate", saved_config(workdir), workdir)
+    names = ("4", "6", "average:2")
+    params = {which: load(dataclasses.replace(request, checkpoint=which)).params for which in names}
+    capsys.readouterr()
+    means = jax.tree.map(lambda a, b: (a + b) / 2, params["4"], params["6"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), params["average:2"], means
+    )
+    said = run(capsys, ["llmjax", f"--workdir={workdir}", "--mode=evaluate", "--checkpoint=average:2"])
+    assert f"average:2, to update 6 of {workdir}" in said
+    probed = ["--config.evaluate.probes=position", "--mode=evaluate", "--checkpoint=average:2"]
+    assert "is an average of several; set evaluate.probes" in refuse(
+        capsys, ["llmjax", f"--workdir={workdir}", *probed]
+    )
+    further = command(folder, f"--workdir={tmp_path / 'on'}", "--mode=evaluate", checkpoint__init_from=workdir,
+                      checkpoint__init_checkpoint="average:2")  # fmt: skip
+    assert (
+        re.search(r"held-out loss +(\S+)", said)[1]
+        == re.search(r"held-out loss +(\S+)", run(capsys, further))[1]
+    )
 
 
 def test_names_that_do_not_exist_are_refused_before_text_is_read(folder, tmp_path, capsys):

@@ -9,10 +9,14 @@ from typing import Any
 
 from llmjax.convert.architectures.forms import Stored
 
+# The key of config.json for the id that a text begins with which is written after a source was read.
+START = "decoder_start_token_id"
 # The keys of `transformer` that the rotary positions of config.json say, see `rope_keys.py`.
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_len")
 # The keys of ours that change no function of the parameters: a table need not mention them.
-FREE = ("model.dropout", "model.dtype")
+FREE = ("model.dropout", "model.dtype", "model.init_std")
+# Our keys of a model for which `scales_tied` holds.
+SCALES_TIED = ("model.tie_embeddings", "encoder_decoder.scale_output")
 # What a model has that is not mentioned in a table.
 PLAIN = {
     "model.family": "gpt",
@@ -26,6 +30,8 @@ PLAIN = {
     "transformer.scale_embedding": False,
     "transformer.score_dim": 0,
     "transformer.local_rope_theta": 0.0,
+    "transformer.relative_buckets": 32,
+    "transformer.relative_distance": 128,
     "transformer.use_bias": False,
     "transformer.qkv_bias": False,
     "transformer.window": 0,
@@ -61,10 +67,13 @@ class Architecture:
     keys        the keys of config.json that are keys of ours, by their names there
     only        the keys of config.json of which we can do some values only: name -> (what is meant without the key,
                 *values that we can do). The first value is written
+    must        the same for keys without which config.json means a value that we cannot do
     always      our keys with the value that all models of the family have; others have that of `PLAIN`
     outer       the tensors outside of the layers, by their names
     layer       the tensors of a layer; the first `{}` in a name stands for the number of the layer, from 0, and a
                 second one for that of the expert
+    encoder     the same of a layer of the encoder, for a family that reads a second text
+    form        what tells the models of the table from others of the same class; "" where there is but one table
     buffers     regular expressions of tensors that hold nothing that was learned, and that are skipped
     left_out    regular expressions of tensors that were learned and have no place in our model, with what they are, for
                 a sentence that says so
@@ -75,6 +84,8 @@ class Architecture:
     local_rope  the same for layers with a window, where it is another; 0 where it is the same
     alternates  if layers with a window alternate with layers without: every how many-th layer has none, where
                 config.json does not say it; 0 if all layers are alike
+    scales_tied  whether models whose output matrix is the embedding divide the last states by the root of
+                model_dim, and others do not, as T5
     described_by  the part of a model that says its sizes, for errors
     also        further classes of `transformers` whose files can be read as those of `name`
     opened_as   the class of `transformers` that opens it to compare its results, see `verify.py`
@@ -88,6 +99,9 @@ class Architecture:
     always: Mapping[str, Any]
     outer: Mapping[str, Stored]
     layer: Mapping[str, Stored]
+    encoder: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    form: str = ""
+    must: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     repeats: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -96,10 +110,16 @@ class Architecture:
     rope: float = 10000.0
     local_rope: float = 0.0
     alternates: int = 0
+    scales_tied: bool = False
     described_by: str = "config.json"
     also: tuple[str, ...] = ()
     opened_as: str = "AutoModelForCausalLM"
     untrained: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name of the table, which no other one has."""
+        return f"{self.name} {self.form}".strip()
 
     @property
     def output(self) -> str:
@@ -131,4 +151,5 @@ class Architecture:
         said = {key.ours for key in self.keys.values()}
         said |= {"transformer.global_every"} if self.alternates else set()
         said |= {"transformer.local_rope_theta"} if self.local_rope else set()
+        said |= set(SCALES_TIED) if self.scales_tied else set()
         return {key: value for key, value in {**PLAIN, **self.always}.items() if key not in said}

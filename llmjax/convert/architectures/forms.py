@@ -47,6 +47,9 @@ PLUS_ONE = Form(
     lambda shape: shape, lambda y: y - np.float32(1), lambda x, shape: x.astype(np.float32) + np.float32(1)
 )
 
+# A row [1, V] of theirs is our [V].
+ONE_ROW = Form(lambda shape: (1, *shape), lambda y: y[None], lambda x, shape: x[0])
+
 
 def _halves(x: np.ndarray, shape: Shape) -> np.ndarray:
     heads = x.T.reshape(*shape[:-1], shape[-1] // 2, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from llmjax.data.chat.messages import ASSISTANT, ROLES, ChatFormat, Message, Runs, special_ids
+from llmjax.data.chat.messages import ASSISTANT, ROLES, ChatFormat, Message, Spoken, special_ids
 from llmjax.data.chat.template_format import TemplateFormat
 from llmjax.data.tokenizer.tokenizer import TEMPLATE_FILE, Tokenizer
 from llmjax.errors import UserError, choose
@@ -28,18 +28,20 @@ class MarkedFormat:
     end: int
     closing: Mapping[str, tuple[int, ...]]
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], Runs]:
-        ids, runs = list(self.begin), [(len(self.begin), 0.0)]
-        for message in messages:
+    def encode(self, messages: Sequence[Message]) -> Spoken:
+        ids, runs, turns = list(self.begin), [(len(self.begin), 0.0)], list[int]()
+        for number, message in enumerate(messages):
+            if number and messages[number - 1].role == ASSISTANT:
+                turns.append(len(ids))
             opening, text = self.opening[message.role], message.text
             said = self.encode_answer(text) if message.role == ASSISTANT else self.tokenizer.encode(text)
             ids += [*opening, *said, *self.closing[message.role]]
             weight = 1.0 if message.role == ASSISTANT else 0.0
             runs += [(len(opening), 0.0), (len(said), weight), (len(self.closing[message.role]), 0.0)]
-        return ids, [run for run in runs if run[0]]
+        return Spoken(ids, [run for run in runs if run[0]], turns)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        return [*self.encode(messages)[0], *self.opening[ASSISTANT]]
+        return [*self.encode(messages).ids, *self.opening[ASSISTANT]]
 
     def encode_answer(self, text: str) -> list[int]:
         return [*self.tokenizer.encode(text), self.end]

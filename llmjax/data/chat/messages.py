@@ -26,6 +26,19 @@ class Message(NamedTuple):
 Runs = list[tuple[int, float]]
 
 
+class Spoken(NamedTuple):
+    """A conversation as ids.
+
+    ids    of all marks and texts
+    runs   (number of ids, loss weight): 1 for what the assistant says and for its end, 0 for everything else
+    turns  where each message that follows an answer begins, which is where a conversation may be cut in two
+    """
+
+    ids: list[int]
+    runs: Runs
+    turns: list[int]
+
+
 class ChatFormat(Protocol):
     """How a conversation becomes ids of a tokenizer."""
 
@@ -33,9 +46,8 @@ class ChatFormat(Protocol):
     def end(self) -> int:
         """What ends a message of the assistant, and tells generation to stop."""
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], Runs]:
-        """The ids of a conversation, and runs of (number of ids, loss weight): 1 for what the assistant says and for
-        its end, 0 for everything else."""
+    def encode(self, messages: Sequence[Message]) -> Spoken:
+        """The ids of a conversation."""
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids after which the assistant's answer follows."""

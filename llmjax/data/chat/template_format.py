@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from llmjax.data.chat.messages import ASSISTANT, Message, Runs
+from llmjax.data.chat.messages import ASSISTANT, Message, Runs, Spoken
 from llmjax.data.chat.template import Template, TemplateError
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 
@@ -41,9 +41,9 @@ class TemplateFormat:
         mark = self._marks.search(whole, max(whole.rfind("answer"), len(before)))
         return self._special[mark[0]] if mark else self._tokenizer.eos_id
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], Runs]:
+    def encode(self, messages: Sequence[Message]) -> Spoken:
         messages, guard = self._guarded(messages)
-        whole, at, ids, runs = self._render(messages), 0, list[int](), Runs()
+        whole, at, ids, runs, turns = self._render(messages), 0, list[int](), Runs(), list[int]()
 
         def add(text: str, is_answer: bool) -> None:
             found = self._ids(text, guard, continues=bool(ids))
@@ -64,8 +64,10 @@ class TemplateFormat:
             add(whole[at : len(before)], False)
             add(whole[len(before) : len(after)], True)
             at = len(after)
+            if number + 1 < len(messages):
+                turns.append(len(ids))
         add(whole[at:], False)
-        return ids, [run for run in runs if run[0]]
+        return Spoken(ids, [run for run in runs if run[0]], turns)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         messages, guard = self._guarded(messages)

@@ -21,12 +21,14 @@ class Example:
     source   the token ids of a second stream, which the model reads but does not predict, such as the source of a
              translation
     label    the number of a class, counted from 0
+    turns    the positions in `tokens`, ascending, at which a document that is longer than a row is cut, if it can be
     """
 
     tokens: Sequence[int]
     weights: Sequence[tuple[int, float]] = ()
     source: Sequence[int] = ()
     label: int = 0
+    turns: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +39,18 @@ class ExampleSetting:
     seq_len       T, the positions of a packed sequence
     keys          the task's own section of the config, if it has one
     reads_source  whether the model family reads a second stream of tokens
+    source_len    S, the positions of a packed row of the second stream; 0 = seq_len
     """
 
     text_field: str
     seq_len: int
     keys: Any = None
     reads_source: bool = False
+    source_len: int = 0
 
 
 # The fields of `Example` that a store holds only for tasks that fill them.
-OPTIONAL_COLUMNS = ("weights", "source", "label")
+OPTIONAL_COLUMNS = ("weights", "source", "label", "turns")
 
 
 class Examples(Protocol):
@@ -115,6 +119,14 @@ class OwnTexts(Protocol):
 
     def texts(self, record: Mapping[str, str | int]) -> list[str]:
         """The texts of a record that are encoded."""
+
+
+@runtime_checkable
+class Several(Protocol):
+    """A task that makes several examples of a long record, each a document of the store."""
+
+    def encode_several(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> list[Example]:
+        """Makes the examples of one record: one at least."""
 
 
 @dataclasses.dataclass(frozen=True)

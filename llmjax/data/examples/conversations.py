@@ -35,9 +35,9 @@ class Conversations:
     text_field: str
     form: str
     system: str
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     further_texts: ClassVar[tuple[str, ...]] = ()
-    columns: ClassVar[tuple[str, ...]] = ("weights",)
+    columns: ClassVar[tuple[str, ...]] = ("weights", "turns")
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -55,8 +55,8 @@ class Conversations:
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
         messages = self.read(str(record[self.text_field]))
-        tokens, weights = format_for(self.form, tokenizer).encode(messages)
-        return Example(tokens, weights=tuple(weights))
+        spoken = format_for(self.form, tokenizer).encode(messages)
+        return Example(spoken.ids, weights=tuple(spoken.runs), turns=tuple(spoken.turns))
 
     def read(self, text: str) -> list[Message]:
         """The messages of a conversation in JSON. Raises UserError for one from which nothing could be learned."""
@@ -65,6 +65,11 @@ class Conversations:
             raise UserError(
                 f"a conversation has no message of the assistant, so that nothing of it could be learned: "
                 f"{short(text)}; leave it out, or correct its roles"
+            )
+        if all(message.role == ASSISTANT for message in messages):
+            raise UserError(
+                f"a conversation has no message that the assistant answers, so that all of it would be learned: "
+                f"{short(text)}; give what was asked, or learn it as a text with task.name=language_model"
             )
         return with_system(messages, self.system)
 

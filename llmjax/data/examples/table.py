@@ -10,6 +10,7 @@ from llmjax.data.examples.conversations import Conversations
 from llmjax.data.examples.copies import Copies
 from llmjax.data.examples.documents import Documents
 from llmjax.data.examples.preferences import Preferences
+from llmjax.data.examples.span_corruption import SpanCorruptions
 from llmjax.data.examples.translations import Translations
 
 # The name of a task -> a function that returns its `Examples`.
@@ -18,6 +19,14 @@ EXAMPLES: dict[str, Callable[[ExampleSetting], Examples]] = {
     "masked_language_model": lambda setting: Documents(setting.text_field),
     "translation": lambda setting: Translations(
         setting.keys.source_field, setting.text_field, setting.reads_source
+    ),
+    "span_corruption": lambda setting: SpanCorruptions(
+        setting.text_field,
+        setting.keys.rate,
+        setting.keys.span_len,
+        setting.keys.sentinels,
+        setting.seq_len,
+        setting.source_len or setting.seq_len,
     ),
     "conversation": lambda setting: Conversations(
         setting.text_field, setting.keys.format, setting.keys.system

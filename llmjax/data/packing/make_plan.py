@@ -24,6 +24,10 @@ from llmjax.escapes import complain
 
 # The version of the saved plan and of the algorithm. It is part of the fingerprint: raising it discards cached plans.
 FORMAT = 1
+# The same for the cuts at borders.
+BORDERS_FORMAT = 1
+# The number of a document -> the tokens at which it may be cut, ascending.
+Borders = Callable[[int], np.ndarray]
 
 
 def plan_packing(
@@ -32,6 +36,7 @@ def plan_packing(
     seq_len: int,
     seed: int,
     source: SourceStream | None = None,
+    borders: Borders | None = None,
 ) -> PackingPlan:
     """Packs the documents `doc_ids` into rows of `seq_len` positions.
 
@@ -42,11 +47,15 @@ def plan_packing(
       seed: decides which pieces of equal length share a row, and the order of the pieces within a row.
       source: the second stream, if there is one. No document is cut then, and `UserError` is raised if a document
         does not fit into a row.
+      borders: where documents that do not fit into a row are cut; None cuts at multiples of seq_len.
     """
     doc_ids = np.asarray(doc_ids, np.int64)
     predictions = np.asarray(lengths, np.int64)[doc_ids] - 1
-    fingerprint = _fingerprint(predictions, doc_ids, seq_len, seed, source)
-    docs, starts, sizes = _cut_into_pieces(doc_ids, predictions, seq_len)
+    fingerprint = _fingerprint(predictions, doc_ids, seq_len, seed, source, borders)
+    if borders is None:
+        docs, starts, sizes = _cut_into_pieces(doc_ids, predictions, seq_len)
+    else:
+        docs, starts, sizes = _cut_at_borders(doc_ids, predictions, seq_len, borders)
     if source is not None:
         source.check(doc_ids, predictions, seq_len)
 
@@ -95,8 +104,42 @@ def _cut_into_pieces(
     return np.repeat(doc_ids, pieces), starts, sizes
 
 
+def _cut_at_borders(
+    doc_ids: np.ndarray, predictions: np.ndarray, seq_len: int, borders: Borders
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same as `_cut_into_pieces`, with cuts at borders where a document is too long.
+
+    Each piece takes as much as fits up to a border. Where none lies within a row, it takes the whole row.
+    """
+    long = predictions > seq_len
+    whole = np.flatnonzero(~long & (predictions > 0))
+    order, docs, starts, sizes = (
+        [whole],
+        [doc_ids[whole]],
+        [np.zeros(len(whole), np.int64)],
+        [predictions[whole]],
+    )
+    for i in np.flatnonzero(long).tolist():
+        cuts = [0]
+        own = borders(int(doc_ids[i])).astype(np.int64)
+        while predictions[i] - cuts[-1] > seq_len:
+            fitting = own[(own > cuts[-1]) & (own <= cuts[-1] + seq_len)]
+            cuts.append(int(fitting[-1]) if len(fitting) else cuts[-1] + seq_len)
+        order.append(np.full(len(cuts), i))
+        docs.append(np.full(len(cuts), doc_ids[i]))
+        starts.append(np.array(cuts, np.int64))
+        sizes.append(np.diff([*cuts, int(predictions[i])]))
+    by_document = np.argsort(np.concatenate(order), kind="stable")
+    return tuple(np.concatenate(parts)[by_document] for parts in (docs, starts, sizes))  # type: ignore[return-value]
+
+
 def _fingerprint(
-    predictions: np.ndarray, doc_ids: np.ndarray, seq_len: int, seed: int, source: SourceStream | None
+    predictions: np.ndarray,
+    doc_ids: np.ndarray,
+    seq_len: int,
+    seed: int,
+    source: SourceStream | None,
+    borders: Borders | None,
 ) -> str:
     """A hex digest of everything that decides the plan. It names the plan's folder in the cache."""
     digest = hashlib.blake2b(json.dumps([FORMAT, seq_len, seed]).encode(), digest_size=16)
@@ -106,6 +149,11 @@ def _fingerprint(
     if source is not None:
         digest.update(json.dumps([TWO_STREAMS_FORMAT, source.row_length]).encode())
         digest.update(np.ascontiguousarray(source.lengths[doc_ids], "<i8").data)
+    if borders is not None:
+        digest.update(json.dumps(["borders", BORDERS_FORMAT]).encode())
+        for doc in doc_ids[predictions > seq_len].tolist():
+            own = borders(doc)
+            digest.update(len(own).to_bytes(8, "little") + np.ascontiguousarray(own, "<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -117,6 +165,7 @@ def cached_plan(
     cache_dir: str | os.PathLike,
     report: Callable[[str], None] = complain,
     source: SourceStream | None = None,
+    borders: Borders | None = None,
 ) -> PackingPlan:
     """Returns the plan of `plan_packing` from `cache_dir`, and makes and saves it there if it is missing.
 
@@ -125,12 +174,14 @@ def cached_plan(
     """
     doc_ids = np.asarray(doc_ids, np.int64)
     predictions = np.asarray(lengths, np.int64)[doc_ids] - 1
-    folder = pathlib.Path(cache_dir) / f"plan-{_fingerprint(predictions, doc_ids, seq_len, seed, source)}"
+    folder = (
+        pathlib.Path(cache_dir) / f"plan-{_fingerprint(predictions, doc_ids, seq_len, seed, source, borders)}"
+    )
     # lexists, because a broken link in place of the folder counts as damage and must be replaced.
     if os.path.lexists(folder):
         try:
             return load_plan(folder)
         except DamagedError as error:
             report(f"{error.reason}; it is made again")
-    save_plan(plan_packing(lengths, doc_ids, seq_len, seed, source), folder)
+    save_plan(plan_packing(lengths, doc_ids, seq_len, seed, source, borders), folder)
     return load_plan(folder)

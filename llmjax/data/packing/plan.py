@@ -1,9 +1,10 @@
 """The packing plan: which pieces of which documents share a row of T positions; and how a plan is saved and loaded.
 
 A document of n tokens, bos and eos included, has n - 1 predictions: the model reads tokens[:-1] and predicts
-tokens[1:]. A document with more than T predictions is cut at multiples of T, and all its parts are kept. A *piece* is
-(document, start, length) with a length of at most T, counted in predictions. It reads length + 1 tokens, so
-neighbouring pieces of a document share one token, and every target of every document is predicted exactly once.
+tokens[1:]. A document with more than T predictions is cut, at multiples of T or at borders such as the turns of a
+conversation, and all its parts are kept. A *piece* is (document, start, length) with a length of at most T, counted in
+predictions. It reads length + 1 tokens, so neighbouring pieces of a document share one token, and every target of every
+document is predicted exactly once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class PackingPlan:
     """Pieces in the order of the rows: row r holds pieces offsets[r] to offsets[r + 1] - 1, from left to right.
 
     docs           int64 [pieces], the number of each piece's document in the store
-    starts         int64 [pieces], the first token that each piece reads, a multiple of seq_len
+    starts         int64 [pieces], the first token that each piece reads
     lengths        int32 [pieces], the predictions of each piece, 1 to seq_len; the piece reads length + 1 tokens
     offsets        int64 [rows + 1], the first piece of each row, and the number of pieces
     seq_len        T, the positions in a row

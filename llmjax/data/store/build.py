@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -110,6 +110,10 @@ def build_store(
     return open_store(directory, tokenizer)
 
 
+# What each record of a batch has one of.
+_Of = TypeVar("_Of")
+
+
 class _Tag(NamedTuple):
     """What goes with a batch of records.
 
@@ -127,6 +131,16 @@ class _Tag(NamedTuple):
     first: bool = True
     last: bool = True
     hash: int = 0
+
+    def for_documents(self, counts: np.ndarray) -> _Tag:
+        """The same for each document, of which each record has `counts`, int [records]."""
+
+        def repeated(of_records: list[_Of]) -> list[_Of]:
+            return [x for x, count in zip(of_records, counts, strict=True) for _ in range(count)]
+
+        return self._replace(
+            names=repeated(self.names), origins=repeated(self.origins), held_out=repeated(self.held_out)
+        )
 
 
 class _Writer:
@@ -167,6 +181,7 @@ class _Writer:
 
     def add(self, tag: _Tag, encoded: Encoded) -> None:
         """Appends encoded documents with their names and the numbers of their entries in data.sources."""
+        tag = tag.for_documents(encoded.counts)
         # surrogateescape, because the name of a file may contain bytes that are not UTF-8.
         data = [name.encode("utf-8", "surrogateescape") for name in tag.names]
         name_lengths = np.array([len(one) for one in data], "<i8")

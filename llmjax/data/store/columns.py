@@ -17,7 +17,13 @@ FORMAT_VERSION = 3
 # The type of `weights`: a run of `length` tokens that all have the same loss weight.
 RUN = np.dtype([("length", "<u4"), ("weight", "<f4")])
 # Ragged columns have any number of values for each document. None: the type follows from the size of the vocabulary.
-RAGGED: dict[str, np.dtype | None] = {"tokens": None, "names": np.dtype("u1"), "source": None, "weights": RUN}
+RAGGED: dict[str, np.dtype | None] = {
+    "tokens": None,
+    "names": np.dtype("u1"),
+    "source": None,
+    "weights": RUN,
+    "turns": np.dtype("<u4"),
+}
 # Fixed columns have one value for each document.
 FIXED = {name: np.dtype(kind) for name, kind in (("num_bytes", "<i8"), ("hashes", "<u8"), ("origins", "<u2"))}
 LABEL = np.dtype("<i4")

@@ -24,7 +24,7 @@ from typing import IO, TypeVar
 
 import numpy as np
 
-from llmjax.data.examples.contract import Example, Examples, HeldOutBy, InParts
+from llmjax.data.examples.contract import Example, Examples, HeldOutBy, InParts, Several
 from llmjax.data.store.columns import LABEL, RUN, token_dtype
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
@@ -41,12 +41,15 @@ class Encoded:
 
     ragged  for each ragged column (values, lengths): the values of all documents, one document after the other, and
             int64 [documents], the number of values of each document
-    fixed   for each fixed column one value for each document: `num_bytes`, the UTF-8 bytes of the text; `hashes`, the
-            hash of the record, which decides the held-out split; and `label`, if the task has labels
+    fixed   for each fixed column one value for each document: `num_bytes`, the UTF-8 bytes of the text, which count for
+            the first of several documents of a record; `hashes`, the hash of the record, which decides the held-out
+            split; and `label`, if the task has labels
+    counts  int64 [records], how many documents were made of each record: 1 but for a task of `Several`
     """
 
     ragged: dict[str, tuple[np.ndarray, np.ndarray]]
     fixed: dict[str, np.ndarray]
+    counts: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +73,13 @@ def encode_records(tokenizer: Tokenizer, examples: Examples, batch: Batch) -> En
         # No other document is cut.
         assert isinstance(examples, InParts)
         records: Sequence[Fields] = [batch.fields]
-        made = [examples.encode_part(batch.fields, tokenizer, batch.first, batch.last)]
+        of_each = [[examples.encode_part(batch.fields, tokenizer, batch.first, batch.last)]]
+    elif isinstance(examples, Several):
+        records, of_each = batch, [examples.encode_several(record, tokenizer) for record in batch]
     else:
-        records, made = batch, [examples.encode(record, tokenizer) for record in batch]
+        records, of_each = batch, [[examples.encode(record, tokenizer)] for record in batch]
+    made = [example for several in of_each for example in several]
+    counts = np.array([len(several) for several in of_each], "<i8")
     _check(made, examples)
     dtype = token_dtype(tokenizer.vocab_size)
     ragged = {"tokens": _concatenate([example.tokens for example in made], dtype)}
@@ -80,23 +87,25 @@ def encode_records(tokenizer: Tokenizer, examples: Examples, batch: Batch) -> En
         ragged["source"] = _concatenate([example.source for example in made], dtype)
     if "weights" in examples.columns:
         ragged["weights"] = _concatenate([example.weights for example in made], RUN)
+    if "turns" in examples.columns:
+        ragged["turns"] = _concatenate([example.turns for example in made], np.dtype("<u4"))
     # The first field is the text of the document.
     text = examples.fields[0]
     decisive = examples.held_out_by if isinstance(examples, HeldOutBy) else examples.fields
-    fixed = {
-        "num_bytes": np.array([len(str(record[text]).encode()) for record in records], "<i8"),
-        "hashes": np.array([_hash(record, decisive) for record in records], "<u8"),
-    }
+    num_bytes, firsts = np.zeros(len(made), "<i8"), np.cumsum(counts) - counts
+    num_bytes[firsts] = [len(str(record[text]).encode()) for record in records]
+    hashes = np.array([_hash(record, decisive) for record in records], "<u8")
+    fixed = {"num_bytes": num_bytes, "hashes": np.repeat(hashes, counts)}
     if "label" in examples.columns:
         fixed["label"] = np.array([example.label for example in made], LABEL)
-    return Encoded(ragged, fixed)
+    return Encoded(ragged, fixed, counts)
 
 
 def _check(made: Sequence[Example], examples: Examples) -> None:
     """Raises ValueError if an example fills an undeclared column, or if its loss weights do not cover its tokens."""
     for example in made:
-        if (example.weights and "weights" not in examples.columns) or (
-            example.source and "source" not in examples.columns
+        if any(
+            getattr(example, name) and name not in examples.columns for name in ("weights", "source", "turns")
         ):
             raise ValueError(f"{examples!r} fills a column that its `columns` do not name.")
         if "weights" in examples.columns and sum(n for n, _ in example.weights) != len(example.tokens):

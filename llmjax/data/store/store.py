@@ -12,7 +12,8 @@
     checksums.json            CRC-32 of header.json, blocks.bin and every column with one value for each document
 
 The examples of a task may fill further columns (`data/examples/contract.py`): `source`, a second stream of tokens;
-`weights`, the loss weights of the tokens as runs of (uint32 length, float32 weight); and `label`, int32 [documents].
+`weights`, the loss weights of the tokens as runs of (uint32 length, float32 weight); `turns`, where a long document is
+cut, as uint32 positions; and `label`, int32 [documents].
 Where documents are marked as held out, not chosen by their hashes, `held_out`, uint8 [documents], is 1 for them.
 
 A store is built in a temporary folder, which is renamed when every byte is on disk, so an unfinished store is never
@@ -142,6 +143,10 @@ class Store:
         # Where each run ends, within the part that is asked for: a long document is not written out as a whole.
         ends = np.clip(np.cumsum(runs["length"], dtype=np.int64), start, stop)
         return np.repeat(runs["weight"], np.diff(ends, prepend=start))
+
+    def turns(self, document: int) -> np.ndarray:
+        """The positions at which one document is cut if it is longer than a row, ascending."""
+        return self._view("turns", document, 0, None)
 
     def name(self, document: int) -> str:
         """The name of a document in the corpus, for example `json/decoder.py` or `poems.jsonl#17`."""

@@ -58,7 +58,7 @@ def answer(loaded: Loaded, asked: Sequence[Question]) -> Answers:
     """What the model answers. Raises UserError for a model that does not predict the next token of a text."""
     program = loaded.program
     name, config = program.config.task.name, program.config
-    one_text = program.task.use in ("generate", "chat") and "source" not in program.derived.examples.columns
+    one_text = program.task.use in ("generate", "chat") and not FAMILIES[config.model.family].reads_source
     if FAMILIES[config.model.family].sees_both_sides or not one_text:
         raise UserError(
             f"--questions needs a model that goes on with a text, which model.family={config.model.family!r} with "

@@ -11,6 +11,7 @@ from llmjax.modes.chat import make_answer
 from llmjax.modes.classify import make_labeller
 from llmjax.modes.generate import make_sampler
 from llmjax.modes.samples.fill_masks import make_filler
+from llmjax.modes.samples.fill_spans import make_span_filler
 from llmjax.modes.translate import make_translation
 from llmjax.train.loop.stop_request import Watch
 from llmjax.types import Params
@@ -41,6 +42,7 @@ class Samples:
 SAMPLES = {
     "generate": Samples(make_sampler, "after", "the model continued", "generate"),
     "fill_masks": Samples(make_filler, "of", "the model made", ""),
+    "fill_spans": Samples(make_span_filler, "of", "the model made", ""),
     "chat": Samples(make_answer, "of", "the model answered", "chat"),
     "classify": Samples(make_labeller, "for", "the model gave", "classify", opening=60),
     "translate": Samples(make_translation, "of", "the model made", "translate", opening=60),

@@ -27,6 +27,7 @@ from llmjax.ops.attention.isolation import is_finite, mark_nonfinite_values, zer
 from llmjax.ops.attention.kernel import KernelArray, Softmax
 from llmjax.ops.attention.mask import Mask, Span, span_of, split_blocks
 from llmjax.ops.logits import softcap as cap_scores
+from llmjax.ops.position_bias import PositionBias
 
 
 def attend(
@@ -37,6 +38,7 @@ def attend(
     *,
     softcap: float = 0.0,
     sinks_N: jax.Array | None = None,
+    position_bias: PositionBias | None = None,
     block: int = 64,
 ) -> jax.Array:
     """out_BTNH, in the dtype of q, equal to `full.attend`. Scores and softmax are float32.
@@ -44,12 +46,13 @@ def attend(
     `block` is the most tokens of a block, for queries and keys alike. The arrays lie on one device, or are the
     device's part inside `jax.shard_map`.
     """
-    return kernel.attend(Blockwise(softcap, block), q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
+    return kernel.attend(Blockwise(softcap, block), q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, position_bias)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
-    """The `Kernel` contract in plain jax, for any platform. Queries have the layout q_BIKrH and keys kv_2BJKsH.
+    """The contracts `Kernel` and `BiasedKernel` in plain jax, for any platform. Queries have the layout q_BIKrH
+    and keys kv_2BJKsH.
 
     I and J are the numbers of query blocks and key blocks, s the keys of a block.
     """
@@ -78,13 +81,23 @@ class Blockwise:
         return self.join_queries(kv_2BJKsH[0], S), self.join_queries(kv_2BJKsH[1], S)
 
     def forward(self, q: KernelArray, kv: KernelArray, mask: Mask, softmax: Softmax) -> Softmax:
+        return self.forward_biased(q, kv, mask, softmax, None)
+
+    def forward_biased(
+        self,
+        q: KernelArray,
+        kv: KernelArray,
+        mask: Mask,
+        softmax: Softmax,
+        position_bias: PositionBias | None,
+    ) -> Softmax:
         q_coords, k_coords = _coords(mask, self.block)
         k, v = mark_nonfinite_values(*kv)
         keys = _merge((k, v.swapaxes(3, 4), *k_coords[:2]))
 
         def rows(_, arrays):
             q_KrH, row, q_coord, out_KrH, lse_Kr = arrays
-            score = self._scorer(mask, q_KrH, q_coord)
+            score = self._scorer(mask, q_KrH, q_coord, position_bias)
 
             # One step of the online softmax: rescale what was summed under the old largest score, and add this block.
             def add(at, carry):
@@ -123,6 +136,35 @@ class Blockwise:
         dq: KernelArray | None,
         dkv: KernelArray | None,
     ) -> tuple[KernelArray | None, KernelArray | None]:
+        return self._gradients(q, kv, mask, dout, lse, delta, dq, dkv, None)[:2]
+
+    def backward_biased(
+        self,
+        q: KernelArray,
+        kv: KernelArray,
+        mask: Mask,
+        dout: KernelArray,
+        lse: KernelArray,
+        delta: KernelArray,
+        position_bias: PositionBias,
+    ) -> tuple[KernelArray, KernelArray, jax.Array]:
+        zeros = jnp.zeros_like(q), jnp.zeros_like(kv)
+        gradients: Any = self._gradients(q, kv, mask, dout, lse, delta, *zeros, position_bias)
+        return gradients
+
+    def _gradients(
+        self,
+        q: KernelArray,
+        kv: KernelArray,
+        mask: Mask,
+        dout: KernelArray,
+        lse: KernelArray,
+        delta: KernelArray,
+        dq: KernelArray | None,
+        dkv: KernelArray | None,
+        position_bias: PositionBias | None,
+    ) -> tuple[KernelArray | None, KernelArray | None, jax.Array | None]:
+        """The results of `backward`, and the gradient of the table of the bias, if there is one."""
         q_coords, k_coords = _coords(mask, self.block)
         B, scale = q.shape[0], q.shape[-1] ** -0.5
         # Zeroing the weights of spoiled rows (lse = inf) and non-finite operands once is cheaper than selecting per
@@ -133,13 +175,13 @@ class Blockwise:
         k, v = jax.lax.optimization_barrier((zero_nonfinite(kv[0]), zero_nonfinite(kv[1])))
         keys = _merge((k, k.swapaxes(3, 4), v, *k_coords[:2]))
 
-        def rows(dkv, arrays):
+        def rows(sums, arrays):
             q_KrH, dout_KrH, lse_Kr, delta_Kr, row, q_coord = arrays
             q_KrH, dout_KrH = zero_nonfinite(q_KrH), zero_nonfinite(dout_KrH)
-            score = self._scorer(mask, q_KrH, q_coord)
+            score = self._scorer(mask, q_KrH, q_coord, position_bias)
 
             def add(at, carry):
-                dq_KHr, dkv = carry
+                dq_KHr, (dkv, dtable_RN) = carry
                 k_KsH, k_KHs, v_KsH, *k_coord = _take(keys, at)
                 capped_Ksr, scores_Ksr = score(k_KsH, *k_coord)
                 weights_Ksr = jnp.exp(scores_Ksr - lse_Kr[:, None])
@@ -148,6 +190,8 @@ class Blockwise:
                 dscores_Ksr = weights_Ksr * (_dot("KsH,KrH->Ksr", v_KsH, dout_KrH) - delta_Kr[:, None])
                 if self.softcap:
                     dscores_Ksr *= 1.0 - jnp.square(capped_Ksr / self.softcap)
+                if position_bias is not None:
+                    dtable_RN += _table_gradient(position_bias, q_coord, k_coord[1], dscores_Ksr)
                 # Matrix products read the compute dtype and add up in float32.
                 weights_Ksr, dscores_Ksr = (x.astype(q_KrH.dtype) for x in (weights_Ksr, dscores_Ksr))
                 if dq_KHr is not None:
@@ -156,24 +200,27 @@ class Blockwise:
                     dk_KsH = _dot("Ksr,KrH->KsH", dscores_Ksr, q_KrH)
                     dv_KsH = _dot("Ksr,KrH->KsH", weights_Ksr, dout_KrH)
                     dkv = _add_at(dkv[0], at, dk_KsH), _add_at(dkv[1], at, dv_KsH)
-                return dq_KHr, dkv
+                return dq_KHr, (dkv, dtable_RN)
 
             start = None if dq is None else jnp.zeros(q_KrH.swapaxes(1, 2).shape, jnp.float32)
-            dq_KHr, dkv = _over_needed(mask, row, q_coord, k_coords, add, (start, dkv))
-            return dkv, None if dq_KHr is None else dq_KHr.swapaxes(1, 2) * scale
+            dq_KHr, sums = _over_needed(mask, row, q_coord, k_coords, add, (start, sums))
+            return sums, None if dq_KHr is None else dq_KHr.swapaxes(1, 2) * scale
 
         # Gradients are summed in float32, and rounded once when they are added to dq and dkv.
         sums = None if dkv is None else 2 * (jnp.zeros(keys[0].shape, jnp.float32),)
+        dtable_RN = None if position_bias is None else jnp.zeros(position_bias.table_RN.shape, jnp.float32)
         arrays = _merge((q, dout, lse, delta, _row_numbers(q), q_coords))
-        sums, more = jax.lax.scan(rows, sums, arrays)
+        (sums, dtable_RN), more = jax.lax.scan(rows, (sums, dtable_RN), arrays)
         if dkv is not None and sums is not None:
             dk, dv = (_split(x, B) for x in sums)
             dkv = jnp.stack([_added(dkv[0], dk * scale), _added(dkv[1], dv)])
         if dq is not None:
             dq = jnp.where(spoiled[..., None], jnp.nan, _added(dq, _split(more, B)))
-        return dq, dkv
+        return dq, dkv, dtable_RN
 
-    def _scorer(self, mask: Mask, q_KrH: jax.Array, q_coord: _Coords) -> Callable[..., Any]:
+    def _scorer(
+        self, mask: Mask, q_KrH: jax.Array, q_coord: _Coords, position_bias: PositionBias | None
+    ) -> Callable[..., Any]:
         """Returns `score(k_KsH, segments_s, positions_s) -> (capped, scores)`: soft-capped scores_Ksr, before and after
         the mask."""
         heads, scale = q_KrH.shape[1] // q_coord.segments.size, q_KrH.shape[2] ** -0.5
@@ -183,11 +230,27 @@ class Blockwise:
         def score(
             k_KsH: jax.Array, segments_s: jax.Array, positions_s: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            capped_Ksr = cap_scores(_dot("KsH,KrH->Ksr", k_KsH, q_KrH) * scale, self.softcap)
+            raw_Ksr = _dot("KsH,KrH->Ksr", k_KsH, q_KrH) * scale
+            if position_bias is not None:
+                bias_Nst = position_bias.bias(q_coord.positions[None], positions_s[:, None])
+                # Head n reads the key/value head n // G.
+                bias_KGst = bias_Nst.reshape(-1, heads, *bias_Nst.shape[1:])
+                raw_Ksr += bias_KGst.swapaxes(1, 2).reshape(raw_Ksr.shape)
+            capped_Ksr = cap_scores(raw_Ksr, self.softcap)
             visible_sr = mask.visible(segments_1r, positions_1r, segments_s[:, None], positions_s[:, None])
             return capped_Ksr, jnp.where(visible_sr[None], capped_Ksr, HIDDEN_SCORE)
 
         return score
+
+
+def _table_gradient(
+    position_bias: PositionBias, q_coord: _Coords, positions_s: jax.Array, dscores_Ksr: jax.Array
+) -> jax.Array:
+    """The gradient of `position_bias.table_RN` from those of the scores of a pair of blocks."""
+    buckets_st = position_bias.buckets(q_coord.positions[None], positions_s[:, None])
+    one_hot_stR = jax.nn.one_hot(buckets_st, position_bias.table_RN.shape[0], dtype=jnp.float32)
+    dscores_KsGt = dscores_Ksr.reshape(*dscores_Ksr.shape[:2], -1, q_coord.positions.size)
+    return _dot("KsGt,stR->RKG", dscores_KsGt, one_hot_stR).reshape(position_bias.table_RN.shape)
 
 
 class _Coords(NamedTuple):

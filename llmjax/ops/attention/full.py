@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from llmjax.ops.attention.isolation import restore_nonfinite, zero_nonfinite
 from llmjax.ops.attention.mask import Mask
 from llmjax.ops.logits import softcap as cap_scores
+from llmjax.ops.position_bias import PositionBias
 
 # The score of a hidden key. It is finite, so that a row of hidden keys gives no NaN in the forward or the backward
 # pass.
@@ -26,12 +27,14 @@ def attend(
     *,
     softcap: float = 0.0,
     sinks_N: jax.Array | None = None,
+    position_bias: PositionBias | None = None,
 ) -> jax.Array:
     """out_BTNH, in the dtype of q. Scores are q k / sqrt(H). N must be a multiple of K.
 
     softcap  c of the soft-cap on scores, c * tanh(score / c) (Gemma 2, 2024); 0 is off
     sinks_N  a score for each head that takes part in every softmax of the head but has no value, so that a head may
              attend to nothing (Miller 2023, "Attention is off by one"; gpt-oss 2025)
+    position_bias  what is added to the scores by the distance of key and query, before the soft-cap (T5)
 
     A non-finite number in one document of a row does not affect the other documents (`isolation`).
     """
@@ -43,9 +46,8 @@ def attend(
     spoiled_BTN = jnp.repeat(spoiled_BTK, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2)
     spoiled_BTN |= ~jnp.all(jnp.isfinite(q_BTNH), axis=-1)
     arrays = zero_nonfinite(q_BTNH), zero_nonfinite(k_BSKH), zero_nonfinite(v_BSKH)
-    return restore_nonfinite(
-        attend_in_cache(*arrays, mask, softcap=softcap, sinks_N=sinks_N), q_BTNH, spoiled_BTN
-    )
+    out_BTNH = attend_in_cache(*arrays, mask, softcap=softcap, sinks_N=sinks_N, position_bias=position_bias)
+    return restore_nonfinite(out_BTNH, q_BTNH, spoiled_BTN)
 
 
 def attend_in_cache(
@@ -56,6 +58,7 @@ def attend_in_cache(
     *,
     softcap: float = 0.0,
     sinks_N: jax.Array | None = None,
+    position_bias: PositionBias | None = None,
 ) -> jax.Array:
     """`attend` without the isolation of documents: for rows with one document each, as in the cache of generation."""
     B, T, N, H = q_BTNH.shape
@@ -64,7 +67,11 @@ def attend_in_cache(
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     visible = mask.dense_BTS()[:, None, None]
-    scores = jnp.where(visible, cap_scores(scores * H**-0.5, softcap), HIDDEN_SCORE)
+    scores = scores * H**-0.5
+    if position_bias is not None:
+        bias_NBTS = position_bias.bias(mask.q_positions_BT[:, :, None], mask.k_positions_BS[:, None])
+        scores += bias_NBTS.reshape(K, N // K, *bias_NBTS.shape[1:]).transpose(2, 0, 1, 3, 4)
+    scores = jnp.where(visible, cap_scores(scores, softcap), HIDDEN_SCORE)
     if sinks_N is not None:
         sinks = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
         # A sink is one more column of scores, which is dropped again after the softmax.

@@ -9,14 +9,16 @@ one score and no value.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.ops.attention.mask import Mask
+from llmjax.ops.position_bias import PositionBias
 
 # The log-sum-exp of a query that has seen no key. It is far below any real score and far above full.HIDDEN_SCORE, so
 # that hidden keys get the weight exp(HIDDEN_SCORE - EMPTY_LSE) = 0.
@@ -72,6 +74,28 @@ class Kernel(Protocol):
         """
 
 
+@runtime_checkable
+class BiasedKernel(Protocol):
+    """A kernel that can also add a bias of positions to its scores, where all keys lie on this device."""
+
+    def forward_biased(
+        self, q: KernelArray, kv: KernelArray, mask: Mask, softmax: Softmax, position_bias: PositionBias
+    ) -> Softmax:
+        """`Kernel.forward` with this bias."""
+
+    def backward_biased(
+        self,
+        q: KernelArray,
+        kv: KernelArray,
+        mask: Mask,
+        dout: KernelArray,
+        lse: KernelArray,
+        delta: KernelArray,
+        position_bias: PositionBias,
+    ) -> tuple[KernelArray, KernelArray, jax.Array]:
+        """The gradients of `q`, `kv` and `position_bias.table_RN`, see `Kernel.backward`."""
+
+
 class Sizes(NamedTuple):
     """Sizes that the kernel layout does not tell: tokens of the queries (T) and of the keys (S) on this device, and
     the number of key/value heads (K)."""
@@ -88,31 +112,43 @@ def attend(
     v_BSKH: jax.Array,
     mask: Mask,
     sinks_N: jax.Array | None = None,
+    position_bias: PositionBias | None = None,
 ) -> jax.Array:
-    """out_BTNH, in the dtype of q, equal to `full.attend`. All keys lie on this device."""
-    return _attend(kernel, sizes_of(q_BTNH, k_BSKH), q_BTNH, k_BSKH, v_BSKH, sinks_N, mask)
+    """out_BTNH, in the dtype of q, equal to `full.attend`. All keys lie on this device. Only a `BiasedKernel` can have
+    a `position_bias`."""
+    sizes = sizes_of(q_BTNH, k_BSKH)
+    return _attend(kernel, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, position_bias, mask)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(kernel, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask):
-    return _attend_forward(kernel, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask)[0]
+def _attend(kernel, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, position_bias, mask):
+    return _attend_forward(kernel, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, position_bias, mask)[0]
 
 
-def _attend_forward(kernel, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, mask):
+def _attend_forward(kernel, sizes, q_BTNH, k_BSKH, v_BSKH, sinks_N, position_bias, mask):
     q, kv = kernel.cut_queries(q_BTNH, sizes.K), kernel.cut_keys(k_BSKH, v_BSKH)
-    out, lse = kernel.forward(q, kv, mask, initial_softmax(kernel, sizes, q_BTNH, sinks_N, q.dtype))
+    softmax = initial_softmax(kernel, sizes, q_BTNH, sinks_N, q.dtype)
+    if position_bias is None:
+        out, lse = kernel.forward(q, kv, mask, softmax)
+    else:
+        out, lse = kernel.forward_biased(q, kv, mask, softmax, position_bias)
     out_BTNH, lse = with_remat_names(kernel.join_queries(out, sizes.T), lse)
-    return out_BTNH, (q, kv, sinks_N, mask, out_BTNH, lse)
+    return out_BTNH, (q, kv, sinks_N, position_bias, mask, out_BTNH, lse)
 
 
 def _attend_backward(kernel, sizes, saved, dout_BTNH):
-    q, kv, sinks_N, mask, out_BTNH, lse = saved
+    q, kv, sinks_N, position_bias, mask, out_BTNH, lse = saved
     # The barrier keeps XLA from storing float32 copies of these arrays, which `output_gradients` casts.
     dout_BTNH, out_BTNH = jax.lax.optimization_barrier((dout_BTNH, out_BTNH))
     dout, delta = output_gradients(kernel, sizes, out_BTNH, dout_BTNH)
     dsinks_N = sinks_gradient(kernel, sizes, sinks_N, lse, delta)
-    dq, dkv = kernel.backward(q, kv, mask, dout, lse, delta, jnp.zeros_like(q), jnp.zeros_like(kv))
-    return kernel.join_queries(dq, sizes.T), *kernel.join_keys(dkv, sizes.S), dsinks_N, None
+    if position_bias is None:
+        dbias = None
+        dq, dkv = kernel.backward(q, kv, mask, dout, lse, delta, jnp.zeros_like(q), jnp.zeros_like(kv))
+    else:
+        dq, dkv, dtable_RN = kernel.backward_biased(q, kv, mask, dout, lse, delta, position_bias)
+        dbias = dataclasses.replace(position_bias, table_RN=dtable_RN)
+    return kernel.join_queries(dq, sizes.T), *kernel.join_keys(dkv, sizes.S), dsinks_N, dbias, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

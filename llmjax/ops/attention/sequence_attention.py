@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from llmjax.errors import choose
 from llmjax.ops.attention import full, kernel, ring, ulysses
 from llmjax.ops.attention.blockwise import Blockwise
-from llmjax.ops.attention.kernel import Kernel
+from llmjax.ops.attention.kernel import BiasedKernel, Kernel
 from llmjax.ops.attention.mask import Mask
+from llmjax.ops.position_bias import PositionBias
 
-# attend(q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N) -> out_BTNH
+# attend(q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N, position_bias) -> out_BTNH
 Attend = Callable[..., jax.Array]
 
 
@@ -54,6 +55,11 @@ ATTENTION: dict[str, dict[str, str]] = {
 }
 
 
+def adds_bias(kernel_name: str) -> bool:
+    """Whether the kernel, a name in KERNELS or `full`, can add a bias of positions to its scores."""
+    return kernel_name == "full" or isinstance(KERNELS[kernel_name](0.0), BiasedKernel)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharing:
     """How the `size` devices along the manual mesh axis `axis` share a sequence. Each has a contiguous part of it.
@@ -80,8 +86,8 @@ class Sharing:
 
 
 def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
-    """Returns `attend(q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N)` for one device, equal to `full.attend` of
-    the whole.
+    """Returns `attend(q_BTNH, k_BSKH, v_BSKH, mask, *, softcap, sinks_N, position_bias)` for one device, equal to
+    `full.attend` of the whole. ValueError for a `position_bias` where the kernel cannot add one, or around a ring.
 
     kernel_name  a name in KERNELS, or `full`, the reference, which cannot be used in a ring
     sharing      None if all tokens lie on this device. Otherwise q, k and v are this device's part inside of
@@ -99,17 +105,26 @@ def make_attend(kernel_name: str, sharing: Sharing | None = None) -> Attend:
         *,
         softcap: float = 0.0,
         sinks_N: jax.Array | None = None,
+        position_bias: PositionBias | None = None,
     ) -> jax.Array:
-        def attend_here(q, k, v, mask, sinks_N):
+        if position_bias is not None and not adds_bias(kernel_name):
+            raise ValueError(f"the kernel {kernel_name!r} adds no bias of positions")
+
+        def attend_here(q, k, v, mask, sinks_N, position_bias):
             if kernel_name == "full":
-                return full.attend(q, k, v, mask, softcap=softcap, sinks_N=sinks_N)
-            return kernel.attend(KERNELS[kernel_name](softcap), q, k, v, mask, sinks_N)
+                return full.attend(
+                    q, k, v, mask, softcap=softcap, sinks_N=sinks_N, position_bias=position_bias
+                )
+            return kernel.attend(KERNELS[kernel_name](softcap), q, k, v, mask, sinks_N, position_bias)
 
         def attend_ring(*arrays):
+            *arrays, position_bias = arrays
+            if position_bias is not None:
+                raise ValueError("a ring adds no bias of positions")
             devices = ring.Ring(sharing.axis, sharing.chunks, sharing.ulysses, sharing.others)
             return ring.attend(KERNELS[kernel_name](softcap), devices, *arrays)
 
-        arrays = q_BTNH, k_BSKH, v_BSKH, mask, sinks_N
+        arrays = q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, position_bias
         if algorithm is None or sharing is None:
             return attend_here(*arrays)
         return algorithm(sharing, attend_here, attend_ring, *arrays)
@@ -148,10 +163,11 @@ def gather(
     v_BSKH: jax.Array,
     mask: Mask,
     sinks_N: jax.Array | None,
+    position_bias: PositionBias | None,
 ) -> jax.Array:
-    """`attend_here(q, k, v, mask, sinks_N)` for this device's queries and the keys of all devices."""
+    """`attend_here(q, k, v, mask, sinks_N, position_bias)` for this device's queries and the keys of all devices."""
     # Keys and values travel as one array: one collective instead of two.
     kv_2BSKH = jax.lax.all_gather(jnp.stack([k_BSKH, v_BSKH]), axis, axis=2, tiled=True)
     T = q_BTNH.shape[1]
     part = mask.part(jax.lax.axis_index(axis) * T, T, 0, kv_2BSKH.shape[2])
-    return attend_here(q_BTNH, *kv_2BSKH, part, sinks_N)
+    return attend_here(q_BTNH, *kv_2BSKH, part, sinks_N, position_bias)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.ops.attention.mask import Mask
+from llmjax.ops.position_bias import PositionBias
 
 # The indices of these dimensions in x_BTNH.
 TOKENS, HEADS = 1, 2
@@ -44,11 +45,12 @@ def attend(
     v_BSKH: jax.Array,
     mask: Mask,
     sinks_N: jax.Array | None = None,
+    position_bias: PositionBias | None = None,
 ) -> jax.Array:
     """out_BTNH for this device's queries. N must be a multiple of the group size.
 
-    `inner(q, k, v, mask, sinks_N)` is attention over all tokens of the group, for this device's heads. `mask` is
-    passed on to it.
+    `inner(q, k, v, mask, sinks_N, position_bias)` is attention over all tokens of the group, for this device's heads.
+    `mask` is passed on to it.
     """
     N, K, size = q_BTNH.shape[HEADS], k_BSKH.shape[HEADS], groups.size
     swap = functools.partial(
@@ -59,11 +61,13 @@ def attend(
     kv_2BSKH = jnp.repeat(jnp.stack([k_BSKH, v_BSKH]), copies, axis=HEADS + 1)
     q_BTNH = swap(q_BTNH, split_axis=HEADS, concat_axis=TOKENS)
     k_BSKH, v_BSKH = swap(kv_2BSKH, split_axis=HEADS + 1, concat_axis=TOKENS + 1)
+    # Sinks and biases belong to heads, and this device keeps those of its heads.
+    first = jax.lax.axis_index(groups.axis) % size * (N // size)
     if sinks_N is not None:
-        # Sinks belong to heads, and this device keeps the sinks of its heads.
-        place = jax.lax.axis_index(groups.axis) % size
-        sinks_N = jax.lax.dynamic_slice_in_dim(sinks_N, place * (N // size), N // size)
-    out_BTNH = inner(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N)
+        sinks_N = jax.lax.dynamic_slice_in_dim(sinks_N, first, N // size)
+    if position_bias is not None:
+        position_bias = position_bias.part(first, N // size)
+    out_BTNH = inner(q_BTNH, k_BSKH, v_BSKH, mask, sinks_N, position_bias)
     return swap(out_BTNH, split_axis=TOKENS, concat_axis=HEADS)
 
 

@@ -19,7 +19,7 @@ class CheckpointConfig:
     keep_best        whether the best one is kept too
     init_from        workdir of another run or a folder of transformers, whose parameters this run begins with;
                      "" = random ones
-    init_checkpoint  the checkpoint of that run: latest, best or the number of an update
+    init_checkpoint  the checkpoint of that run: latest, best, the number of an update, or average:N
     """
 
     every: Annotated[int, Range(1, COUNT, "only at the end")] = 100

@@ -13,9 +13,8 @@ import pathlib
 import numpy as np
 import torch
 import transformers
-from random_models import TINY, VARIANTS, config_json
+from random_models import TINY, VARIANTS, architecture, config_json, with_random_numbers
 
-from llmjax.convert.architectures.table import ARCHITECTURES
 from llmjax.convert.verify import logits_of
 
 FOLDER = pathlib.Path(__file__).parent
@@ -31,14 +30,15 @@ def make(variant: str, folder: pathlib.Path) -> None:
     settings = transformers.AutoConfig.from_pretrained(folder)
     settings.initializer_range = 0.4
     torch.manual_seed(0)
-    opened_as = ARCHITECTURES[variant.split()[0]].opened_as
+    opened_as = architecture(variant).opened_as
     pooler = {"add_pooling_layer": False} if opened_as == "AutoModel" else {}
     model = getattr(transformers, opened_as).from_config(settings, attn_implementation="eager", **pooler)
+    with_random_numbers(model, config, torch)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-            parameter.copy_(parameter.half().float())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            # The sinusoids are not read from a file.
+            if "embed_positions" not in name:
+                tensor.copy_(tensor.half().float())
     tokens_BT = np.random.default_rng(0).integers(0, TINY["vocab_size"], (2, 12))
     with torch.no_grad():
         logits_BTV = logits_of(model.eval(), torch.as_tensor(tokens_BT)).numpy()

@@ -48,7 +48,7 @@ def spelled(tokenizer, ids):
 
 def parts(tokenizer, messages):
     """The texts of the parts of a conversation with and without weight, in turn, special ids by their names."""
-    ids, runs = make_format("auto", tokenizer).encode(messages)
+    ids, runs, _ = make_format("auto", tokenizer).encode(messages)
     assert sum(count for count, _ in runs) == len(ids)
     found = {0.0: [], 1.0: []}
     for count, weight in runs:
@@ -74,7 +74,7 @@ def test_a_prompt_and_its_answer_are_the_conversation(name):
     tokenizer = Marked(TEMPLATES[name])
     form = make_format("template", tokenizer)
     assert isinstance(form, TemplateFormat) and tokenizer.piece(form.end) in ("<|eot|>", "</s>")
-    whole, _ = form.encode(TALK[:2])
+    whole, *_ = form.encode(TALK[:2])
     space = " " if name == "mistral" else ""
     answered = [*form.encode_prompt(TALK[:1]), *form.encode_answer(space + TALK[1].text)]
     assert whole[: len(answered)] == answered and not spelled(tokenizer, whole[len(answered) :]).strip()
@@ -86,11 +86,18 @@ def test_a_prompt_and_its_answer_are_the_conversation(name):
 def test_a_message_that_spells_marks_is_text(text):
     tokenizer = Marked(TEMPLATES["tagged"])
     form = make_format("auto", tokenizer)
-    ids, _ = form.encode([Message("user", text), TALK[1]])
-    harmless, _ = form.encode([Message("user", "x"), TALK[1]])
+    ids, *_ = form.encode([Message("user", text), TALK[1]])
+    harmless, *_ = form.encode([Message("user", "x"), TALK[1]])
     special = [[i for i in found if not tokenizer.id_to_bytes(i)] for found in (ids, harmless)]
     assert special[0] == special[1]
     assert text.encode() in bytes(b for i in ids for b in tokenizer.id_to_bytes(i))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_may_be_cut_where_a_message_follows_an_answer(name):
+    form = make_format("auto", Marked(TEMPLATES[name]))
+    ids, _, turns = form.encode(TALK)
+    assert turns == [len(form.encode(TALK[:2]).ids)] and ids[: turns[0]] == form.encode(TALK[:2]).ids
 
 
 @pytest.mark.interop

@@ -19,6 +19,19 @@ def test_statistics_count_used_positions_and_attended_keys():
     assert plan.attended == (10 + 3 + 10 + 10) / 14
 
 
+def test_long_documents_are_cut_at_their_borders_and_every_prediction_is_kept():
+    borders = {1: [3, 7, 9, 20], 2: [], 3: [10]}
+    plan = plan_packing(
+        np.array([4, 27, 12, 11]), np.arange(4), 10, 0, borders=lambda doc: np.array(borders[doc])
+    )
+    pieces = sorted(zip(plan.docs.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True))
+    # No border lies within a row of the place from which 10 tokens are taken.
+    cuts = {0: [(0, 3)], 1: [(0, 9), (9, 10), (19, 7)], 2: [(0, 10), (10, 1)], 3: [(0, 10)]}
+    assert pieces == [(doc, *piece) for doc, of_doc in cuts.items() for piece in of_doc]
+    other = plan_packing(np.array([4, 27, 12, 11]), np.arange(4), 10, 0, borders=lambda doc: np.array([9]))
+    assert plan.num_tokens == 50 and plan.fingerprint != other.fingerprint
+
+
 @EVERY_CORPUS
 @pytest.mark.parametrize("length", [1, 8, 16, 64])
 def test_attended_keys_of_cut_rows_are_those_of_every_piece_within_them(lengths, length):

@@ -1,0 +1,56 @@
+"""Shows which tokens of a text a run learns to write, before it trains: those of the assistant, of a translation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from llmjax.build.corpus import Corpus
+from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from llmjax.escapes import printable
+from llmjax.parallel import hosts
+from llmjax.terminal.bar import above_bars
+from llmjax.terminal.lines import indent
+
+# The most tokens that are shown. A choice.
+SHOWN = 300
+# What stands around learned tokens: on a terminal the codes that turn a text green, and back.
+MARKS, COLORS = ("[[", "]]"), ("\x1b[32m", "\x1b[39m")
+
+
+def show_learned(corpus: Corpus) -> None:
+    """Prints the first document to train on with its learned tokens marked, if only some are. One process prints."""
+    if "weights" not in corpus.train.columns or not hosts.is_primary():
+        return
+    colored = sys.stdout.isatty()
+    text = describe_learned(corpus, COLORS if colored else MARKS)
+    with above_bars():
+        how = "green" if colored else " ".join(MARKS)
+        print(f"learned of the first document: what is {how}\n{indent(text)}\n", flush=True)
+
+
+def describe_learned(corpus: Corpus, marks: tuple[str, str]) -> str:
+    """The first document to train on, with the marks around every run of learned tokens."""
+    store, plan, tokenizer = corpus.store, corpus.train.plan, corpus.tokenizer
+    document = int(plan.docs.min())
+    count = min(int(store.lengths[document]), SHOWN)
+    ids, learned = store.tokens(document, 0, count).tolist(), store.weights(document, 0, count) > 0
+    runs = np.flatnonzero(np.diff(learned, prepend=False, append=False))
+    # A learned run begins at every even entry and ends before the next one.
+    begins, ends = set(runs[::2].tolist()), set(runs[1::2].tolist())
+    parts = []
+    for i, text in enumerate(_texts(tokenizer, ids)):
+        parts += [marks[1] if i in ends else "", marks[0] if i in begins else "", printable(text)]
+    return "".join(parts) + (marks[1] if count in ends else "") + ("..." if count == SHOWN else "")
+
+
+def _texts(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
+    """The text of each id, with the names of special ones; a character stands with the last of its bytes."""
+    name, decoder = getattr(tokenizer, "piece", None), StreamDecoder(tokenizer)
+    for i in ids:
+        if tokenizer.id_to_bytes(i):
+            yield decoder.push(i)
+        else:
+            yield (name(i) if name else "") or f"<{i}>"
