@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 DATA = ["pyarrow>=15", "zstandard>=0.22", "charset-normalizer>=3"]
 CONVERT = ["safetensors>=0.5", "gguf>=0.17", "tokenizers>=0.21", "jinja2>=3.1"]
 TRANSLATE = ["sacrebleu>=2.4"]
+SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "matplotlib>=3.9"]
 TEST = [
     "pytest>=8",
@@ -20,6 +21,7 @@ TEST = [
     *CONVERT,
     *NOTEBOOK,
     *TRANSLATE,
+    *SERVE,
 ]
 
 setup(
@@ -46,7 +48,7 @@ setup(
         "tensorboardX>=2.6.2",
         "tqdm>=4.66",
     ],
-    package_data={"llmjax.report": ["report.css", "report.js"]},
+    package_data={"llmjax.report": ["report.css", "report.js"], "llmjax.serve": ["page.html"]},
     extras_require={
         "data": DATA,
         "convert": CONVERT,
@@ -55,7 +57,15 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "wandb": ["wandb>=0.19.10"],
         "translate": TRANSLATE,
+        "serve": SERVE,
         "test": TEST,
-        "interop": ["torch==2.13.0", "transformers>=4.50", "accelerate>=1.1", "peft>=0.15", *CONVERT],
+        "interop": [
+            "torch==2.13.0",
+            "transformers>=4.50",
+            "accelerate>=1.1",
+            "peft>=0.15",
+            "openai>=1.50",
+            *CONVERT,
+        ],
     },
 )

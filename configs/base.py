@@ -274,6 +274,10 @@ def get_config() -> ConfigDict:
     generate.seed = 0  # decides the sampling
     generate.num_samples = 1  # texts per prompt, in mode generate
     generate.num_beams = 1  # texts side by side in beam search, the likeliest as a whole; 1 = samples
+    generate.min_p = 0.0  # samples only tokens with this share of the largest probability or more; 0 = off
+    generate.repetition_penalty = 1.0  # divides the logits of tokens that are there already; 1 = off
+    generate.stop = ()  # strings that end a text, and are not written
+    generate.slots = 0  # in mode generate, texts side by side, where there are more; 0 = all at once
     generate.length_penalty = 1.0  # beam search divides log-probabilities by the length to this power
 
     # Vectors of texts, for mode embed.
@@ -282,6 +286,18 @@ def get_config() -> ConfigDict:
     embed.normalize = False  # makes vectors of length 1
     embed.read_end = False  # also reads the token that ends a text, as BERT was trained to
     embed.neighbours = 10  # how many nearest neighbours --neighbours shows
+
+    # The server of mode serve; see docs/serving.md. The environment variable LLMJAX_API_KEY asks clients for a key.
+    c.serve = serve = ConfigDict()
+    serve.host = "127.0.0.1"  # the address to listen at: this machine alone; 0.0.0.0 = all its networks
+    serve.port = 8000  # 0 = a free one, which is printed
+    serve.slots = 8  # texts that are written at the same time; each has a cache of its own
+    serve.max_context = 0  # tokens of a prompt and its answer; 0 = data.seq_len
+    serve.max_text_tokens = 4096  # the most new tokens that a request may ask for in a text
+    serve.max_queue = 64  # texts that may wait for a slot; more are refused
+    serve.max_body_bytes = 1_000_000  # the largest request
+    serve.max_seconds = 600.0  # the longest that a request may take
+    serve.shutdown_seconds = 10.0  # how long texts may go on after the server was told to stop
 
     c.plan = plan = ConfigDict()
     plan.topology = ""  # compile for this TPU (v5p:4x4x4; v5e:4x4*2 = two slices), not the devices at hand

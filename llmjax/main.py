@@ -8,10 +8,12 @@
     translate write the translation of each of these texts, for a run of the task translation
     classify  label each --prompt, each line of --prompt_file, or without both each line of standard input
     embed     print the vector of each of these texts, or with --neighbours=TEXT what is nearest to it; --table=FILE
+    serve     answer requests in the form of OpenAI's API, and serve a page to chat with, at --config.serve.port
     plan      explain the config and compile its step, for these devices or --config.plan.topology, without running it
 
 With --workdir alone, the config saved there is used. SIGTERM and Ctrl-C stop a training run after saving it, and the
-same command continues it. A second Ctrl-C ends it at once. The other modes end at the first one.
+same command continues it. A second Ctrl-C ends it at once. The other modes end at the first one; serve
+ends its texts before, with exit code 0.
 
 exit code  0    everything is done
            1    training or a later stage failed; trained parameters are saved, and one sentence says what to do

@@ -81,7 +81,7 @@ MISTAKES = {
                 "set one of the two to 0"),
     "shards": (["--config.compute.accumulation_steps=4"],
               "compute.micro_batch_size=4 is not divisible by the 8 shards", "change it"),
-    "mode": (["--mode=trian"], "--mode=trian", "train|evaluate|generate|chat|translate|classify|embed|plan"),
+    "mode": (["--mode=trian"], "--mode=trian", "train|evaluate|generate|chat|translate|classify|embed|serve|plan"),
     "flag": (["--wrkdir=x"], "--wrkdir is no flag", "did you mean --workdir?"),
     "word": (["train"], "'train' is not a flag", "--name=value"),
     "prompts": (["--mode=generate", "--prompt_file=/nowhere.txt"],

@@ -20,7 +20,7 @@ from llmjax.workdir.standing import has_begun
 # The sections and keys that may change when a run goes on. The sections `mesh` and `compute` only say how the work is
 # cut and where things lie.
 FREE_ON_RESUME = (
-    "mesh", "compute", "controller", "stability", "evaluate", "metrics", "generate", "embed",
+    "mesh", "compute", "controller", "stability", "evaluate", "metrics", "generate", "embed", "serve",
     "plan",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
     "train.num_updates", "train.batch_schedule", "train.batch_points", "train.statistics_every", "train.patience",

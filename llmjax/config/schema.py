@@ -20,6 +20,7 @@ from llmjax.models.table import SECTIONS as FAMILY_SECTIONS
 from llmjax.nn.config import ModelConfig
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.ranges import FOLD, Range, check_ranges
+from llmjax.serve.config import ServeConfig
 from llmjax.tasks.table import SECTIONS as TASK_SECTIONS
 from llmjax.tasks.table import TaskConfig
 from llmjax.train.checkpoint.config import CheckpointConfig
@@ -79,6 +80,7 @@ class Config(OwnSections):
     metrics: MetricsConfig
     generate: GenerateConfig
     embed: EmbedConfig
+    serve: ServeConfig
     plan: PlanConfig
 
     def __post_init__(self) -> None:

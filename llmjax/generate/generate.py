@@ -13,7 +13,7 @@ import numpy as np
 
 from llmjax.errors import UserError
 from llmjax.models.contract import Cache, Model, ReadsSource
-from llmjax.ops.logits import sample
+from llmjax.ops.logits import Settings, sample, sample_rows
 from llmjax.ops.seeds import make_key
 from llmjax.ranges import FOLD, Range, Unset, check_ranges
 from llmjax.types import Params
@@ -36,6 +36,10 @@ class GenerateConfig:
     num_samples  how many texts are sampled for each prompt
     num_beams    W, the continuations of a prompt that beam search keeps side by side; 1 samples instead
     length_penalty  the power of the length by which beam search divides a log-probability
+    min_p        sample only ids with at least this share of the largest probability; 0 is off
+    repetition_penalty  divides positive logits of ids that are there already, and multiplies negative ones; 1 is off
+    stop         a text ends before the first of these strings
+    slots        the texts of mode generate that are written side by side, if there are more; 0 writes all at once
     """
 
     max_tokens: Annotated[int, Range(1, 2**20)]
@@ -46,6 +50,10 @@ class GenerateConfig:
     num_samples: Annotated[int, Range(1, 1024), Unset(1)]
     num_beams: Annotated[int, Range(1, 1024), Unset(1)]
     length_penalty: Annotated[float, Range(-1e3, 1e3), Unset(1.0)]
+    min_p: Annotated[float, Range(0, 1), Unset(0.0)]
+    repetition_penalty: Annotated[float, Range(0, 1e4, above=True), Unset(1.0)]
+    stop: Annotated[tuple[str, ...], Unset(())]
+    slots: Annotated[int, Range(1, 4096, "all at once"), Unset(0)]
 
     def __post_init__(self):
         check_ranges("generate", self)
@@ -54,6 +62,15 @@ class GenerateConfig:
                 f"generate.length_penalty={self.length_penalty} is without effect for generate.num_beams=1; set "
                 "generate.num_beams, or leave it at 1.0"
             )
+        sampling = {"min_p": 0.0, "repetition_penalty": 1.0, "stop": (), "slots": 0}
+        for key, off in sampling.items():
+            if self.num_beams > 1 and getattr(self, key) != off:
+                raise UserError(
+                    f"generate.{key}={getattr(self, key)!r} is without effect for generate.num_beams={self.num_beams}, "
+                    f"which searches and samples nothing; leave it at {off!r}, or set generate.num_beams=1"
+                )
+        if "" in self.stop:
+            raise UserError("generate.stop has an empty string, which ends every text; leave it out")
         if self.num_samples > self.num_beams > 1:
             raise UserError(
                 f"generate.num_samples={self.num_samples} is more than generate.num_beams={self.num_beams}, the texts "
@@ -126,26 +143,39 @@ def make_generator(
     is continued up to this number of tokens, plus one more, which is predicted from the last of them.
     It compiles once for each number of samples and each `width_of(tokens of the longest prompt)`.
     """
-    pick = functools.partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    punishes = config.repetition_penalty != 1
 
-    def choose(logits_BV: jax.Array, rngs_B: jax.Array, step: jax.Array) -> jax.Array:
+    def choose(logits_BV: jax.Array, rngs_B: jax.Array, step: jax.Array, seen_BV: jax.Array) -> jax.Array:
         logits_BV = without_ids(logits_BV, banned_ids)
         # Each row draws from its own key and step number, so that it does not depend on the batch.
-        return jax.vmap(lambda rng, logits_V: pick(jax.random.fold_in(rng, step), logits_V[None])[0])(
-            rngs_B, logits_BV
-        )
+        rngs_B = jax.vmap(lambda rng: jax.random.fold_in(rng, step))(rngs_B)
+        return _draw(config, rngs_B, logits_BV, seen_BV)
 
     # Keys and cache are made within this program: made outside of it, each operation would be a program of its own.
     @jax.jit
     def prefill(params: Params, prompts: Rows, sources: Rows | None, index_B: jax.Array, number_B: jax.Array):
-        rngs_B = jax.vmap(functools.partial(_key, config.seed))(index_B, number_B)
+        rngs_B = jax.vmap(functools.partial(sample_key, config.seed))(index_B, number_B)
         last_BV, cache = read_prompts(model, params, prompts, sources, round_up(config.max_tokens))
-        return choose(last_BV, rngs_B, jnp.zeros((), jnp.int32)), cache, rngs_B
+        # Without a penalty nobody looks at it.
+        seen_BV = jnp.zeros(last_BV.shape if punishes else (len(last_BV), 1), bool)
+        if punishes:
+            rows_B1 = jnp.arange(len(last_BV))[:, None]
+            seen_BV = seen_BV.at[rows_B1, prompts.tokens_BT].max(prompts.valid_BT())
+        return choose(last_BV, rngs_B, jnp.zeros((), jnp.int32), seen_BV), cache, rngs_B, seen_BV
 
-    @functools.partial(jax.jit, donate_argnums=2)
-    def extend(params: Params, tokens_B: jax.Array, cache: Cache, rngs_B: jax.Array, step: jax.Array):
+    @functools.partial(jax.jit, donate_argnums=(2, 5))
+    def extend(
+        params: Params,
+        tokens_B: jax.Array,
+        cache: Cache,
+        rngs_B: jax.Array,
+        step: jax.Array,
+        seen_BV: jax.Array,
+    ):
         logits_BTV, cache = model.decode(params, tokens_B[:, None], cache)
-        return choose(logits_BTV[:, 0], rngs_B, step), cache
+        if punishes:
+            seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
+        return choose(logits_BTV[:, 0], rngs_B, step, seen_BV), cache, seen_BV
 
     def generate(
         params: Params,
@@ -159,7 +189,7 @@ def make_generator(
         rows = make_rows([prompts[i] for i in index], width_of)
         read = None if sources is None else make_rows([sources[i] for i in index], width_of)
         limits = room(rows, read, config.max_tokens, model.position_limit)
-        next_B, cache, rngs_B = prefill(
+        next_B, cache, rngs_B, seen_BV = prefill(
             params, rows, read, (first + index).astype(np.int32), number.astype(np.uint32)
         )
         ended = np.zeros(len(index), bool)
@@ -171,9 +201,19 @@ def make_generator(
             ended |= step >= limits
             if ended.all():
                 return
-            next_B, cache = extend(params, next_B, cache, rngs_B, np.int32(step))
+            next_B, cache, seen_BV = extend(params, next_B, cache, rngs_B, np.int32(step), seen_BV)
 
     return generate
+
+
+def _draw(config: GenerateConfig, rngs_B: jax.Array, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array:
+    """An id for each row, int32 [B]. `seen_BV` are the ids that its text has, where there is a penalty for them."""
+    if config.min_p or config.repetition_penalty != 1:
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        columns = [jnp.full(len(logits_BV), getattr(config, name)) for name in names]
+        return sample_rows(rngs_B, logits_BV, seen_BV, Settings(*columns))
+    pick = functools.partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    return jax.vmap(lambda rng, logits_V: pick(rng, logits_V[None])[0])(rngs_B, logits_BV)
 
 
 def without_ids(logits_BV: jax.Array, ids: Sequence[int]) -> jax.Array:
@@ -228,7 +268,7 @@ def room(prompts: Rows, sources: Rows | None, max_tokens: int, position_limit: i
     return limits
 
 
-def _key(seed: int, index: jax.Array, number: jax.Array) -> jax.Array:
+def sample_key(seed: int, index: jax.Array, number: jax.Array) -> jax.Array:
     """The key of sample `number`, from 0, of the prompt `index`. The first sample has the key of the prompt."""
     key = jax.random.fold_in(make_key(seed), index)
     # The key of a sample is folded with the numbers of its steps as well, which FURTHER keeps apart.

@@ -18,11 +18,11 @@ from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
 from llmjax.data.chat.formats import CHATML, make_format
 from llmjax.data.chat.messages import ASSISTANT, ChatFormat, Message, special_ids
-from llmjax.data.tokenizer.tokenizer import StreamDecoder
 from llmjax.errors import UserError
 from llmjax.escapes import complain, show
 from llmjax.files import write_atomically
 from llmjax.generate.generate import make_generator, power_of_two
+from llmjax.generate.text import StoppedText, until_stop
 from llmjax.modes.generate import Loaded, given_part, load, mode_for, no_text
 from llmjax.modes.parts.interactive import Leave, converse
 from llmjax.modes.request import Request
@@ -49,11 +49,11 @@ def run(request: Request) -> int:
             "--mode=chat is a conversation in one terminal, and there are several processes; start one"
         )
     config = request.config.generate
-    for key, value in (("num_samples", config.num_samples), ("num_beams", config.num_beams)):
-        if value > 1:
+    for key, off in (("num_samples", 1), ("num_beams", 1), ("slots", 0)):
+        if (value := getattr(config, key)) != off:
             raise UserError(
                 f"generate.{key}={value} is without effect for --mode=chat, which gives one answer as it is written; "
-                "leave it at 1"
+                f"leave it at {off}"
             )
     loaded = load(request, on_terminal)
     chat = Chat(loaded)
@@ -108,7 +108,8 @@ class Chat:
         """The assistant's answer to what the user says; `on_text` is called with each piece of it as it comes."""
         messages = [*self.messages, Message("user", text)]
         prompt, messages = self._fit(messages)
-        decoder, pieces = StreamDecoder(self._loaded.tokenizer, continues=True), []
+        stops = self._loaded.program.config.generate.stop
+        decoder, pieces = StoppedText(self._loaded.tokenizer, stops, continues=True), []
 
         def add(piece: str) -> None:
             pieces.append(piece)
@@ -119,6 +120,8 @@ class Chat:
         for ids in watch(self._generate(self._loaded.params, [prompt], number)):
             if ids[0] is not None:
                 add(decoder.push(ids[0]))
+            if decoder.stopped:
+                break
         add(decoder.flush())
         # An answer that was stopped at once is none, and the next one must not follow on it.
         said = "".join(pieces)
@@ -215,6 +218,6 @@ def make_answer(program: Program, corpus: Corpus) -> Callable[[Params, Watch], l
 
     def sample(params: Params, watch: Watch) -> list[tuple[str, str]]:
         new = [token[0] for token in watch(write(params, [prompt])) if token[0] is not None]
-        return [(tokenizer.decode(prompt), tokenizer.decode(new, continues=True))]
+        return [(tokenizer.decode(prompt), until_stop(tokenizer.decode(new, continues=True), config.stop))]
 
     return sample

@@ -129,8 +129,7 @@ class TextEmbedder:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [texts, D]. A text that is longer than the model was trained on is cut at its end, which is said."""
         program = self._loaded.program
-        rows, length = program.probe_shape(1)
-        length = program.derived.source_len or length
+        (rows, _), length = program.probe_shape(1), self._length
         encoded = [self._ids(text) for text in texts]
         long = [len(ids) for ids in encoded if len(ids) > length]
         if long:
@@ -139,9 +138,19 @@ class TextEmbedder:
             return np.zeros((0, program.config.model.model_dim), np.float32)
         return text_vectors(self._run, [self._cut(ids, length) for ids in encoded], (rows, length))
 
+    def size_of(self, text: str) -> tuple[int, int]:
+        """The tokens of a text as the model reads it, and the most that are read of one."""
+        return len(self._ids(text)), self._length
+
     def _run(self, arrays: Arrays) -> jax.Array:
         vectors: jax.Array = self._pooled(self._loaded.params, self._loaded.program.placement.place(arrays))
         return vectors
+
+    @property
+    def _length(self) -> int:
+        """The most tokens of a text that are read."""
+        derived = self._loaded.program.derived
+        return derived.source_len or self._loaded.program.probe_shape(1)[1]
 
     @property
     def _ends(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +18,12 @@ from llmjax.config.init_from import own_tokenizer, with_tokenizer
 from llmjax.data.examples.contract import Prompt, Prompting
 from llmjax.data.store.store import Store
 from llmjax.data.tokenizer.loading import load_tokenizer
-from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.data.tokenizer.vocabulary import vocabulary_of
 from llmjax.errors import UserError, choose
 from llmjax.escapes import show
 from llmjax.generate.beam_search import Search, make_beam_search
+from llmjax.generate.engine import Engine, Order, Sampling, write_all
 from llmjax.generate.generate import (
     Generate,
     GenerateConfig,
@@ -30,6 +31,7 @@ from llmjax.generate.generate import (
     power_of_two,
     round_up,
 )
+from llmjax.generate.text import StoppedText, until_stop
 from llmjax.modes.parts.interactive import converse
 from llmjax.modes.request import Request
 from llmjax.parallel import hosts
@@ -180,6 +182,13 @@ class Writer:
         self._loaded, self._speaks = loaded, speaks
         self._config = loaded.program.config.generate
         self._examples = loaded.program.derived.examples
+        if self._config.slots:
+            alone = jax.process_count() == 1
+            if not alone or "source" in self._examples.columns:
+                raise UserError(
+                    f"generate.slots={self._config.slots} writes side by side, and "
+                    f"{'each text reads another one' if alone else 'there are several processes'}; leave it at 0"
+                )
         make = searcher if self._config.num_beams > 1 else generator
         self._generate: Any = make(loaded.program, loaded.tokenizer, self._config, width_of)
 
@@ -217,7 +226,7 @@ class Writer:
                 for prompt, texts in zip(prompts, found, strict=True)
             ]
         decoders = [
-            StreamDecoder(tokenizer, continues=not writes_anew and bool(prompt))
+            StoppedText(tokenizer, self._config.stop, continues=not writes_anew and bool(prompt))
             for prompt in prompts
             for _ in range(num_samples)
         ]
@@ -227,16 +236,43 @@ class Writer:
             texts[row] += text
             on_text(row, text)
 
-        tokens = iter(watch(self._generate(loaded.params, ids, first, sources)))
+        def has_ended(row: int) -> bool:
+            return decoders[row].stopped
+
+        if 0 < self._config.slots < len(decoders):
+            pairs = self._side_by_side(ids, first, has_ended)
+        else:
+            pairs = _all_at_once(self._generate(loaded.params, ids, first, sources), len(decoders), has_ended)
+        tokens = iter(watch(pairs))
         with working("reading the prompt", self._speaks):
             first_tokens = list(itertools.islice(tokens, 1))
-        for new in itertools.chain(first_tokens, tokens):
-            for row, token in enumerate(new):
-                if token is not None:
-                    add(row, decoders[row].push(token))
+        for row, token in itertools.chain(first_tokens, tokens):
+            add(row, decoders[row].push(token))
         for row, decoder in enumerate(decoders):
             add(row, decoder.flush())
         return [texts[row : row + num_samples] for row in range(0, len(texts), num_samples)]
+
+    def _side_by_side(
+        self, prompts: Sequence[Sequence[int]], first: int, has_ended: Callable[[int], bool]
+    ) -> Iterator[tuple[int, int]]:
+        """Yields (row, id), as `_all_at_once` does, of texts of which generate.slots are written at the same time."""
+        config, loaded, tokenizer = self._config, self._loaded, self._loaded.tokenizer
+        settings = {field.name: getattr(config, field.name, 0) for field in dataclasses.fields(Sampling)}
+        orders = [
+            Order(
+                tuple(prompt),
+                config.max_tokens,
+                Sampling(**settings | {"index": first + index, "number": number}),
+                ends=(tokenizer.eos_id,),
+            )
+            for index, prompt in enumerate(prompts)
+            for number in range(config.num_samples)
+        ]
+        context = max(map(len, prompts)) + config.max_tokens
+        engine = Engine(
+            loaded.program.model, loaded.params, config.slots, context, banned_ids=no_text(tokenizer)
+        )
+        yield from write_all(engine, orders, has_ended)
 
     def _remark(self, prompts: Sequence[Sequence[int]], key: str, trained: int) -> None:
         """Says what a user should know of the texts, once for each thing.
@@ -259,6 +295,18 @@ class Writer:
             if kind not in self._loaded.told:
                 self._loaded.told.add(kind)
                 warn(f"note: {note}")
+
+
+def _all_at_once(
+    tokens: Iterable[Sequence[int | None]], rows: int, has_ended: Callable[[int], bool]
+) -> Iterator[tuple[int, int]]:
+    """Yields (row, id) of texts whose next tokens come together, until all have ended."""
+    for new in tokens:
+        for row, token in enumerate(new):
+            if token is not None and not has_ended(row):
+                yield row, token
+        if all(map(has_ended, range(rows))):
+            return
 
 
 def sources_of(prompts: Sequence[Prompt]) -> list[Sequence[int]] | None:
@@ -291,7 +339,8 @@ def make_sampler(program: Program, corpus: Corpus) -> Callable[[Params, Watch], 
 
     def sample(params: Params, watch: Watch) -> list[tuple[str, str]]:
         new = [ids[0] for ids in watch(write(params, [prompt])) if ids[0] is not None]
-        return [(tokenizer.decode(prompt[1:]), tokenizer.decode(new, continues=len(prompt) > 1))]
+        text = until_stop(tokenizer.decode(new, continues=len(prompt) > 1), one.stop)
+        return [(tokenizer.decode(prompt[1:]), text)]
 
     return sample
 

@@ -41,5 +41,6 @@ MODES = {
     "embed": Mode(
         needs="parameters", flags=("checkpoint", "prompt", "prompt_file", "jsonl", "neighbours", "table")
     ),
+    "serve": Mode(needs="parameters", flags=("checkpoint",)),
     "plan": Mode(needs="nothing", for_topology=True),
 }

@@ -20,6 +20,7 @@ from llmjax.data.examples.contract import Prompt
 from llmjax.errors import UserError
 from llmjax.escapes import show
 from llmjax.generate.generate import power_of_two
+from llmjax.generate.text import until_stop
 from llmjax.modes.generate import Writer, generator, given_part, load, mode_for, sources_of
 from llmjax.modes.parts.interactive import converse
 from llmjax.modes.request import Request
@@ -160,6 +161,7 @@ def make_translation(program: Program, corpus: Corpus) -> Callable[[Params, Watc
 
     def sample(params: Params, watch: Watch) -> list[tuple[str, str]]:
         tokens = watch(write(params, [prompt.tokens], 0, sources_of([prompt])))
-        return [(text, tokenizer.decode([new[0] for new in tokens if new[0] is not None]))]
+        written = tokenizer.decode([new[0] for new in tokens if new[0] is not None])
+        return [(text, until_stop(written, greedy.stop))]
 
     return sample

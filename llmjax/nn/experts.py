@@ -20,7 +20,7 @@ from llmjax.errors import choose
 from llmjax.nn.config import BlockConfig
 from llmjax.nn.layers import MLP, matrix
 from llmjax.ops.activation import ACTIVATIONS
-from llmjax.ops.experts import balance, route, run_experts
+from llmjax.ops.experts import balance, joining_slots, route, run_experts
 from llmjax.parallel.rules import Layout, partition_spec, without_axes
 
 # The name of a loss term -> float32 [B, T], its coefficient included.
@@ -57,9 +57,10 @@ class Experts(nn.Module):
         # A choice between experts is not smooth, so that it is made in float32.
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD, w_router_DE, preferred_element_type=jnp.float32)
         experts_BTJ, gates_BTJ, probabilities_BTE = route(logits_BTE, c.experts_per_token, c.normalize_gates)
-        out_BTD = self._on_each_device(activation.function, Layout() if alone else self.layout)(
-            x_BTD, experts_BTJ, gates_BTJ, w_up_EDF, w_gate_EDF, w_down_EDF
-        )
+        run = self._on_each_device(activation.function, Layout() if alone else self.layout)
+        # Generation may decode slots that are apart.
+        run = joining_slots(run) if alone else run
+        out_BTD = run(x_BTD, experts_BTJ, gates_BTJ, w_up_EDF, w_gate_EDF, w_down_EDF)
         if c.shared_experts:
             shared = dataclasses.replace(c, mlp_dim=c.shared_experts * F)
             out_BTD = out_BTD + MLP(shared, self.layout, name="shared")(x_BTD)

@@ -9,9 +9,11 @@ The letter X counts tokens, Y the pairs of a token and one of its experts, and J
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
 
 def route(logits_BTE: jax.Array, per_token: int, normalize: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -76,3 +78,19 @@ def run_experts(
     # Back to the order of the tokens: the inverse of a permutation is where it puts each number.
     out_XJD = jnp.take(out_YD, jnp.argsort(order_Y), axis=0).reshape(X, J, -1)
     return jnp.sum(out_XJD * gates_XJ[..., None].astype(jnp.float32), axis=1)
+
+
+def joining_slots(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`run(x_BTD, experts_BTJ, gates_BTJ, *weights)`, for which `jax.vmap` over the first three joins the mapped
+    dimension and B: the grouped product has no rule of its own. It has no gradient.
+    """
+    joined = custom_vmap(run)
+
+    @joined.def_vmap
+    def _(size: int, mapped: Any, *arrays: Any) -> tuple[jax.Array, bool]:
+        assert all(mapped[:3]) and not any(jax.tree.leaves(mapped[3:]))
+        tokens = (x.reshape(-1, *x.shape[2:]) for x in arrays[:3])
+        out_BTD = run(*tokens, *arrays[3:])
+        return out_BTD.reshape(size, -1, *out_BTD.shape[1:]), True
+
+    return joined

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import V
+from sections import section
 
 from llmjax.errors import UserError
 from llmjax.generate.beam_search import make_beam_search
-from llmjax.generate.generate import GenerateConfig, make_generator, make_rows, read_prompts
+from llmjax.generate.generate import make_generator, make_rows, read_prompts
 
-ONE = GenerateConfig(
-    max_tokens=2, temperature=0.0, top_k=0, top_p=1.0, seed=0, num_samples=1, num_beams=V, length_penalty=1.0
-)
+ONE = section("generate", max_tokens=2, temperature=0.0, top_k=0, top_p=1.0, seed=0, num_beams=V)
 EOS = 7
 PROMPTS = [[1, 5, 9, 3], [2], [7, 30, 11]]
 SOURCES = [[4, 6], [5, 5, 8, 20], [9]]

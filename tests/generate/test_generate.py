@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sections import block_section
+from sections import block_section, section
 
 from llmjax.errors import UserError
-from llmjax.generate.generate import GenerateConfig, _key, make_generator
+from llmjax.generate.generate import make_generator, sample_key
 from llmjax.models.gpt import GPT
 from llmjax.nn.config import resolve
 from llmjax.ops.attention.mask import self_mask
@@ -19,9 +19,7 @@ from llmjax.types import Batch
 
 V = 37
 MODEL = GPT(resolve(block_section(num_layers=2, model_dim=16, num_heads=2, init_std=0.5)), V, 128)
-GREEDY = GenerateConfig(
-    max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0, num_samples=1, num_beams=1, length_penalty=1.0
-)
+GREEDY = section("generate", max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0)
 PROMPTS = [[1, 5, 9, 3], [2], [7] * 70]
 
 
@@ -60,43 +58,16 @@ def test_greedy_decoding_of_several_prompts_equals_the_full_pass(params):
 
 
 def test_a_sample_depends_on_seed_and_number_only(params):
-    config = GenerateConfig(
-        max_tokens=10,
-        temperature=1.0,
-        top_k=0,
-        top_p=0.9,
-        seed=3,
-        num_samples=1,
-        num_beams=1,
-        length_penalty=1.0,
-    )
+    config = section("generate", max_tokens=10, temperature=1.0, top_k=0, top_p=0.9, seed=3)
     together = [list(c) for c in zip(*generate(config)(params, PROMPTS[:2]), strict=True)]
     assert [row[0] for row in generate(config)(params, PROMPTS[:1])] == together[0]
-    other = GenerateConfig(
-        max_tokens=10,
-        temperature=1.0,
-        top_k=0,
-        top_p=0.9,
-        seed=4,
-        num_samples=1,
-        num_beams=1,
-        length_penalty=1.0,
-    )
+    other = section("generate", max_tokens=10, temperature=1.0, top_k=0, top_p=0.9, seed=4)
     assert [row[0] for row in generate(other)(params, PROMPTS[:1])] != together[0]
 
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_several_samples_of_a_prompt_differ_and_the_first_are_those_of_fewer(count, params):
-    config = GenerateConfig(
-        max_tokens=10,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        seed=3,
-        num_samples=1,
-        num_beams=1,
-        length_penalty=1.0,
-    )
+    config = section("generate", max_tokens=10, temperature=1.0, top_k=0, top_p=1.0, seed=3)
     one = rows_of(generate(config)(params, PROMPTS), len(PROMPTS))
     more = dataclasses.replace(config, num_samples=count)
     rows = rows_of(generate(more)(params, PROMPTS), len(PROMPTS) * count)
@@ -109,7 +80,7 @@ def test_several_samples_of_a_prompt_differ_and_the_first_are_those_of_fewer(cou
 def test_a_further_sample_shares_no_draw_with_the_steps_of_the_first(params):
     """Of 10 steps and 10 samples, none may be drawn with the key of another."""
     numbers = jnp.arange(10, dtype=jnp.uint32)
-    keys = jax.vmap(lambda number: _key(3, jnp.int32(0), number))(numbers)
+    keys = jax.vmap(lambda number: sample_key(3, jnp.int32(0), number))(numbers)
     draws = jax.vmap(lambda key: jax.vmap(lambda step: jax.random.fold_in(key, step))(numbers))(keys)
     used = jax.random.key_data(draws).reshape(-1, 2).tolist() + jax.random.key_data(keys).tolist()
     assert len({tuple(key) for key in used}) == 110
@@ -170,16 +141,7 @@ def generate_learned(config, eos_id=V):
 @pytest.mark.parametrize("max_tokens", [1, 5, 24, 40])
 def test_each_prompt_has_the_limit_that_it_has_alone(max_tokens):
     params = jax.jit(LEARNED.init)(jax.random.key(2))
-    config = GenerateConfig(
-        max_tokens=max_tokens,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        seed=0,
-        num_samples=1,
-        num_beams=1,
-        length_penalty=1.0,
-    )
+    config = section("generate", max_tokens=max_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0)
     prompts = [[1, 5, 9, 3, 8], [2], [7] * 24, [4] * 23, [6, 5] * 6]
     together = rows_of(generate_learned(config)(params, prompts), len(prompts))
     alone = [rows_of(generate_learned(config)(params, [prompt]), 1)[0] for prompt in prompts]
