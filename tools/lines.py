@@ -24,7 +24,7 @@ import sys
 from typing import Any
 
 # Package -> the extra of llmjax that installs it.
-EXTRAS = {"torch": "interop", "libtpu": "tpu"}
+EXTRAS = {"torch": "interop", "transformers": "interop", "libtpu": "tpu"}
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

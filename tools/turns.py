@@ -51,6 +51,8 @@ def take_turns(makes: Sequence[Callable[[], tuple[Work, Any]]], rounds: int) -> 
         here, there = spawn.Pipe()
         processes.append(spawn.Process(target=_serve, args=(there, make), daemon=True))
         processes[-1].start()
+        # Only the side holds the other end now, so that reading from one that has died fails and does not wait.
+        there.close()
         pipes.append(here)
         facts.append(here.recv())
     values = [[] for _ in pipes]

@@ -100,7 +100,9 @@ def resume_or_init(
             params, begun_with = None, program.config.checkpoint.init_from
             if begun_with:
                 update, params = initial_params(program, lambda sentence: say(f"note: {sentence}"))
-                say(f"beginning with the parameters of update {update} of {begun_with}")
+                which = program.config.checkpoint.init_checkpoint
+                mean = f"the mean ({which}) to " if which.startswith("average") else ""
+                say(f"beginning with the parameters of {mean}update {update} of {begun_with}")
             if program.config.lora.init_from:
                 say(f"beginning with the adapters in {program.config.lora.init_from}")
             state = begin_with(program, params)

@@ -53,7 +53,7 @@ def run(request: Request) -> int:
         rows = describe(corpus, program, workdir)
     say(f"plan\n{format_table(rows)}")
     if not config.plan.topology:
-        show_learned(corpus)
+        show_learned(program, corpus)
     for remark in remarks(program):
         say(f"note: {remark}")
     with working("compiling the step"):

@@ -128,7 +128,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
         if not position.update:
-            show_learned(corpus)
+            show_learned(program, corpus)
         say_beginning(program, so_far, position, finished, request.started)
         # Where a sink cannot be had on the first process, none may go on to wait for it.
         recorder = together(lambda: open_recorder(program, workdir, position, stop))

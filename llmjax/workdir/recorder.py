@@ -7,7 +7,7 @@ One JSON object a line. `{"kind": "train", "update": n, ...}` once per update, w
     loss                  mean per target token, exact over the update's micro-steps
     learning_rate, grad_norm, accumulation_steps
     seq_len               of the rows trained on
-    packing_efficiency    summed target weights / positions
+    packing_efficiency    summed target weights / positions, where all tokens of documents have weight 1
     data_wait             seconds of this update spent waiting for the next batch
     tokens_per_second     absent where the step was compiled: at a start, and where seq_len changes; and where a profile
                           begins or ends

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from llmjax.build.model import make_model, make_model_tuning
+from llmjax.build.model import has_reference, make_model, make_model_tuning
 from llmjax.build.program import Program
 from llmjax.config.imported import settings_of
 from llmjax.config.resolve import Derived
@@ -42,6 +42,12 @@ def check_tuning(
     # No name depends on the vocabulary, which is not known yet.
     model = make_model(config, derived, mesh.shape["tensor"], Layout(mesh))
     tuning = make_model_tuning(config, model)
+    if config.lora.init_from and has_reference(config):
+        raise UserError(
+            f"lora.init_from={config.lora.init_from!r} changes the model that task.name={config.task.name!r} compares "
+            "with; begin with a model that has these adapters added (checkpoint.init_from), or set preference.loss to "
+            "simpo or orpo"
+        )
     if config.lora.init_from and not standing.has_begun(workdir):
         architecture, folder = choose_architecture(settings_of(config)), pathlib.Path(config.lora.init_from)
         peft_folder.check_adapters(folder, _settings(config), "lora.init_from")

@@ -34,7 +34,7 @@ class MarkedFormat:
             if number and messages[number - 1].role == ASSISTANT:
                 turns.append(len(ids))
             opening, text = self.opening[message.role], message.text
-            said = self.encode_answer(text) if message.role == ASSISTANT else self.tokenizer.encode(text)
+            said = [*self.tokenizer.encode(text), *([self.end] if message.role == ASSISTANT else [])]
             ids += [*opening, *said, *self.closing[message.role]]
             weight = 1.0 if message.role == ASSISTANT else 0.0
             runs += [(len(opening), 0.0), (len(said), weight), (len(self.closing[message.role]), 0.0)]
@@ -42,9 +42,6 @@ class MarkedFormat:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         return [*self.encode(messages).ids, *self.opening[ASSISTANT]]
-
-    def encode_answer(self, text: str) -> list[int]:
-        return [*self.tokenizer.encode(text), self.end]
 
 
 def _plain(tokenizer: Tokenizer) -> ChatFormat:

@@ -52,9 +52,6 @@ class ChatFormat(Protocol):
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids after which the assistant's answer follows."""
 
-    def encode_answer(self, text: str) -> list[int]:
-        """The ids of an answer after its prompt, with its end."""
-
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """The ids of a tokenizer that no text gives, by the names of their pieces, if it has such names."""

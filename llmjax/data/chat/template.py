@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmjax.errors import UserError
-from llmjax.ranges import shown
+from llmjax.ranges import LONGEST
 
-# The most steps of all loops of a template, and the most characters that it may write. Choices: conversations need far
-# fewer.
-MOST_STEPS, MOST_CHARACTERS = 1_000_000, 50_000_000
-# The filter that counts the steps of a loop.
-COUNTED = "counted_steps"
+# The most steps of all loops and calls of a template, the most characters that it may write, and the largest number
+# that it may give to a function, such as a width. Choices: conversations need far less.
+MOST_STEPS, MOST_CHARACTERS, MOST_WIDTH = 1_000_000, 20_000_000, 10_000
+# The filters that are put around what a loop goes through, and in the place of the operator ~.
+COUNTED, JOINED = "counted_steps", "joined_texts"
+# Jinja's own filters that fill texts up to a width.
+WIDE = ("center", "format", "indent", "wordwrap")
+WAY_OUT = "set the format of conversations to chatml or plain, or give another template"
 
 
 class TemplateError(UserError):
@@ -27,7 +31,7 @@ class TemplateError(UserError):
 
 
 class Template:
-    """A compiled chat template. It can be called from several threads, one after the other.
+    """A compiled chat template.
 
     Raises TemplateError for a program that is not one of Jinja, and UserError if the package jinja2 is missing.
     """
@@ -37,32 +41,57 @@ class Template:
         self._template = self._compile(source)
 
     def _compile(self, source: str) -> Any:
-        jinja2, sandbox = _jinja()
-        environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), "jinja2.ext.loopcontrols"]
-        )
-        # Products of long texts would fill the memory.
-        environment.intercepted_binops = frozenset(("*", "**", "+", "~"))
-        environment.call_binop = _limited_operator(environment.call_binop)
-        environment.filters["tojson"] = _to_json
-        environment.filters[COUNTED] = self._count
-        environment.globals["raise_exception"] = _refuse
+        jinja2, environment = _jinja(), self._environment()
         try:
             tree = environment.parse(source)
             for loop in tree.find_all(jinja2.nodes.For):
                 loop.iter = jinja2.nodes.Filter(loop.iter, COUNTED, [], [], None, None)
+            for joined in tree.find_all(jinja2.nodes.Concat):
+                parts = jinja2.nodes.List(joined.nodes)
+                joined.nodes = [jinja2.nodes.Filter(parts, JOINED, [], [], None, None)]
             code = environment.compile(tree)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise TemplateError(f"the chat template is no program of Jinja ({error}); give another") from None
+            raise TemplateError(f"the chat template is no program of Jinja ({error}); {WAY_OUT}") from None
         return environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+    def _environment(self) -> Any:
+        """The sandbox, with what templates expect of it, and with limits."""
+        sandbox: Any = _jinja().sandbox.ImmutableSandboxedEnvironment
+        template = self
+
+        class Limited(sandbox):
+            # Products of long texts, and texts that are filled up to a width, would fill the memory.
+            intercepted_binops = frozenset(("*", "**", "+", "%"))
+
+            def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+                _check_operands(operator, left, right)
+                return super().call_binop(context, operator, left, right)
+
+            def call(__self, __context: Any, __obj: Any, *values: Any, **named: Any) -> Any:
+                # Macros may call themselves.
+                template._step()
+                if isinstance(getattr(__obj, "__self__", None), str):
+                    _check_widths([*values, *named.values()])
+                return super().call(__context, __obj, *values, **named)
+
+        environment = Limited(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), "jinja2.ext.loopcontrols"]
+        )
+        environment.filters |= {name: _limited(environment.filters[name]) for name in WIDE}
+        environment.filters |= {"tojson": _to_json, COUNTED: self._count, JOINED: _join}
+        environment.globals["raise_exception"] = _refuse
+        # It writes as much filler as one asks for.
+        del environment.globals["lipsum"]
+        return environment
+
+    def _step(self) -> None:
+        self._steps += 1
+        if self._steps > MOST_STEPS:
+            raise TemplateError(f"the chat template repeats itself more than {MOST_STEPS:,} times; {WAY_OUT}")
 
     def _count(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
-            self._steps += 1
-            if self._steps > MOST_STEPS:
-                raise TemplateError(
-                    f"the chat template repeats itself more than {MOST_STEPS:,} times; give another"
-                )
+            self._step()
             yield value
 
     def render(
@@ -76,7 +105,6 @@ class Template:
 
         Raises TemplateError, in one sentence, if the template fails or refuses the conversation.
         """
-        jinja2, _ = _jinja()
         self._steps, length, parts = 0, 0, []
         copies = [dict(message) for message in messages]
         values = {"messages": copies, "tools": None, "documents": None, "add_generation_prompt": answer}
@@ -85,26 +113,23 @@ class Template:
                 length += len(part)
                 if length > MOST_CHARACTERS:
                     raise TemplateError(
-                        f"the chat template writes more than {MOST_CHARACTERS:,} characters; give another"
+                        f"the chat template writes more than {MOST_CHARACTERS:,} characters; {WAY_OUT}"
                     )
                 parts.append(part)
         except TemplateError:
             raise
-        except (jinja2.TemplateError, RecursionError, MemoryError) as error:
-            raise TemplateError(
-                f"the chat template fails on a conversation ({_reason(error)}); give another"
-            ) from None
         # A template does what any program does: it divides by 0, adds a text to a number, asks for a missing entry.
         except Exception as error:
+            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise TemplateError(
-                f"the chat template fails on a conversation ({type(error).__name__}: {_reason(error)}); give another"
+                f"the chat template fails on a conversation ({_cut(why)}); {WAY_OUT}"
             ) from None
         return "".join(parts)
 
 
 @functools.cache
-def _jinja() -> tuple[Any, Any]:
-    """The package jinja2 and its sandbox. UserError where it is not installed."""
+def _jinja() -> Any:
+    """The package jinja2, with its sandbox. UserError where it is not installed."""
     try:
         import jinja2
         import jinja2.sandbox
@@ -113,7 +138,7 @@ def _jinja() -> tuple[Any, Any]:
             "the tokenizer has a chat template, which needs the package jinja2; pip install llmjax[convert], or set "
             "the format of conversations to chatml or plain"
         ) from None
-    return jinja2, jinja2.sandbox
+    return jinja2
 
 
 @functools.cache
@@ -131,22 +156,50 @@ def _generation_tag() -> type:
     return Generation
 
 
-def _limited_operator(call: Any) -> Any:
-    """The operators of the sandbox, which refuse to make texts, lists and numbers that are too long."""
+def _check_operands(operator: str, left: Any, right: Any) -> None:
+    """TemplateError where an operator would make a text, a list or a number that is too long."""
+    long = [len(x) for x in (left, right) if isinstance(x, str | list | tuple)]
+    numbers = [abs(x) for x in (left, right) if isinstance(x, int | float)]
+    size = max(long, default=1) * max(numbers, default=1) if operator == "*" else sum(long)
+    if operator == "**" and len(numbers) == 2:
+        size = numbers[1] * len(str(numbers[0]))
+    if operator == "%" and isinstance(left, str):
+        _check_widths([left])
+    if size > MOST_CHARACTERS:
+        raise TemplateError(
+            f"the chat template makes values of more than {MOST_CHARACTERS:,} parts; {WAY_OUT}"
+        )
 
-    def limited(context: Any, operator: str, left: Any, right: Any) -> Any:
-        long = [len(x) for x in (left, right) if isinstance(x, str | list | tuple)]
-        numbers = [abs(x) for x in (left, right) if isinstance(x, int | float)]
-        size = max(long, default=1) * max(numbers, default=1) if operator == "*" else sum(long)
-        if operator == "**" and len(numbers) == 2:
-            size = numbers[1] * len(str(numbers[0]))
-        if size > MOST_CHARACTERS:
-            raise TemplateError(
-                f"the chat template makes values of more than {MOST_CHARACTERS:,} parts; give another"
-            )
-        return call(context, operator, left, right)
+
+def _limited(function: Any) -> Any:
+    """`function`, which refuses numbers that are widths beyond all need."""
+
+    @functools.wraps(function)
+    def limited(*values: Any, **named: Any) -> Any:
+        _check_widths([*values, *named.values()])
+        return function(*values, **named)
 
     return limited
+
+
+def _check_widths(values: Iterable[Any]) -> None:
+    """TemplateError where one of the values is a very large number, or a text with one after a percent sign."""
+    for value in values:
+        widths = [value] if isinstance(value, int | float) else []
+        if isinstance(value, str) and "%" in value:
+            widths = [int(digits) for digits in re.findall(r"%[-+ #0]*\d*\.?(\d{5,18})", value)]
+        if any(abs(width) > MOST_WIDTH for width in widths):
+            raise TemplateError(f"the chat template asks for a width of more than {MOST_WIDTH:,}; {WAY_OUT}")
+
+
+def _join(parts: Sequence[Any]) -> str:
+    """The texts of the operator ~ as one."""
+    texts = [str(part) for part in parts]
+    if sum(map(len, texts)) > MOST_CHARACTERS:
+        raise TemplateError(
+            f"the chat template makes values of more than {MOST_CHARACTERS:,} parts; {WAY_OUT}"
+        )
+    return "".join(texts)
 
 
 def _to_json(
@@ -164,9 +217,10 @@ def _to_json(
 
 def _refuse(message: Any) -> None:
     raise TemplateError(
-        f"the chat template refuses a conversation: {_reason(message)}; change it, or its format"
+        f"the chat template refuses a conversation: {_cut(str(message))}; change it, or its format"
     )
 
 
-def _reason(error: Any) -> str:
-    return shown(str(error)).strip("'\"")
+def _cut(text: str) -> str:
+    """The beginning of a text, as long as a sentence shows it."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

@@ -32,6 +32,7 @@ class TemplateFormat:
         longest_first = sorted(self._special, key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._tokens = _named_tokens(tokenizer, self._special)
+        self._spaced = getattr(tokenizer, "prefixes_parts", False)
         self.end = self._find_end()
 
     def _find_end(self) -> int:
@@ -54,27 +55,42 @@ class TemplateFormat:
         for number, message in enumerate(messages):
             if message.role != ASSISTANT:
                 continue
-            before = self._render(messages[:number], answer=True)
-            after = self._render(messages[: number + 1])
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise TemplateError(
-                    f"the chat template writes message {number + 1} otherwise when more follows, so that nobody can "
-                    "say which tokens the assistant wrote; use the format chatml or plain"
-                )
-            add(whole[at : len(before)], False)
-            add(whole[len(before) : len(after)], True)
-            at = len(after)
+            before, after = self._answer(messages, number, whole)
+            add(whole[at:before], False)
+            add(whole[before:after], True)
+            at = after
             if number + 1 < len(messages):
                 turns.append(len(ids))
         add(whole[at:], False)
         return Spoken(ids, [run for run in runs if run[0]], turns)
 
+    def _answer(self, messages: Sequence[Message], number: int, whole: str) -> tuple[int, int]:
+        """Where in `whole`, the text of all messages, the answer of message `number` begins and where it ends.
+
+        Raises TemplateError where the template writes something else once more follows, or before an answer.
+        """
+        before = self._render(messages[:number], answer=True)
+        after = self._render(messages[: number + 1])
+        way_out = "; set the format of conversations to chatml or plain"
+        if not after.startswith(before):
+            raise TemplateError(
+                f"the chat template asks for message {number + 1} otherwise than it writes it, so that nobody can say "
+                f"which tokens the assistant wrote{way_out}"
+            )
+        # Some templates end a text with a token that goes away when more follows.
+        differs = (i for i, (a, b) in enumerate(zip(whole, after)) if a != b)
+        end = next(differs, min(len(whole), len(after)))
+        said, text = after[len(before) :], messages[number].text.strip()
+        if end < len(after) and (text not in said or text not in after[len(before) : end]):
+            raise TemplateError(
+                f"the chat template writes message {number + 1} otherwise when more follows, so that nobody can say "
+                f"which tokens the assistant wrote{way_out}"
+            )
+        return len(before), end
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         messages, guard = self._guarded(messages)
         return self._ids(self._render(messages, answer=True), guard)
-
-    def encode_answer(self, text: str) -> list[int]:
-        return [*self._tokenizer.encode(text, continues=True), self.end]
 
     def _render(self, messages: Sequence[Message], answer: bool = False) -> str:
         said = [{"role": message.role, "content": message.text} for message in messages]
@@ -96,7 +112,9 @@ class TemplateFormat:
         for mark in [*self._marks.finditer(text), None]:
             part = text[at : mark.start() if mark else len(text)].replace(guard, "")
             if part:
-                ids += self._tokenizer.encode(part, continues=continues or bool(ids))
+                # Some tokenizers put a space before what follows a special token, too.
+                within = continues or bool(ids)
+                ids += self._tokenizer.encode(part, continues=within and not self._spaced)
             if mark:
                 ids.append(self._special[mark[0]])
                 at = mark.end()

@@ -158,6 +158,14 @@ class HeldOutBy(Protocol):
 
 
 @runtime_checkable
+class HeldOutByText(Protocol):
+    """A task that says itself what decides whether a record is held out, where no field by itself does."""
+
+    def decisive(self, record: Mapping[str, str | int]) -> str:
+        """The text of which records that are alike are on the same side."""
+
+
+@runtime_checkable
 class InParts(Protocol):
     """A task of one field and no optional column that can encode a long document part by part.
 

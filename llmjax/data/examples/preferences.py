@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import ClassVar
 
-from llmjax.data.chat.messages import ASSISTANT, Message
+from llmjax.data.chat.messages import ASSISTANT, ChatFormat, Message
 from llmjax.data.examples.contract import Example
 from llmjax.data.examples.conversations import format_for, read_messages, short, with_system
 from llmjax.data.tokenizer.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ class Preferences:
     prompt_field: str
     form: str
     system: str
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     further_texts: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[tuple[str, ...]] = ("weights", "source")
 
@@ -46,11 +47,6 @@ class Preferences:
     def structured(self) -> tuple[str, ...]:
         return self.fields
 
-    @property
-    def held_out_by(self) -> tuple[str, ...]:
-        """A prompt may have several pairs, and the model has seen it if it was trained on one of them."""
-        return (self.prompt_field or self.text_field,)
-
     def check(self, record: Mapping[str, str | int]) -> None:
         self.read(record)
 
@@ -61,10 +57,19 @@ class Preferences:
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
         prompt, *answers = self.read(record)
         form = format_for(self.form, tokenizer)
-        given = form.encode_prompt(prompt)
-        chosen, rejected = (form.encode_answer(answer) for answer in answers)
+        (given, chosen), (again, rejected) = (_last_answer(form, prompt, answer) for answer in answers)
+        if given != again:
+            raise UserError(
+                "the chat template writes the prompt of a pair in two ways for its two answers, so that they cannot be "
+                "compared; set preference.format to chatml or plain"
+            )
         weights = ((len(given), 0.0), (len(chosen), 1.0))
         return Example([*given, *chosen], weights=weights, source=[*given, *rejected])
+
+    def decisive(self, record: Mapping[str, str | int]) -> str:
+        """A prompt may have several pairs, and the model has seen it if it was trained on one of them."""
+        prompt, _, _ = self.read(record)
+        return json.dumps(prompt, ensure_ascii=False)
 
     def read(self, record: Mapping[str, str | int]) -> tuple[list[Message], str, str]:
         """The messages before the answers, the preferred answer, and the other.
@@ -79,7 +84,8 @@ class Preferences:
                 f"the conversations in {self.text_field!r} and {self.rejected_field!r} differ before their last "
                 "messages, which alone are compared; cut them after the first message that differs"
             )
-        prompt = [*prompt, *before]
+        # Conversations often begin with the prompt that is in a field of its own as well.
+        prompt = before if prompt and before[: len(prompt)] == prompt else [*prompt, *before]
         if not prompt:
             raise UserError(
                 f"a pair has no prompt before its answer {short(chosen.text)!r}; name its field in "
@@ -102,3 +108,13 @@ class Preferences:
         if not text.strip():
             raise UserError(f"the field {name!r} of a pair has no text; leave the pair out")
         return read_messages(text) or [Message(role, text)]
+
+
+def _last_answer(form: ChatFormat, prompt: list[Message], answer: str) -> tuple[list[int], list[int]]:
+    """The ids of a conversation up to its last message, which is `answer`, and those of the answer with its end."""
+    ids, runs, _ = form.encode([*prompt, Message(ASSISTANT, answer)])
+    # What follows the end of an answer is not learned, and not compared.
+    behind = runs[-1][0] if not runs[-1][1] else 0
+    last = runs[-1] if not behind else runs[-2]
+    stop = len(ids) - behind
+    return ids[: stop - last[0]], ids[stop - last[0] : stop]

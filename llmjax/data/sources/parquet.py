@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_parquet(file: SourceFile, reading: Reading, stats: ReadStats) -> Parts:
             raise UserError(
                 f"data.sources names {file.path!r}, which is {kind} Parquet file: {remedy} it."
             ) from None
-        kinds = [_kind(schema, i, field, file) for i, field in enumerate(reading.fields)]
+        kinds = [_kind(schema, i, field, file, reading.structured) for i, field in enumerate(reading.fields)]
         before, number = stats.bytes_read, 0
         for columns in _batches(table, file, reading.fields, kinds):
             for row in zip(*columns):
@@ -61,7 +62,9 @@ def _errors() -> tuple[type[Exception], ...]:
     return (lib.ArrowException, OSError, ValueError, OverflowError, IndexError)
 
 
-def _kind(schema: Any, i: int, field: str, file: SourceFile) -> Callable[[Any], list]:
+def _kind(
+    schema: Any, i: int, field: str, file: SourceFile, structured: Sequence[str]
+) -> Callable[[Any], list]:
     """The function that turns a column of the field number `i` into a list of bytes, lists of bytes, or integers."""
     from pyarrow import types
 
@@ -79,6 +82,8 @@ def _kind(schema: Any, i: int, field: str, file: SourceFile) -> Callable[[Any], 
     inner = kind.value_type if types.is_dictionary(kind) else kind
     if _is_text(inner):
         return _text
+    if field in structured and types.is_nested(inner):
+        return _objects
     is_list = types.is_list(inner) or types.is_large_list(inner) or types.is_fixed_size_list(inner)
     if is_list and _is_text(inner.value_type):
         return _lists
@@ -117,6 +122,12 @@ def _lists(column: Any) -> list:
 
     column = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
     return column.cast(pyarrow.large_list(pyarrow.large_binary())).to_pylist()
+
+
+def _objects(column: Any) -> list:
+    """The lists or objects of a column as JSON text."""
+    values = column.to_pylist()
+    return [None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in values]
 
 
 def _batches(

@@ -24,7 +24,7 @@ from typing import IO, TypeVar
 
 import numpy as np
 
-from llmjax.data.examples.contract import Example, Examples, HeldOutBy, InParts, Several
+from llmjax.data.examples.contract import Example, Examples, HeldOutBy, HeldOutByText, InParts, Several
 from llmjax.data.store.columns import LABEL, RUN, token_dtype
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
@@ -91,10 +91,15 @@ def encode_records(tokenizer: Tokenizer, examples: Examples, batch: Batch) -> En
         ragged["turns"] = _concatenate([example.turns for example in made], np.dtype("<u4"))
     # The first field is the text of the document.
     text = examples.fields[0]
-    decisive = examples.held_out_by if isinstance(examples, HeldOutBy) else examples.fields
+    if isinstance(examples, HeldOutByText):
+        decisive = [examples.decisive(record) for record in records]
+    else:
+        names = examples.held_out_by if isinstance(examples, HeldOutBy) else examples.fields
+        # A single field has no separator, so that its hash is the hash of the text.
+        decisive = ["\0".join(str(record[name]) for name in names) for record in records]
     num_bytes, firsts = np.zeros(len(made), "<i8"), np.cumsum(counts) - counts
     num_bytes[firsts] = [len(str(record[text]).encode()) for record in records]
-    hashes = np.array([_hash(record, decisive) for record in records], "<u8")
+    hashes = np.array([_hash(one) for one in decisive], "<u8")
     fixed = {"num_bytes": num_bytes, "hashes": np.repeat(hashes, counts)}
     if "label" in examples.columns:
         fixed["label"] = np.array([example.label for example in made], LABEL)
@@ -119,11 +124,9 @@ def _concatenate(values: Sequence[Sequence], dtype: np.dtype) -> tuple[np.ndarra
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype), lengths
 
 
-def _hash(record: Fields, fields: Sequence[str]) -> int:
-    """A 64-bit hash of the fields of a record."""
-    # A single field has no separator, so that its hash is the hash of the text.
-    data = "\0".join(str(record[field]) for field in fields).encode()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+def _hash(text: str) -> int:
+    """A 64-bit hash of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def encode_batches(

@@ -65,6 +65,7 @@ class JsonTokenizer:
         self.definition, self.special = definition, special
         contents = _parse(definition)
         self._style = _style_of(contents)
+        self.prefixes_parts = _prefixes_parts(contents)
         prefix, plain = _without_prefix(contents)
         self._library = _library_tokenizer(plain)
         # Special tokens in a text are encoded as any other text.
@@ -277,6 +278,22 @@ def _without_prefix(contents: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             prefix, step["prepend_scheme"] = "unless_space", "never"
             step.pop("add_prefix_space", None)
     return prefix, copied
+
+
+def _prefixes_parts(contents: Mapping[str, Any]) -> bool:
+    """Whether the package also puts a space before each part of a text that follows a special token."""
+    if any(step.get("type") == "Prepend" for step in _steps(contents["normalizer"], "normalizers")):
+        return True
+    asks = [
+        step
+        for step in _steps(contents["pre_tokenizer"], "pretokenizers")
+        if step.get("add_prefix_space", True)
+    ]
+    return any(
+        step.get("type") == "ByteLevel"
+        or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") == "always")
+        for step in asks
+    )
 
 
 def _piece_bytes(piece: str, characters: Mapping[str, int] | None) -> bytes:

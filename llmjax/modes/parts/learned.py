@@ -8,11 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from llmjax.build.corpus import Corpus
+from llmjax.build.program import Program
+from llmjax.data.examples.conversations import format_for
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llmjax.escapes import printable
 from llmjax.parallel import hosts
+from llmjax.tasks.table import conversation_keys
 from llmjax.terminal.bar import above_bars
-from llmjax.terminal.lines import indent
+from llmjax.terminal.lines import indent, warn
 
 # The most tokens that are shown. A choice.
 SHOWN = 300
@@ -20,7 +23,7 @@ SHOWN = 300
 MARKS, COLORS = ("[[", "]]"), ("\x1b[32m", "\x1b[39m")
 
 
-def show_learned(corpus: Corpus) -> None:
+def show_learned(program: Program, corpus: Corpus) -> None:
     """Prints the first document to train on with its learned tokens marked, if only some are. One process prints."""
     if "weights" not in corpus.train.columns or not hosts.is_primary():
         return
@@ -29,21 +32,44 @@ def show_learned(corpus: Corpus) -> None:
     with above_bars():
         how = "green" if colored else " ".join(MARKS)
         print(f"learned of the first document: what is {how}\n{indent(text)}\n", flush=True)
+    if program.task.use == "chat" and not _learns_to_end(program, corpus):
+        warn(
+            "note: the chat template writes no token that ends an answer, so that answers only end after "
+            "generate.max_tokens; set the format of conversations to chatml or plain to learn one"
+        )
+
+
+def _learns_to_end(program: Program, corpus: Corpus) -> bool:
+    """Whether the first document, a conversation, has the end of an answer among its learned tokens."""
+    keys = conversation_keys(program.config.task.name, program.config.tasks)
+    end, store, document = format_for(keys.format, corpus.tokenizer).end, corpus.store, _first(corpus)
+    return bool(np.any((store.tokens(document) == end) & (store.weights(document) > 0)))
+
+
+def _first(corpus: Corpus) -> int:
+    """The number of the first document to train on."""
+    return int(corpus.train.plan.docs.min())
 
 
 def describe_learned(corpus: Corpus, marks: tuple[str, str]) -> str:
-    """The first document to train on, with the marks around every run of learned tokens."""
-    store, plan, tokenizer = corpus.store, corpus.train.plan, corpus.tokenizer
-    document = int(plan.docs.min())
-    count = min(int(store.lengths[document]), SHOWN)
-    ids, learned = store.tokens(document, 0, count).tolist(), store.weights(document, 0, count) > 0
+    """The first document to train on, or the part of it around what is learned first, with the marks around every run
+    of learned tokens."""
+    store, tokenizer, document = corpus.store, corpus.tokenizer, _first(corpus)
+    all_learned = store.weights(document) > 0
+    begin = max(0, int(np.argmax(all_learned)) - SHOWN // 2)
+    count = min(len(all_learned) - begin, SHOWN)
+    ids, learned = store.tokens(document, begin, begin + count).tolist(), all_learned[begin : begin + count]
     runs = np.flatnonzero(np.diff(learned, prepend=False, append=False))
     # A learned run begins at every even entry and ends before the next one.
     begins, ends = set(runs[::2].tolist()), set(runs[1::2].tolist())
-    parts = []
+    parts = ["..." if begin else ""]
     for i, text in enumerate(_texts(tokenizer, ids)):
         parts += [marks[1] if i in ends else "", marks[0] if i in begins else "", printable(text)]
-    return "".join(parts) + (marks[1] if count in ends else "") + ("..." if count == SHOWN else "")
+    return (
+        "".join(parts)
+        + (marks[1] if count in ends else "")
+        + ("..." if begin + count < len(all_learned) else "")
+    )
 
 
 def _texts(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:

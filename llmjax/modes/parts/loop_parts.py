@@ -75,6 +75,7 @@ def make_run(
         steering=program.steering,
         micro_batch_size=program.batch.micro_batch_size,
         seq_len=program.batch.seq_len,
+        weighs_all="weights" not in corpus.train.columns and program.task.sees_both_sides is False,
         evaluate_every=config.evaluate.every,
         patience=config.train.patience,
         statistics_every=config.train.statistics_every,

@@ -336,7 +336,7 @@ class _Loop:
             "learning_rate": done.decision.learning_rate,
             "accumulation_steps": len(steps),
             "seq_len": done.decision.length,
-            "packing_efficiency": total(steps, "weight") / positions,
+            **({"packing_efficiency": total(steps, "weight") / positions} if run.weighs_all else {}),
             "data_wait": done.data_wait,
         }
         noise_scale = self.histories[1].controller.noise_scale

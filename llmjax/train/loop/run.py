@@ -61,6 +61,7 @@ class Run:
     steering            decides about each update
     micro_batch_size    sequences per micro-step, over all devices
     seq_len             positions per sequence
+    weighs_all          whether every token of a document has weight 1, so that their sum says how full the rows are
     evaluate_every      updates between evaluations; 0 = only at the end
     patience            the run ends after as many evaluations in a row without a better score; 0 = never
     statistics_every    updates between per-layer statistics; 0 = never
@@ -100,6 +101,7 @@ class Run:
     describe_batch: Callable[[int, int], str]
     write_documents: Callable[[str, int, int], str]
     save_partial_update: Callable[[State, dict], None]
+    weighs_all: bool = True
     patience: int = 0
     statistics_every: int = 0
     sample: Callable[[State, int], None] = lambda state, update: None

@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+from llmjax.data.chat.formats import make_format
+from llmjax.data.chat.messages import Message
 from llmjax.data.examples.conversations import Conversations
 from llmjax.data.examples.preferences import Preferences
 from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
 from llmjax.errors import UserError
+from tests.data.chat.test_template import TEMPLATES, Marked
 
 TOKENIZER = ByteTokenizer(16)
 SYSTEM, USER, ASSISTANT = TOKENIZER.reserved_ids[:3]
@@ -36,10 +39,28 @@ def test_the_same_pair_in_three_forms_is_the_same_example():
     whole = {"chosen": talk(*before, good), "rejected": talk(*before, bad)}
     alone = Preferences("chosen", "rejected", "", "plain", "")
     assert alone.encode(whole, TOKENIZER) == expected
-    assert alone.held_out_by == ("chosen",) and PAIRS.held_out_by == ("prompt",)
+    # All forms of a prompt decide alike whether a pair is held out.
+    assert alone.decisive(whole) == PAIRS.decisive(apart) == PAIRS.decisive({**apart, "rejected": "another"})
+    # Conversations that begin with the prompt that has a field of its own as well do not say it twice.
+    assert PAIRS.encode({"prompt": talk(*before), **whole}, TOKENIZER) == expected
     # What both begin with is what a conversation begins with.
     talks = Conversations("chosen", "plain", "").encode(whole, TOKENIZER)
     assert talks.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma", "tagged"])
+def test_answers_are_what_the_template_makes_of_them(name):
+    tokenizer = Marked(TEMPLATES[name])
+    pairs = Preferences("chosen", "rejected", "prompt", "template", "")
+    example = pairs.encode({"prompt": "hi", "chosen": "good", "rejected": "bad"}, tokenizer)
+    for answer, ids in (("good", example.tokens), ("bad", example.source)):
+        whole, runs, _ = make_format("template", tokenizer).encode(
+            [Message("user", "hi"), Message("assistant", answer)]
+        )
+        learned = [count for count, weight in runs if weight]
+        end = runs[0][0] + learned[0]
+        assert len(learned) == 1 and list(ids) == whole[:end]
+        assert example.weights[0] == runs[0]
 
 
 def test_a_system_message_stands_before_all():
