@@ -47,7 +47,7 @@ class TemplateFormat:
         whole, at, ids, runs, turns = self._render(messages), 0, list[int](), Runs(), list[int]()
 
         def add(text: str, is_answer: bool) -> None:
-            found = self._ids(text, guard, continues=bool(ids))
+            found = self._ids(text, guard, ids[-1:])
             learned = found.index(self.end) + 1 if is_answer and self.end in found else len(found) * is_answer
             ids.extend(found)
             runs.extend([(learned, 1.0), (len(found) - learned, 0.0)])
@@ -106,19 +106,19 @@ class TemplateFormat:
 
         return [Message(m.role, self._marks.sub(guarded, m.text)) for m in messages], guard
 
-    def _ids(self, text: str, guard: str, continues: bool = False) -> list[int]:
-        """The ids of a text that the template wrote, or of a part of it that `continues` another."""
-        ids, at = list[int](), 0
+    def _ids(self, text: str, guard: str, before: Sequence[int] = ()) -> list[int]:
+        """The ids of a text that the template wrote, or of a part of it; `before` has the id before it, if any."""
+        ids, at = [*before], 0
         for mark in [*self._marks.finditer(text), None]:
             part = text[at : mark.start() if mark else len(text)].replace(guard, "")
             if part:
-                # Some tokenizers put a space before what follows a special token, too.
-                within = continues or bool(ids)
-                ids += self._tokenizer.encode(part, continues=within and not self._spaced)
+                # Some tokenizers put a space before what follows a special token, as before a whole text.
+                begins = not ids or (self._spaced and ids[-1] in self._special.values())
+                ids += self._tokenizer.encode(part, continues=not begins)
             if mark:
                 ids.append(self._special[mark[0]])
                 at = mark.end()
-        return ids
+        return ids[len(before) :]
 
 
 def _named_tokens(tokenizer: Tokenizer, special: Mapping[str, int]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Chat templates: written as transformers writes them, with marks that no message can spell, and within limits."""
 
+import json
 import pathlib
 import time
 
@@ -10,6 +11,7 @@ from llmjax.data.chat.messages import Message
 from llmjax.data.chat.template import MOST_STEPS, Template, TemplateError
 from llmjax.data.chat.template_format import TemplateFormat
 from llmjax.data.tokenizer.byte_tokenizer import ByteTokenizer
+from llmjax.data.tokenizer.loading import load_tokenizer
 from llmjax.errors import UserError
 
 # Templates in the ways of Llama 3, Gemma, Mistral and of models with tags around what the assistant writes.
@@ -107,6 +109,39 @@ def test_a_template_writes_what_transformers_writes(name):
                 continue
             expected = theirs.apply_chat_template(said, tokenize=False, add_generation_prompt=answer)
             assert template.render(said, answer=answer, tokens=tokens) == expected
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("spaces", ["prepend", "always", "first", "never", "bytes"])
+def test_ids_are_those_of_transformers_however_a_tokenizer_puts_spaces(spaces, tmp_path):
+    transformers, tokenizers = (pytest.importorskip(name) for name in ("transformers", "tokenizers"))
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    before = tokenizers.pre_tokenizers
+    if spaces == "prepend":
+        steps = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+        library.normalizer = tokenizers.normalizers.Sequence(steps)
+    elif spaces == "bytes":
+        library.pre_tokenizer = before.ByteLevel(add_prefix_space=True)
+    else:
+        library.pre_tokenizer = before.Metaspace(prepend_scheme=spaces, split=False)
+    marks = ["<unk>", "<s>", "</s>", "<|start|>", "<|eot|>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=marks)
+    library.train_from_iterator(["user hello there\nassistant how are you system bye now"] * 9, trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["tagged"])
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=TEMPLATES["tagged"], **special
+    )
+    form = make_format("auto", load_tokenizer(tmp_path))
+    talk = [Message("user", "hello there"), Message("assistant", "how are"), Message("user", "bye")]
+    said = [{"role": m.role, "content": m.text} for m in talk]
+    for answer, ids in ((False, form.encode(talk).ids), (True, form.encode_prompt(talk))):
+        expected = theirs.apply_chat_template(
+            said, add_generation_prompt=answer, tokenize=True, return_dict=False
+        )
+        assert ids == expected
 
 
 @pytest.mark.parametrize("source, message", [
