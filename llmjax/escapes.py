@@ -17,6 +17,8 @@ from typing import TextIO
 CONTROL_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff]"
 )
+# The codes that turn a text green on a terminal, and back.
+GREEN = ("\x1b[32m", "\x1b[39m")
 # Words of 400 characters or more are shortened in error messages. A choice.
 LONG_WORD = re.compile(r"\S{400,}")
 
@@ -43,6 +45,15 @@ def escape_breaks(text: str, tabs: bool = False) -> str:
     return text.replace("\t", "\\t") if tabs else text
 
 
+def show_marked(text: str, marks: tuple[str, str]) -> None:
+    """Prints `text` to standard output, with what is between the marks green on a terminal and in [[ ]] elsewhere."""
+    on_terminal = sys.stdout.isatty()
+    text = printable(text) if on_terminal else text
+    for mark, shown in zip(marks, GREEN if on_terminal else ("[[", "]]"), strict=True):
+        text = text.replace(mark, shown)
+    _print(text, sys.stdout, "\n")
+
+
 def show(text: str, *, file: TextIO | None = None, end: str = "\n") -> None:
     """Prints `text` to `file` (by default standard output) and flushes it; with escapes if `file` is a terminal.
 
@@ -50,7 +61,10 @@ def show(text: str, *, file: TextIO | None = None, end: str = "\n") -> None:
     """
     # Looked up here and not as the default, because tests and notebooks replace sys.stdout.
     file = sys.stdout if file is None else file
-    text = printable(text) if file.isatty() else text
+    _print(printable(text) if file.isatty() else text, file, end)
+
+
+def _print(text: str, file: TextIO, end: str) -> None:
     try:
         print(text, end=end, file=file, flush=True)
     except UnicodeEncodeError as error:

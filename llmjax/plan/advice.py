@@ -57,7 +57,10 @@ def remarks(program: Program, saved: Mapping[str, Any] | None = None, tokens: in
 
 def _wide_adapters(program: Program) -> list[str]:
     """A sentence where adapters are wider than a matrix, which no matrix A B of its size needs."""
-    shapes, rank = flatten(program.params_shape), program.config.lora.rank
+    rank = program.config.lora.rank
+    if not rank:
+        return []
+    shapes = flatten(program.params_shape)
     narrow: dict[str, int] = {}
     for path, adapter in program.tuning.adapters.items():
         sides = (adapter.role.inputs, adapter.role.outputs)

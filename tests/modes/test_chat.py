@@ -93,7 +93,7 @@ def test_long_conversations_are_cut_between_turns_which_the_plan_says(tmp_path, 
         in said
     )
     spoken = "<1><6>a b<7>[[c c c c c c c c c c <2>]]<6>a b<7>[[c c"
-    assert f"learned of the first document: what is [[ ]]\n  | {spoken}" in said
+    assert f"learned of the first document: what is [[marked]]\n  | {spoken}" in said
 
 
 def test_no_two_answers_are_drawn_alike(trained, monkeypatch):

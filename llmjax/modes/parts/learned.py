@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +10,7 @@ from llmjax.build.corpus import Corpus
 from llmjax.build.program import Program
 from llmjax.data.examples.conversations import format_for
 from llmjax.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
-from llmjax.escapes import printable
+from llmjax.escapes import show_marked
 from llmjax.parallel import hosts
 from llmjax.tasks.table import conversation_keys
 from llmjax.terminal.bar import above_bars
@@ -19,19 +18,17 @@ from llmjax.terminal.lines import indent, warn
 
 # The most tokens that are shown. A choice.
 SHOWN = 300
-# What stands around learned tokens: on a terminal the codes that turn a text green, and back.
-MARKS, COLORS = ("[[", "]]"), ("\x1b[32m", "\x1b[39m")
+# Characters of private use around learned tokens, which `show_marked` shows in its way.
+HIDDEN = ("\ue010", "\ue011")
 
 
 def show_learned(program: Program, corpus: Corpus) -> None:
     """Prints the first document to train on with its learned tokens marked, if only some are. One process prints."""
     if "weights" not in corpus.train.columns or not hosts.is_primary():
         return
-    colored = sys.stdout.isatty()
-    text = describe_learned(corpus, COLORS if colored else MARKS)
+    text = indent(describe_learned(corpus, HIDDEN))
     with above_bars():
-        how = "green" if colored else " ".join(MARKS)
-        print(f"learned of the first document: what is {how}\n{indent(text)}\n", flush=True)
+        show_marked(f"learned of the first document: what is {HIDDEN[0]}marked{HIDDEN[1]}\n{text}\n", HIDDEN)
     if program.task.use == "chat" and not _learns_to_end(program, corpus):
         warn(
             "note: the chat template writes no token that ends an answer, so that answers only end after "
@@ -64,7 +61,7 @@ def describe_learned(corpus: Corpus, marks: tuple[str, str]) -> str:
     begins, ends = set(runs[::2].tolist()), set(runs[1::2].tolist())
     parts = ["..." if begin else ""]
     for i, text in enumerate(_texts(tokenizer, ids)):
-        parts += [marks[1] if i in ends else "", marks[0] if i in begins else "", printable(text)]
+        parts += [marks[1] if i in ends else "", marks[0] if i in begins else "", text]
     return (
         "".join(parts)
         + (marks[1] if count in ends else "")
