@@ -223,7 +223,13 @@ def _check_rope_scaling(config: TransformerConfig) -> None:
 
 
 def _check_relative(config: TransformerConfig) -> None:
-    """Raises UserError if the keys of relative positions do not fit together."""
+    """Raises UserError if the keys of rotary and relative positions do not fit together."""
+    theta = unset(TransformerConfig)["rope_theta"]
+    if not POSITIONS[config.position].rotates and config.rope_theta != theta:
+        raise UserError(
+            f"transformer.rope_theta={config.rope_theta} is without effect for transformer.position="
+            f"{config.position!r}; set transformer.position='rope' or leave it at {theta}"
+        )
     buckets, distance = config.relative_buckets, config.relative_distance
     if POSITIONS[config.position].biases != "learned":
         for key in ("relative_buckets", "relative_distance"):

@@ -122,8 +122,10 @@ def read_chat(fields: Fields, served: Served, new_seed: Callable[[], int]) -> As
     count, most = fields.integer("n", 1, 1, 1024), served.config.max_text_tokens
     fields.refuse(NEUTRAL_CHAT)
     default = min(served.defaults.max_tokens, most)
-    max_tokens = fields.integer("max_tokens", default, 1, most)
-    max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, most)
+    names = [name for name in ("max_tokens", "max_completion_tokens") if name in fields]
+    if len(names) > 1:
+        raise ApiError(400, "max_tokens and max_completion_tokens say the same; send one", param="max_tokens")
+    max_tokens = fields.integer(names[0] if names else "max_tokens", default, 1, most)
     order = Order((), max_tokens, top=top if tells else None, ends=served.ends)
     logprobs = top if tells else None
     return _asked(fields, served, new_seed, order, [(prompt, "")], count, logprobs, False)
@@ -289,7 +291,12 @@ def _message(value: Any) -> Message:
         if len(parts) < len(content):
             raise ApiError(400, "a message has a part that is no text; send texts alone", param="messages")
         content = "".join(check_text(part.get("text"), "content") for part in parts)
-    unknown = [name for name in value if name not in ("role", "content", "name") and value[name] is not None]
+    # Clients send earlier messages back with fields that say nothing.
+    unknown = [
+        name
+        for name in value
+        if name not in ("role", "content", "name") and value[name] not in (None, [], {})
+    ]
     if unknown:
         raise ApiError(400, f"a message has the field {short(unknown[0])}, which is not known; leave it out")
     return Message(role, check_text(content, "content"))

@@ -48,9 +48,9 @@ class SpanCorruption:
     compresses_text = False
 
     scores = (
-        Score("loss", "held-out loss", "nats per token taken out", digits=4),
-        Score("perplexity", "perplexity of what was taken out", digits=2),
-        Score("accuracy", "tokens found", higher_is_better=True, digits=4),
+        Score("loss", "held-out loss", "nats per target", digits=4),
+        Score("perplexity", "perplexity", digits=2),
+        Score("accuracy", "targets foreseen", higher_is_better=True, digits=4),
     )
 
     def make_loss(self, model: Model, setting: Setting) -> Loss:

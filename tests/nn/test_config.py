@@ -61,6 +61,7 @@ def test_sizes_that_are_given_stay():
     ({"norm_eps": -1.0}, "transformer.norm_eps=-1.0"),
     ({"init_std": -1.0}, "model.init_std=-1.0"),
     ({"rope_theta": 0.0}, "transformer.rope_theta=0.0"),
+    ({"rope_theta": 500.0, "position": "alibi"}, "transformer.rope_theta=500.0 is without effect for .*'alibi'"),
     ({"norm_at": "middle"}, "transformer.norm_at='middle' is not known; use one of input, output, both"),
     ({"qk_norm_over": "layer"}, "transformer.qk_norm_over='layer' is not known; use one of head, all"),
     ({"qk_norm_over": "all", "qk_norm": False}, "is without effect for transformer.qk_norm=False"),

@@ -89,9 +89,16 @@ def test_adapters_are_compared_with_their_matrices_which_are_kept_once(folder, t
     assert "reference" not in held_by(tmp_path / "tuned", "frozen/0")
     expected = tiny_run.read_lines(tmp_path / "tuned")[-1]["loss"]
     assert held_out(capsys, ["llmjax", f"--workdir={tmp_path / 'tuned'}", "--mode=evaluate"]) == expected
-    # The adapters alone, as of any other run.
+    # The adapters alone, as of any other run, with which no run can begin that is compared with its beginning.
     words = ["--from", "llmjax", "--to", "peft", str(tmp_path / "tuned"), str(tmp_path / "adapters")]
     assert convert.main(words) == 0
+    capsys.readouterr()
+    again = LORA | {"lora__init_from": tmp_path / "adapters"}
+    said = refuse(capsys, preferring(folder, tmp_path / "again", **again))
+    assert "changes the model that task.name='preference' compares with" in said
+    assert (
+        main.main(preferring(folder, tmp_path / "odds", "--mode=plan", preference__loss="orpo", **again)) == 0
+    )
     frozen = preferring(folder, tmp_path / "frozen", train__frozen="attention,layers:1")
     assert main.main(frozen) == 0
     held = held_by(tmp_path / "frozen", "frozen/0")

@@ -146,8 +146,10 @@ def test_an_average_is_the_mean_of_the_newest_checkpoints(folder, tmp_path, caps
     assert "is an average of several; set evaluate.probes" in refuse(
         capsys, ["llmjax", f"--workdir={workdir}", *probed]
     )
-    further = command(folder, f"--workdir={tmp_path / 'on'}", "--mode=evaluate", checkpoint__init_from=workdir,
-                      checkpoint__init_checkpoint="average:2")  # fmt: skip
+    begins = {"checkpoint__init_from": workdir, "checkpoint__init_checkpoint": "average:2"}
+    begun = run(capsys, command(folder, f"--workdir={tmp_path / 'begun'}", train__num_updates=0, **begins))
+    assert "beginning with the parameters of the mean (average:2) to update 6 of" in begun
+    further = command(folder, f"--workdir={tmp_path / 'on'}", "--mode=evaluate", **begins)
     assert (
         re.search(r"held-out loss +(\S+)", said)[1]
         == re.search(r"held-out loss +(\S+)", run(capsys, further))[1]

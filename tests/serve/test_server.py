@@ -196,6 +196,12 @@ MISTAKES = {
     "surrogate": (COMPLETIONS, b'{"prompt": "\\ud800"}', 400, "half of a surrogate pair"),
     "unknown": (COMPLETIONS, {"prompt": "a", "tempurature": 1}, 400, "the field 'tempurature' is not known"),
     "unsupported": (COMPLETIONS, {"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty=1 is not supported"),
+    "two limits": (
+        CHAT,
+        {"messages": TALK, "max_tokens": 9, "max_completion_tokens": 1},
+        400,
+        "max_tokens and max_completion_tokens say the same; send one",
+    ),
     "tools": (CHAT, {"messages": TALK, "tools": [{}]}, 400, "tools=a list of 1 is not supported"),
     "model": (COMPLETIONS, {"prompt": "a", "model": "gpt-9"}, 404, "the model 'gpt-9' is not here; use 'tiny'"),
     "type": (COMPLETIONS, {"prompt": "a", "max_tokens": "9"}, 400, "max_tokens='9' must be a whole number from 1"),

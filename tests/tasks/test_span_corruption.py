@@ -147,3 +147,12 @@ def test_too_few_sentinels_cost_one_sentence():
         UserError, match="span_corruption.sentinels=17 needs as many reserved ids, and the tokenizer ha"
     ):
         more.encode({"text": "ab"}, TOKENIZER)
+
+
+@pytest.mark.parametrize("changes", [{"seq_len": 2}, {"source_len": 2}])
+def test_rows_in_which_no_span_is_taken_out_cost_one_sentence(changes):
+    short = dataclasses.replace(EXAMPLES, **changes)
+    with pytest.raises(
+        UserError, match="leave room for texts of 1 token, of which no span is taken out; raise them"
+    ):
+        short.encode({"text": "some text"}, TOKENIZER)

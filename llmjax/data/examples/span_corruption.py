@@ -79,6 +79,12 @@ class SpanCorruptions:
         longest = 1
         while self._fits(longest + 1):
             longest += 1
+        if not corruption_of(longest, self.rate, self.span_len).spans:
+            raise UserError(
+                f"data.seq_len={self.seq_len} and data.source_len={self.source_len} with span_corruption.sentinels="
+                f"{self.sentinels} leave room for texts of {longest} token{'s'[: longest != 1]}, of which no span is "
+                "taken out; raise them"
+            )
         return longest
 
     def _fits(self, length: int) -> bool:

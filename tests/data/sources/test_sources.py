@@ -135,6 +135,17 @@ def test_parquet_rows_are_documents(tmp_path):
         texts(tmp_path)
 
 
+def test_messages_in_parquet_are_those_of_json(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    talks = [[{"role": "user", "content": "你好"}, {"role": "assistant", "content": "hi"}], None, []]
+    for name, column in (("objects", talks), ("texts", [["a", "b"], ["c"], []])):
+        parquet.write_table(pa.table({"text": pa.array(column)}), tmp_path / f"{name}.parquet")
+        read = texts(tmp_path / f"{name}.parquet", structured=("text",), on_bad_text="skip")
+        assert [json.loads(text) for text in read] == [one for one in column if one is not None]
+
+
 @pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
 def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch, name, package):
     (tmp_path / name).write_bytes(b"x")
