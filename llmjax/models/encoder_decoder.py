@@ -18,10 +18,8 @@ import jax.numpy as jnp
 
 from llmjax.models.contract import Cost
 from llmjax.models.family import Family, Sections
-from llmjax.models.gpt import (
-    GPT,
-    GPT_FAMILY,
-    RELATIVE,
+from llmjax.models.gpt import GPT, GPT_FAMILY, RELATIVE
+from llmjax.models.transformer_sections import (
     heads_of,
     position_bias_of,
     position_table_of,

@@ -10,20 +10,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llmjax.errors import UserError, choose
+from llmjax.errors import choose
 from llmjax.models.contract import Cache, Cost, box_axes, unbox
-from llmjax.models.family import Family, Sections
+from llmjax.models.family import Family
+from llmjax.models.transformer_sections import (
+    heads_of,
+    position_bias_of,
+    position_table_of,
+    resolve_sections,
+    split_sizes,
+)
 from llmjax.nn.block import Block, Source
 from llmjax.nn.cache import append_tokens, make_cache, select_rows
 from llmjax.nn.config import (
     NORM_AT,
     BlockConfig,
     ExpertsConfig,
-    ModelConfig,
     TransformerConfig,
     block_config,
     layer_windows,
-    resolve,
 )
 from llmjax.nn.experts import Penalties
 from llmjax.nn.layer_compute import LayerCompute
@@ -39,7 +44,6 @@ from llmjax.ops.dropout import dropout, token_keys
 from llmjax.ops.logits import head_logits
 from llmjax.ops.position_bias import PositionBias
 from llmjax.parallel.rules import Layout, is_axes, partition_spec
-from llmjax.ranges import check_unread
 from llmjax.types import Batch, Head, Output, Params
 
 # What the random draws of relative positions are folded with.
@@ -333,71 +337,13 @@ class GPT:
         )
 
 
-def _resolve(model: ModelConfig, sections: Sections, seq_len: int, compute: LayerCompute) -> Sections:
-    if not sections["experts"].num_experts:
-        check_unread("experts", sections["experts"], "experts.num_experts=0", "experts.num_experts")
-    elif compute.tile:
-        raise UserError(
-            f"compute.tile={compute.tile} computes feed-forward layers in tiles, and experts.num_experts="
-            f"{sections['experts'].num_experts} sorts all tokens; set compute.tile=0"
-        )
-    return {**sections, **resolve_blocks(model, sections["transformer"], sections["experts"], seq_len)}
-
-
-def resolve_blocks(
-    model: ModelConfig, transformer: TransformerConfig, experts: ExpertsConfig, seq_len: int
-) -> Sections:
-    """The sections `transformer` and `experts` with derived sizes filled in."""
-    config = resolve(block_config(model, transformer, experts))
-
-    def own(section: type) -> dict[str, Any]:
-        return {field.name: getattr(config, field.name) for field in dataclasses.fields(section)}
-
-    if config.window > seq_len:
-        raise UserError(
-            f"transformer.window={config.window} is longer than data.seq_len={seq_len}; use at most {seq_len}, "
-            "or 0 for no window"
-        )
-    return {
-        "transformer": TransformerConfig(**own(TransformerConfig)),
-        "experts": ExpertsConfig(**own(ExpertsConfig)),
-    }
-
-
-def _split(sections: Sections) -> dict[str, int]:
-    transformer, experts = sections["transformer"], sections["experts"]
-    sizes = {
-        f"transformer.{key}": getattr(transformer, key) for key in ("num_heads", "num_kv_heads", "mlp_dim")
-    }
-    if experts.num_experts:
-        del sizes["transformer.mlp_dim"]
-        sizes["experts.expert_dim"] = experts.expert_dim
-    return sizes
-
-
-def heads_of(sections: Sections) -> tuple[int, int]:
-    """The numbers of query heads and of key/value heads."""
-    return sections["transformer"].num_heads, sections["transformer"].num_kv_heads
-
-
-def position_bias_of(sections: Sections) -> bool:
-    """Whether positions are a bias of attention."""
-    return bool(POSITIONS[sections["transformer"].position].biases)
-
-
-def position_table_of(sections: Sections) -> str:
-    """The setting by which positions are embeddings in a table, if they are."""
-    position = sections["transformer"].position
-    return f"transformer.position={position!r}" if POSITIONS[position].table else ""
-
-
 GPT_FAMILY = Family(
     GPT,
     sections={"transformer": TransformerConfig, "experts": ExpertsConfig},
     compute=tuple(field.name for field in dataclasses.fields(LayerCompute)),
-    resolve=_resolve,
+    resolve=resolve_sections,
     config=lambda model, sections: block_config(model, sections["transformer"], sections["experts"]),
-    split=_split,
+    split=split_sizes,
     heads=heads_of,
     position_bias=position_bias_of,
     position_table=position_table_of,

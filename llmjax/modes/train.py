@@ -127,9 +127,7 @@ def train_until(stop: StopRequest, request: Request, check_lock: Callable[[], No
             write_beginning(program, corpus, workdir, position, finished)
         plan = describe(corpus, program, workdir, position.update)
         say(f"plan\n{format_table(plan)}\n")
-        if not position.update:
-            show_learned(program, corpus)
-        say_beginning(program, so_far, position, finished, request.started)
+        say_beginning(program, corpus, so_far, position, finished, request.started)
         # Where a sink cannot be had on the first process, none may go on to wait for it.
         recorder = together(lambda: open_recorder(program, workdir, position, stop))
         run = make_run(program, corpus, workdir, checkpoints, stop, check_lock, recorder.samples, ahead.wait)
@@ -173,7 +171,12 @@ def leave_failed(workdir: pathlib.Path, error: TrainingFailed | FollowUpFailed) 
 
 
 def say_beginning(
-    program: Program, so_far: dict | None, position: Position, finished: bool, started: float
+    program: Program,
+    corpus: Corpus,
+    so_far: dict | None,
+    position: Position,
+    finished: bool,
+    started: float,
 ) -> None:
     """Says what a user should know of the run before its first update, and that it begins, or that it is finished."""
     if finished:
@@ -186,6 +189,8 @@ def say_beginning(
             )
         say(f"finished: {done}, and {why}")
         return
+    if not position.update:
+        show_learned(program, corpus)
     for remark in remarks(program, so_far, position.tokens):
         say(f"note: {remark}\n")
     say(f"ready after {format_duration(time.perf_counter() - started)}; the first update compiles")

@@ -36,6 +36,12 @@ class PositionBias:
         buckets = jnp.asarray(buckets_of(R, self.distance))[jnp.minimum(far, self.distance)]
         return buckets + R * (ahead > 0) if self.both_sides else buckets
 
+    def shares(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+        """float32 [..., R], how much each row of the table counts in the bias of each pair: its derivative."""
+        return jax.nn.one_hot(
+            self.buckets(q_positions, k_positions), self.table_RN.shape[0], dtype=jnp.float32
+        )
+
     def bias(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
         """float32 [N, ...], the bias of each pair for each head, for positions that broadcast to one shape."""
         return jnp.take(self.table_RN.T, self.buckets(q_positions, k_positions), axis=1, mode="clip")
@@ -54,12 +60,11 @@ class LinearBias(PositionBias):
     table_RN  float32 [1, N], the number of each query head
     """
 
-    def buckets(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
-        return jnp.zeros_like(k_positions - q_positions)
+    def shares(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
+        return -jnp.abs(k_positions - q_positions).astype(jnp.float32)[..., None]
 
     def bias(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
-        far = jnp.abs(k_positions - q_positions).astype(jnp.float32)
-        return -jnp.tensordot(self.table_RN[0], far, axes=0)
+        return jnp.tensordot(self.table_RN[0], self.shares(q_positions, k_positions)[..., 0], axes=0)
 
 
 def slopes(num_heads: int) -> np.ndarray:

@@ -61,15 +61,8 @@ def make_app(desk: Desk, engine: Engine) -> Starlette:
         return JSONResponse({"status": status}, status_code=200 if status == "ok" else 503)
 
     async def metrics(request: Request) -> Response:
-        gauges = {
-            "slots": ("Texts that can be written at the same time.", desk.served.config.slots),
-            "slots_used": ("Texts that are written now.", engine.num_used),
-            "queue_length": ("Texts that wait for a slot.", engine.num_waiting),
-            "texts_open": ("Texts that a client waits for.", desk.num_open),
-        }
-        return PlainTextResponse(
-            desk.counts.describe(gauges), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+        told = desk.counts.describe(_gauges(desk, engine))
+        return PlainTextResponse(told, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def no_such_path(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -107,6 +100,16 @@ def make_app(desk: Desk, engine: Engine) -> Starlette:
         ],
         exception_handlers={HTTPException: no_such_path},
     )
+
+
+def _gauges(desk: Desk, engine: Engine) -> dict[str, tuple[str, int]]:
+    """What goes up and down, by name: what it is, and its value."""
+    return {
+        "slots": ("Texts that can be written at the same time.", desk.served.config.slots),
+        "slots_used": ("Texts that are written now.", engine.num_used),
+        "queue_length": ("Texts that wait for a slot.", engine.num_waiting),
+        "texts_open": ("Texts that a client waits for.", desk.num_open),
+    }
 
 
 def content_policy(html: str) -> str:

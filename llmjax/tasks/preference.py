@@ -141,14 +141,6 @@ def make_preference_loss(model: Model, setting: Setting) -> Loss:
             return jnp.where(is_pair_BN, keys.kind.of_pairs(Pairs(*ours, *theirs, *tokens), strength), 0.0)
 
         losses_BN, backward = jax.vjp(losses, *ours)
-        slopes = backward(jnp.ones_like(losses_BN))
-        main = jnp.zeros([])
-        for text, output, slope_BN in zip(texts, outputs, slopes, strict=True):
-            # A cross-entropy is a negative log-probability.
-            weights_BT = -look_up_segments(slope_BN[..., None], text.segments)[..., 0] * text.weights
-            main += softmax_cross_entropy(
-                output.hidden_BTD, model.head(params), text.targets, weights_BT, **arguments
-            ).main
         total = jnp.sum(losses_BN)
         rewards = keys.kind.reward(Pairs(*ours, *theirs, *tokens))
         chosen_BN, rejected_BN = (jnp.where(is_pair_BN, strength.beta * x, 0.0) for x in rewards)
@@ -158,10 +150,20 @@ def make_preference_loss(model: Model, setting: Setting) -> Loss:
             "chosen_reward": jnp.sum(chosen_BN),
             "rejected_reward": jnp.sum(rejected_BN),
         }
+        sums = LossSums(total, jnp.sum(is_pair_BN, dtype=jnp.float32), metrics)
+        if not setting.training:
+            return sums
+        slopes = backward(jnp.ones_like(losses_BN))
+        main = jnp.zeros([])
+        for text, output, slope_BN in zip(texts, outputs, slopes, strict=True):
+            # A cross-entropy is a negative log-probability.
+            weights_BT = -look_up_segments(slope_BN[..., None], text.segments)[..., 0] * text.weights
+            main += softmax_cross_entropy(
+                output.hidden_BTD, model.head(params), text.targets, weights_BT, **arguments
+            ).main
         # It has the value of the loss, and the gradient of the weighted sums.
         objective = main + jax.lax.stop_gradient(total - main)
-        sums = LossSums(total, jnp.sum(is_pair_BN, dtype=jnp.float32), metrics, objective=objective)
-        return _with_terms(sums, texts, outputs, layout) if setting.training else sums
+        return _with_terms(dataclasses.replace(sums, objective=objective), texts, outputs, layout)
 
     return loss
 

@@ -32,7 +32,6 @@ class TemplateFormat:
         longest_first = sorted(self._special, key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._tokens = _named_tokens(tokenizer, self._special)
-        self._spaced = getattr(tokenizer, "prefixes_parts", False)
         self.end = self._find_end()
 
     def _find_end(self) -> int:
@@ -113,7 +112,7 @@ class TemplateFormat:
             part = text[at : mark.start() if mark else len(text)].replace(guard, "")
             if part:
                 # Some tokenizers put a space before what follows a special token, as before a whole text.
-                begins = not ids or (self._spaced and ids[-1] in self._special.values())
+                begins = not ids or (self._tokenizer.prefixes_parts and ids[-1] in self._special.values())
                 ids += self._tokenizer.encode(part, continues=not begins)
             if mark:
                 ids.append(self._special[mark[0]])

@@ -147,22 +147,10 @@ class Prompting(Protocol):
 
 @runtime_checkable
 class HeldOutBy(Protocol):
-    """A task for which only some fields of a record decide whether the record is held out.
-
-    Records that are alike in these fields are on the same side. Without it, all fields decide.
-    """
-
-    @property
-    def held_out_by(self) -> tuple[str, ...]:
-        """The names of these fields."""
-
-
-@runtime_checkable
-class HeldOutByText(Protocol):
-    """A task that says itself what decides whether a record is held out, where no field by itself does."""
+    """A task for which a part of a record decides whether the record is held out. Without it, all fields decide."""
 
     def decisive(self, record: Mapping[str, str | int]) -> str:
-        """The text of which records that are alike are on the same side."""
+        """The text by which records are held out: those that are alike in it are on the same side."""
 
 
 @runtime_checkable

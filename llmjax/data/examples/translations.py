@@ -42,10 +42,9 @@ class Translations:
     def texts(self, record: Mapping[str, str | int]) -> list[str]:
         return [str(record[field]) for field in self.fields]
 
-    @property
-    def held_out_by(self) -> tuple[str, ...]:
+    def decisive(self, record: Mapping[str, str | int]) -> str:
         """A source has several translations at times, and the model has seen it if it was trained on one of them."""
-        return (self.source_field,)
+        return str(record[self.source_field])
 
     def encode(self, record: Mapping[str, str | int], tokenizer: Tokenizer) -> Example:
         prompt = self.encode_prompt(str(record[self.source_field]), tokenizer)

@@ -24,7 +24,7 @@ from typing import IO, TypeVar
 
 import numpy as np
 
-from llmjax.data.examples.contract import Example, Examples, HeldOutBy, HeldOutByText, InParts, Several
+from llmjax.data.examples.contract import Example, Examples, HeldOutBy, InParts, Several
 from llmjax.data.store.columns import LABEL, RUN, token_dtype
 from llmjax.data.tokenizer.tokenizer import Tokenizer
 from llmjax.errors import UserError
@@ -91,12 +91,11 @@ def encode_records(tokenizer: Tokenizer, examples: Examples, batch: Batch) -> En
         ragged["turns"] = _concatenate([example.turns for example in made], np.dtype("<u4"))
     # The first field is the text of the document.
     text = examples.fields[0]
-    if isinstance(examples, HeldOutByText):
+    if isinstance(examples, HeldOutBy):
         decisive = [examples.decisive(record) for record in records]
     else:
-        names = examples.held_out_by if isinstance(examples, HeldOutBy) else examples.fields
         # A single field has no separator, so that its hash is the hash of the text.
-        decisive = ["\0".join(str(record[name]) for name in names) for record in records]
+        decisive = ["\0".join(str(record[name]) for name in examples.fields) for record in records]
     num_bytes, firsts = np.zeros(len(made), "<i8"), np.cumsum(counts) - counts
     num_bytes[firsts] = [len(str(record[text]).encode()) for record in records]
     hashes = np.array([_hash(one) for one in decisive], "<u8")

@@ -22,6 +22,7 @@ class ByteTokenizer:
     chat_template = ""
     text_prefix = b""
     strips_spaces = False
+    prefixes_parts = False
     lossless = True
 
     def __init__(self, num_reserved: int = 16):

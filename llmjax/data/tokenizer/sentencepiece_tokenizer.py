@@ -54,6 +54,7 @@ class SentencePieceTokenizer:
     """
 
     chat_template = ""
+    prefixes_parts = False
 
     def __init__(self, model: bytes):
         # `save` writes the model as it was given, whatever is changed below.

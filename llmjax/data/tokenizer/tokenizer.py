@@ -40,6 +40,7 @@ class Tokenizer(Protocol):
     lossless       whether `decode(encode(text)) == text` for every text
     text_prefix    what the model puts before every text, `b" "` or nothing. `decode` takes it off again
     strips_spaces  whether the model drops spaces at the beginning of a text
+    prefixes_parts  whether the library of the tokenizer also puts `text_prefix` before what follows a special token
     fingerprint    a SHA-256 in hex. Tokenizers with equal fingerprints give equal ids
     chat_template  how a conversation is written as text, in Jinja; nothing if nobody has said it. No id depends on it
     """
@@ -53,6 +54,7 @@ class Tokenizer(Protocol):
     lossless: bool
     text_prefix: bytes
     strips_spaces: bool
+    prefixes_parts: bool
     unk_id: int
     fingerprint: str
     chat_template: str

@@ -247,10 +247,9 @@ def _table_gradient(
     position_bias: PositionBias, q_coord: _Coords, positions_s: jax.Array, dscores_Ksr: jax.Array
 ) -> jax.Array:
     """The gradient of `position_bias.table_RN` from those of the scores of a pair of blocks."""
-    buckets_st = position_bias.buckets(q_coord.positions[None], positions_s[:, None])
-    one_hot_stR = jax.nn.one_hot(buckets_st, position_bias.table_RN.shape[0], dtype=jnp.float32)
+    shares_stR = position_bias.shares(q_coord.positions[None], positions_s[:, None])
     dscores_KsGt = dscores_Ksr.reshape(*dscores_Ksr.shape[:2], -1, q_coord.positions.size)
-    return _dot("KsGt,stR->RKG", dscores_KsGt, one_hot_stR).reshape(position_bias.table_RN.shape)
+    return _dot("KsGt,stR->RKG", dscores_KsGt, shares_stR).reshape(position_bias.table_RN.shape)
 
 
 class _Coords(NamedTuple):
